@@ -1,0 +1,49 @@
+# Two commands for a newcomer: `make study` and `make test`. Each sets up .venv if it is not there.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: study test lint format bench clean help
+
+help:
+	@echo "make study   train networks with and without batch normalization on real digits, write a report"
+	@echo "make test    the whole test suite"
+	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make bench   the measurements behind the figures in README and docs"
+	@echo "make format  let ruff format the code"
+	@echo "make clean   remove .venv, caches and runs"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("batchnorm needs Python 3.11 or newer, and this is %s: run make PYTHON=python3.12" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.study: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[study]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.study
+
+study: $(VENV)/.study
+	$(BIN)/batchnorm study $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/pytest -n auto $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,64 @@
+"""Batch normalization for PyTorch and Keras: exact layers, whole-model tools, and experiments.
+
+`import batchnorm` imports no framework. A name is resolved on first use, and a framework that is not
+installed is an error that names the extra to install.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0.dev0"
+
+# Public name -> (the module that defines it, its name there; None for the module itself).
+_HOMES: dict[str, tuple[str, str | None]] = {
+    "BatchNorm1d": ("batchnorm.torch.layers", "BatchNorm1d"),
+    "BatchNorm2d": ("batchnorm.torch.layers", "BatchNorm2d"),
+    "BatchNorm3d": ("batchnorm.torch.layers", "BatchNorm3d"),
+    "calibrate": ("batchnorm.models.calibrate", "calibrate"),
+    "errors": ("batchnorm.errors", None),
+    "functional": ("batchnorm.torch.functional", None),
+    "kernels": ("batchnorm.kernels", None),
+}
+# Top-level package that a missing import names -> the extra that brings it.
+_EXTRAS = {"torch": "torch", "rich": "study"}
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "__version__",
+    "calibrate",
+    "errors",
+    "functional",
+    "kernels",
+]
+
+if TYPE_CHECKING:
+    from . import errors, kernels
+    from .models.calibrate import calibrate
+    from .torch import functional
+    from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module_name, attribute = _HOMES[name]
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        from .errors import MissingExtraError
+
+        raise MissingExtraError(f"batchnorm.{name}", package, _EXTRAS[package]) from missing
+    value: object = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,57 @@
+"""What the library raises: one message that says what was received, where, and what to do.
+
+Each class is also the built-in exception that the stock layer raises in its place, so that code written
+for the stock layer catches ours.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+
+class BatchNormError(Exception):
+    """Base of every error that this library raises on purpose.
+
+    Args:
+        message: what was received and what to do about it, in one sentence or two.
+        layer: qualified name of the layer, such as `features.3 (BatchNorm2d)`, where it is known.
+    """
+
+    def __init__(self, message: str, layer: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.layer = layer
+
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.message}" if self.layer else self.message
+
+    def at(self, layer: str) -> Self:
+        """Return this error with the layer's name in front, unless it has one."""
+        self.layer = self.layer or layer
+        return self
+
+
+class InputShapeError(BatchNormError, ValueError, RuntimeError):
+    """A tensor has the wrong number of dimensions, channels or values per channel."""
+
+
+class InputTypeError(BatchNormError, TypeError, RuntimeError):
+    """A tensor has a dtype, or lives on a device, that the operation cannot take."""
+
+
+class OptionError(BatchNormError, ValueError):
+    """An option has a value outside its range."""
+
+
+class DataError(BatchNormError, ValueError):
+    """Data that was handed over cannot be read or has the wrong form."""
+
+
+class MissingExtraError(BatchNormError, ImportError):
+    """A framework that the name needs is not installed."""
+
+    def __init__(self, name: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{name} needs {package}, which is not installed: pip install 'batchnorm[{extra}]'",
+        )
+        self.name = package

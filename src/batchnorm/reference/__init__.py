@@ -1,0 +1,1 @@
+"""The mathematics of batch normalization in NumPy float64: readable, slow, derived in its docstrings."""

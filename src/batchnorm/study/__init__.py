@@ -1,0 +1,1 @@
+"""Experiments: what batch normalization buys a network on a data set."""
