@@ -1,0 +1,125 @@
+"""The primitives that every engine offers: torch tensors in, torch tensors out, no autograd, no modules.
+
+Notation, here and in every engine:
+
+    x           [N, C, *S]   floating input, channels first in shape, any layout in memory; [N, C] has no S
+    mask        [N, *S]      bool, True = the value counts; None = all count
+    group_size  int          samples per statistics group: samples [0, group_size) are group 0, and so on; the
+                             last group may be smaller. None = all N samples are one group
+    G           int          number of groups, ceil(N / group_size), 1 where group_size is None
+    mean, rstd  [G, C]       statistics that normalize, rstd = 1 / sqrt(var + eps), in the wide dtype
+    weight, bias  [C]        learned scale and shift; None = 1 and 0
+    residual    [N, C, *S]   added before the activation; None = 0
+    activation  str          a name from `activations.ACTIVATIONS`; None = identity
+
+    x̂ = (x - mean) * rstd        z = weight * x̂ + bias + residual        y = activation(z)
+    dy' = dy * activation'(z)
+
+Statistics travel in the wide dtype (`wide_dtype`: float64 wherever the device has it): a mean that was rounded
+to float32 costs 2e-2 in y at |mean|/std = 1e6. Masked positions come out as zero, in y and in every gradient,
+whatever was in x or dy there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+# Apple's GPUs have no float64; statistics are float32 there, and accurate for |mean|/std up to about 10.
+_WITHOUT_FLOAT64 = frozenset({"mps"})
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which statistics travel on `device`: float64, or float32 where that is missing."""
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+
+
+class Moments(NamedTuple):
+    """Count, mean and centred second moment of the values of each group and channel.
+
+    Attributes:
+        count: `[G]`, number of values per channel, in the wide dtype.
+        mean: `[G, C]`, mean; 0 where count is 0.
+        m2: `[G, C]`, sum of (x - mean)²; 0 where count is 0. var = m2 / count.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # hides the method `count` that tuples have
+    mean: Tensor
+    m2: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of one batch normalization.
+
+    Attributes:
+        dx: `[N, C, *S]`, in the dtype and layout of x.
+        dweight: `[C]`, wide dtype.
+        dbias: `[C]`, wide dtype.
+        dresidual: `[N, C, *S]`, in the dtype of the residual; None where there was none.
+    """
+
+    dx: Tensor
+    dweight: Tensor
+    dbias: Tensor
+    dresidual: Tensor | None
+
+
+class Engine(Protocol):
+    """What an engine module offers; arguments and shapes as in the notation above."""
+
+    def moments(self, x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
+        """Return the moments of x: two passes, the second one centred; never E[x²] - E[x]²."""
+
+    def normalize(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        mask: Tensor | None = None,
+        group_size: int | None = None,
+    ) -> Tensor:
+        """Return y `[N, C, *S]` in the dtype and layout of x."""
+
+    def backward_reduce(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        mask: Tensor | None = None,
+        group_size: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return sum_dy = Σ dy' and sum_dy_xhat = Σ dy' x̂, each `[G, C]` in the wide dtype."""
+
+    def backward_apply(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        coefficients: tuple[Tensor, Tensor, Tensor],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        mask: Tensor | None = None,
+        group_size: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return dx = a dy' + b x̂ + c and dresidual = dy', for coefficients (a, b, c), each `[G, C]`.
+
+        The statistics policy computes the coefficients, so that none is a special case here. The middle term
+        takes x̂, not x: b x + c would cancel where |mean| is far above std.
+        """

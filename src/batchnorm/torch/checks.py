@@ -1,0 +1,112 @@
+"""What an input must be before anything is computed; a call that raises has changed nothing."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import InputShapeError, InputTypeError, OptionError
+from ..kernels.activations import ACTIVATIONS
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise OptionError unless `activation` is None or the name of a fused activation."""
+    if activation is not None and activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise OptionError(f"activation must be None or one of {known}; got {activation!r}")
+
+
+def check_eps(eps: float, training: bool) -> None:
+    """Raise OptionError unless eps > 0 in training, eps >= 0 otherwise."""
+    if training and eps <= 0.0:
+        raise OptionError(
+            f"batch_norm eps must be positive during training, but got {eps}: the default is 1e-5"
+        )
+    if eps < 0.0:
+        raise OptionError(f"batch_norm eps must be non-negative, but got {eps}: the default is 1e-5")
+
+
+def check_input(input: Tensor, training: bool) -> None:
+    """Raise unless `input` is floating, has a channel axis, and in training more than one value per channel."""
+    if not input.is_floating_point():
+        raise InputTypeError(
+            f"expected a floating-point input, got {_dtype(input)}: convert it with .float()"
+        )
+    if input.dim() < 2:
+        if input.numel() == 0:  # as the stock function: a 1-D tensor of no values passes
+            return
+        raise InputShapeError(
+            f"expected an input [N, C, ...] of two or more dimensions, got shape {list(input.shape)}: "
+            "add a batch axis with .unsqueeze(0)"
+        )
+    if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
+        raise InputShapeError(
+            f"Expected more than 1 value per channel when training, got input size {input.size()}: "
+            "one value has no variance; use a larger batch, drop the last batch of one "
+            "(DataLoader(drop_last=True)), or call .eval() on this layer"
+        )
+
+
+def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
+    """Raise unless `vector` is None or one floating value per channel of `input`, on the same device."""
+    if vector is None:
+        return
+    channels = input.shape[1] if input.dim() > 1 else 0
+    if vector.numel() != channels:
+        raise InputShapeError(
+            f"{name} should contain {channels} elements not {vector.numel()}: the input of shape "
+            f"{list(input.shape)} has {channels} channels (axis 1)"
+        )
+    if vector.device != input.device:
+        raise InputTypeError(
+            f"{name} is on {vector.device} and the input on {input.device}: move the model or the input with .to()"
+        )
+
+
+def check_running(
+    running_mean: Tensor | None, running_var: Tensor | None, input: Tensor, training: bool
+) -> None:
+    """Raise unless both running statistics fit the input; outside training both must be there."""
+    if not training and (running_mean is None or running_var is None):
+        raise OptionError(
+            "expected running_mean and running_var outside training, got None: pass training=True to normalize "
+            "by the batch's own statistics"
+        )
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        check_vector(name, running, input)
+        if running is not None and not running.is_floating_point():
+            raise InputTypeError(f"{name} is {_dtype(running)}: running statistics are floating-point")
+
+
+def check_parameter(name: str, parameter: Tensor | None, input: Tensor) -> None:
+    """As `check_vector`; besides, the dtype is the input's, or float32 for a 16-bit input."""
+    check_vector(name, parameter, input)
+    if parameter is None or parameter.dtype == input.dtype:
+        return
+    if not (input.dtype in HALVES and parameter.dtype == torch.float32):
+        raise InputTypeError(
+            f"{name} is {_dtype(parameter)} and the input is {_dtype(input)}: convert one of them with .to(dtype)"
+        )
+
+
+def check_residual(residual: Tensor | None, input: Tensor) -> None:
+    """Raise unless `residual` is None or a floating tensor of the input's shape and device."""
+    if residual is None:
+        return
+    if residual.shape != input.shape:
+        raise InputShapeError(
+            f"residual has shape {list(residual.shape)} and the input {list(input.shape)}: they must be equal"
+        )
+    if not residual.is_floating_point() or residual.device != input.device:
+        raise InputTypeError(
+            f"residual is {_dtype(residual)} on {residual.device}, the input {_dtype(input)} on {input.device}: "
+            "it must be floating-point and on the same device"
+        )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,160 @@
+"""BatchNorm1d, BatchNorm2d and BatchNorm3d: the layers of `torch.nn`, with more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BatchNormError, InputShapeError
+from . import functional
+from .checks import HALVES, check_activation
+from .naming import qualified_name
+
+_RUNNING = ("running_mean", "running_var")
+
+
+class _Layer(nn.modules.batchnorm._BatchNorm):
+    """What the three layers share; each also subclasses its stock namesake, so `isinstance` holds."""
+
+    _ranks: ClassVar[tuple[int, ...]]
+    activation: str | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        check_activation(activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation = activation
+        if affine and not bias:  # the stock constructor takes `bias` in newer releases only
+            self.register_parameter("bias", None)
+        for name in _RUNNING:
+            buffer = self._buffers[name]
+            if buffer is not None and buffer.dtype in HALVES:
+                self._buffers[name] = buffer.float()
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1, bias to 0, and the running statistics to mean 0, variance 1, no batches."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return activation(norm(input) + residual), `[N, C, *S]`; see the class."""
+        try:
+            return self._normalize(input, residual)
+        except BatchNormError as error:
+            raise error.at(qualified_name(self)) from None
+
+    def _normalize(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        self._check_input_dim(input)
+        tracking = self.training and self.track_running_stats
+        use_running = tracking or not self.training
+        batches = self.num_batches_tracked if tracking else None
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if self.momentum is None and batches is not None:
+            momentum = 1.0 / (batches + 1)  # stays on the device
+        y = functional.batch_norm(
+            input,
+            self.running_mean if use_running else None,
+            self.running_var if use_running else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,
+            self.eps,
+            residual=residual,
+            activation=self.activation,
+        )
+        if batches is not None:
+            batches.add_(1)  # after the call: one that raised has counted nothing
+        return y
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self._ranks:
+            expected = " or ".join(f"{rank}D" for rank in self._ranks)
+            remedy = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}.get(input.dim())
+            raise InputShapeError(
+                f"expected {expected} input (got {input.dim()}D input of shape {list(input.shape)})"
+                + (f": {remedy} takes that" if remedy else "")
+            )
+
+    def extra_repr(self) -> str:
+        """As the stock layer's, and the activation where there is one."""
+        shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return shown if self.activation is None else f"{shown}, activation={self.activation}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As `torch.nn.Module._apply`, but running statistics stay float32 under `.half()` and `.bfloat16()`."""
+        before = {name: self._buffers[name] for name in _RUNNING}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype in HALVES and old.dtype not in HALVES:
+                self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
+        return self
+
+
+_DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
+
+        y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
+
+    In training, mean and var (biased, ÷ n) are the batch's, over all axes but C, and the running statistics
+    move: running = (1 - momentum) * running + momentum * batch, with the unbiased variance, ÷ (n - 1). In
+    evaluation, mean and var are the running ones.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to var; positive.
+        momentum: fraction 0..1 of a batch in the running statistics; None = their plain average over batches.
+        affine: learn weight and bias.
+        track_running_stats: keep running statistics; without them, evaluation uses the batch's too.
+        device: where parameters and buffers live.
+        dtype: of weight and bias; running statistics are float32 at least.
+        bias: learn bias too (keyword only).
+        activation: applied in the same pass (keyword only): relu, relu6, leaky_relu (slope 0.01), silu,
+            gelu (erf), hardswish, sigmoid, tanh, elu (α = 1), or None.
+
+    Shapes:
+        input {shapes}, output the same; `layer(x, residual)` adds a residual of the same shape before the
+        activation.
+
+    Raises:
+        InputShapeError: (a ValueError and RuntimeError) wrong rank or channels; one value per channel in training.
+        InputTypeError: (a TypeError and RuntimeError) integer input, mixed dtypes or devices.
+        OptionError: (a ValueError) eps <= 0 in training, or an unknown activation.
+
+    Differs from torch: accurate for any |mean|/std, in every layout; running statistics stay float32 under
+    `.half()` and `.bfloat16()`; an empty batch counts, but leaves them alone; a call that raises counts nothing.
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
+    """
+
+
+class BatchNorm1d(_Layer, nn.BatchNorm1d):
+    __doc__ = _DOC.format(name="BatchNorm1d", shapes="`[N, C]` or `[N, C, L]`")
+    _ranks = (2, 3)
+
+
+class BatchNorm2d(_Layer, nn.BatchNorm2d):
+    __doc__ = _DOC.format(name="BatchNorm2d", shapes="`[N, C, H, W]`")
+    _ranks = (4,)
+
+
+class BatchNorm3d(_Layer, nn.BatchNorm3d):
+    __doc__ = _DOC.format(name="BatchNorm3d", shapes="`[N, C, D, H, W]`")
+    _ranks = (5,)

@@ -1,0 +1,165 @@
+"""The forward and its gradient over the kernels, as an autograd Function: the path of every eager call.
+
+Kept for the backward: x, and per channel mean and rstd; the residual only behind an activation, whose
+derivative needs it. No running buffer is ever kept, so updating one between two forwards is safe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.choose import engine
+from ..kernels.interface import wide_dtype
+from ..statistics import batch, running
+from . import differentiable
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, and the batch's mean, m2 and rstd, `[1, C]` each."""
+    kernels = engine(x)
+    count, mean, m2 = kernels.moments(x)
+    rstd = (m2 / count.clamp(min=1).unsqueeze(1) + eps).rsqrt()
+    y = kernels.normalize(x, mean, rstd, weight, bias, residual=residual, activation=activation)
+    return y, mean, m2, rstd
+
+
+def forward_given(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> Tensor:
+    """Return y by the given statistics, `[1, C]` each."""
+    return engine(x).normalize(x, mean, rstd, weight, bias, residual=residual, activation=activation)
+
+
+def backward(
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    mean: Tensor,
+    rstd: Tensor,
+    given: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dx, dweight `[C]`, dbias `[C]` (both wide) and dresidual; `given`: the statistics were constants."""
+    kernels = engine(x)
+    affine = {"residual": residual, "activation": activation}
+    sum_dy, sum_dy_xhat = kernels.backward_reduce(x, dy, mean, rstd, weight, bias, **affine)  # type: ignore[arg-type]
+    scale: Any = 1.0 if weight is None else weight.to(rstd.dtype)
+    if given:
+        coefficients = running.gradient_coefficients(scale, rstd)
+    else:
+        count = x.numel() // x.shape[1] if x.shape[1] else 0
+        coefficients = batch.gradient_coefficients(scale, rstd, sum_dy, sum_dy_xhat, count)
+    dx, dresidual = kernels.backward_apply(x, dy, mean, rstd, coefficients, weight, bias, **affine)  # type: ignore[arg-type]
+    return dx, sum_dy_xhat.sum(0), sum_dy.sum(0), dresidual
+
+
+class _BatchNorm(torch.autograd.Function):
+    """(x, weight, bias, residual, activation, eps, given) -> y, mean, m2; see `differentiable.normalize`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str | None,
+        eps: float,
+        given: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        mean: Tensor | None
+        m2: Tensor | None
+        if given is None:
+            y, mean, m2, rstd = forward(x, weight, bias, residual, activation, eps)
+            ctx.mark_non_differentiable(mean, m2)
+            statistics = (mean, rstd)
+        else:
+            statistics = given
+            mean = m2 = None
+            y = forward_given(x, weight, bias, residual, activation, *statistics)
+        behind = (bias, residual) if activation is not None else (None, None)
+        ctx.save_for_backward(x, weight, *behind, *statistics)
+        ctx.settings = (activation, eps, given is not None)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias, residual))
+        ctx.set_materialize_grads(False)
+        return y, mean, m2
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 7
+        x, weight, bias, residual, mean, rstd = ctx.saved_tensors
+        activation, eps, given = ctx.settings
+        if torch.is_grad_enabled():
+            gradients = _differentiable_gradients(ctx, x, dy, weight, bias, residual, mean, rstd)
+        else:
+            gradients = backward(x, dy, weight, bias, residual, activation, mean, rstd, given)
+        dx, dweight, dbias, dresidual = gradients
+        if activation is None:
+            dresidual = dy
+        parameters = (dweight, dbias, dresidual)
+        cast = (
+            g.to(dtype) if need and g is not None else None
+            for g, dtype, need in zip(parameters, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True)
+        )
+        return dx if ctx.needs_input_grad[0] else None, *cast, None, None, None
+
+
+def _differentiable_gradients(
+    ctx: Any,
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients as functions of x, dy, weight, bias and residual that autograd can go through."""
+    activation, eps, given = ctx.settings
+    if bias is None and ctx.dtypes[1] is not None:
+        # Not kept, as no activation follows: any value gives the same gradient.
+        bias = torch.zeros(x.shape[1], dtype=ctx.dtypes[1], device=x.device, requires_grad=True)
+    y = differentiable.normalize(
+        x, weight, bias, residual, activation, eps, (mean, rstd) if given else None
+    ).y
+    inputs = [x, weight, bias, residual]
+    wanted = {
+        index: tensor
+        for index, (tensor, need) in enumerate(zip(inputs, ctx.needs_input_grad[:4], strict=True))
+        if need and tensor is not None
+    }
+    found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=True)
+    gradients = dict(zip(wanted, found, strict=True))
+    return tuple(gradients.get(index) for index in range(4))
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    eps: float,
+    given: tuple[Tensor, Tensor] | None = None,
+) -> differentiable.Normalized:
+    """Normalize eagerly; differentiable where an input requires a gradient."""
+    return differentiable.Normalized(*_BatchNorm.apply(x, weight, bias, residual, activation, eps, given))  # type: ignore[no-untyped-call]
