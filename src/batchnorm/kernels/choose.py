@@ -14,7 +14,8 @@ from typing import NamedTuple, cast
 
 from torch import Tensor
 
-from ..errors import OptionError
+from batchnorm.errors import OptionError
+
 from . import eager
 from .interface import Engine
 

@@ -1,8 +1,7 @@
 """The engine of plain torch operations: any device, any dtype, always there.
 
-Every elementwise step is computed in the wide dtype, over chunks of samples: a chunk's temporaries stay in the
-cache, where one float64 copy of the whole input would cost a page fault for every 4 KB. On 2 cores, float32
-(32, 64, 28, 28), chunks of 2**18 values take a quarter of the time of one unchunked pass. Sums of chunks are
+Every elementwise step is computed in the wide dtype, over chunks of samples: a chunk's temporaries stay in
+the cache, where a float64 copy of the whole input would cost a page fault for every 4 KB. Sums of chunks are
 added in order and a chunk's size is a constant, so that results do not depend on the number of threads.
 """
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 from .interface import Moments, wide_dtype
 
-# Values per chunk. On a GPU a chunk is a launch, so only memory bounds it: 2**26 values are 512 MB in float64.
+# Values per chunk. A GPU launches kernels per chunk, so only memory bounds it: 2**26 values are 512 MB wide.
 _CHUNK_CPU = 2**18
 _CHUNK_DEVICE = 2**26
 _ROW = 4096

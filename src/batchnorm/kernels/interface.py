@@ -15,9 +15,9 @@ Notation, here and in every engine:
     x̂ = (x - mean) * rstd        z = weight * x̂ + bias + residual        y = activation(z)
     dy' = dy * activation'(z)
 
-Statistics travel in the wide dtype (`wide_dtype`: float64 wherever the device has it): a mean that was rounded
-to float32 costs 2e-2 in y at |mean|/std = 1e6. Masked positions come out as zero, in y and in every gradient,
-whatever was in x or dy there.
+Statistics travel in the wide dtype (`wide_dtype`: float64 wherever the device has it): a mean that was
+rounded to float32 costs 2e-2 in y at |mean|/std = 1e6. Masked positions come out as zero, in y and in every
+gradient, whatever was in x or dy there.
 """
 
 from __future__ import annotations

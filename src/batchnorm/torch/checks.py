@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import InputShapeError, InputTypeError, OptionError
-from ..kernels.activations import ACTIVATIONS
+from batchnorm.errors import InputShapeError, InputTypeError, OptionError
+from batchnorm.kernels.activations import ACTIVATIONS
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -31,7 +31,7 @@ def check_eps(eps: float, training: bool) -> None:
 
 
 def check_input(input: Tensor, training: bool) -> None:
-    """Raise unless `input` is floating, has a channel axis, and in training more than one value per channel."""
+    """Raise unless `input` is floating, has channels, and in training more than one value per channel."""
     if not input.is_floating_point():
         raise InputTypeError(
             f"expected a floating-point input, got {_dtype(input)}: convert it with .float()"
@@ -63,7 +63,8 @@ def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
         )
     if vector.device != input.device:
         raise InputTypeError(
-            f"{name} is on {vector.device} and the input on {input.device}: move the model or the input with .to()"
+            f"{name} is on {vector.device} and the input on {input.device}: "
+            "move the model or the input with .to()"
         )
 
 
@@ -73,8 +74,8 @@ def check_running(
     """Raise unless both running statistics fit the input; outside training both must be there."""
     if not training and (running_mean is None or running_var is None):
         raise OptionError(
-            "expected running_mean and running_var outside training, got None: pass training=True to normalize "
-            "by the batch's own statistics"
+            "expected running_mean and running_var outside training, got None: "
+            "pass training=True to normalize by the batch's own statistics"
         )
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         check_vector(name, running, input)
@@ -89,7 +90,8 @@ def check_parameter(name: str, parameter: Tensor | None, input: Tensor) -> None:
         return
     if not (input.dtype in HALVES and parameter.dtype == torch.float32):
         raise InputTypeError(
-            f"{name} is {_dtype(parameter)} and the input is {_dtype(input)}: convert one of them with .to(dtype)"
+            f"{name} is {_dtype(parameter)} and the input is {_dtype(input)}: "
+            "convert one of them with .to(dtype)"
         )
 
 
@@ -103,8 +105,8 @@ def check_residual(residual: Tensor | None, input: Tensor) -> None:
         )
     if not residual.is_floating_point() or residual.device != input.device:
         raise InputTypeError(
-            f"residual is {_dtype(residual)} on {residual.device}, the input {_dtype(input)} on {input.device}: "
-            "it must be floating-point and on the same device"
+            f"residual is {_dtype(residual)} on {residual.device}, "
+            f"the input {_dtype(input)} on {input.device}: it must be floating-point and on the same device"
         )
 
 

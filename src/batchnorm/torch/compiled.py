@@ -1,7 +1,7 @@
-"""The same forward and gradient as `torch.library` operators: what `torch.compile` sees instead of the kernels.
+"""The forward and its gradient as `torch.library` operators: what `torch.compile` sees, not the kernels.
 
-The compiler takes each as one opaque call, so a compiled layer computes what an eager one does. Eager calls do
-not come here: a pair of custom operators costs more than a whole small stock layer.
+The compiler takes each as one opaque call, so a compiled layer computes what an eager one does. Eager calls
+do not come here: a pair of custom operators costs more than a whole small stock layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.interface import wide_dtype
+from batchnorm.kernels.interface import wide_dtype
+
 from . import operators
 from .differentiable import Normalized
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..kernels.activations import ACTIVATIONS
-from ..kernels.interface import wide_dtype
+from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.interface import wide_dtype
 
 
 class Normalized(NamedTuple):

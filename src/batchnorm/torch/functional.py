@@ -10,12 +10,13 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..errors import OptionError
-from ..kernels.activations import ACTIVATIONS
-from ..kernels.choose import engine
-from ..kernels.interface import wide_dtype
-from ..statistics.batch import running_update
-from ..statistics.moments import PooledMoments
+from batchnorm.errors import OptionError
+from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.choose import engine
+from batchnorm.kernels.interface import wide_dtype
+from batchnorm.statistics.batch import running_update
+from batchnorm.statistics.moments import PooledMoments
+
 from . import checks, compiled, differentiable, operators
 from .differentiable import Normalized
 
@@ -114,12 +115,12 @@ def pure_batch_norm(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Normalize each channel and return the moved running statistics instead of writing to them.
 
-    As `batch_norm`, for `torch.func`: it writes to nothing, so `vmap`, `grad`, `jvp` and `functional_call` all
-    go through it.
+    As `batch_norm`, for `torch.func`: it writes to nothing, so `vmap`, `grad`, `jvp` and `functional_call`
+    all go through it.
 
     Returns:
-        (y, running_mean, running_var); a running statistic that was None stays None, and outside training both
-        come back as they were. No gradient flows into the running statistics.
+        (y, running_mean, running_var); a running statistic that was None stays None, and outside training
+        both come back as they were. No gradient flows into the running statistics.
     """
     _check(input, running_mean, running_var, weight, bias, training, eps, residual, activation)
     if _is_exporting():
@@ -269,11 +270,11 @@ def _stock(
     if isinstance(
         momentum, Tensor
     ):  # torch's operator takes a number: read the batch off it, and move by hand
-        batch = tuple(None if t is None else torch.zeros_like(t) for t in (running_mean, running_var))
-        y = F.batch_norm(input, *batch, weight, bias, training, 1.0, eps)
+        mean, var = (None if t is None else torch.zeros_like(t) for t in (running_mean, running_var))
+        y = F.batch_norm(input, mean, var, weight, bias, training, 1.0, eps)
         moved = (
             None if old is None or new is None else running_update(old, new, momentum)
-            for old, new in zip((running_mean, running_var), batch, strict=True)
+            for old, new in ((running_mean, mean), (running_var, var))
         )
         _write((running_mean, running_var), tuple(moved))
     else:

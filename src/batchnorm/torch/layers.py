@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..errors import BatchNormError, InputShapeError
+from batchnorm.errors import BatchNormError, InputShapeError
+
 from . import functional
 from .checks import HALVES, check_activation
 from .naming import qualified_name
@@ -99,7 +100,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         return shown if self.activation is None else f"{shown}, activation={self.activation}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As `torch.nn.Module._apply`, but running statistics stay float32 under `.half()` and `.bfloat16()`."""
+        """As `torch.nn.Module._apply`, but running statistics never become 16-bit: they stay float32."""
         before = {name: self._buffers[name] for name in _RUNNING}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
@@ -134,12 +135,12 @@ _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
         activation.
 
     Raises:
-        InputShapeError: (a ValueError and RuntimeError) wrong rank or channels; one value per channel in training.
+        InputShapeError: (a ValueError and RuntimeError) wrong rank or channels; one value per channel.
         InputTypeError: (a TypeError and RuntimeError) integer input, mixed dtypes or devices.
         OptionError: (a ValueError) eps <= 0 in training, or an unknown activation.
 
     Differs from torch: accurate for any |mean|/std, in every layout; running statistics stay float32 under
-    `.half()` and `.bfloat16()`; an empty batch counts, but leaves them alone; a call that raises counts nothing.
+    `.half()` and `.bfloat16()`; an empty batch counts, but leaves them alone; an error counts nothing.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
     """

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.choose import engine
-from ..kernels.interface import wide_dtype
-from ..statistics import batch, running
+from batchnorm.kernels.choose import engine
+from batchnorm.statistics import batch, running
+
 from . import differentiable
 
 
@@ -57,7 +57,7 @@ def backward(
     rstd: Tensor,
     given: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return dx, dweight `[C]`, dbias `[C]` (both wide) and dresidual; `given`: the statistics were constants."""
+    """Return dx, dweight and dbias `[C]` (wide), dresidual; `given`: the statistics were constants."""
     kernels = engine(x)
     affine = {"residual": residual, "activation": activation}
     sum_dy, sum_dy_xhat = kernels.backward_reduce(x, dy, mean, rstd, weight, bias, **affine)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ class _BatchNorm(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         x, weight, bias, residual, mean, rstd = ctx.saved_tensors
-        activation, eps, given = ctx.settings
+        activation, _, given = ctx.settings
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx, x, dy, weight, bias, residual, mean, rstd)
         else:
