@@ -2,20 +2,20 @@
 
 Every elementwise step is computed in the wide dtype, over chunks of samples: a chunk's temporaries stay in
 the cache, where a float64 copy of the whole input would cost a page fault for every 4 KB. Sums of chunks are
-added in order and a chunk's size is a constant, so that results do not depend on the number of threads.
+added in order and a chunk's size is a constant, so that results do not depend on the number of threads. A
+small input is one chunk, and what both halves of a pass need is then computed once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .interface import Moments, wide_dtype
+from .interface import Coefficients, Moments, wide_dtype
 
 # Values per chunk. A GPU launches kernels per chunk, so only memory bounds it: 2**26 values are 512 MB wide.
 _CHUNK_CPU = 2**18
@@ -23,126 +23,193 @@ _CHUNK_DEVICE = 2**26
 _ROW = 4096
 
 
-@dataclass(frozen=True)
 class _Chunks:
-    """How x is cut along N: runs of samples that never straddle two groups."""
+    """How `[N, C, *S]` is cut along N: runs of samples that never straddle two groups."""
 
-    x: Tensor
-    group_size: int | None
+    def __init__(self, x: Tensor, mask: Tensor | None, group_size: int | None) -> None:
+        self.x = x
+        self.mask = mask
+        self.samples = x.shape[0]
+        self.size = max(1, self.samples) if group_size is None else group_size
+        self.groups = max(1, math.ceil(self.samples / self.size))
+        self.wide = wide_dtype(x.device)
+        self.dims = [0, *range(2, x.dim())]
+        self.spatial = [1] * (x.dim() - 2)
+        budget = _CHUNK_CPU if x.device.type == "cpu" else _CHUNK_DEVICE
+        self.step = max(1, budget // max(1, x.numel() // max(1, self.samples)))
+        self.single = self.groups == 1 and 0 < self.samples <= self.step
 
-    @property
-    def groups(self) -> int:
-        return 1 if self.group_size is None else max(1, math.ceil(len(self.x) / self.group_size))
-
-    @property
-    def dims(self) -> list[int]:
-        return [0, *range(2, self.x.dim())]
-
-    def __iter__(self) -> Iterator[tuple[int, slice]]:
-        """Yield (group, samples of the chunk)."""
-        samples = len(self.x)
-        values = self.x.numel() // max(1, samples)
-        budget = _CHUNK_CPU if self.x.device.type == "cpu" else _CHUNK_DEVICE
-        step = max(1, budget // max(1, values))
-        size = samples if self.group_size is None else self.group_size
+    def __iter__(self) -> Iterator[tuple[int, slice | None]]:
+        """Yield (group, samples of the chunk); None stands for all samples."""
+        if self.single:
+            yield 0, None
+            return
         for group in range(self.groups):
-            end = min(samples, (group + 1) * size)
-            for start in range(group * size, end, step):
-                yield group, slice(start, min(end, start + step))
+            end = min(self.samples, (group + 1) * self.size)
+            for start in range(group * self.size, end, self.step):
+                yield group, slice(start, min(end, start + self.step))
 
-    def per_channel(self, vector: Tensor) -> Tensor:
-        """Return `vector` `[C]` in the wide dtype, shaped to broadcast against x."""
-        return vector.to(wide_dtype(self.x.device)).view(-1, *[1] * (self.x.dim() - 2))
+    def spread(self, vector: Tensor) -> Tensor:
+        """Return `[G, C]` or `[C]` shaped to broadcast against x."""
+        return vector.view(*vector.shape, *self.spatial) if self.spatial else vector
 
-    def sum(self, wide: Tensor) -> Tensor:
-        """Return the sum of a chunk per channel, `[C]`.
+    def of(self, spread: Tensor, group: int) -> Tensor:
+        """Return a group's row of a spread `[G, C, 1...]`."""
+        return spread if self.groups == 1 else spread[group : group + 1]
+
+    def clear(self, chunk: Tensor, samples: slice | None) -> Tensor:
+        """Zero the masked positions of a fresh chunk, in place."""
+        if self.mask is None:
+            return chunk
+        return chunk.masked_fill_(~take(self.mask, samples).unsqueeze(1), 0.0)
+
+    def sum(self, chunk: Tensor) -> Tensor:
+        """Return the sum of a chunk per channel, `[C]`, wide.
 
         torch splits a sum over threads by its outputs, except where there is a single one; one channel is
         therefore summed by rows of constant length first.
         """
-        if wide.shape[1] != 1:
-            return wide.sum(self.dims)
-        flat = wide.reshape(-1)
+        if chunk.shape[1] != 1:
+            return chunk.sum(self.dims, dtype=self.wide)
+        flat = chunk.reshape(-1)
         whole = len(flat) // _ROW * _ROW
-        return flat[:whole].view(-1, _ROW).sum(1).sum(0, keepdim=True) + flat[whole:].sum(0, keepdim=True)
+        rows = flat[:whole].view(-1, _ROW).sum(1, dtype=self.wide)
+        return rows.sum(0, keepdim=True) + flat[whole:].sum(0, keepdim=True, dtype=self.wide)
 
-    def zeros(self) -> Tensor:
-        return torch.zeros(
-            self.groups, self.x.shape[1], dtype=wide_dtype(self.x.device), device=self.x.device
-        )
+    def total(self, parts: Iterator[tuple[int, tuple[Tensor, ...]]], width: int) -> tuple[Tensor, ...]:
+        """Return `width` sums `[G, C]` of (group, sums of a chunk), added in order."""
+        sums: list[tuple[Tensor, ...] | None] = [None] * self.groups
+        for group, part in parts:
+            before = sums[group]
+            sums[group] = part if before is None else tuple(a + b for a, b in zip(before, part, strict=True))
+        empty = (torch.zeros(self.x.shape[1], dtype=self.wide, device=self.x.device),) * width
+        if self.groups == 1:
+            return tuple(part.unsqueeze(0) for part in sums[0] or empty)
+        return tuple(torch.stack(column) for column in zip(*(part or empty for part in sums), strict=True))
+
+    def count(self) -> Tensor:
+        """Return the number of values per channel, `[G]`, wide."""
+        positions = math.prod(self.x.shape[2:])
+        if self.mask is None:
+            full, last = self.size * positions, (self.samples - (self.groups - 1) * self.size) * positions
+            count = torch.full((self.groups,), float(full), dtype=self.wide, device=self.x.device)
+            if last != full:
+                count[-1] = last
+            return count
+        per_sample = self.mask.flatten(1).sum(1, dtype=self.wide)
+        return torch.stack([part.sum() for part in torch.split(per_sample, self.size)])
 
 
-def _keep(mask: Tensor, samples: slice) -> Tensor:
-    """Return the chunk's mask as `[n, 1, *S]`."""
-    return mask[samples].unsqueeze(1)
+def take(tensor: Tensor, samples: slice | None) -> Tensor:
+    """Return those samples of a tensor; None stands for all."""
+    return tensor if samples is None else tensor[samples]
 
 
-def _wide(x: Tensor, samples: slice, mask: Tensor | None) -> Tensor:
-    """Return a fresh wide copy of the chunk, zero where masked."""
-    chunk = x[samples]
-    chunk = chunk.to(wide_dtype(x.device), copy=True)
-    return chunk if mask is None else chunk.masked_fill_(~_keep(mask, samples), 0.0)
+class _Pass:
+    """One batch normalization by given statistics, chunk by chunk."""
 
+    def __init__(
+        self,
+        chunks: _Chunks,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str | None,
+    ) -> None:
+        self.chunks = chunks
+        self.mean, self.rstd = chunks.spread(mean), chunks.spread(rstd)
+        self.weight = None if weight is None else chunks.spread(weight)
+        self.bias = None if bias is None else chunks.spread(bias)
+        self.residual = residual
+        self.activation = None if activation is None else ACTIVATIONS[activation]
+        self._kept: tuple[Tensor, Tensor] | None = None
 
-def _counts(chunks: _Chunks, mask: Tensor | None) -> Tensor:
-    count = torch.zeros(chunks.groups, dtype=wide_dtype(chunks.x.device), device=chunks.x.device)
-    spatial = math.prod(chunks.x.shape[2:])
-    for group, samples in chunks:
-        count[group] += (samples.stop - samples.start) * spatial if mask is None else mask[samples].sum()
-    return count
+    def xhat(self, group: int, samples: slice | None) -> Tensor:
+        """Return x̂ of a chunk, fresh and wide, zero where masked."""
+        chunks = self.chunks
+        centred = take(chunks.x, samples) - chunks.of(self.mean, group)
+        return chunks.clear(centred.mul_(chunks.of(self.rstd, group)), samples)
+
+    def z(self, xhat: Tensor, samples: slice | None) -> Tensor:
+        """Return weight * x̂ + bias + residual."""
+        z = xhat if self.weight is None else xhat * self.weight
+        z = z if self.bias is None else z + self.bias
+        return z if self.residual is None else z + take(self.residual, samples)
+
+    def y(self, xhat: Tensor, samples: slice | None) -> Tensor:
+        """Return activation(z), zero where masked; may overwrite x̂."""
+        z = self.z(xhat, samples)
+        return self.chunks.clear(z if self.activation is None else self.activation.value(z), samples)
+
+    def xhat_and_dz(self, dy: Tensor, group: int, samples: slice | None) -> tuple[Tensor, Tensor]:
+        """Return x̂ and dy', dy through the activation, both wide and zero where masked."""
+        if self._kept is not None:
+            return self._kept
+        xhat = self.xhat(group, samples)
+        chunk = take(dy, samples)
+        if self.activation is None:
+            dz = chunk.to(self.chunks.wide, copy=True)
+        else:
+            dz = self.activation.derivative(self.z(xhat, samples)).mul_(chunk)
+        found = xhat, self.chunks.clear(dz, samples)
+        if self.chunks.single:
+            self._kept = found
+        return found
+
+    def reduce(self, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Σ dy' and Σ dy' x̂, `[G, C]`."""
+
+        def parts() -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+            for group, samples in self.chunks:
+                xhat, dz = self.xhat_and_dz(dy, group, samples)
+                yield group, (self.chunks.sum(dz), self.chunks.sum(dz * xhat))
+
+        sum_dy, sum_dy_xhat = self.chunks.total(parts(), 2)
+        return sum_dy, sum_dy_xhat
+
+    def apply(self, dy: Tensor, coefficients: Coefficients) -> tuple[Tensor, Tensor | None]:
+        """Return dx = a dy' + b x̂ + c, and dresidual = dy'."""
+        chunks = self.chunks
+        a, b, c = map(chunks.spread, coefficients)
+        dx = torch.empty_like(chunks.x)
+        dresidual = None if self.residual is None else torch.empty_like(self.residual)
+        for group, samples in chunks:
+            xhat, dz = self.xhat_and_dz(dy, group, samples)
+            if dresidual is not None:
+                take(dresidual, samples).copy_(dz)
+            dz.mul_(chunks.of(a, group)).add_(xhat.mul_(chunks.of(b, group))).add_(chunks.of(c, group))
+            take(dx, samples).copy_(chunks.clear(dz, samples))
+        self._kept = None
+        return dx, dresidual
 
 
 def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
     """See `interface.Engine.moments`."""
-    chunks = _Chunks(x, group_size)
-    count = _counts(chunks, mask)
+    return _moments(_Chunks(x, mask, group_size))
+
+
+def _moments(chunks: _Chunks) -> Moments:
+    count = chunks.count()
     divisor = count.clamp(min=1).unsqueeze(1)
-    total, m2 = chunks.zeros(), chunks.zeros()
-    for group, samples in chunks:
-        total[group] += chunks.sum(_wide(x, samples, mask))
-    mean = total.div_(divisor)
-    for group, samples in chunks:
-        centred = _wide(x, samples, mask).sub_(chunks.per_channel(mean[group]))
-        if mask is not None:
-            centred.masked_fill_(~_keep(mask, samples), 0.0)
-        m2[group] += chunks.sum(centred.square_())
-    return Moments(count, mean, m2)
 
+    def sums() -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        for group, samples in chunks:
+            chunk = take(chunks.x, samples)
+            if chunks.mask is not None:
+                chunk = chunks.clear(chunk.clone(), samples)
+            yield group, (chunks.sum(chunk),)
 
-@dataclass(frozen=True)
-class _Affine:
-    """z = weight * x̂ + bias + residual, chunk by chunk, and what of dy goes through the activation."""
+    mean = chunks.total(sums(), 1)[0] / divisor
+    spread = chunks.spread(mean)
 
-    chunks: _Chunks
-    mean: Tensor
-    rstd: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    activation: str | None
-    mask: Tensor | None
+    def squares() -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        for group, samples in chunks:
+            centred = chunks.clear(take(chunks.x, samples) - chunks.of(spread, group), samples)
+            yield group, (chunks.sum(centred.square_()),)
 
-    def xhat(self, group: int, samples: slice) -> Tensor:
-        wide = _wide(self.chunks.x, samples, self.mask)
-        wide.sub_(self.chunks.per_channel(self.mean[group]))
-        return wide.mul_(self.chunks.per_channel(self.rstd[group]))
-
-    def z(self, xhat: Tensor, samples: slice) -> Tensor:
-        z = xhat if self.weight is None else xhat * self.chunks.per_channel(self.weight)
-        z = z if self.bias is None else z + self.chunks.per_channel(self.bias)
-        return z if self.residual is None else z + self.residual[samples]
-
-    def y(self, group: int, samples: slice) -> Tensor:
-        z = self.z(self.xhat(group, samples), samples)
-        y = z if self.activation is None else ACTIVATIONS[self.activation].value(z)
-        return y if self.mask is None else y.masked_fill(~_keep(self.mask, samples), 0.0)
-
-    def dy(self, dy: Tensor, xhat: Tensor, samples: slice) -> Tensor:
-        wide = _wide(dy, samples, self.mask)
-        if self.activation is None:
-            return wide
-        wide.mul_(ACTIVATIONS[self.activation].derivative(self.z(xhat, samples)))
-        return wide if self.mask is None else wide.masked_fill_(~_keep(self.mask, samples), 0.0)
+    return Moments(count, mean, chunks.total(squares(), 1)[0])
 
 
 def normalize(
@@ -158,11 +225,11 @@ def normalize(
     group_size: int | None = None,
 ) -> Tensor:
     """See `interface.Engine.normalize`."""
-    chunks = _Chunks(x, group_size)
-    affine = _Affine(chunks, mean, rstd, weight, bias, residual, activation, mask)
+    chunks = _Chunks(x, mask, group_size)
+    step = _Pass(chunks, mean, rstd, weight, bias, residual, activation)
     y = torch.empty_like(x)
     for group, samples in chunks:
-        y[samples] = affine.y(group, samples)
+        take(y, samples).copy_(step.y(step.xhat(group, samples), samples))
     return y
 
 
@@ -180,15 +247,8 @@ def backward_reduce(
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `interface.Engine.backward_reduce`."""
-    chunks = _Chunks(x, group_size)
-    affine = _Affine(chunks, mean, rstd, weight, bias, residual, activation, mask)
-    sum_dy, sum_dy_xhat = chunks.zeros(), chunks.zeros()
-    for group, samples in chunks:
-        xhat = affine.xhat(group, samples)
-        dz = affine.dy(dy, xhat, samples)
-        sum_dy[group] += chunks.sum(dz)
-        sum_dy_xhat[group] += chunks.sum(dz.mul_(xhat))
-    return sum_dy, sum_dy_xhat
+    chunks = _Chunks(x, mask, group_size)
+    return _Pass(chunks, mean, rstd, weight, bias, residual, activation).reduce(dy)
 
 
 def backward_apply(
@@ -196,7 +256,7 @@ def backward_apply(
     dy: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    coefficients: tuple[Tensor, Tensor, Tensor],
+    coefficients: Coefficients,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
@@ -206,16 +266,55 @@ def backward_apply(
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `interface.Engine.backward_apply`."""
-    chunks = _Chunks(x, group_size)
-    affine = _Affine(chunks, mean, rstd, weight, bias, residual, activation, mask)
-    dx = torch.empty_like(x)
-    dresidual = None if residual is None else torch.empty_like(residual)
-    for group, samples in chunks:
-        a, b, c = (chunks.per_channel(coefficient[group]) for coefficient in coefficients)
-        xhat = affine.xhat(group, samples)
-        dz = affine.dy(dy, xhat, samples)
-        if dresidual is not None:
-            dresidual[samples] = dz
-        gradient = dz.mul_(a).add_(xhat.mul_(b)).add_(c)
-        dx[samples] = gradient if mask is None else gradient.masked_fill_(~_keep(mask, samples), 0.0)
-    return dx, dresidual
+    chunks = _Chunks(x, mask, group_size)
+    return _Pass(chunks, mean, rstd, weight, bias, residual, activation).apply(dy, coefficients)
+
+
+def forward(
+    x: Tensor,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Moments, Tensor]:
+    """See `interface.Engine.forward`."""
+    found = moments(x, mask=mask, group_size=group_size)
+    rstd = (found.m2 / found.count.clamp(min=1).unsqueeze(1)).add_(eps).rsqrt_()
+    y = normalize(
+        x,
+        found.mean,
+        rstd,
+        weight,
+        bias,
+        residual=residual,
+        activation=activation,
+        mask=mask,
+        group_size=group_size,
+    )
+    return y, found, rstd
+
+
+def backward(
+    x: Tensor,
+    dy: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    coefficients: Callable[[Tensor, Tensor], Coefficients],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See `interface.Engine.backward`."""
+    chunks = _Chunks(x, mask, group_size)
+    step = _Pass(chunks, mean, rstd, weight, bias, residual, activation)
+    sum_dy, sum_dy_xhat = step.reduce(dy)
+    dx, dresidual = step.apply(dy, coefficients(sum_dy, sum_dy_xhat))
+    return dx, sum_dy, sum_dy_xhat, dresidual

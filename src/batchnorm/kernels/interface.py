@@ -22,6 +22,7 @@ gradient, whatever was in x or dy there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -36,6 +37,10 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
+# a, b and c of dx = a dy' + b x̂ + c, each `[G, C]`, wide.
+Coefficients = tuple[Tensor, Tensor, Tensor]
+
+
 class Moments(NamedTuple):
     """Count, mean and centred second moment of the values of each group and channel.
 
@@ -48,22 +53,6 @@ class Moments(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # hides the method `count` that tuples have
     mean: Tensor
     m2: Tensor
-
-
-class Gradients(NamedTuple):
-    """Gradients of one batch normalization.
-
-    Attributes:
-        dx: `[N, C, *S]`, in the dtype and layout of x.
-        dweight: `[C]`, wide dtype.
-        dbias: `[C]`, wide dtype.
-        dresidual: `[N, C, *S]`, in the dtype of the residual; None where there was none.
-    """
-
-    dx: Tensor
-    dweight: Tensor
-    dbias: Tensor
-    dresidual: Tensor | None
 
 
 class Engine(Protocol):
@@ -109,7 +98,7 @@ class Engine(Protocol):
         dy: Tensor,
         mean: Tensor,
         rstd: Tensor,
-        coefficients: tuple[Tensor, Tensor, Tensor],
+        coefficients: Coefficients,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         *,
@@ -122,4 +111,38 @@ class Engine(Protocol):
 
         The statistics policy computes the coefficients, so that none is a special case here. The middle term
         takes x̂, not x: b x + c would cancel where |mean| is far above std.
+        """
+
+    def forward(
+        self,
+        x: Tensor,
+        eps: float,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        mask: Tensor | None = None,
+        group_size: int | None = None,
+    ) -> tuple[Tensor, Moments, Tensor]:
+        """Return y, the moments of x, and rstd: `moments` and `normalize` with nothing between them."""
+
+    def backward(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        coefficients: Callable[[Tensor, Tensor], Coefficients],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        mask: Tensor | None = None,
+        group_size: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return dx, sum_dy, sum_dy_xhat and dresidual: both backward halves.
+
+        `coefficients(sum_dy, sum_dy_xhat)` is what stands between them; it is called once.
         """

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.interface import wide_dtype
@@ -27,6 +29,11 @@ class Normalized(NamedTuple):
     y: Tensor
     mean: Tensor | None
     m2: Tensor | None
+
+
+def is_transforming() -> bool:
+    """Whether a `torch.func` transform or forward-mode differentiation is going on around this call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def normalize(

@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -190,7 +189,7 @@ def _normalize(
         given = _given(running_mean, running_var, eps)
     if input.dim() < 2:
         return Normalized(_behind(input.clone(), residual, activation), None, None)
-    if _is_transforming():
+    if differentiable.is_transforming():
         path = differentiable.normalize
     elif torch.compiler.is_compiling():
         path = compiled.apply
@@ -233,7 +232,7 @@ def _write(running: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ...])
                 if old is not None and new is not None and new is not old:
                     old.copy_(new)
     except RuntimeError as error:
-        if not _is_transforming():
+        if not differentiable.is_transforming():
             raise
         raise OptionError(
             "torch.func cannot write to running statistics that it does not transform: pass the buffers as "
@@ -243,11 +242,6 @@ def _write(running: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ...])
 
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
-
-
-def _is_transforming() -> bool:
-    """Whether a `torch.func` transform or forward-mode differentiation is going on around this call."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _stock(

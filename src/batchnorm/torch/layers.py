@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
-
 from batchnorm.errors import BatchNormError, InputShapeError
+from batchnorm.kernels.interface import wide_dtype
+from torch import Tensor, nn
 
 from . import functional
 from .checks import HALVES, check_activation
@@ -68,7 +68,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         batches = self.num_batches_tracked if tracking else None
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.momentum is None and batches is not None:
-            momentum = 1.0 / (batches + 1)  # stays on the device
+            momentum = 1.0 / (batches + 1).to(wide_dtype(batches.device))  # stays on the device
         y = functional.batch_norm(
             input,
             self.running_mean if use_running else None,

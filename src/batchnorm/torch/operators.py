@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from batchnorm.kernels.choose import engine
+from batchnorm.kernels.interface import Coefficients
 from batchnorm.statistics import batch, running
+from torch import Tensor
 
 from . import differentiable
 
@@ -26,11 +26,8 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, and the batch's mean, m2 and rstd, `[1, C]` each."""
-    kernels = engine(x)
-    count, mean, m2 = kernels.moments(x)
-    rstd = (m2 / count.clamp(min=1).unsqueeze(1) + eps).rsqrt()
-    y = kernels.normalize(x, mean, rstd, weight, bias, residual=residual, activation=activation)
-    return y, mean, m2, rstd
+    y, found, rstd = engine(x).forward(x, eps, weight, bias, residual=residual, activation=activation)
+    return y, found.mean, found.m2, rstd
 
 
 def forward_given(
@@ -58,16 +55,17 @@ def backward(
     given: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dx, dweight and dbias `[C]` (wide), dresidual; `given`: the statistics were constants."""
-    kernels = engine(x)
-    affine = {"residual": residual, "activation": activation}
-    sum_dy, sum_dy_xhat = kernels.backward_reduce(x, dy, mean, rstd, weight, bias, **affine)  # type: ignore[arg-type]
     scale: Any = 1.0 if weight is None else weight.to(rstd.dtype)
-    if given:
-        coefficients = running.gradient_coefficients(scale, rstd)
-    else:
-        count = x.numel() // x.shape[1] if x.shape[1] else 0
-        coefficients = batch.gradient_coefficients(scale, rstd, sum_dy, sum_dy_xhat, count)
-    dx, dresidual = kernels.backward_apply(x, dy, mean, rstd, coefficients, weight, bias, **affine)  # type: ignore[arg-type]
+
+    def coefficients(sum_dy: Tensor, sum_dy_xhat: Tensor) -> Coefficients:
+        if given:
+            return running.gradient_coefficients(scale, rstd)
+        count = x.numel() // max(1, x.shape[1])
+        return batch.gradient_coefficients(scale, rstd, sum_dy, sum_dy_xhat, count)
+
+    dx, sum_dy, sum_dy_xhat, dresidual = engine(x).backward(
+        x, dy, mean, rstd, coefficients, weight, bias, residual=residual, activation=activation
+    )
     return dx, sum_dy_xhat.sum(0), sum_dy.sum(0), dresidual
 
 
@@ -108,7 +106,7 @@ class _BatchNorm(torch.autograd.Function):
             return (None,) * 7
         x, weight, bias, residual, mean, rstd = ctx.saved_tensors
         activation, _, given = ctx.settings
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or differentiable.is_transforming():
             gradients = _differentiable_gradients(ctx, x, dy, weight, bias, residual, mean, rstd)
         else:
             gradients = backward(x, dy, weight, bias, residual, activation, mean, rstd, given)
@@ -133,21 +131,25 @@ def _differentiable_gradients(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients as functions of x, dy, weight, bias and residual that autograd can go through."""
+    """Return the gradients by operations that torch can differentiate and transform in their turn.
+
+    That is for double backward; and for a backward in a `vmap` or in forward mode, of a forward outside it.
+    """
     activation, eps, given = ctx.settings
     if bias is None and ctx.dtypes[1] is not None:
         # Not kept, as no activation follows: any value gives the same gradient.
         bias = torch.zeros(x.shape[1], dtype=ctx.dtypes[1], device=x.device, requires_grad=True)
-    y = differentiable.normalize(
-        x, weight, bias, residual, activation, eps, (mean, rstd) if given else None
-    ).y
+    with torch.enable_grad():
+        y = differentiable.normalize(
+            x, weight, bias, residual, activation, eps, (mean, rstd) if given else None
+        ).y
     inputs = [x, weight, bias, residual]
     wanted = {
         index: tensor
         for index, (tensor, need) in enumerate(zip(inputs, ctx.needs_input_grad[:4], strict=True))
         if need and tensor is not None
     }
-    found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=True)
+    found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=torch.is_grad_enabled())
     gradients = dict(zip(wanted, found, strict=True))
     return tuple(gradients.get(index) for index in range(4))
 

@@ -1,0 +1,64 @@
+"""Result files: rows, and where they come from."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import batchnorm
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Return what a reader needs to judge and repeat a measurement."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=FOLDER.parent,
+    )
+    return {
+        "command": command,
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "batchnorm": batchnorm.__version__,
+    }
+
+
+def save(name: str, command: str, rows: list[dict[str, Any]], folder: Path = FOLDER) -> Path:
+    """Write `rows` with their provenance to `folder/name.json`, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps({"provenance": provenance(command), "rows": rows}, indent=1) + "\n")
+    draft.replace(path)
+    return path
+
+
+def load(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    """Return a result file's provenance and rows."""
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
