@@ -49,7 +49,7 @@ def _sigmoid_derivative(z: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(F.relu, lambda z: (z > 0).to(z.dtype)),
     "relu6": Activation(F.relu6, lambda z: _between(z, 0, 6)),
-    "leaky_relu": Activation(F.leaky_relu, lambda z: torch.where(z > 0, 1.0, 0.01).to(z.dtype)),
+    "leaky_relu": Activation(F.leaky_relu, lambda z: torch.where(z > 0, torch.ones_like(z), 0.01)),
     "silu": Activation(F.silu, _silu_derivative),
     "gelu": Activation(F.gelu, _gelu_derivative),
     "hardswish": Activation(F.hardswish, _hardswish_derivative),

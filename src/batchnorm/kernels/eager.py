@@ -96,7 +96,7 @@ class _Chunks:
             if last != full:
                 count[-1] = last
             return count
-        per_sample = self.mask.flatten(1).sum(1, dtype=self.wide)
+        per_sample = self.mask.unsqueeze(1).flatten(1).sum(1, dtype=self.wide)
         return torch.stack([part.sum() for part in torch.split(per_sample, self.size)])
 
 

@@ -1,0 +1,168 @@
+"""Every engine, every primitive, every case of the grid, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+
+import torch
+from batchnorm.kernels import eager
+from batchnorm.kernels.choose import ENGINES
+from batchnorm.kernels.interface import Coefficients, Engine
+from batchnorm.statistics import batch, running
+from tests.support.cases import Case, Inputs, every_case
+from tests.support.compare import Results, assert_close, reference_results
+
+EPS = 1e-5
+every_engine = pytest.mark.parametrize("name", ENGINES)
+
+
+@pytest.fixture(params=["default", "small"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The eager engine's chunks: as they are, and so small that every case has many."""
+    if request.param == "small":
+        monkeypatch.setattr(eager, "_CHUNK_CPU", 40)
+        monkeypatch.setattr(eager, "_ROW", 4)
+    return str(request.param)
+
+
+def _options(case: Case, inputs: Inputs) -> dict[str, object]:
+    return {"residual": inputs.residual, "mask": inputs.mask, **case.options}
+
+
+def _coefficients(
+    engine: Engine, case: Case, inputs: Inputs, rstd: torch.Tensor, sums: object
+) -> Coefficients:
+    weight = 1.0 if inputs.weight is None else inputs.weight.double()
+    count = engine.moments(inputs.x, mask=inputs.mask, group_size=case.group_size).count.unsqueeze(1)
+    return batch.gradient_coefficients(weight, rstd, *sums, count)
+
+
+def _assert_gradients(case: Case, expected: Results, dx: object, sums: object, dresidual: object) -> None:
+    sum_dy, sum_dy_xhat = sums
+    assert_close(dx, expected.dx, dtype=case.dtype, scale=expected.std, what="dx")
+    assert_close(sum_dy_xhat.sum(0), expected.dweight, dtype=torch.float32, what="dweight")
+    assert_close(sum_dy.sum(0), expected.dbias, dtype=torch.float32, what="dbias")
+    if expected.dresidual is not None:
+        assert_close(dresidual, expected.dresidual, dtype=case.dtype, what="dresidual")
+
+
+@pytest.mark.usefixtures("chunks")
+@every_engine
+@every_case
+def test_split_primitives(name: str, case: Case) -> None:
+    """Pain row 17: moments are centred, so an offset of 1e6 standard deviations costs no accuracy."""
+    engine, inputs = ENGINES[name], case.make()
+    x, weight, bias, _, dy, mask = inputs
+    expected = reference_results(case, inputs, eps=EPS)
+    options = _options(case, inputs)
+
+    count, mean, m2 = engine.moments(x, mask=mask, group_size=case.group_size)
+    assert (mean.dtype, m2.dtype) == (torch.float64, torch.float64)
+    assert_close(count, expected.count, dtype=torch.float64, what="count")
+    var = m2 / count.clamp(min=1).unsqueeze(1)
+    std = (expected.var + EPS) ** 0.5
+    assert_close(mean, expected.mean, dtype=torch.float32, scale=1 / std, what="mean")
+    assert_close(var, expected.var, dtype=torch.float32, scale=1 / std**2, what="var")
+
+    rstd = (var + EPS).rsqrt()
+    y = engine.normalize(x, mean, rstd, weight, bias, **options)
+    assert (y.dtype, y.shape) == (x.dtype, x.shape)
+    assert y.stride() == torch.empty_like(x).stride()
+    assert_close(y, expected.y, dtype=case.dtype, what="y")
+
+    sums = engine.backward_reduce(x, dy, mean, rstd, weight, bias, **options)
+    coefficients = _coefficients(engine, case, inputs, rstd, sums)
+    dx, dresidual = engine.backward_apply(x, dy, mean, rstd, coefficients, weight, bias, **options)
+    _assert_gradients(case, expected, dx, sums, dresidual)
+
+
+@pytest.mark.usefixtures("chunks")
+@every_engine
+@every_case
+def test_fused_pairs(name: str, case: Case) -> None:
+    engine, inputs = ENGINES[name], case.make()
+    x, weight, bias, _, dy, _ = inputs
+    expected = reference_results(case, inputs, eps=EPS)
+    options = _options(case, inputs)
+    y, found, rstd = engine.forward(x, EPS, weight, bias, **options)
+    assert_close(y, expected.y, dtype=case.dtype, what="y")
+    assert_close(rstd, expected.rstd, dtype=torch.float32, scale=1 / expected.rstd, what="rstd")
+
+    def coefficients(*sums: torch.Tensor) -> Coefficients:
+        return _coefficients(engine, case, inputs, rstd, sums)
+
+    dx, *sums, dresidual = engine.backward(x, dy, found.mean, rstd, coefficients, weight, bias, **options)
+    _assert_gradients(case, expected, dx, sums, dresidual)
+
+
+@every_engine
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_given_statistics_are_constants_of_the_gradient(name: str, activation: str | None) -> None:
+    engine = ENGINES[name]
+    case = Case("given", (3, 5, 7, 9), residual=True, activation=activation)
+    inputs = case.make()
+    x, weight, bias, residual, dy, _ = inputs
+    mean, var = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64) + 0.1
+    expected = reference_results(case, inputs, eps=EPS, mean=mean, var=var)
+    given = mean.unsqueeze(0), (var + EPS).rsqrt().unsqueeze(0)
+    options = {"residual": residual, "activation": activation}
+    assert_close(engine.normalize(x, *given, weight, bias, **options), expected.y, dtype=case.dtype, what="y")
+    dx, *sums, dresidual = engine.backward(
+        x,
+        dy,
+        *given,
+        lambda *_: running.gradient_coefficients(weight.double(), given[1]),
+        weight,
+        bias,
+        **options,
+    )
+    _assert_gradients(case, expected, dx, sums, dresidual)
+
+
+@every_engine
+def test_nothing_is_written_to_the_inputs(name: str) -> None:
+    engine = ENGINES[name]
+    case = Case("inputs", (5, 4, 6, 3), masked=True, residual=True, activation="silu", dtype=torch.float64)
+    inputs = case.make()
+    before = [None if tensor is None else tensor.clone() for tensor in inputs]
+    options = _options(case, inputs)
+    _, found, rstd = engine.forward(inputs.x, EPS, inputs.weight, inputs.bias, **options)
+    engine.backward(
+        inputs.x,
+        inputs.dy,
+        found.mean,
+        rstd,
+        lambda *sums: _coefficients(engine, case, inputs, rstd, sums),
+        inputs.weight,
+        inputs.bias,
+        **options,
+    )
+    torch.testing.assert_close(list(inputs), before, rtol=0, atol=0, equal_nan=True)
+
+
+@every_engine
+@pytest.mark.parametrize("shape", [(64, 1, 90, 70), (1, 1, 300_000), (40, 3, 70, 50), (9000, 67)], ids=str)
+def test_the_number_of_threads_changes_no_bit(name: str, shape: tuple[int, ...]) -> None:
+    engine = ENGINES[name]
+    x, dy = torch.randn(shape) + 3, torch.randn(shape)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3, 1):
+            torch.set_num_threads(number)
+            y, (_, mean, m2), rstd = engine.forward(x, EPS, activation="silu")
+            sums = engine.backward_reduce(x, dy, mean, rstd, activation="silu")
+            results.append((y, mean, m2, *sums))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+def test_a_device_without_float64_keeps_float32_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchnorm.kernels.interface._WITHOUT_FLOAT64", frozenset({"cpu"}))
+    case = Case("narrow", (13, 5, 4), residual=True, activation="silu")
+    inputs = case.make()
+    y, found, _ = eager.forward(inputs.x, EPS, inputs.weight, inputs.bias, **_options(case, inputs))
+    assert found.mean.dtype == torch.float32
+    assert_close(y, reference_results(case, inputs, eps=EPS).y, dtype=torch.float32, what="y")
