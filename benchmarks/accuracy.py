@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-import torch
 from batchnorm import functional, reference
-from torch import Tensor
 
 SHAPE = (16, 8, 32, 32)
 OFFSETS = (0.0, 1e1, 1e3, 1e5, 1e6)

@@ -1,18 +1,17 @@
-"""The tables of docs/benchmarks.md, made from the result files."""
+"""The tables of README and docs, made from the result files between the markers `<!-- NAME -->`."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .results_file import load
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-_INTRO = """# Benchmarks
-
-Made by `make bench` from `benchmarks/results/`; do not edit by hand. Machines are shared and noisy: rivals
-are interleaved in one process, and ratios are medians of pairs.
-"""
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "study.md")
+Rows = list[dict[str, Any]]
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -20,7 +19,7 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def accuracy_table(rows: list[dict[str, Any]]) -> str:
+def accuracy_table(rows: Rows) -> str:
     """Largest error against float64, per layer, layout and mean/std."""
     header = ("mean/std", "layout", "layer", "y", "dx", "dweight", "dbias")
     return _table(
@@ -32,11 +31,23 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def layer_time_table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds of norm → ReLU, forward and backward, and the ratio to stock."""
-    header = ("shape", "layout", "stock, ms", "ours, ms", "stock ÷ ours", "from – to")
+def accuracy_summary(rows: Rows) -> str:
+    """Largest error of y, torch's and ours, per mean/std and layout."""
+    found = {(row["mean_over_std"], row["layout"], row["layer"]): f"{row['y']:.0e}" for row in rows}
+    layers, layouts = ("torch", "batchnorm"), ("contiguous", "channels-last")
     return _table(
-        header,
+        ("mean/std", *(f"{layer}, {layout}" for layout in layouts for layer in layers)),
+        [
+            (f"{offset:g}", *(found[offset, layout, layer] for layout in layouts for layer in layers))
+            for offset in dict.fromkeys(row["mean_over_std"] for row in rows)
+        ],
+    )
+
+
+def layer_time_table(rows: Rows) -> str:
+    """Milliseconds of norm → ReLU, forward and backward, and the ratio to stock."""
+    return _table(
+        ("shape", "layout", "stock, ms", "ours, ms", "stock ÷ ours", "from – to"),
         [
             (
                 str(tuple(row["shape"])),
@@ -51,29 +62,57 @@ def layer_time_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-TABLES = {"accuracy-cpu": accuracy_table, "layer-time-cpu": layer_time_table}
-_TITLES = {
-    "accuracy-cpu": "## Accuracy\n\n"
-    "Largest |found − float64| / (1 + max |float64|), dx in units of 1/std, float32, shape (16, 8, 32, 32).\n"
-    "The contract is 2e-6 for any mean/std up to 1e6, in every layout.",
-    "layer-time-cpu": "## Time of norm → ReLU, forward and backward, float32\n\n"
-    "The eager engine of plain torch operations: exact, and not yet fast.",
+def study_table(rows: Rows) -> str:
+    """Every network and arm at its best learning rate."""
+    return _table(
+        ("network", "arm", "best rate", "held-out accuracy", "steps to target", "ms per step", "kept, kB"),
+        [_study_row(row) for row in rows],
+    )
+
+
+def study_summary(rows: Rows) -> str:
+    """The same, for the arms with nothing and with batch normalization."""
+    return study_table([row for row in rows if row["arm"] in ("none", "batchnorm")])
+
+
+def _study_row(row: dict[str, Any]) -> tuple[str, ...]:
+    accuracy, steps = row["test_accuracy"], row["steps_to_target"]
+    reached = f"{steps['mean']:.0f} ± {steps['std']:.0f}" if steps["reached"] else "not reached"
+    return (
+        row["network"],
+        row["arm"],
+        f"{row['best_learning_rate']:g}",
+        "diverged" if accuracy["mean"] is None else f"{accuracy['mean']:.1%} ± {100 * accuracy['std']:.1f}",
+        reached,
+        f"{row['seconds_per_step']['median'] * 1e3:.2f}",
+        f"{row['bytes_kept_for_backward']['mean'] / 1e3:.0f}",
+    )
+
+
+# Marker -> the result file and how it is shown.
+BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
+    "accuracy": ("accuracy-cpu", accuracy_table),
+    "accuracy-summary": ("accuracy-cpu", accuracy_summary),
+    "layer-time": ("layer-time-cpu", layer_time_table),
+    "study": ("study-digits", study_table),
+    "study-summary": ("study-digits", study_summary),
 }
 
 
-def text() -> str:
-    """Return the page, from the result files as they are."""
-    parts = [_INTRO]
-    for name, table in TABLES.items():
-        found = load(name)
-        origin = ", ".join(f"{key} {value}" for key, value in found["provenance"].items() if key != "command")
-        parts.append(
-            f"{_TITLES[name]}\n\n{table(found['rows'])}\n\n`benchmarks/results/{name}.json`: {origin}\n"
-        )
-    return "\n".join(parts)
+def block(name: str) -> str:
+    """Return a marked block: the table, and where it comes from."""
+    file, show = BLOCKS[name]
+    found = load(file)
+    origin = ", ".join(str(value) for key, value in found["provenance"].items() if key != "command")
+    return f"<!-- {name} -->\n{show(found['rows'])}\n\n`benchmarks/results/{file}.json`: {origin}\n<!-- / -->"
 
 
-def write() -> Path:
-    """Write docs/benchmarks.md."""
-    PAGE.write_text(text())
-    return PAGE
+def filled(text: str) -> str:
+    """Return a page's text with every marked block made anew."""
+    return re.sub(r"<!-- ([a-z-]+) -->\n.*?<!-- / -->", lambda found: block(found[1]), text, flags=re.DOTALL)
+
+
+def write() -> None:
+    """Make the blocks of all pages anew."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")

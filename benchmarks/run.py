@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run`: measure, write results with provenance, and docs/benchmarks.md."""
+"""`python -m benchmarks.run`: measure, write results with provenance, and the tables in README and docs."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ from typing import Annotated
 
 import typer
 
-from . import accuracy, layer_time, page, results_file
+from . import accuracy, layer_time, page, results_file, study
 
-MEASUREMENTS = {"accuracy-cpu": accuracy.measure, "layer-time-cpu": layer_time.measure}
+MEASUREMENTS = {
+    "accuracy-cpu": (accuracy.measure, page.accuracy_table),
+    "layer-time-cpu": (layer_time.measure, page.layer_time_table),
+    "study-digits": (study.measure, page.study_table),
+}
 
 
 def main(
+    names: Annotated[list[str] | None, typer.Argument(help=f"Which of {', '.join(MEASUREMENTS)}.")] = None,
     quick: Annotated[bool, typer.Option(help="A look in seconds; writes nothing.")] = False,
     out: Annotated[Path, typer.Option(help="Where the result files go.")] = results_file.FOLDER,
 ) -> None:
-    """Measure accuracy and time of the layers against torch's own."""
-    for name, measure in MEASUREMENTS.items():
+    """Measure accuracy, time and the default study; all of them where no name is given."""
+    for name in names or MEASUREMENTS:
+        if name not in MEASUREMENTS:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(MEASUREMENTS)}")
+    for name in names or MEASUREMENTS:
+        measure, table = MEASUREMENTS[name]
         rows = measure(quick)
-        typer.echo(page.TABLES[name](rows))
+        typer.echo(table(rows))
         if not quick:
-            typer.echo(results_file.save(name, "python -m benchmarks.run", rows, out))
+            typer.echo(results_file.save(name, f"python -m benchmarks.run {name}", rows, out))
     if not quick and out == results_file.FOLDER:
-        typer.echo(page.write())
+        page.write()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 import torch
+
 from batchnorm.kernels.activations import ACTIVATIONS
 
 POINTS = torch.cat(

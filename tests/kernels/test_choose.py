@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import batchnorm
-import torch
 from batchnorm.errors import OptionError
 from batchnorm.kernels import choose
 

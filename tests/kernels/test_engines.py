@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 import torch
+
 from batchnorm.kernels import eager
 from batchnorm.kernels.choose import ENGINES
 from batchnorm.kernels.interface import Coefficients, Engine

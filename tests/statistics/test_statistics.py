@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 import torch
+
 from batchnorm import reference
 from batchnorm.statistics import batch, running
 from batchnorm.statistics.moments import PooledMoments, merge

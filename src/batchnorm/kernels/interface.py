@@ -6,7 +6,7 @@ Notation, here and in every engine:
     mask        [N, *S]      bool, True = the value counts; None = all count
     group_size  int          samples per statistics group: samples [0, group_size) are group 0, and so on; the
                              last group may be smaller. None = all N samples are one group
-    G           int          number of groups, ceil(N / group_size), 1 where group_size is None
+    G           int          number of groups, ceil(N / group_size) and at least 1
     mean, rstd  [G, C]       statistics that normalize, rstd = 1 / sqrt(var + eps), in the wide dtype
     weight, bias  [C]        learned scale and shift; None = 1 and 0
     residual    [N, C, *S]   added before the activation; None = 0

@@ -1,0 +1,1 @@
+"""The tests: a mirror of src/batchnorm, and what they share in support/."""

@@ -1,0 +1,1 @@
+"""Tests of the reference mathematics against oracles from elsewhere."""

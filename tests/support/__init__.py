@@ -1,0 +1,1 @@
+"""One grid of cases, one table of tolerances, one comparison, for every engine and layer."""
