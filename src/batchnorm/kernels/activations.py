@@ -47,7 +47,7 @@ def _sigmoid_derivative(z: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(F.relu, lambda z: (z > 0).to(z.dtype)),
+    "relu": Activation(F.relu, lambda z: torch.sign(z).clamp_(min=0)),
     "relu6": Activation(F.relu6, lambda z: _between(z, 0, 6)),
     "leaky_relu": Activation(F.leaky_relu, lambda z: torch.where(z > 0, torch.ones_like(z), 0.01)),
     "silu": Activation(F.silu, _silu_derivative),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,7 +25,10 @@ _ROW = 4096
 
 
 class _Chunks:
-    """How `[N, C, *S]` is cut along N: runs of samples that never straddle two groups."""
+    """How `[N, C, *S]` is cut along N: runs of samples that never straddle two groups.
+
+    Per-channel vectors are kept in a form that broadcasts against x: a row `[1, C, 1, ...]` per group.
+    """
 
     def __init__(self, x: Tensor, mask: Tensor | None, group_size: int | None) -> None:
         self.x = x
@@ -53,8 +57,12 @@ class _Chunks:
         """Return `[G, C]` or `[C]` shaped to broadcast against x."""
         return vector.view(*vector.shape, *self.spatial) if self.spatial else vector
 
+    def gather(self, spread: Tensor) -> Tensor:
+        """Return `[G, C, 1, ...]` as `[G, C]`."""
+        return spread.view(spread.shape[:2]) if self.spatial else spread
+
     def of(self, spread: Tensor, group: int) -> Tensor:
-        """Return a group's row of a spread `[G, C, 1...]`."""
+        """Return a group's row of a spread `[G, C, 1, ...]`."""
         return spread if self.groups == 1 else spread[group : group + 1]
 
     def clear(self, chunk: Tensor, samples: slice | None) -> Tensor:
@@ -64,28 +72,30 @@ class _Chunks:
         return chunk.masked_fill_(~take(self.mask, samples).unsqueeze(1), 0.0)
 
     def sum(self, chunk: Tensor) -> Tensor:
-        """Return the sum of a chunk per channel, `[C]`, wide.
+        """Return the sum of a chunk per channel, a wide row.
 
         torch splits a sum over threads by its outputs, except where there is a single one; one channel is
         therefore summed by rows of constant length first.
         """
         if chunk.shape[1] != 1:
-            return chunk.sum(self.dims, dtype=self.wide)
+            return chunk.sum(self.dims, keepdim=True, dtype=self.wide)
         flat = chunk.reshape(-1)
         whole = len(flat) // _ROW * _ROW
         rows = flat[:whole].view(-1, _ROW).sum(1, dtype=self.wide)
-        return rows.sum(0, keepdim=True) + flat[whole:].sum(0, keepdim=True, dtype=self.wide)
+        total = rows.sum(0) + flat[whole:].sum(0, dtype=self.wide)
+        return total.view([1, 1, *self.spatial])
 
     def total(self, parts: Iterator[tuple[int, tuple[Tensor, ...]]], width: int) -> tuple[Tensor, ...]:
-        """Return `width` sums `[G, C]` of (group, sums of a chunk), added in order."""
+        """Return `width` sums, spread, of (group, sums of a chunk), added in order."""
         sums: list[tuple[Tensor, ...] | None] = [None] * self.groups
         for group, part in parts:
             before = sums[group]
             sums[group] = part if before is None else tuple(a + b for a, b in zip(before, part, strict=True))
-        empty = (torch.zeros(self.x.shape[1], dtype=self.wide, device=self.x.device),) * width
-        if self.groups == 1:
-            return tuple(part.unsqueeze(0) for part in sums[0] or empty)
-        return tuple(torch.stack(column) for column in zip(*(part or empty for part in sums), strict=True))
+        if self.groups == 1 and sums[0] is not None:
+            return sums[0]
+        shape = [1, self.x.shape[1], *self.spatial]
+        empty = (torch.zeros(shape, dtype=self.wide, device=self.x.device),) * width
+        return tuple(torch.cat(column) for column in zip(*(part or empty for part in sums), strict=True))
 
     def count(self) -> Tensor:
         """Return the number of values per channel, `[G]`, wide."""
@@ -99,6 +109,12 @@ class _Chunks:
         per_sample = self.mask.unsqueeze(1).flatten(1).sum(1, dtype=self.wide)
         return torch.stack([part.sum() for part in torch.split(per_sample, self.size)])
 
+    def divisor(self, count: Tensor) -> Tensor | float:
+        """Return the counts to divide spread sums by: at least 1, a number where one serves all."""
+        if self.groups == 1 and self.mask is None:
+            return max(1.0, float(self.samples * math.prod(self.x.shape[2:])))
+        return count.clamp(min=1).view(-1, 1, *self.spatial)
+
 
 def take(tensor: Tensor, samples: slice | None) -> Tensor:
     """Return those samples of a tensor; None stands for all."""
@@ -106,42 +122,84 @@ def take(tensor: Tensor, samples: slice | None) -> Tensor:
 
 
 class _Pass:
-    """One batch normalization by given statistics, chunk by chunk."""
+    """One batch normalization, chunk by chunk; what a single chunk computed is kept for the next step."""
 
     def __init__(
         self,
         chunks: _Chunks,
-        mean: Tensor,
-        rstd: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        activation: str | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: str | None = None,
     ) -> None:
         self.chunks = chunks
-        self.mean, self.rstd = chunks.spread(mean), chunks.spread(rstd)
         self.weight = None if weight is None else chunks.spread(weight)
         self.bias = None if bias is None else chunks.spread(bias)
         self.residual = residual
         self.activation = None if activation is None else ACTIVATIONS[activation]
+        self.mean: Tensor
+        self.rstd: Tensor
+        self._centred: Tensor | None = None
         self._kept: tuple[Tensor, Tensor] | None = None
 
-    def xhat(self, group: int, samples: slice | None) -> Tensor:
-        """Return x̂ of a chunk, fresh and wide, zero where masked."""
-        chunks = self.chunks
-        centred = take(chunks.x, samples) - chunks.of(self.mean, group)
-        return chunks.clear(centred.mul_(chunks.of(self.rstd, group)), samples)
+    def given(self, mean: Tensor, rstd: Tensor) -> Self:
+        """Take these statistics, `[G, C]` each."""
+        self.mean, self.rstd = self.chunks.spread(mean), self.chunks.spread(rstd)
+        return self
 
-    def z(self, xhat: Tensor, samples: slice | None) -> Tensor:
-        """Return weight * x̂ + bias + residual."""
-        z = xhat if self.weight is None else xhat * self.weight
-        z = z if self.bias is None else z + self.bias
+    def measure(self) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Take the batch's own mean; return the count `[G]`, m2 spread, and what m2 is divided by."""
+        chunks = self.chunks
+        count = chunks.count()
+        divisor = chunks.divisor(count)
+
+        def sums() -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+            for group, samples in chunks:
+                chunk = take(chunks.x, samples)
+                if chunks.mask is not None:
+                    chunk = chunks.clear(chunk.clone(), samples)
+                yield group, (chunks.sum(chunk),)
+
+        self.mean = chunks.total(sums(), 1)[0] / divisor
+
+        def squares() -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+            for group, samples in chunks:
+                yield group, (chunks.sum(self.centred(group, samples).square()),)
+
+        return count, chunks.total(squares(), 1)[0], divisor
+
+    def centred(self, group: int, samples: slice | None) -> Tensor:
+        """Return x - mean of a chunk, wide, zero where masked."""
+        if self._centred is not None:
+            return self._centred
+        chunks = self.chunks
+        found = chunks.clear(take(chunks.x, samples) - chunks.of(self.mean, group), samples)
+        if chunks.single:
+            self._centred = found
+        return found
+
+    def xhat(self, group: int, samples: slice | None) -> Tensor:
+        """Return x̂ of a chunk, wide, zero where masked."""
+        return self.centred(group, samples) * self.chunks.of(self.rstd, group)
+
+    def z(self, base: Tensor, scale: Tensor | None, samples: slice | None) -> Tensor:
+        """Return scale * base + bias + residual: z, of x̂ and weight, or of x - mean and weight * rstd."""
+        if scale is None:
+            z = base if self.bias is None else base + self.bias
+        else:
+            z = base * scale if self.bias is None else torch.addcmul(self.bias, base, scale)
         return z if self.residual is None else z + take(self.residual, samples)
 
-    def y(self, xhat: Tensor, samples: slice | None) -> Tensor:
-        """Return activation(z), zero where masked; may overwrite x̂."""
-        z = self.z(xhat, samples)
-        return self.chunks.clear(z if self.activation is None else self.activation.value(z), samples)
+    def normalize(self) -> Tensor:
+        """Return y in the dtype and layout of x, zero where masked."""
+        chunks = self.chunks
+        scale = self.rstd if self.weight is None else self.rstd * self.weight
+        y = torch.empty_like(chunks.x)
+        for group, samples in chunks:
+            z = self.z(self.centred(group, samples), chunks.of(scale, group), samples)
+            chunk = z if self.activation is None else self.activation.value(z)
+            take(y, samples).copy_(chunks.clear(chunk, samples))
+        return y
 
     def xhat_and_dz(self, dy: Tensor, group: int, samples: slice | None) -> tuple[Tensor, Tensor]:
         """Return x̂ and dy', dy through the activation, both wide and zero where masked."""
@@ -152,7 +210,7 @@ class _Pass:
         if self.activation is None:
             dz = chunk.to(self.chunks.wide, copy=True)
         else:
-            dz = self.activation.derivative(self.z(xhat, samples)).mul_(chunk)
+            dz = self.activation.derivative(self.z(xhat, self.weight, samples)) * chunk
         found = xhat, self.chunks.clear(dz, samples)
         if self.chunks.single:
             self._kept = found
@@ -160,14 +218,15 @@ class _Pass:
 
     def reduce(self, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Return Σ dy' and Σ dy' x̂, `[G, C]`."""
+        chunks = self.chunks
 
         def parts() -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-            for group, samples in self.chunks:
+            for group, samples in chunks:
                 xhat, dz = self.xhat_and_dz(dy, group, samples)
-                yield group, (self.chunks.sum(dz), self.chunks.sum(dz * xhat))
+                yield group, (chunks.sum(dz), chunks.sum(dz * xhat))
 
-        sum_dy, sum_dy_xhat = self.chunks.total(parts(), 2)
-        return sum_dy, sum_dy_xhat
+        sum_dy, sum_dy_xhat = chunks.total(parts(), 2)
+        return chunks.gather(sum_dy), chunks.gather(sum_dy_xhat)
 
     def apply(self, dy: Tensor, coefficients: Coefficients) -> tuple[Tensor, Tensor | None]:
         """Return dx = a dy' + b x̂ + c, and dresidual = dy'."""
@@ -179,37 +238,18 @@ class _Pass:
             xhat, dz = self.xhat_and_dz(dy, group, samples)
             if dresidual is not None:
                 take(dresidual, samples).copy_(dz)
-            dz.mul_(chunks.of(a, group)).add_(xhat.mul_(chunks.of(b, group))).add_(chunks.of(c, group))
-            take(dx, samples).copy_(chunks.clear(dz, samples))
-        self._kept = None
+            found = torch.addcmul(chunks.of(c, group), xhat, chunks.of(b, group))
+            found.addcmul_(dz, chunks.of(a, group))
+            take(dx, samples).copy_(chunks.clear(found, samples))
         return dx, dresidual
 
 
 def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
     """See `interface.Engine.moments`."""
-    return _moments(_Chunks(x, mask, group_size))
-
-
-def _moments(chunks: _Chunks) -> Moments:
-    count = chunks.count()
-    divisor = count.clamp(min=1).unsqueeze(1)
-
-    def sums() -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        for group, samples in chunks:
-            chunk = take(chunks.x, samples)
-            if chunks.mask is not None:
-                chunk = chunks.clear(chunk.clone(), samples)
-            yield group, (chunks.sum(chunk),)
-
-    mean = chunks.total(sums(), 1)[0] / divisor
-    spread = chunks.spread(mean)
-
-    def squares() -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        for group, samples in chunks:
-            centred = chunks.clear(take(chunks.x, samples) - chunks.of(spread, group), samples)
-            yield group, (chunks.sum(centred.square_()),)
-
-    return Moments(count, mean, chunks.total(squares(), 1)[0])
+    chunks = _Chunks(x, mask, group_size)
+    step = _Pass(chunks)
+    count, m2, _ = step.measure()
+    return Moments(count, chunks.gather(step.mean), chunks.gather(m2))
 
 
 def normalize(
@@ -226,11 +266,7 @@ def normalize(
 ) -> Tensor:
     """See `interface.Engine.normalize`."""
     chunks = _Chunks(x, mask, group_size)
-    step = _Pass(chunks, mean, rstd, weight, bias, residual, activation)
-    y = torch.empty_like(x)
-    for group, samples in chunks:
-        take(y, samples).copy_(step.y(step.xhat(group, samples), samples))
-    return y
+    return _Pass(chunks, weight, bias, residual, activation).given(mean, rstd).normalize()
 
 
 def backward_reduce(
@@ -248,7 +284,7 @@ def backward_reduce(
 ) -> tuple[Tensor, Tensor]:
     """See `interface.Engine.backward_reduce`."""
     chunks = _Chunks(x, mask, group_size)
-    return _Pass(chunks, mean, rstd, weight, bias, residual, activation).reduce(dy)
+    return _Pass(chunks, weight, bias, residual, activation).given(mean, rstd).reduce(dy)
 
 
 def backward_apply(
@@ -267,7 +303,7 @@ def backward_apply(
 ) -> tuple[Tensor, Tensor | None]:
     """See `interface.Engine.backward_apply`."""
     chunks = _Chunks(x, mask, group_size)
-    return _Pass(chunks, mean, rstd, weight, bias, residual, activation).apply(dy, coefficients)
+    return _Pass(chunks, weight, bias, residual, activation).given(mean, rstd).apply(dy, coefficients)
 
 
 def forward(
@@ -282,20 +318,12 @@ def forward(
     group_size: int | None = None,
 ) -> tuple[Tensor, Moments, Tensor]:
     """See `interface.Engine.forward`."""
-    found = moments(x, mask=mask, group_size=group_size)
-    rstd = (found.m2 / found.count.clamp(min=1).unsqueeze(1)).add_(eps).rsqrt_()
-    y = normalize(
-        x,
-        found.mean,
-        rstd,
-        weight,
-        bias,
-        residual=residual,
-        activation=activation,
-        mask=mask,
-        group_size=group_size,
-    )
-    return y, found, rstd
+    chunks = _Chunks(x, mask, group_size)
+    step = _Pass(chunks, weight, bias, residual, activation)
+    count, m2, divisor = step.measure()
+    step.rstd = (m2 / divisor).add_(eps).rsqrt_()
+    y = step.normalize()
+    return y, Moments(count, chunks.gather(step.mean), chunks.gather(m2)), chunks.gather(step.rstd)
 
 
 def backward(
@@ -314,7 +342,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `interface.Engine.backward`."""
     chunks = _Chunks(x, mask, group_size)
-    step = _Pass(chunks, mean, rstd, weight, bias, residual, activation)
+    step = _Pass(chunks, weight, bias, residual, activation).given(mean, rstd)
     sum_dy, sum_dy_xhat = step.reduce(dy)
     dx, dresidual = step.apply(dy, coefficients(sum_dy, sum_dy_xhat))
     return dx, sum_dy, sum_dy_xhat, dresidual
