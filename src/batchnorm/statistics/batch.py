@@ -22,8 +22,8 @@ def gradient_coefficients(
         a  = weight * rstd,    b = -a Σ(dy' x̂)/n,    c = -a Σdy'/n
     """
     a = weight * rstd
-    scale = a / (count + (count == 0))
-    return a, -scale * sum_dy_xhat, -scale * sum_dy
+    scale = a / -(count + (count == 0))
+    return a, scale * sum_dy_xhat, scale * sum_dy
 
 
 def running_update(running: Array, batch: Array, momentum: Array) -> Array:

@@ -129,7 +129,12 @@ def pure_batch_norm(
     y, mean, m2 = _normalize(
         input, running_mean, running_var, weight, bias, training, eps, residual, activation
     )
-    return y, *_moved(running_mean, running_var, mean, m2, input, momentum)
+    moved = _moved(running_mean, running_var, mean, m2, input, momentum)
+    new_mean, new_var = (
+        new if old is None or new is None else new.to(old.dtype)
+        for old, new in zip((running_mean, running_var), moved, strict=True)
+    )
+    return y, new_mean, new_var
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> PooledMoments:
@@ -163,6 +168,8 @@ def _check(
 ) -> None:
     checks.check_activation(activation)
     checks.check_eps(eps, training)
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return  # sizes are recorded values there, and torch's own operator checks them
     checks.check_input(input, training)
     checks.check_running(running_mean, running_var, input, training)
     checks.check_parameter("weight", weight, input)
@@ -213,25 +220,32 @@ def _moved(
     input: Tensor,
     momentum: float | Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the running statistics after this batch; as they were where no batch statistics were taken."""
-    if mean is None or m2 is None or input.numel() == 0:
+    """Return the running statistics after this batch, wide; as they were where none were taken of it."""
+    tracked = running_mean is not None or running_var is not None
+    if not tracked or mean is None or m2 is None or input.numel() == 0:
         return running_mean, running_var
     count = input.shape[0] * math.prod(input.shape[2:])
     batch = (mean[0].detach(), m2[0].detach() / (count - 1))
     running_mean, running_var = (
-        None if old is None else running_update(old.detach().to(new.dtype), new, momentum).to(old.dtype)
+        None if old is None else running_update(old.detach().to(new.dtype), new, momentum)
         for old, new in zip((running_mean, running_var), batch, strict=True)
     )
     return running_mean, running_var
 
 
 def _write(running: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ...]) -> None:
+    """Write the moved statistics into the running ones: all of them, or none where one cannot be written."""
+    written: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for old, new in zip(running, moved, strict=True):
                 if old is not None and new is not None and new is not old:
+                    before = old.clone()
                     old.copy_(new)
+                    written.append((old, before))
     except RuntimeError as error:
+        for old, before in written:
+            old.copy_(before)
         if not differentiable.is_transforming():
             raise
         raise OptionError(

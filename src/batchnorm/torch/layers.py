@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
-from batchnorm.errors import BatchNormError, InputShapeError
-from batchnorm.kernels.interface import wide_dtype
 from torch import Tensor, nn
+
+from batchnorm.errors import BatchNormError, InputShapeError, OptionError
+from batchnorm.kernels.interface import wide_dtype
 
 from . import functional
 from .checks import HALVES, check_activation
@@ -41,10 +42,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         self.activation = activation
         if affine and not bias:  # the stock constructor takes `bias` in newer releases only
             self.register_parameter("bias", None)
-        for name in _RUNNING:
-            buffer = self._buffers[name]
-            if buffer is not None and buffer.dtype in HALVES:
-                self._buffers[name] = buffer.float()
+        self._widen_statistics()
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the running statistics to mean 0, variance 1, no batches."""
@@ -59,6 +57,8 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         try:
             return self._normalize(input, residual)
         except BatchNormError as error:
+            if torch.compiler.is_compiling():
+                raise  # torch then runs the call eagerly, and it comes here again
             raise error.at(qualified_name(self)) from None
 
     def _normalize(self, input: Tensor, residual: Tensor | None) -> Tensor:
@@ -108,6 +108,35 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             if old is not None and new is not None and new.dtype in HALVES and old.dtype not in HALVES:
                 self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As `torch.nn.Module._load_from_state_dict`; 16-bit statistics that it assigned become float32."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._widen_statistics()
+
+    def _widen_statistics(self) -> None:
+        for name in _RUNNING:
+            buffer = self._buffers[name]
+            if buffer is not None and buffer.dtype in HALVES:
+                self._buffers[name] = buffer.float()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return the stock layer that `torch.jit.script` compiles in place of this one: the same tensors.
+
+        torch puts what this returns into the model that is being scripted: script a copy to keep this layer.
+        """
+        if self.activation is not None:
+            raise OptionError(
+                f"torch.jit.script cannot compile a layer with activation={self.activation!r}: use "
+                "torch.jit.trace or torch.export, or make the activation a module of its own",
+                type(self).__name__,
+            )
+        stock = next(
+            kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(self, kind)
+        )
+        twin = stock.__new__(stock)
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name != "activation"})
+        return twin
 
 
 _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.

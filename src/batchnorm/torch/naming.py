@@ -10,8 +10,10 @@ import sys
 from types import FrameType
 
 from torch import nn
+from torch._compile import _disable_dynamo
 
 
+@_disable_dynamo  # it cannot trace a look at the stack, and would warn; this form does not import it
 def qualified_name(layer: nn.Module) -> str:
     """Return `features.3 (BatchNorm2d)` within the outermost module on the call stack, else `BatchNorm2d`."""
     kind = type(layer).__name__
