@@ -40,8 +40,7 @@ def choose(x: Tensor) -> Choice:
     forced = _override.get()
     if forced is not None:
         return Choice(forced, "forced by batchnorm.kernels.use")
-    wanted = os.environ.get(ENVIRONMENT_VARIABLE)
-    if wanted:
+    if wanted := os.environ.get(ENVIRONMENT_VARIABLE):
         return Choice(_known(wanted, ENVIRONMENT_VARIABLE), f"{ENVIRONMENT_VARIABLE}={wanted} asks for it")
     return Choice(
         "eager", f"plain torch operations run {x.dtype} on {x.device.type}; no other engine takes it"

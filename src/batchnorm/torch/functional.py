@@ -95,7 +95,8 @@ def batch_norm(
     y, mean, m2 = _normalize(
         input, running_mean, running_var, weight, bias, training, eps, residual, activation
     )
-    _write((running_mean, running_var), _moved(running_mean, running_var, mean, m2, input, momentum))
+    if training:
+        _write((running_mean, running_var), _moved(running_mean, running_var, mean, m2, input, momentum))
     return y
 
 
@@ -225,7 +226,7 @@ def _moved(
     if not tracked or mean is None or m2 is None or input.numel() == 0:
         return running_mean, running_var
     count = input.shape[0] * math.prod(input.shape[2:])
-    batch = (mean[0].detach(), m2[0].detach() / (count - 1))
+    batch = (mean.detach()[0], m2.detach()[0].div(count - 1))
     running_mean, running_var = (
         None if old is None else running_update(old.detach().to(new.dtype), new, momentum)
         for old, new in zip((running_mean, running_var), batch, strict=True)

@@ -175,6 +175,12 @@ def apply(
     given: tuple[Tensor, Tensor] | None = None,
 ) -> differentiable.Normalized:
     """Normalize eagerly; differentiable where an input requires a gradient."""
+    if not torch.is_grad_enabled():
+        if given is not None:
+            return differentiable.Normalized(
+                forward_given(x, weight, bias, residual, activation, *given), None, None
+            )
+        return differentiable.Normalized(*forward(x, weight, bias, residual, activation, eps)[:3])
     found: list[Tensor] = []
     y = _BatchNorm.apply(x, weight, bias, residual, activation, eps, given, found)  # type: ignore[no-untyped-call]
     mean, m2 = found or (None, None)

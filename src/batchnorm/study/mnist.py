@@ -1,0 +1,138 @@
+"""Find and read the full MNIST: IDX files, plain or gzipped, or Keras's `mnist.npz`."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from batchnorm.errors import DataError
+
+Bytes = npt.NDArray[np.uint8]
+Arrays = tuple[Bytes, Bytes, Bytes, Bytes]
+
+# (stem of the name, dimensions), in the order x_train, y_train, x_test, y_test.
+_FILES = (("train-images", 3), ("train-labels", 1), ("t10k-images", 3), ("t10k-labels", 1))
+_UNSIGNED_BYTE = 0x08
+_HOW_TO_GET_IT = (
+    "put mnist.npz (https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz) or the four IDX "
+    "files (https://ossci-datasets.s3.amazonaws.com/mnist/) into a folder, and name it with --data-dir"
+)
+
+
+def load_mnist(data_dir: Path | None = None) -> tuple[Arrays, str]:
+    """Read MNIST from a folder or from the caches that Keras and torchvision leave.
+
+    Args:
+        data_dir: a folder with the IDX files or `mnist.npz`, or with a torchvision or Keras cache below it.
+            Without one, the current folder, `./data`, the home folder and Keras's cache are looked through.
+
+    Returns:
+        `(x_train, y_train, x_test, y_test)` as bytes, `[N, 28, 28]` and `[N]`, and where they came from.
+
+    Raises:
+        DataError: nothing is there, or a file is broken.
+    """
+    if data_dir is not None and not data_dir.is_dir():
+        raise DataError(f"--data-dir {data_dir} is not a folder")
+    folders = list(_candidate_folders(data_dir))
+    for folder in folders:
+        if (folder / "mnist.npz").is_file():
+            return _read_npz(folder / "mnist.npz"), "MNIST (LeCun, Cortes and Burges), from mnist.npz"
+        paths = [_find_idx(folder, stem, dimensions) for stem, dimensions in _FILES]
+        if any(paths):
+            return _read_idx_files(folder, paths), "MNIST (LeCun, Cortes and Burges), from its IDX files"
+    looked = ", ".join(str(folder) for folder in folders)
+    raise DataError(f"MNIST is not in {looked}: {_HOW_TO_GET_IT}")
+
+
+def read_idx(path: Path, dimensions: int) -> Bytes:
+    """Read one IDX file of bytes, plain or gzipped.
+
+    The format: two zero bytes, the type (8 for unsigned bytes), the number of dimensions, each dimension as a
+    big-endian 32-bit integer, then the values.
+
+    Raises:
+        DataError: the file cannot be read, is not IDX of that many dimensions, or is shorter or longer than
+            it says.
+    """
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as broken:
+        raise DataError(f"{path} cannot be read: {broken}") from broken
+    header = 4 + 4 * dimensions
+    if len(content) < header or content[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
+        raise DataError(
+            f"{path} is not an IDX file of bytes in {dimensions} dimensions: it starts with "
+            f"{content[:4].hex(' ') or 'nothing'}"
+        )
+    shape = struct.unpack(f">{dimensions}I", content[4:header])
+    if len(content) - header != math.prod(shape):
+        raise DataError(
+            f"{path} is damaged: its header says {' x '.join(map(str, shape))} bytes, "
+            f"and {len(content) - header:,} follow"
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _candidate_folders(data_dir: Path | None) -> Iterator[Path]:
+    if data_dir is not None:
+        for below in ("", "MNIST/raw", "raw", "datasets", ".keras/datasets"):
+            yield data_dir / below
+        return
+    for root in (Path(), Path("data"), Path.home(), Path.home() / "data"):
+        yield root
+        yield root / "MNIST" / "raw"
+    yield Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "datasets"
+
+
+def _find_idx(folder: Path, stem: str, dimensions: int) -> Path | None:
+    for joint in ("-", "."):
+        for ending in ("", ".gz"):
+            path = folder / f"{stem}{joint}idx{dimensions}-ubyte{ending}"
+            if path.is_file():
+                return path
+    return None
+
+
+def _read_idx_files(folder: Path, paths: list[Path | None]) -> Arrays:
+    found: list[Bytes] = []
+    for path, (stem, dimensions) in zip(paths, _FILES, strict=True):
+        if path is None:
+            raise DataError(f"{folder} holds some of MNIST, but no {stem}-idx{dimensions}-ubyte or .gz of it")
+        found.append(read_idx(path, dimensions))
+    arrays = (found[0], found[1], found[2], found[3])
+    _check(arrays, folder)
+    return arrays
+
+
+def _read_npz(path: Path) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = (stored["x_train"], stored["y_train"], stored["x_test"], stored["y_test"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as broken:
+        raise DataError(f"{path} cannot be read as Keras's mnist.npz: {broken}") from broken
+    _check(arrays, path)
+    return arrays
+
+
+def _check(arrays: Arrays, where: Path) -> None:
+    for images, labels in (arrays[:2], arrays[2:]):
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or len(images) == 0:
+            raise DataError(f"{where}: images of shape {images.shape} do not go with labels {labels.shape}")
+        if images.dtype != np.uint8 or labels.max() > 9:
+            raise DataError(f"{where}: not digits: images of {images.dtype}, labels up to {labels.max()}")
+    if arrays[0].shape[1:] != arrays[2].shape[1:]:
+        raise DataError(
+            f"{where}: training images are {arrays[0].shape[1:]}, held-out ones {arrays[2].shape[1:]}"
+        )

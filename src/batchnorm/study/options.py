@@ -1,0 +1,146 @@
+"""What a study is asked to do: every option checked before anything runs."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchnorm.errors import OptionError
+
+from .arms import parse_arm
+from .user_code import is_user_code
+
+NETWORKS = ("mlp", "deep", "cnn")
+ARMS = ("none", "batchnorm", "dropout", "l1", "l2", "layernorm", "batchnorm+dropout")
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """The options of `batchnorm study`.
+
+    Attributes:
+        networks: `mlp`, `deep`, `cnn`, or the user's own as `file.py:function`.
+        data: `digits`, `mnist`, or the user's own as `file.py:function`.
+        data_dir: where `mnist` is looked for.
+        arms: see `arms.parse_arm`.
+        learning_rates: Adam's, each above 0.
+        seeds: how many; they are 0, 1, 2, ...
+        epochs: passes over the training data.
+        batch_size: examples per step; a last, smaller batch of an epoch is left out.
+        target_accuracy: the fraction of held-out examples at which `steps_to_target` stops counting.
+        jobs: training runs at a time, each on one thread; None for one per core.
+        out: the study's folder; None for `runs/study-<data>-<networks>`.
+
+    Raises:
+        OptionError: a value outside its range, or an unknown name.
+    """
+
+    networks: tuple[str, ...] = ("mlp", "deep")
+    data: str = "digits"
+    data_dir: Path | None = None
+    arms: tuple[str, ...] = ARMS
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    seeds: int = 3
+    epochs: int = 10
+    batch_size: int = 32
+    target_accuracy: float = 0.85
+    jobs: int | None = None
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        for field, what in (("networks", "network"), ("arms", "arm"), ("learning_rates", "learning rate")):
+            values = tuple(dict.fromkeys(getattr(self, field)))
+            object.__setattr__(self, field, values)
+            if not values:
+                raise OptionError(f"no {what} was given")
+        for name in self.networks:
+            if name not in NETWORKS and not is_user_code(name):
+                known = ", ".join(NETWORKS)
+                raise OptionError(
+                    f"unknown network {name!r}: known are {known}, or your own as file.py:function"
+                )
+        for arm in self.arms:
+            parse_arm(arm)
+        for rate in self.learning_rates:
+            if not (math.isfinite(rate) and rate > 0):
+                raise OptionError(f"learning rate {rate} is not a number above 0")
+        for field, least in (("seeds", 1), ("epochs", 1), ("batch_size", 1), ("jobs", 1)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise OptionError(f"--{field.replace('_', '-')} {value} is below {least}")
+        if not 0 < self.target_accuracy <= 1:
+            raise OptionError(
+                f"--target-accuracy {self.target_accuracy} is not a fraction above 0 and up to 1"
+            )
+        shown = [display_name(name) for name in self.networks]
+        if len({slug(name) for name in shown}) < len(shown):
+            raise OptionError(f"two networks would share the files of one: {', '.join(shown)}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the study's files go: the same for the same data and networks, to go on there."""
+        if self.out is not None:
+            return self.out
+        names = [slug(display_name(name)) for name in (self.data, *self.networks)]
+        return Path("runs") / f"study-{'-'.join(names)}"
+
+    @property
+    def workers(self) -> int:
+        return self.jobs if self.jobs is not None else usable_cores()
+
+    def command(self) -> str:
+        """The command line that asks for this study, without folders."""
+        rates = ",".join(f"{rate:g}" for rate in self.learning_rates)
+        parts = {
+            "network": ",".join(display_name(name) for name in self.networks),
+            "data": display_name(self.data),
+            "arms": ",".join(self.arms),
+            "learning-rate": rates,
+            "seeds": self.seeds,
+            "epochs": self.epochs,
+            "batch-size": self.batch_size,
+            "target-accuracy": f"{self.target_accuracy:g}",
+        }
+        return "batchnorm study " + " ".join(f"--{name} {value}" for name, value in parts.items())
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which is fewer than the machine's under taskset or a batch system."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def display_name(spec: str) -> str:
+    """A network's or data set's name without folders: `/home/x/net.py:build` is `net.py:build`."""
+    place, colon, function = spec.rpartition(":")
+    return f"{Path(place).name}:{function}" if colon else spec
+
+
+def slug(name: str) -> str:
+    """A name that is safe in a file's name on every system."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip(".-")
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated list, without blanks."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_rates(parts: Iterable[str]) -> tuple[float, ...]:
+    """Learning rates from text.
+
+    Raises:
+        OptionError: one is not a number.
+    """
+    rates = []
+    for part in parts:
+        try:
+            rates.append(float(part))
+        except ValueError:
+            raise OptionError(f"learning rate {part!r} is not a number") from None
+    return tuple(rates)

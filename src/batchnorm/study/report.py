@@ -1,0 +1,279 @@
+"""The report of a study: one HTML file that needs nothing else, made from `results.json` alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from batchnorm.errors import DataError
+from batchnorm.study.plots import Picture, illustrate
+from batchnorm.study.records import write_whole
+from batchnorm.study.verdicts import RULE, Claim, Grade, Network, Study, judge, read
+from batchnorm.study.verdicts import quantities as q
+from batchnorm.study.verdicts.measured import NAN, Sample
+
+# What stands over the pictures of a claim that this run could not judge.
+_HEADINGS = {
+    "speed": "How training went",
+    "rates": "Accuracy by learning rate",
+    "accuracy": "Held-out accuracy",
+    "gradients": "Gradients",
+    "drift": "Inputs of layers",
+    "statistics": "Statistics at test time",
+    "cost": "Cost of a step",
+}
+
+# What a claim is about, where the summary says that nothing came out.
+_ASPECTS = {
+    "speed": "steps to the target",
+    "rates": "the learning rates it bears",
+    "accuracy": "held-out accuracy",
+    "gradients": "how even gradients are",
+    "drift": "how far inputs of layers move",
+    "statistics": "accuracy with calibrated statistics",
+}
+
+_BADGES = {
+    Grade.SUPPORTED: ("yes", "✓"),
+    Grade.PARTLY: ("partly", "◐"),
+    Grade.UNCLEAR: ("unclear", "≈"),
+    Grade.AGAINST: ("no", "✗"),
+    Grade.INDICATION: ("hint", "?"),
+    Grade.MEASURED: ("number", "#"),
+}
+
+# What an entry of the provenance is called, in this order; entries not named here follow under their own.
+_METHOD = {
+    "data": "Data",
+    "networks": "Networks",
+    "arms": "Arms",
+    "learning_rates": "Learning rates",
+    "seeds": "Seeds",
+    "epochs": "Epochs",
+    "batch_size": "Batch size (examples)",
+    "target_accuracy": "Target for “steps to target” (held-out accuracy, fraction)",
+    "optimizer": "Optimizer",
+    "penalties": "Penalties added to the loss",
+    "best_rate": "Best rate of an arm",
+    "std": "±",
+    "device": "Device",
+    "machine": "Machine",
+    "cpu_count": "Processor cores",
+    "threads": "Threads",
+    "workers": "Training runs at a time",
+    "versions": "Versions",
+    "date": "Date",
+}
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A claim with its pictures, or the pictures alone where nothing could be judged."""
+
+    heading: str
+    claim: Claim | None
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that the report says of one network."""
+
+    name: str
+    anchor: str
+    summary: str
+    claims: Mapping[str, Claim]
+    topics: tuple[Topic, ...]
+    table: tuple[tuple[str, ...], ...]
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` from the `results.json` in a study's folder.
+
+    Args:
+        folder: where `results.json` is, and where the report goes, in full or not at all.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        DataError: `results.json` is missing, unreadable or malformed, or the report cannot be written.
+    """
+    study = read(folder / "results.json")
+    path = folder / "report.html"
+    # A name may hold half a surrogate pair, which no file in UTF-8 can.
+    page = render(study).encode("utf-8", "replace").decode("utf-8")
+    try:
+        write_whole(path, page)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def render(study: Study) -> str:
+    """The report as HTML; every name and value in it is escaped."""
+    environment = Environment(
+        loader=PackageLoader("batchnorm.study", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["drawing"] = lambda picture: Markup(picture.svg)  # escaped where it is drawn
+    sections = [_section(network, f"n{i}") for i, network in enumerate(study.networks, start=1)]
+    labels = {key: claim.label for section in sections for key, claim in section.claims.items()}
+    return environment.get_template("report.html.j2").render(
+        data=_data_name(study.provenance),
+        facts=_facts(study),
+        sections=sections,
+        labels={key: labels[key] for key in _HEADINGS if key in labels},
+        badges=_BADGES,
+        rule=RULE,
+        caveats=_caveats(study),
+        method=_method(study.provenance),
+        command=study.provenance.get("command"),
+    )
+
+
+def _section(network: Network, anchor: str) -> Section:
+    claims = {claim.key: claim for claim in judge(network)}
+    pictures = illustrate(network, anchor)
+    topics = [
+        Topic(claims[key].question if key in claims else heading, claims.get(key), pictures[key])
+        for key, heading in _HEADINGS.items()
+        if key in claims or pictures[key]
+    ]
+    return Section(network.name, anchor, _summary(claims), claims, tuple(topics), _table(network))
+
+
+def _summary(claims: Mapping[str, Claim]) -> str:
+    """What stands out, what does not, and what it costs: to be read in ten seconds."""
+    if not claims:
+        return "nothing to compare; verdicts take the arms none and batchnorm, or batchnorm and another one."
+    found = [
+        f"{claim.phrase} ({claim.figure})" if key in ("speed", "rates") else claim.phrase
+        for key, claim in claims.items()
+        if claim.grade not in (Grade.UNCLEAR, Grade.MEASURED)
+    ]
+    open_ones = [_ASPECTS[key] for key, claim in claims.items() if claim.grade is Grade.UNCLEAR]
+    sentences = ["batch normalization " + ("; ".join(found) or "shows no clear difference") + "."]
+    if open_ones:
+        sentences.append(f"No clear difference in {q.listed(open_ones)}.")
+    if "cost" in claims:
+        sentences.append(f"It {claims['cost'].phrase}.")
+    if any(claim.grade is Grade.INDICATION for claim in claims.values()):
+        sentences.append("With one seed, this is an indication and no more.")
+    return " ".join(sentences)
+
+
+def _table(network: Network) -> tuple[tuple[str, ...], ...]:
+    """One row per arm at its best rate: name, rate, accuracies, gap, steps, time, bytes, diverged runs."""
+    rows = []
+    for arm in network.arms:
+        runs = network.at_best(arm)
+        summary = network.summary.get(arm, {})
+        rows.append(
+            (
+                arm,
+                q.rate(next((run.rate for run in runs.values()), NAN)),
+                q.spread(_sample(summary, "test_accuracy"), q.percent),
+                q.spread(_sample(summary, "train_accuracy"), q.percent),
+                q.spread(_sample(summary, "generalization_gap"), q.points).removesuffix(f"{q.SPACE}points"),
+                _steps(_sample(summary, "steps_to_target")),
+                q.milliseconds(_sample(summary, "seconds_per_step").median),
+                q.megabytes(_sample(summary, "bytes_kept_for_backward").mean).removesuffix(f"{q.SPACE}MB"),
+                f"{network.diverged(arm)} of {sum(run.arm == arm for run in network.runs)}",
+            )
+        )
+    return tuple(rows)
+
+
+def _sample(summary: Mapping[str, Sample], metric: str) -> Sample:
+    return summary.get(metric, Sample(()))
+
+
+def _steps(sample: Sample) -> str:
+    reached, runs = len(sample.finite), len(sample.values)
+    if not reached:
+        return "not reached"
+    text = q.spread(sample, q.count)
+    return text if reached == runs else f"{text} ({reached} of {runs})"
+
+
+def _data_name(provenance: Mapping[str, Any]) -> str:
+    data = provenance.get("data")
+    name = data.get("name") if isinstance(data, dict) else data
+    return name if isinstance(name, str) and name else "this data"
+
+
+def _facts(study: Study) -> str:
+    runs = [run for network in study.networks for run in network.runs]
+    diverged = sum(run.diverged for run in runs)
+    parts = [
+        q.counted(len(study.networks), "network"),
+        q.counted(len({run.arm for run in runs}), "arm"),
+        q.counted(len({run.rate for run in runs}), "learning rate"),
+        q.counted(len({run.seed for run in runs}), "seed"),
+        q.counted(len(runs), "training run") + (f", of which {diverged} diverged" if diverged else ""),
+    ]
+    return " · ".join(parts)
+
+
+def _caveats(study: Study) -> list[str]:
+    """What this run cannot tell, and why, with its own numbers."""
+    found = []
+    data = study.provenance.get("data")
+    size = data.get("held_out") if isinstance(data, dict) else None
+    if isinstance(size, int) and size > 0:
+        error = q.points(math.sqrt(0.9 * 0.1 / size)).lstrip("+")
+        found.append(
+            f"The spread is over seeds, on one and the same {size:,} held-out examples. With another draw of "
+            f"as many, an accuracy near 90 % would by itself move by about {error} (one standard error), "
+            "though the difference between two arms on the same examples by less."
+        )
+    found.append(
+        "The best learning rate of an arm is chosen on the same held-out examples that are reported, for "
+        "every arm alike: absolute accuracies are a little optimistic, comparisons hardly."
+    )
+    every = {run.target_checked_every for network in study.networks for run in network.runs}
+    if len(every) == 1 and (interval := every.pop()) > 1:
+        found.append(
+            f"Whether the target is reached is looked up every {q.count(interval)} steps, and later at steps a "
+            "tenth apart, so steps to the target are known to within that."
+        )
+    found.append(
+        "Many comparisons are made: at 95 %, about one in twenty differences that are not there will look "
+        "real unless they fall short of the minimal effect."
+    )
+    return found
+
+
+def _method(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    keys = [key for key in _METHOD if key in provenance]
+    keys += [key for key in provenance if key not in _METHOD and key != "command"]
+    return [
+        (_METHOD.get(key, key.replace("_", " ").capitalize()), _in_words(provenance[key])) for key in keys
+    ]
+
+
+def _in_words(value: object) -> str:
+    """A value of the provenance: lists by comma, tables as "name value"."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return q.MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(key).replace('_', ' ')} {_in_words(item)}" for key, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_in_words, value))
+    return str(value)

@@ -1,0 +1,118 @@
+"""A study in the terminal: progress with the time left, and the table of results."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Self
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class TerminalDisplay:
+    """A progress bar on a terminal, a line now and then elsewhere; on stderr: stdout is for the results."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._bar_task = TaskID(0)
+        self._runs = self._finished = self._steps = self._taken = 0
+        self._began = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_bar()
+
+    def stage(self, text: str) -> None:
+        self._end_bar()
+        self._console.print(text, markup=False)
+
+    def training(self, runs: int, finished: int, steps: int, workers: int) -> None:
+        self._runs, self._finished, self._steps, self._taken = runs, finished, steps, 0
+        self._began = self._last_line = time.monotonic()
+        kept = f", of which {finished} are finished already" if finished else ""
+        self.stage(f"{runs} training runs{kept}, {workers} at a time")
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                TextColumn("{task.fields[finished]}/{task.fields[runs]} runs"),
+                TextColumn("time left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bar_task = self._bar.add_task("", total=steps, runs=runs, finished=finished)
+            self._bar.start()
+
+    def advance(self, steps: int) -> None:
+        self._taken += steps
+        if self._bar is not None:
+            self._bar.advance(self._bar_task, steps)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES and self._taken > 0:
+            self._last_line = time.monotonic()
+            left = (self._last_line - self._began) * (self._steps - self._taken) / self._taken
+            self._console.print(f"{self._finished}/{self._runs} runs, about {max(left, 0):.0f} s left")
+
+    def run_ended(self, name: str, diverged: bool) -> None:
+        self._finished += 1
+        if self._bar is not None:
+            self._bar.update(self._bar_task, finished=self._finished)
+        if diverged:
+            self.notice(f"{name}: diverged, its loss is no longer finite; kept as a result")
+
+    def notice(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Print one table per network: each arm at its best learning rate."""
+    console = Console(highlight=False)
+    provenance = results["provenance"]
+    target = f"{provenance['target_accuracy']:.0%}"
+    for network, arms in results["networks"].items():
+        table = Table(
+            title=f"{network} on {provenance['data']['name']}, each arm at its best learning rate",
+            box=SIMPLE_HEAD,  # without edges, for 80 columns
+            show_edge=False,
+            pad_edge=False,
+            caption="accuracy: held-out; kB kept: from the forward of a step to its backward",
+        )
+        table.add_column("arm", no_wrap=True)
+        for heading in ("rate", "accuracy", f"steps to {target}", "ms/step", "kB kept"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for arm, measured in arms.items():
+            table.add_row(
+                arm,
+                f"{measured['best_learning_rate']:g}",
+                _accuracy(measured),
+                _steps(measured["steps_to_target"]),
+                f"{1e3 * measured['seconds_per_step']['median']:.2f}",
+                f"{1e-3 * measured['bytes_kept_for_backward']['mean']:,.0f}",
+            )
+        console.print(table)
+
+
+def _accuracy(measured: dict[str, Any]) -> str:
+    accuracy = measured["test_accuracy"]
+    if accuracy["mean"] is None:
+        return "diverged"
+    diverged = f" ({measured['diverged']} diverged)" if measured["diverged"] else ""
+    return f"{accuracy['mean']:.1%} ± {100 * accuracy['std']:.1f}{diverged}"
+
+
+def _steps(steps: dict[str, Any]) -> str:
+    if steps["mean"] is None:
+        return "never"
+    missed = len(steps["values"]) - steps["reached"]
+    return f"{steps['mean']:,.0f}" + (f" ({missed} never)" if missed else "")

@@ -1,0 +1,66 @@
+"""A user's own data and networks as source text, for tests that write them to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_OWN = """
+import os, time
+import numpy as np
+from torch import nn
+
+
+def data():
+    random = np.random.default_rng(0)
+    centres = 3 * random.standard_normal((3, 4))
+    y = np.arange(90) % 3
+    x = centres[y] + random.standard_normal((90, 4))
+    return x[:60], y[:60], x[60:], y[60:]
+
+
+def net(norm):
+    return nn.Sequential(nn.Linear(4, 8), norm(8, activation=nn.ReLU()), nn.Linear(8, 3))
+
+
+class Slow(nn.Module):
+    def forward(self, x):
+        time.sleep(float(os.environ.get("SLOW_SECONDS", "0")))
+        return x
+
+
+def slow(norm):
+    return nn.Sequential(Slow(), *net(norm))
+
+
+def dies_once(norm):
+    marker = os.environ["DEATH_MARKER"]
+    if not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), 9)
+    return net(norm)
+
+
+def dies(norm):
+    os._exit(3)
+
+
+def raises(norm):
+    if norm.arm.norm == "batchnorm":
+        raise RuntimeError("no such layer here")
+    return net(norm)
+
+
+def five_outputs(norm):
+    return nn.Linear(4, 5)
+
+
+def no_module(norm):
+    return 3
+"""
+
+
+def write_own_code(folder: Path) -> Path:
+    """Write `own.py` with `data` (3 classes, 4 features, 60 + 30 examples) and networks for it."""
+    path = folder / "own.py"
+    path.write_text(_OWN)
+    return path

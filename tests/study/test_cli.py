@@ -1,0 +1,201 @@
+"""The real command, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import batchnorm
+
+from .own_code import write_own_code
+
+# One thread for timing too: two threads on a busy machine wait for each other.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+COMMAND = [sys.executable, "-c", "from batchnorm.cli import main; main()"]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    return write_own_code(tmp_path)
+
+
+def tiny(own: Path, network: str = "net", *more: str) -> list[str]:
+    """A command that trains twice; options in `more` win over those here."""
+    places = ["--network", f"{own}:{network}", "--data", f"{own}:data"]
+    sizes = ["--seeds", "1", "--epochs", "2", "--batch-size", "20", "--jobs", "1"]
+    arms = ["--arms", "none,batchnorm", "--learning-rate", "1e-2"]
+    return [*COMMAND, "study", *places, *sizes, *arms, *more]
+
+
+def run(
+    command: list[str], folder: Path, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=before,
+        check=False,
+    )
+
+
+def assert_fails_in_one_line(done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == code, done.stderr
+    assert all(part in last for part in parts), done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def is_gone(group: int, within: float) -> bool:
+    """Whether a process group has nothing alive after at most so many seconds; zombies are init's to bury."""
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        states = subprocess.run(
+            ["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        living = [line for line in states if line.split()[0] == str(group) and "Z" not in line.split()[1]]
+        if not living:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_study_from_end_to_end_and_again(own: Path) -> None:
+    done = run(tiny(own), own.parent)
+    folder = own.parent / "runs" / "study-own.py-data-own.py-net"
+    assert done.returncode == 0, done.stderr
+    assert "batchnorm" in done.stdout
+    assert f"report: {folder.relative_to(own.parent) / 'report.html'}" in done.stdout
+    assert "2 training runs, 1 at a time" in done.stderr
+    results = json.loads((folder / "results.json").read_text())
+    assert results["arms"].keys() == {"none", "batchnorm"}
+    assert (folder / "report.html").stat().st_size > 1000
+    written = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
+    written[folder / "timing.json"] = (folder / "timing.json").stat().st_mtime_ns
+    assert len(written) == 3
+
+    again = run(tiny(own), own.parent)
+    assert again.returncode == 0, again.stderr
+    assert "training runs" not in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def start_slow(own: Path, seconds: str, jobs: int) -> subprocess.Popen[str]:
+    slow = tiny(own, "slow", "--seeds", "8", "--epochs", "5", "--jobs", str(jobs))
+    environment = {**ENVIRONMENT, "SLOW_SECONDS": seconds}
+    return subprocess.Popen(
+        slow, cwd=own.parent, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for_runs(own: Path, count: int) -> list[Path]:
+    for _ in range(1200):
+        runs = sorted(own.parent.glob("runs/*/runs/*.json"))
+        if len(runs) >= count:
+            return runs
+        time.sleep(0.05)
+    raise AssertionError(f"there were never {count} runs")
+
+
+def test_ctrl_c_stops_keeps_finished_runs_and_the_same_command_goes_on(own: Path) -> None:
+    process = start_slow(own, "0.01", jobs=2)
+    runs = wait_for_runs(own, 2)
+    kept = {path: path.stat().st_mtime_ns for path in runs}
+    pressed = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - pressed < 2
+    assert process.returncode == 130
+    assert is_gone(process.pid, within=1)
+    finished = len(list(own.parent.glob("runs/*/runs/*")))
+    assert 2 <= finished < 16
+    assert stderr.splitlines()[-1].startswith(
+        f"stopped: {finished} of 16 runs are finished and kept in runs/study"
+    )
+    assert "Traceback" not in stderr
+
+    on = start_slow(own, "0", jobs=1)
+    _, stderr = on.communicate(timeout=60)
+    assert on.returncode == 0, stderr
+    assert f"16 training runs, of which {finished} are finished already" in stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_workers_end_when_their_parent_is_killed(own: Path) -> None:
+    process = start_slow(own, "0.01", jobs=1)
+    wait_for_runs(own, 1)
+    process.kill()
+    process.communicate(timeout=10)
+    assert is_gone(process.pid, within=5)
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (
+            ["--arms", "none,bachnorm"],
+            ["error: unknown arm 'bachnorm': known are none, batchnorm"],
+        ),
+        (["--network", "mpl"], ["error: unknown network 'mpl': known are mlp, deep, cnn"]),
+        (["--learning-rate", "1e-3,fast"], ["error: learning rate 'fast' is not a number"]),
+        (["--jobs", "many"], ["error: --jobs 'many'"]),
+    ],
+)
+def test_wrong_options_are_one_line(own: Path, more: list[str], parts: list[str]) -> None:
+    assert_fails_in_one_line(run(tiny(own, "net", *more), own.parent), 2, *parts)
+    assert not (own.parent / "runs").exists()
+
+
+def test_a_network_that_raises_is_one_line(own: Path) -> None:
+    parts = ["own.py:raises", "arm batchnorm", "RuntimeError: no such layer here (own.py, line "]
+    assert_fails_in_one_line(run(tiny(own, "raises"), own.parent), 1, *parts)
+
+
+def test_tracebacks_are_shown_on_request_only(own: Path) -> None:
+    own.write_text("def data():\n    raise RuntimeError('no such file')\n")
+    assert_fails_in_one_line(run(tiny(own), own.parent), 1, "RuntimeError: no such file (own.py, line 2)")
+    debug = run(tiny(own, "net", "--debug"), own.parent)
+    assert debug.returncode == 1
+    assert "Traceback" in debug.stderr
+    assert "raise RuntimeError('no such file')" in debug.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(own: Path) -> None:
+    done = run(tiny(own, "net", "--out", str(own / "below")), own.parent)
+    assert_fails_in_one_line(done, 1, "error: ", "own.py", "Not a directory")
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_leaves_no_part_of_it(own: Path) -> None:
+    def no_file_beyond_8_bytes() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))
+
+    done = run(tiny(own), own.parent, no_file_beyond_8_bytes)
+    assert_fails_in_one_line(done, 1, "error: ", "File too large", "every finished run is kept")
+    assert [path.name for path in own.parent.glob("runs/*/*")] == ["runs"]
+
+
+def test_version_and_help() -> None:
+    version = run([*COMMAND, "--version"], Path())
+    assert version.stdout == f"batchnorm {batchnorm.__version__}\n"
+    helped = run([*COMMAND, "study", "--help"], Path())
+    assert helped.returncode == 0
+    for option in ("--network", "--data-dir", "--target-accuracy", "--jobs", "--debug"):
+        assert option in helped.stdout
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys\nfrom batchnorm.cli import app\napp(['study', '--help'], standalone_mode=False)\n"
+    done = run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], Path())
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.errors import DataError, OptionError
+from batchnorm.study.arms import parse_arm
+from batchnorm.study.errors import StudyError
+from batchnorm.study.networks import NormFactory, build_network
+from batchnorm.study.options import ARMS
+from batchnorm.study.probes import weight_layers
+
+from .own_code import write_own_code
+
+
+def kinds(module: nn.Module) -> list[type[nn.Module]]:
+    return [type(part) for part in (module if isinstance(module, nn.Sequential) else [module])]
+
+
+def factory(arm: str) -> NormFactory:
+    return NormFactory(parse_arm(arm))
+
+
+def test_normalization_comes_before_the_activation_and_dropout_after_it() -> None:
+    made = factory("batchnorm+dropout")(5, activation=nn.ReLU())
+    assert kinds(made) == [BatchNorm1d, nn.ReLU, nn.Dropout]
+
+
+@pytest.mark.parametrize(
+    ("arm", "spatial_dims", "expected"),
+    [
+        ("none", 0, nn.Identity),
+        ("l1", 2, nn.Identity),
+        ("batchnorm", 0, BatchNorm1d),
+        ("batchnorm", 1, BatchNorm1d),
+        ("batchnorm", 2, BatchNorm2d),
+        ("batchnorm+l2", 3, BatchNorm3d),
+        ("layernorm", 0, nn.LayerNorm),
+        ("layernorm", 2, nn.GroupNorm),
+        ("dropout", 0, nn.Dropout),
+        ("dropout", 1, nn.Dropout1d),
+        ("dropout", 2, nn.Dropout2d),
+    ],
+)
+def test_each_arm_gives_its_own_layer_for_its_own_rank(
+    arm: str, spatial_dims: int, expected: type[nn.Module]
+) -> None:
+    made = factory(arm)(6, spatial_dims=spatial_dims)
+    assert kinds(made) == [expected]
+    x = torch.randn(4, 6, *[3] * spatial_dims)
+    assert made(x).shape == x.shape
+
+
+def test_dropout_probability_is_the_arms_unless_the_network_says() -> None:
+    assert [factory("dropout")(4, dims).p for dims in (0, 2)] == [0.5, 0.2]
+    assert factory("dropout")(4, dropout=0.1).p == 0.1
+
+
+def test_a_rank_that_no_layer_has_is_refused() -> None:
+    with pytest.raises(OptionError, match="spatial_dims is 0, 1, 2 or 3"):
+        factory("none")(4, 4)
+
+
+@pytest.mark.parametrize("network", ["mlp", "deep", "cnn"])
+def test_arms_of_a_seed_start_from_the_same_weights(network: str) -> None:
+    weights = []
+    for arm in ARMS:
+        model = build_network(network, parse_arm(arm), (28, 28), 10, seed=4)
+        weights.append({name: layer.weight for name, layer in weight_layers(model).items()})
+        assert model(torch.rand(3, 28, 28)).shape == (3, 10)
+    for other in weights[1:]:
+        assert other.keys() == weights[0].keys()
+        for name, weight in weights[0].items():
+            assert torch.equal(weight, other[name])
+    another = weight_layers(build_network(network, parse_arm("none"), (28, 28), 10, seed=5))
+    assert not any(torch.equal(weight, another[name].weight) for name, weight in weights[0].items())
+
+
+def test_mlp_is_the_textbook_one() -> None:
+    model = build_network("mlp", parse_arm("batchnorm"), (28, 28), 10, seed=0)
+    assert kinds(model) == [nn.Flatten, nn.Linear, nn.ReLU, BatchNorm1d, nn.Linear]
+    assert [tuple(layer.weight.shape) for layer in weight_layers(model).values()] == [(64, 784), (10, 64)]
+
+
+def test_deep_normalizes_before_each_of_eight_sigmoids() -> None:
+    model = build_network("deep", parse_arm("batchnorm"), (28, 28), 10, seed=0)
+    blocks = [part for part in model if isinstance(part, nn.Sequential)]
+    assert [kinds(block) for block in blocks] == [[BatchNorm1d, nn.Sigmoid]] * 8
+    limit = (6 / 200) ** 0.5
+    assert 0.95 * limit < model.linear5.weight.abs().max() <= limit
+    assert not model.linear5.bias.any()
+
+
+def test_cnn_takes_images_with_and_without_channels() -> None:
+    assert build_network("cnn", parse_arm("batchnorm"), (3, 16, 20), 4, 0)(
+        torch.rand(2, 3, 16, 20)
+    ).shape == (2, 4)
+    with pytest.raises(DataError, match=r"cnn needs images .* shape \(4,\)"):
+        build_network("cnn", parse_arm("none"), (4,), 3, 0)
+
+
+def test_building_leaves_the_callers_random_state() -> None:
+    before = torch.get_rng_state()
+    build_network("mlp", parse_arm("none"), (4,), 3, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_own_network_gets_the_arms_layers(tmp_path: Path) -> None:
+    model = build_network(f"{write_own_code(tmp_path)}:net", parse_arm("batchnorm"), (4,), 3, 0)
+    assert any(isinstance(layer, BatchNorm1d) for layer in model.modules())
+
+
+def test_own_network_that_fails_is_named_with_arm_and_line(tmp_path: Path) -> None:
+    own = write_own_code(tmp_path)
+    line = 1 + own.read_text().splitlines().index('        raise RuntimeError("no such layer here")')
+    with pytest.raises(
+        StudyError, match=rf"arm batchnorm: RuntimeError: no such layer here \(own.py, line {line}\)"
+    ):
+        build_network(f"{own}:raises", parse_arm("batchnorm"), (4,), 3, 0)
+    with pytest.raises(StudyError, match="no_module returned int, not a torch"):
+        build_network(f"{own}:no_module", parse_arm("none"), (4,), 3, 0)
+
+
+@pytest.mark.parametrize("arm", ["bn", "batchnorm+layernorm", "none+l1", "l2+l2", "batchnorm+", ""])
+def test_arms_that_make_no_sense_are_refused(arm: str) -> None:
+    with pytest.raises(OptionError, match="arm"):
+        parse_arm(arm)

@@ -1,0 +1,215 @@
+"""The report is one page that needs nothing else, trusts no name, and is the same every time."""
+
+from __future__ import annotations
+
+import copy
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchnorm.errors import DataError
+from batchnorm.study.report import write_report
+from tests.study.results_fixture import record, results, usual, write
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
+
+
+class Page(HTMLParser):
+    """What a page holds: its tags, ids, headings and text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.headings: list[str] = []
+        self.unbalanced: list[str] = []
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("h1", "h2", "h3"):
+            self.headings.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def _report(folder: Path, content: dict[str, Any]) -> str:
+    return write_report(write(folder, content)).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _report(
+        tmp_path_factory.mktemp("report"), usual(["none", "batchnorm", "l1", "layernorm"], seeds=2)
+    )
+
+
+@pytest.fixture(scope="module")
+def page(source: str) -> Page:
+    return Page(source)
+
+
+def test_the_page_is_well_formed(page: Page) -> None:
+    assert page.unbalanced == []
+    assert page.open == []
+    assert page.headings[0] == "h1"
+    assert page.headings.count("h1") == 1
+    assert page.headings[1] == "h2"
+
+
+def test_ids_are_unique_and_links_lead_somewhere(page: Page) -> None:
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.tags:
+        for name in ("aria-labelledby", "aria-describedby"):
+            assert set((attributes.get(name) or "").split()) <= set(ids)
+        href = attributes.get("href") or ""
+        assert not href.startswith("#") or href[1:] in ids
+
+
+def test_nothing_is_asked_of_the_network(source: str, page: Page) -> None:
+    assert not re.search(r"https?:|url\((?!#)|@import|//[a-z]", source)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "iframe", "img", "object", "embed", "base", "form")
+        for name in ("src", "href", "srcset", "action"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+    policy = next(
+        a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert (policy or "").startswith("default-src 'none'")
+
+
+def test_every_picture_has_a_name(page: Page) -> None:
+    pictures = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(pictures) == 2 * 9
+    for attributes in pictures:
+        assert attributes["role"] == "img"
+        assert attributes["aria-labelledby"]
+        assert "width" not in attributes  # it takes the width that there is
+
+
+def test_verdicts_table_method_and_command_are_there(page: Page) -> None:
+    for words in (
+        "In short",
+        "Does it train faster?",
+        "Does it tolerate larger learning rates?",
+        "Does it keep gradients alive in a deep network?",
+        "What does it cost per step?",
+        "All arms of deep, each at its best learning rate",
+        "95 % interval",
+        "2 seeds",
+        "1,000 held-out examples",
+        "1 MB is 1,000,000 bytes",
+        "batchnorm study --network mlp,deep",
+        "torch 2.13.0",
+        "48 training runs, of which 1 diverged",
+    ):
+        assert words in page.text.replace("\N{NO-BREAK SPACE}", " "), words
+
+
+def test_no_raw_value_is_printed(page: Page) -> None:
+    assert not re.search(r"\b(nan|NaN|None|inf|Infinity|null)\b", page.text)
+
+
+def test_the_same_results_make_the_same_report(tmp_path: Path) -> None:
+    content = results([record(arm=arm, seed=seed) for arm in ("none", "batchnorm") for seed in range(2)])
+    assert _report(tmp_path / "a", content) == _report(tmp_path / "b", content)
+
+
+def test_names_from_outside_are_escaped(tmp_path: Path) -> None:
+    content = usual(["none", "batchnorm"], seeds=1)
+    for run in content["runs"]:
+        run["network"] = run["network"].replace("mlp", f"{ATTACK}.py:build")
+        run["arm"] = run["arm"].replace("none", f"none{ATTACK}")
+        for kind in ("gradient_norm", "input_drift"):
+            layers = run[kind]["layers"]
+            run[kind]["layers"] = {f"{ATTACK}{name}": value for name, value in layers.items()}
+    content["networks"][f"{ATTACK}.py:build"] = content["networks"].pop("mlp")
+    provenance = content["provenance"]
+    provenance["data"] = {"name": ATTACK, "held_out": 1000, ATTACK: ATTACK}
+    provenance[ATTACK] = [ATTACK, {ATTACK: None}]
+    provenance["command"] = ATTACK
+    source = _report(tmp_path, content)
+    page = Page(source)
+    assert page.unbalanced == []
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert "49" not in page.text.split("To repeat it")[1]
+    assert "<script>alert(1)</script>" in page.text  # as text
+
+
+def test_a_diverged_study_is_reported(tmp_path: Path) -> None:
+    lost = [record(arm=arm, seed=seed, diverged=True) for arm in ("none", "batchnorm") for seed in range(2)]
+    page = Page(_report(tmp_path, results(lost)))
+    assert "4 training runs, of which 4 diverged" in page.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "not reached" in page.text
+
+
+@pytest.mark.parametrize("arms", [["batchnorm"], ["none"], ["l1", "layernorm"]])
+def test_any_subset_of_arms_is_reported(tmp_path: Path, arms: list[str]) -> None:
+    page = Page(_report(tmp_path, usual(arms, seeds=1, networks=["deep"])))
+    assert page.unbalanced == []
+    assert "Trains faster" not in page.text
+    assert not re.search(r"\b(nan|NaN|None|null)\b", page.text)
+
+
+def test_one_seed_is_called_an_indication(tmp_path: Path) -> None:
+    page = Page(_report(tmp_path, results([record(arm=arm) for arm in ("none", "batchnorm")])))
+    assert "With one seed, this is an indication and no more." in page.text
+    assert "✓" not in page.text
+
+
+def test_sparse_results_suffice(tmp_path: Path) -> None:
+    """Runs without the summaries, and nothing said of where they come from."""
+    content = {"runs": [copy.deepcopy(record(arm=arm)) for arm in ("none", "batchnorm")]}
+    page = Page(_report(tmp_path, content))
+    assert "What batch normalization buys on this data" in page.text
+
+
+def test_half_a_character_does_not_stop_the_report(tmp_path: Path) -> None:
+    assert Page(_report(tmp_path, results([record(network="a\ud800\x00b")]))).unbalanced == []
+
+
+def test_a_report_that_cannot_be_made_leaves_the_old_one(tmp_path: Path) -> None:
+    path = write_report(write(tmp_path, results([record()])))
+    before = path.read_bytes()
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        write_report(tmp_path)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "results.json"]
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*results\.json"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_a_disk_that_refuses_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("batchnorm.study.report.write_whole", full)
+    with pytest.raises(DataError, match=r"cannot write .*report.html: No space left on device"):
+        write_report(write(tmp_path, results([record()])))

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from batchnorm.errors import DataError, OptionError
+from batchnorm.study import StudyOptions, run_study
+from batchnorm.study.data import load_data
+from batchnorm.study.display import Quiet
+from batchnorm.study.errors import StudyError
+from batchnorm.study.options import parse_rates, split_list
+from batchnorm.study.pool import Died, Finished, Progress, WorkerPool
+from batchnorm.study.tasks import RunTask, plan
+
+from .own_code import write_own_code
+
+
+class Listening(Quiet):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.ended: list[str] = []
+        self.diverged: list[str] = []
+        self.started: tuple[int, int] | None = None
+
+    def training(self, runs: int, finished: int, steps: int, workers: int) -> None:
+        assert workers == 1
+        self.started = (runs, finished)
+        self.left = steps
+
+    def advance(self, steps: int) -> None:
+        self.left -= steps
+
+    def run_ended(self, name: str, diverged: bool) -> None:
+        (self.diverged if diverged else self.ended).append(name)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    return write_own_code(tmp_path)
+
+
+def options(own: Path, **changes: Any) -> StudyOptions:
+    settings: dict[str, Any] = {
+        "networks": (f"{own}:net",),
+        "data": f"{own}:data",
+        "arms": ("none", "batchnorm"),
+        "learning_rates": (1e-2,),
+        "seeds": 2,
+        "epochs": 2,
+        "batch_size": 20,
+        "jobs": 1,
+        "out": own.parent / "out",
+    }
+    return StudyOptions(**{**settings, **changes})
+
+
+def task(network: object) -> RunTask:
+    return RunTask(str(network), "batchnorm", 1e-2, 0, 1, 20, 0.9)
+
+
+def test_a_study_runs_grows_and_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchnorm.study.report.write_report", lambda folder: folder / "results.json")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    first = Listening()
+    result = run_study(options(own), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    assert (first.started, len(first.ended), first.left) == ((4, 0), 4, 0)
+    assert result.report.is_file()
+    assert result.results == json.loads((result.folder / "results.json").read_text())
+    assert (result.folder / "curves.csv").read_text().count("\n") == 1 + 4 * 2
+    old = {path: path.stat().st_mtime_ns for path in (result.folder / "runs").iterdir()}
+
+    # A rate more, with which one run diverges: a result, not an error; what is there stays.
+    second = Listening()
+    grown = run_study(options(own, seeds=1, learning_rates=(1e-2, 1e30), arms=("none",)), second)
+    assert (second.started, second.ended, len(second.diverged), second.left) == ((2, 1), [], 1, 0)
+    assert [run["status"] for run in grown.results["runs"]] == ["finished", "diverged"]
+    assert grown.results["arms"]["none"]["test_accuracy"]["values"] == [
+        result.results["arms"]["none"]["test_accuracy"]["values"][0]
+    ]
+    assert {path: path.stat().st_mtime_ns for path in old} == old
+
+    with pytest.raises(DataError, match=r"epochs 2 \(now 3\)"):
+        run_study(options(own, epochs=3))
+    own.write_text(own.read_text() + "\n# changed")
+    with pytest.raises(DataError, match="network_source"):
+        run_study(options(own))
+
+
+def test_the_plan_finishes_one_seed_before_the_next(own: Path) -> None:
+    tasks = plan(options(own, networks=("mlp", "deep"), learning_rates=(1e-2, 1e-3), seeds=2))
+    assert [task.seed for task in tasks] == [0] * 8 + [1] * 8
+    assert len({task.name for task in tasks}) == 16
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, WorkerPool]]:
+    """The user's file, and one pool for several tests: a worker takes seconds to start."""
+    own = write_own_code(tmp_path_factory.mktemp("pool"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEATH_MARKER", str(own.parent / "died"))
+        with WorkerPool(1, load_data(f"{own}:data")) as pool:
+            yield own, pool
+
+
+def test_a_killed_worker_is_reported_and_its_run_done_again(
+    shared: tuple[Path, WorkerPool],
+) -> None:
+    own, pool = shared
+    dies_once, fine = task(f"{own}:dies_once"), task(f"{own}:net")
+    events = [event for event in pool.run([dies_once, fine]) if not isinstance(event, Progress)]
+    assert events[0] == Died(dies_once, "killed by signal 9 (SIGKILL)")
+    assert {event.task for event in events[1:] if isinstance(event, Finished)} == {dies_once, fine}
+
+
+def test_workers_leave_ctrl_c_to_their_parent(shared: tuple[Path, WorkerPool]) -> None:
+    own, pool = shared
+    fine = task(f"{own}:net")
+    list(pool.run([fine]))
+    worker = pool._members[0].process.pid
+    assert worker is not None
+    os.kill(worker, signal.SIGINT)
+    assert [type(event) for event in pool.run([fine])] == [Finished]
+
+
+def test_a_network_that_raises_is_named_with_its_line(shared: tuple[Path, WorkerPool]) -> None:
+    own, pool = shared
+    with pytest.raises(
+        StudyError, match=r"raises, arm batchnorm: RuntimeError: no such layer here \(own\.py"
+    ):
+        list(pool.run([task(f"{own}:raises")]))
+
+
+def test_a_worker_that_dies_twice_on_a_run_ends_the_study(shared: tuple[Path, WorkerPool]) -> None:
+    own, pool = shared
+    with pytest.raises(StudyError, match=r"died again, with exit code 3, on .*dies"):
+        list(pool.run([task(f"{own}:dies")]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"arms": ("none", "batchnrom")}, "unknown arm 'batchnrom': known are none, batchnorm"),
+        ({"networks": ("mpl",)}, "unknown network 'mpl': known are mlp, deep, cnn"),
+        ({"networks": ()}, "no network was given"),
+        ({"networks": ("a/net.py:f", "b/net.py:f")}, "share the files"),
+        ({"learning_rates": (0.0,)}, "learning rate 0.0"),
+        ({"learning_rates": (float("nan"),)}, "learning rate nan"),
+        ({"seeds": 0}, "--seeds 0 is below 1"),
+        ({"epochs": 0}, "--epochs 0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"jobs": 0}, "--jobs 0"),
+        ({"target_accuracy": 90.0}, "--target-accuracy 90.0"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        StudyOptions(**wrong)
+
+
+def test_a_batch_beyond_the_data_is_refused(own: Path) -> None:
+    with pytest.raises(OptionError, match="--batch-size 61 is more than the 60"):
+        run_study(options(own, batch_size=61))
+
+
+def test_lists_are_split_and_repeats_fall_out() -> None:
+    assert split_list(" a, b,,c ") == ("a", "b", "c")
+    assert parse_rates(("1e-3", "0.001")) == (1e-3, 1e-3)
+    assert StudyOptions(learning_rates=(1e-3, 1e-3)).learning_rates == (1e-3,)
+    with pytest.raises(OptionError, match="'fast' is not a number"):
+        parse_rates(("fast",))
+
+
+def test_the_default_folder_is_the_same_for_the_same_study() -> None:
+    assert StudyOptions().folder == Path("runs/study-digits-mlp-deep")
+    own = StudyOptions(networks=("/x/my net.py:build",), data="/y/d.py:load")
+    assert own.folder == Path("runs/study-d.py-load-my-net.py-build")

@@ -1,0 +1,43 @@
+"""README and docs: their code runs, and their figures are those of the result files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import page
+
+ROOT = Path(__file__).parent.parent
+CODE = [
+    pytest.param(code, id=f"{path.name}-{number}")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, code in enumerate(
+        re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    )
+]
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_code_blocks_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(code, "block", "exec"), {})
+    assert "Calibrated 1 layers on 256 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", page.PAGES, ids=lambda path: path.name)
+def test_tables_are_those_of_the_result_files(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "<!-- / -->" in text
+    assert page.filled(text) == text
+
+
+def test_a_changed_figure_is_found() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert page.filled(text.replace("e-08", "e-09", 1)) == text
+
+
+def test_local_links_lead_somewhere() -> None:
+    for path in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
