@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_the_target_is_looked_up_at_steps_a_tenth_apart_and_at_the_end(
     total = len(run(data, epochs=8, arm="none")["step_loss"])
     assert looked[:4] == [2, 4, 6, 8]
     assert looked[-1] == total
-    gaps = [(after - before, before) for before, after in zip(looked, looked[1:], strict=False)]
+    gaps = [(after - before, before) for before, after in itertools.pairwise(looked)]
     assert all(gap <= max(2, before // 10) for gap, before in gaps)
     assert any(gap > 2 for gap, _ in gaps)
 

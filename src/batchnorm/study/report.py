@@ -244,8 +244,8 @@ def _caveats(study: Study) -> list[str]:
     every = {run.target_checked_every for network in study.networks for run in network.runs}
     if len(every) == 1 and (interval := every.pop()) > 1:
         found.append(
-            f"Whether the target is reached is looked up every {q.count(interval)} steps, and later at steps a "
-            "tenth apart, so steps to the target are known to within that."
+            f"Whether the target is reached is looked up every {q.count(interval)} steps, and later at steps "
+            "a tenth apart, so steps to the target are known to within that."
         )
     found.append(
         "Many comparisons are made: at 95 %, about one in twenty differences that are not there will look "
