@@ -136,7 +136,7 @@ def _provenance(options: StudyOptions, data: Dataset, timing_threads: int) -> di
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "target_accuracy": options.target_accuracy,
-        "train_accuracy": "on as many training examples as are held out, the same ones in every run",
+        "train_accuracy": "on at most 1,000 training examples, the same ones in every run",
         "optimizer": "Adam (betas 0.9 and 0.999, eps 1e-8, no schedule)",
         "penalties": {"l1": f"{L1_STRENGTH:g} * sum |w|", "l2": f"{L2_STRENGTH:g} * sum w^2"},
         "best_rate": "highest mean held-out accuracy after the last epoch, on the examples that are reported",

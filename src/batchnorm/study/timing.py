@@ -15,7 +15,7 @@ from .train_torch import Learner, TensorData
 from .user_code import naming_the_line, source_of
 
 _BLOCKS = 9
-_STEPS_PER_BLOCK = 20
+_STEPS_PER_BLOCK = 10
 _WARM_UP_STEPS = 5
 _SECONDS_PER_BLOCK = 0.1  # slow networks take fewer steps per block, so that timing stays a matter of seconds
 

@@ -51,8 +51,9 @@ class _Worker:
 
         from . import timing, train_torch
 
+        # One thread each: these networks are too small to gain from more, workers share the cores, and on a
+        # busy machine the threads of a short operation wait for each other a hundred times its length.
+        torch.set_num_threads(1)
         if isinstance(task, TimingTask):
             return {"threads": torch.get_num_threads(), "arms": timing.measure(task, self._data)}
-        # One thread each: these networks are too small to gain from more, and workers share the cores.
-        torch.set_num_threads(1)
         return train_torch.train(task, self._data, lambda steps: self._connection.send(("progress", steps)))
