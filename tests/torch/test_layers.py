@@ -115,7 +115,8 @@ def test_residual_of_another_dtype_promotes_as_addition_does(activation: str | N
         residual = torch.randn(6, 5).to(residual_dtype).requires_grad_()
         y, expected = ours(x, residual), composed(x, residual)
         assert y.dtype is expected.dtype is torch.float32
-        torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+        # Stock rounds the norm to bfloat16 before the addition, ours does not: 2^-8 of |norm| <= 4.
+        torch.testing.assert_close(y, expected, rtol=0, atol=2**-6)
         y.backward(torch.randn_like(y))
         assert (x.grad.dtype, residual.grad.dtype) == (x_dtype, residual_dtype)
 
