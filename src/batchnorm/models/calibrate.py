@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import DataError, MissingExtraError, OptionError
+from batchnorm.statistics.calibration import CalibrationReport, LayerChange
 from batchnorm.statistics.moments import PooledMoments, merge
 from batchnorm.torch.functional import moments
 
-from .calibration import CalibrationReport, LayerChange
 from .norms import tracking_norms
 
 Forward = Callable[[nn.Module, Any], Any]

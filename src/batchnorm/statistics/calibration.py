@@ -34,12 +34,14 @@ class CalibrationReport:
         batches: number of batches.
         layers: the layers whose running statistics were set, in the order of the model.
         unreached: names of the layers that no sample reached; theirs are as before.
+        frozen: names of the layers that are frozen (Keras: `trainable=False`); theirs are as before.
     """
 
     samples: int
     batches: int
     layers: tuple[LayerChange, ...]
     unreached: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ("layer", "values per channel", "mean moved by", "std became")
@@ -66,4 +68,6 @@ class CalibrationReport:
             )
         if self.unreached:
             lines.append(f"Not reached, left as before: {', '.join(self.unreached)}.")
+        if self.frozen:
+            lines.append(f"Frozen, left as before: {', '.join(self.frozen)}.")
         return "\n".join(lines)
