@@ -19,7 +19,7 @@ from batchnorm.statistics.moments import PooledMoments
 from . import checks, compiled, differentiable, operators
 from .differentiable import Normalized
 
-__all__ = ["batch_norm", "moments", "pure_batch_norm"]
+__all__ = ["batch_norm", "moments", "normalize_batch", "pure_batch_norm"]
 
 
 def batch_norm(
@@ -154,6 +154,33 @@ def moments(input: Tensor, mask: Tensor | None = None) -> PooledMoments:
     checks.check_input(input, training=False)
     count, mean, m2 = engine(input).moments(input.detach(), mask=mask)
     return PooledMoments(count[0], mean[0], m2[0])
+
+
+def normalize_batch(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+) -> tuple[Tensor, PooledMoments]:
+    """Normalize each channel by the batch, and return its moments: for layers that track their own.
+
+    As `batch_norm` in training, without running statistics, and one value per channel is allowed (var = 0).
+
+    Returns:
+        y, and the moments as of `moments`, `[C]`; no gradient flows into these.
+    """
+    checks.check_activation(activation)
+    checks.check_eps(eps, training=True)
+    checks.check_input(input, training=False)
+    checks.check_parameter("weight", weight, input)
+    checks.check_parameter("bias", bias, input)
+    y, mean, m2 = _normalize(input, None, None, weight, bias, True, eps, None, activation)
+    assert mean is not None
+    assert m2 is not None
+    count = input.shape[0] * math.prod(input.shape[2:])
+    return y, PooledMoments(count, mean.detach()[0], m2.detach()[0])
 
 
 def _check(
