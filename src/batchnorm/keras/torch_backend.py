@@ -1,0 +1,70 @@
+"""The layer's call on the torch backend, by batchnorm's own kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import keras
+import torch
+from keras import ops
+
+from batchnorm.torch import functional
+
+if TYPE_CHECKING:
+    from .layers import BatchNormalization
+
+# Keras's activation, with its defaults -> the same function fused into the kernel.
+_FUSED = {
+    keras.activations.relu: "relu",
+    keras.activations.relu6: "relu6",
+    keras.activations.silu: "silu",
+    keras.activations.gelu: "gelu",
+    keras.activations.hard_silu: "hardswish",
+    keras.activations.sigmoid: "sigmoid",
+    keras.activations.tanh: "tanh",
+    keras.activations.elu: "elu",
+}
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def call(layer: BatchNormalization, inputs: torch.Tensor, axis: int, by_batch: bool) -> torch.Tensor:
+    """Return the layer's output; `by_batch`: by the batch's statistics, which the moving ones follow."""
+    x = inputs.movedim(axis, 1) if inputs.dim() > 1 else inputs.unsqueeze(0)
+    if x.dtype not in _HALVES:  # those go in as they are: kernels compute in a wide dtype
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+    weight = _parameter(layer.gamma, x) if layer.scale else None
+    bias = _parameter(layer.beta, x) if layer.center else None
+    activation = _FUSED.get(layer.activation)
+    if by_batch:
+        if layer.renorm:
+            weight, bias = _renormalized(layer, x, weight, bias)
+        y, found = functional.normalize_batch(x, weight, bias, layer.epsilon, activation=activation)
+        if found.count:
+            layer._move(found.mean, found.m2 / found.count)
+    else:
+        running = (layer.moving_mean.value, layer.moving_variance.value)
+        y = functional.batch_norm(x, *running, weight, bias, eps=layer.epsilon, activation=activation)
+    if activation is None:
+        y = layer.activation(y)
+    y = y.movedim(1, axis) if inputs.dim() > 1 else y.squeeze(0)
+    output: torch.Tensor = ops.cast(y, layer.compute_dtype)
+    return output
+
+
+def _parameter(variable: keras.Variable, x: torch.Tensor) -> torch.Tensor:
+    """The value of gamma or beta in a dtype that goes with x; float32 serves 16-bit inputs as it is."""
+    value: torch.Tensor = variable.value
+    fits = x.dtype in _HALVES and value.dtype == torch.float32
+    return value if fits else value.to(x.dtype)
+
+
+def _renormalized(
+    layer: BatchNormalization, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weight and bias with r and d in them: (x̂ r + d) weight + bias."""
+    found = functional.moments(x)
+    narrow = torch.float32 if x.dtype in _HALVES else x.dtype
+    r, d = (v.to(narrow) for v in layer._renormalization(found.mean, found.m2 / found.count.clamp(min=1)))
+    if weight is not None:
+        r, d = r * weight, d * weight
+    return r, d if bias is None else d + bias
