@@ -1,0 +1,161 @@
+"""What every batch normalization of a model receives from one batch: its moments, per channel."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from batchnorm.errors import BatchNormError
+from batchnorm.statistics.moments import PooledMoments
+
+from .masks import valid_values
+from .moments import moments
+
+Tensor = Any
+Layer = Any
+Found = list[tuple[int, Tensor]]
+
+
+class BatchMoments:
+    """Runs a model as in inference, but for some of its normalizations, which normalize by the batch.
+
+    Nothing of the model changes: the forward runs in a `keras.StatelessScope`, where what a layer assigns to
+    a variable (the batch's statistics, by us; a recurrent state, a random seed) lives until the forward ends.
+    It is compiled once per shape of input where the backend compiles and the model is not `run_eagerly`.
+
+    Args:
+        model: built.
+        norms: (name, layer) of those to measure.
+    """
+
+    def __init__(self, model: Layer, norms: Sequence[tuple[str, Layer]]) -> None:
+        self.model = model
+        self.norms = tuple(norms)
+        self._run = _compiled(model, self._forward)
+
+    def __call__(self, x: Any) -> list[tuple[int, PooledMoments]]:
+        """Return, for each call of a layer, in their order, its number in `norms` and what it received.
+
+        Moments are NumPy float64, `[C]`.
+        """
+        return [(int(number), _wide(packed)) for number, packed in self._run(x)]
+
+    def serves(self, model: Layer, norms: Sequence[tuple[str, Layer]]) -> bool:
+        """Whether this is what a new one for these would be."""
+        return self.model is model and self.norms == tuple(norms)
+
+    def _forward(self, x: Any) -> Found:
+        found: Found = []
+        with _measured(self.norms, found):
+            self.model(x, training=False)
+        return found
+
+
+def _wide(packed: Tensor) -> PooledMoments:
+    count, shift, delta, var = ops.convert_to_numpy(packed).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # inf - inf, where sums overflow: whoever reads this refuses NaN
+        return PooledMoments(count, shift + delta, var * count)
+
+
+@contextlib.contextmanager
+def _measured(norms: Sequence[tuple[str, Layer]], found: Found) -> Iterator[None]:
+    """For the duration, each layer appends what it receives to `found`, and normalizes by it.
+
+    A layer's `call` is shadowed on the layer itself, past Keras's attribute tracking: stock layers have no
+    hook.
+    """
+    before = [(layer, layer.__dict__.get("call")) for _, layer in norms]
+    try:
+        for number, (name, layer) in enumerate(norms):
+            layer.__dict__["call"] = _measuring(name, layer, number, found)
+        yield
+    finally:
+        for layer, call in before:
+            if call is None:
+                layer.__dict__.pop("call", None)
+            else:
+                layer.__dict__["call"] = call
+
+
+def _measuring(name: str, layer: Layer, number: int, found: Found) -> Callable[..., Tensor]:
+    call = layer.call
+
+    def measuring(
+        inputs: Tensor, training: bool | None = None, mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        del training
+        batch = _received(name, layer, inputs, mask)
+        _, shift, delta, var = ops.unstack(batch, 4)
+        layer.moving_mean.assign(shift + delta)
+        layer.moving_variance.assign(var)
+        found.append((number, batch))
+        if mask is not None:
+            kwargs["mask"] = mask
+        return call(inputs, training=False, **kwargs)  # inference, by the statistics just assigned
+
+    return measuring
+
+
+def _received(name: str, layer: Layer, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return count, shift, delta and var (see `moments`), `[4, C]`."""
+    axis = layer.axis % len(inputs.shape)
+    try:
+        valid = None if mask is None else valid_values(mask, inputs, axis)
+    except BatchNormError as error:  # Keras raises it anew with its message alone, so the name goes in there
+        raise type(error)(f"{name} ({type(layer).__name__}): {error.message}") from None
+    x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+    axes = tuple(dim for dim in range(len(x.shape)) if dim != axis)
+    return ops.stack([ops.reshape(value, (-1,)) for value in moments(x, axes, valid)])
+
+
+def _compiled(model: Layer, forward: Callable[[Any], Found]) -> Callable[[Any], Found]:
+    """Return `forward` as the backend runs it best, without gradients and without effect on any variable."""
+
+    def stateless(x: Any) -> Found:
+        with keras.StatelessScope():
+            return forward(x)
+
+    backend, eager = keras.backend.backend(), bool(getattr(model, "run_eagerly", False))
+    if backend == "torch":
+        return lambda x: _in_evaluation(model, stateless, x)
+    if backend == "jax" and not eager and getattr(model, "jit_compile", True):
+        return _jitted(model, forward)
+    if backend == "tensorflow" and not eager:
+        import tensorflow as tf
+
+        compiled: Callable[[Any], Found] = tf.function(stateless, autograph=False, reduce_retracing=True)
+        return compiled
+    return stateless
+
+
+def _in_evaluation(model: Layer, forward: Callable[[Any], Found], x: Any) -> Found:
+    """Torch modules inside a Keras model read their own mode; it is as before afterwards."""
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            return forward(x)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _jitted(model: Layer, forward: Callable[[Any], Found]) -> Callable[[Any], Found]:
+    """Weights are arguments: as constants they would be compiled in. They are not donated: an interruption
+    between a donation and the return of the new values, as `predict_on_batch` does it, would lose them."""
+    import jax
+
+    @jax.jit
+    def run(values: list[Tensor], x: Any) -> Found:
+        with keras.StatelessScope(state_mapping=list(zip(model.variables, values, strict=True))):
+            return forward(x)
+
+    return lambda x: run([variable.value for variable in model.variables], x)

@@ -1,0 +1,133 @@
+"""The model's inputs, batch by batch, from everything that Keras trains on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from batchnorm.errors import DataError
+
+Inputs = Any  # a tensor or array, or a dict, list or tuple of them
+
+
+def batches(
+    model: keras.Model, data: Any, batch_size: int, steps: int | None
+) -> tuple[Iterator[Inputs], int | None]:
+    """Return an iterator over the inputs of each batch, and the number of batches where it is known.
+
+    Args:
+        model: that the inputs are for.
+        data: an array or tensor, or a dict or list of them, one per input of the model; a tuple (x, y) or
+            (x, y, sample_weight) of such; `tf.data.Dataset`, `keras.utils.PyDataset`, torch's `DataLoader`,
+            or any other iterable of batches, where a batch is x, (x, y) or (x, y, sample_weight).
+        batch_size: samples per batch, where the data is arrays.
+        steps: the largest number of batches; None = all.
+
+    Raises:
+        DataError: data of another form, arrays of unequal length, as many as the model does not take, or data
+            without an end and no `steps`.
+    """
+    total: float | None
+    if _is_arrays(data):
+        if isinstance(data, list):
+            _check_number(model, data)
+        found, total = _slices(_x(data) if isinstance(data, tuple) else data, batch_size)
+    else:
+        given, total = _given(data)
+        found = (_x(batch) for batch in given)
+    if total == math.inf and steps is None:
+        raise DataError(f"{type(data).__name__} has no end: pass steps, the number of batches to take")
+    if steps is not None:
+        total = steps if total is None else min(total, steps)
+    return (_tensors(x) for x in itertools.islice(found, steps)), None if total is None else int(total)
+
+
+def samples(x: Inputs) -> int:
+    """Return the number of samples in a batch of inputs."""
+    return int(next(leaf.shape[0] for leaf in keras.tree.flatten(x) if leaf is not None))
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__getitem__") and len(getattr(value, "shape", ())) > 0
+
+
+def _is_arrays(data: Any) -> bool:
+    """Whether data is arrays to be cut into batches; a list of (x, y) is one of batches."""
+    if isinstance(data, list):
+        return bool(data) and all(_is_array(part) for part in data)
+    if isinstance(data, (tuple, dict)):
+        return all(leaf is None or _is_array(leaf) for leaf in keras.tree.flatten(data))
+    return _is_array(data)
+
+
+def _check_number(model: keras.Model, arrays: list[Any]) -> None:
+    """Refuse a list of batches, of which a sequential model would take the first array, and drop the rest."""
+    inputs = getattr(model, "inputs", None)  # a model that is subclassed, or not built, does not say
+    if inputs is not None and len(inputs) != len(arrays):
+        raise DataError(
+            f"got a list of {len(arrays)} arrays for a model of {len(inputs)} inputs: a list holds one array "
+            "per input; hand over batches as an iterator, iter(batches)"
+        )
+
+
+def _slices(x: Inputs, batch_size: int) -> tuple[Iterator[Inputs], float]:
+    leaves = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
+    lengths = {int(leaf.shape[0]) for leaf in leaves}
+    if len(lengths) != 1:
+        raise DataError(
+            f"the arrays of data differ in length: {', '.join(map(str, sorted(lengths)))}; a list holds one "
+            "array per input; hand over batches as an iterator, iter(batches)"
+        )
+    (length,) = lengths
+
+    def cut(start: int) -> Inputs:
+        stop = min(start + batch_size, length)
+        return keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[start:stop], x)
+
+    return (cut(start) for start in range(0, length, batch_size)), math.ceil(length / batch_size)
+
+
+def _given(data: Any) -> tuple[Iterator[Any], float | None]:
+    """Return the batches of data that is batched already, and their number; infinity where it has no end."""
+    if isinstance(data, keras.utils.PyDataset):
+        number = data.num_batches
+        return iter(data), math.inf if number is None else number
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes, dict)):
+        raise DataError(f"data is arrays, or an iterable of batches; got a {type(data).__name__}")
+    if hasattr(data, "cardinality") and int(data.cardinality()) == -1:  # tf.data.INFINITE_CARDINALITY
+        return iter(data), math.inf
+    try:
+        return iter(data), len(data)  # type: ignore[arg-type]
+    except TypeError:  # what tf.data and torch raise where they do not know it, and Python for an iterator
+        return iter(data), None
+
+
+def _x(batch: Any) -> Inputs:
+    try:
+        return keras.utils.unpack_x_y_sample_weight(batch)[0]
+    except ValueError:
+        raise DataError(
+            f"a batch is x, (x, y) or (x, y, sample_weight); got a {type(batch).__name__} of {len(batch)}"
+        ) from None
+
+
+def _tensors(x: Inputs) -> Inputs:
+    """Return the inputs as the backend takes them, which another framework's tensors are not."""
+    if not any(leaf is not None for leaf in keras.tree.flatten(x)):
+        raise DataError(f"a batch is x, (x, y) or (x, y, sample_weight); got a {type(x).__name__} without x")
+    return keras.tree.map_structure(_tensor, x)
+
+
+def _tensor(leaf: Any) -> Any:
+    # Under `keras.distribution` a tensor is bound to one device, and the weights to several: NumPy is free.
+    if leaf is None or (keras.ops.is_tensor(leaf) and keras.distribution.distribution() is None):
+        return leaf
+    array = np.asarray(leaf)
+    if array.ndim == 0 or (array.dtype == object and not isinstance(leaf, np.ndarray)):
+        raise DataError(f"a batch holds arrays or tensors whose first axis is the samples; got {leaf!r:.80}")
+    return array
