@@ -1,0 +1,55 @@
+"""What `fold` does with each batch normalization of a model, and why not: the table that it prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["before", "after"]
+
+
+@dataclass(frozen=True)
+class FoldRow:
+    """One batch normalization.
+
+    Attributes:
+        name: qualified by the models and layers around it, such as `backbone/bn_1`.
+        into: qualified name of the layer whose weights take it; None where it is left as it is.
+        direction: whether that is the layer before the normalization or the one after it; None where left.
+        reason: why it is left; "" where it is folded.
+    """
+
+    name: str
+    into: str | None
+    direction: Direction | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class FoldTable:
+    """What `fold` does with each batch normalization; `print` shows it.
+
+    Attributes:
+        model: name of the model.
+        rows: one per layer, in the order of the model.
+    """
+
+    model: str
+    rows: tuple[FoldRow, ...]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"{self.model} has no batch normalization to fold."
+        folded = sum(row.into is not None for row in self.rows)
+        lines = [f"{self.model}: {folded} of {len(self.rows)} batch normalizations folded"]
+        cells = [("normalization", "folded into", "left because")]
+        cells += [
+            (row.name, f"{row.into}, {row.direction} it" if row.into else "-", row.reason)
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        ]
+        return "\n".join(lines)
