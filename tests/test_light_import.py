@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -26,7 +27,11 @@ HEAVY = (
 def run_python(code: str) -> str:
     """Run the code in a fresh interpreter, with warnings as errors, and return what it printed."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"KERAS_BACKEND": "torch"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -96,7 +101,7 @@ def test_missing_framework_is_an_error_that_names_the_extra(name: str) -> None:
 
 SETTINGS = """
 import random, warnings
-import numpy, torch
+import numpy, torch, keras  # what importing them sets is theirs
 
 def settings():
     return (

@@ -17,12 +17,14 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "BatchNorm2d": ("batchnorm.torch.layers", "BatchNorm2d"),
     "BatchNorm3d": ("batchnorm.torch.layers", "BatchNorm3d"),
     "calibrate": ("batchnorm.models.calibrate", "calibrate"),
+    "conventions": ("batchnorm.conventions", None),
     "errors": ("batchnorm.errors", None),
     "functional": ("batchnorm.torch.functional", None),
+    "keras": ("batchnorm.keras", None),
     "kernels": ("batchnorm.kernels", None),
 }
 # Top-level package that a missing import names -> the extra that brings it.
-_EXTRAS = {"torch": "torch", "rich": "study"}
+_EXTRAS = {"torch": "torch", "keras": "keras", "rich": "study"}
 
 __all__ = [
     "BatchNorm1d",
@@ -30,13 +32,15 @@ __all__ = [
     "BatchNorm3d",
     "__version__",
     "calibrate",
+    "conventions",
     "errors",
     "functional",
+    "keras",
     "kernels",
 ]
 
 if TYPE_CHECKING:
-    from . import errors, kernels
+    from . import conventions, errors, keras, kernels
     from .models.calibrate import calibrate
     from .torch import functional
     from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d

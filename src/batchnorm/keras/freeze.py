@@ -1,0 +1,79 @@
+"""Batch normalizations that keep their statistics in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from batchnorm.errors import OptionError
+
+from .layers import BatchNormalization
+from .norms import norms_within
+
+
+def freeze(model: Any) -> Any:
+    """Freeze every batch normalization of `model`: in training too, it uses and keeps its moving statistics.
+
+        y = gamma * (x - moving_mean) / sqrt(moving_variance + epsilon) + beta,    gamma and beta constant
+
+    In place, at any nesting, subclassed models and wrapped layers included; every other layer learns as
+    before. A layer of this library stays frozen whatever is set later: `frozen` is True until `unfreeze`, and
+    is saved with the layer. A stock layer gets Keras's own `trainable = False`, which a later
+    `model.trainable = True` undoes without a word: freeze again after it, or use
+    `batchnorm.keras.BatchNormalization`.
+
+    Call `compile()` again after it: Keras fixes what is trained when a model is compiled.
+
+    Args:
+        model: a Keras model or layer whose layers exist: a subclassed one may have to be called once before.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        OptionError: (a ValueError) `model` is not of Keras, or has no batch normalization.
+
+    Differs from Keras: `layer.trainable = False` on each normalization is lost at `model.trainable = True`.
+    """
+    for layer in _norms(model, "freeze"):
+        if isinstance(layer, BatchNormalization):
+            layer.frozen = True
+        else:
+            layer.trainable = False
+    return model
+
+
+def unfreeze(model: Any) -> Any:
+    """Undo `freeze`: every batch normalization learns, and moves its statistics in training, again.
+
+    In place. `trainable` becomes True on every stock layer, because Keras does not record who had set it to
+    False, and on those of this library that were frozen. Call `compile()` again after it.
+
+    Args:
+        model: a Keras model or layer.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        OptionError: (a ValueError) `model` is not of Keras, or has no batch normalization.
+    """
+    for layer in _norms(model, "unfreeze"):
+        if not isinstance(layer, BatchNormalization):
+            layer.trainable = True
+        elif layer.frozen:
+            layer.frozen = False
+    return model
+
+
+def _norms(model: Any, verb: str) -> list[Any]:
+    if not isinstance(model, keras.layers.Layer):
+        raise OptionError(f"{verb} takes a Keras model or layer; got a {type(model).__name__}")
+    found = [norm for _, norm in norms_within(model)]
+    if not found:
+        raise OptionError(
+            f"{model.name} ({type(model).__name__}) has no batch normalization to {verb}; a model that makes "
+            "its layers when it is first called must be called once before"
+        )
+    return found
