@@ -57,6 +57,9 @@ def study(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder with MNIST's IDX files or mnist.npz, or a cache of them.")
     ] = None,
+    framework: Annotated[
+        str, typer.Option(help="torch, or keras on the backend that KERAS_BACKEND or Keras's settings name.")
+    ] = "torch",
     arms: Annotated[
         str,
         typer.Option(
@@ -76,7 +79,8 @@ def study(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of results; a second call goes on there.", show_default="runs/study-DATA-NETWORKS"
+            help="Folder of results; a second call goes on there.",
+            show_default="runs/study-DATA-NETWORKS, study-keras-BACKEND-... with keras",
         ),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
@@ -95,6 +99,7 @@ def study(
             networks=split_list(network),
             data=data,
             data_dir=data_dir,
+            framework=framework,
             arms=split_list(arms),
             learning_rates=parse_rates(split_list(learning_rate)),
             seeds=seeds,

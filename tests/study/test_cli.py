@@ -191,7 +191,7 @@ def test_version_and_help() -> None:
     assert version.stdout == f"batchnorm {batchnorm.__version__}\n"
     helped = run([*COMMAND, "study", "--help"], Path())
     assert helped.returncode == 0
-    for option in ("--network", "--data-dir", "--target-accuracy", "--jobs", "--debug"):
+    for option in ("--network", "--framework", "--data-dir", "--target-accuracy", "--jobs", "--debug"):
         assert option in helped.stdout
 
 

@@ -14,10 +14,12 @@ from batchnorm.errors import DataError, OptionError
 from batchnorm.study import StudyOptions, run_study
 from batchnorm.study.data import load_data
 from batchnorm.study.display import Quiet
+from batchnorm.study.engines import engine_for
 from batchnorm.study.errors import StudyError
+from batchnorm.study.frameworks import find_framework
 from batchnorm.study.options import parse_rates, split_list
 from batchnorm.study.pool import Died, Finished, Progress, WorkerPool
-from batchnorm.study.tasks import RunTask, plan
+from batchnorm.study.tasks import RunTask, TimingTask, plan
 
 from .own_code import write_own_code
 
@@ -110,7 +112,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Wor
     own = write_own_code(tmp_path_factory.mktemp("pool"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEATH_MARKER", str(own.parent / "died"))
-        with WorkerPool(1, load_data(f"{own}:data")) as pool:
+        with WorkerPool(1, load_data(f"{own}:data"), find_framework("torch")) as pool:
             yield own, pool
 
 
@@ -148,11 +150,23 @@ def test_a_worker_that_dies_twice_on_a_run_ends_the_study(shared: tuple[Path, Wo
         list(pool.run([task(f"{own}:dies")]))
 
 
+def test_networks_are_trained_and_timed_on_one_thread(own: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine = engine_for(find_framework("torch"), load_data(f"{own}:data"))
+        assert engine.time(TimingTask(f"{own}:net", ("none",), 20))["threads"] == 1
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"arms": ("none", "batchnrom")}, "unknown arm 'batchnrom': known are none, batchnorm"),
         ({"networks": ("mpl",)}, "unknown network 'mpl': known are mlp, deep, cnn"),
+        ({"framework": "tensorflow"}, "unknown framework 'tensorflow': known are torch, keras"),
         ({"networks": ()}, "no network was given"),
         ({"networks": ("a/net.py:f", "b/net.py:f")}, "share the files"),
         ({"learning_rates": (0.0,)}, "learning rate 0.0"),

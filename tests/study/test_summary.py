@@ -10,6 +10,7 @@ import pytest
 
 from batchnorm.errors import DataError
 from batchnorm.study.data import Dataset
+from batchnorm.study.frameworks import Framework
 from batchnorm.study.options import StudyOptions
 from batchnorm.study.records import json_safe, read_finished, write_json, write_whole
 from batchnorm.study.summary import curves_csv, spread, summarize
@@ -20,6 +21,7 @@ OPTIONS = StudyOptions(
     learning_rates=(0.1, 0.01),
     seeds=2,
 )
+TORCH = Framework("torch", None, (("torch", "2.13.0"),))
 SECONDS = {"none": {"seconds_per_step": [1.0, 2.0, 9.0]}, "batchnorm": {"seconds_per_step": [3.0]}}
 TIMING = {"mlp": SECONDS, "net.py:build": SECONDS}
 
@@ -52,7 +54,9 @@ def summary() -> dict[str, Any]:
         for rate in OPTIONS.learning_rates
         for seed in (0, 1)
     ]
-    return summarize(OPTIONS, Dataset("own", "here", x, y, x, y), records, TIMING, timing_threads=4)
+    return summarize(
+        OPTIONS, Dataset("own", "here", x, y, x, y), records, TIMING, timing_threads=4, framework=TORCH
+    )
 
 
 def test_each_arm_stands_at_its_best_rate_and_divergence_counts_as_zero() -> None:

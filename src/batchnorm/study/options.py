@@ -12,6 +12,7 @@ from pathlib import Path
 from batchnorm.errors import OptionError
 
 from .arms import parse_arm
+from .frameworks import FRAMEWORKS, keras_backend
 from .user_code import is_user_code
 
 NETWORKS = ("mlp", "deep", "cnn")
@@ -33,7 +34,9 @@ class StudyOptions:
         batch_size: examples per step; a last, smaller batch of an epoch is left out.
         target_accuracy: the fraction of held-out examples at which `steps_to_target` stops counting.
         jobs: training runs at a time, each on one thread; None for one per core.
-        out: the study's folder; None for `runs/study-<data>-<networks>`.
+        out: the study's folder; None for `runs/study-<data>-<networks>`, with Keras
+            `runs/study-keras-<backend>-<data>-<networks>`.
+        framework: `torch`, or `keras` on the backend that it takes when it is imported.
 
     Raises:
         OptionError: a value outside its range, or an unknown name.
@@ -50,6 +53,7 @@ class StudyOptions:
     target_accuracy: float = 0.85
     jobs: int | None = None
     out: Path | None = None
+    framework: str = "torch"
 
     def __post_init__(self) -> None:
         for field, what in (("networks", "network"), ("arms", "arm"), ("learning_rates", "learning rate")):
@@ -57,6 +61,8 @@ class StudyOptions:
             object.__setattr__(self, field, values)
             if not values:
                 raise OptionError(f"no {what} was given")
+        if self.framework not in FRAMEWORKS:
+            raise OptionError(f"unknown framework {self.framework!r}: known are {', '.join(FRAMEWORKS)}")
         for name in self.networks:
             if name not in NETWORKS and not is_user_code(name):
                 known = ", ".join(NETWORKS)
@@ -82,11 +88,12 @@ class StudyOptions:
 
     @property
     def folder(self) -> Path:
-        """Where the study's files go: the same for the same data and networks, to go on there."""
+        """Where the study's files go: the same for the same framework, data and networks, to go on there."""
         if self.out is not None:
             return self.out
         names = [slug(display_name(name)) for name in (self.data, *self.networks)]
-        return Path("runs") / f"study-{'-'.join(names)}"
+        which = ["study"] if self.framework == "torch" else ["study", "keras", slug(keras_backend())]
+        return Path("runs") / "-".join((*which, *names))
 
     @property
     def workers(self) -> int:
@@ -105,7 +112,11 @@ class StudyOptions:
             "batch-size": self.batch_size,
             "target-accuracy": f"{self.target_accuracy:g}",
         }
-        return "batchnorm study " + " ".join(f"--{name} {value}" for name, value in parts.items())
+        which = ""
+        if self.framework == "keras":
+            which = f"KERAS_BACKEND={keras_backend()} "
+            parts = {"framework": self.framework, **parts}
+        return f"{which}batchnorm study " + " ".join(f"--{name} {value}" for name, value in parts.items())
 
 
 def usable_cores() -> int:

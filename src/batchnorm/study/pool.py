@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from .data import Dataset
 from .errors import StudyError
+from .frameworks import Framework
 from .worker import Task, serve
 
 _SECONDS_TO_END = 0.5
@@ -62,9 +63,10 @@ class WorkerPool:
     Processes are spawned, never forked: a fork of a process that has used torch's threads may hang.
     """
 
-    def __init__(self, size: int, data: Dataset) -> None:
+    def __init__(self, size: int, data: Dataset, framework: Framework) -> None:
         self._size = size
         self._data = data
+        self._framework = framework
         self._context = multiprocessing.get_context("spawn")
         self._members: list[_Member] = []
 
@@ -132,7 +134,7 @@ class WorkerPool:
         with contextlib.suppress(
             BrokenPipeError, ConnectionResetError
         ):  # dead already: noticed when it is read
-            member.connection.send(self._data)
+            member.connection.send((self._framework, self._data))
 
     def _replace(self, dead: _Member) -> _Member:
         self._members.remove(dead)

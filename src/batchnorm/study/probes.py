@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-
-_PROBES_PER_RUN = 24
-
-
-def probe_steps(steps: int) -> set[int]:
-    """At which steps of a run to look inside: 24 at most, closer together where training moves fastest."""
-    last = _PROBES_PER_RUN - 1
-    return {round((steps - 1) * (number / last) ** 2) for number in range(_PROBES_PER_RUN)}
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -94,23 +86,28 @@ def input_spread(model: nn.Module, x: Tensor) -> dict[str, tuple[float, float]]:
 def bytes_kept_for_backward(model: nn.Module, x: Tensor, y: Tensor) -> int:
     """Bytes that autograd holds between the forward and the backward of one training step.
 
-    Distinct storages saved by the forward and the loss, each counted once, the input batch included and
-    parameters not. The forward runs in training mode; running statistics are as before.
+    The input batch is counted, parameters are not. The forward runs in training mode; running statistics are
+    as before.
     """
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with batch_statistics(model):
+        model.train()
+        return saved_bytes(lambda: nn.functional.cross_entropy(model(x), y), model.parameters())
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages that a forward saves, each counted once, and parameters not at all."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with batch_statistics(model):
-        model.train()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            # Held until the count is done: a storage freed meanwhile could come back at the same address.
-            loss = nn.functional.cross_entropy(model(x), y)
-        kept = sum(storages.values())
-        del loss
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # Held until the count is done: a storage freed meanwhile could come back at the same address.
+        loss = forward()
+    kept = sum(storages.values())
+    del loss
     return kept

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from batchnorm.errors import DataError
+from batchnorm.study.frameworks import framework_in_words
 from batchnorm.study.plots import Picture, illustrate
 from batchnorm.study.records import write_whole
 from batchnorm.study.verdicts import RULE, Claim, Grade, Network, Study, judge, read
@@ -50,6 +51,7 @@ _BADGES = {
 
 # What an entry of the provenance is called, in this order; entries not named here follow under their own.
 _METHOD = {
+    "framework": "Framework",
     "data": "Data",
     "networks": "Networks",
     "arms": "Arms",
@@ -187,7 +189,7 @@ def _table(network: Network) -> tuple[tuple[str, ...], ...]:
                 q.spread(_sample(summary, "generalization_gap"), q.points).removesuffix(f"{q.SPACE}points"),
                 _steps(_sample(summary, "steps_to_target")),
                 q.milliseconds(_sample(summary, "seconds_per_step").median),
-                q.megabytes(_sample(summary, "bytes_kept_for_backward").mean).removesuffix(f"{q.SPACE}MB"),
+                _megabytes(_sample(summary, "bytes_kept_for_backward")),
                 f"{network.diverged(arm)} of {sum(run.arm == arm for run in network.runs)}",
             )
         )
@@ -196,6 +198,12 @@ def _table(network: Network) -> tuple[tuple[str, ...], ...]:
 
 def _sample(summary: Mapping[str, Sample], metric: str) -> Sample:
     return summary.get(metric, Sample(()))
+
+
+def _megabytes(sample: Sample) -> str:
+    if not sample.finite:
+        return "not measured"
+    return q.megabytes(sample.mean).removesuffix(f"{q.SPACE}MB")
 
 
 def _steps(sample: Sample) -> str:
@@ -215,7 +223,9 @@ def _data_name(provenance: Mapping[str, Any]) -> str:
 def _facts(study: Study) -> str:
     runs = [run for network in study.networks for run in network.runs]
     diverged = sum(run.diverged for run in runs)
+    framework = framework_in_words(study.provenance)
     parts = [
+        *([framework] if framework else []),
         q.counted(len(study.networks), "network"),
         q.counted(len({run.arm for run in runs}), "arm"),
         q.counted(len({run.rate for run in runs}), "learning rate"),
@@ -256,10 +266,9 @@ def _caveats(study: Study) -> list[str]:
 
 def _method(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     keys = [key for key in _METHOD if key in provenance]
-    keys += [key for key in provenance if key not in _METHOD and key != "command"]
-    return [
-        (_METHOD.get(key, key.replace("_", " ").capitalize()), _in_words(provenance[key])) for key in keys
-    ]
+    keys += [key for key in provenance if key not in _METHOD and key not in ("command", "backend")]
+    named = {**provenance, "framework": framework_in_words(provenance)}
+    return [(_METHOD.get(key, key.replace("_", " ").capitalize()), _in_words(named[key])) for key in keys]
 
 
 def _in_words(value: object) -> str:

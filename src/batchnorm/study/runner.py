@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchnorm.errors import MissingExtraError, OptionError
+from batchnorm.errors import OptionError
 
 from .data import Dataset, load_data
 from .display import Display, Quiet
 from .errors import StudyInterrupted
+from .frameworks import Framework, find_framework
 from .options import StudyOptions, display_name
 from .pool import Died, Finished, Progress, WorkerPool
 from .records import Record, json_safe, read_finished, read_if_same, write_json, write_whole
@@ -46,23 +46,23 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
     are. From a script, call it under `if __name__ == "__main__":`, as everything that spawns processes.
 
     Raises:
+        MissingExtraError: the framework is not installed.
         OptionError, DataError: an option or the data is wrong, or the folder holds another study's runs.
         StudyError: a network raised, or a worker process died twice on the same run.
         StudyInterrupted: Ctrl-C; every finished run is kept.
         OSError: a file could not be written; every finished run is kept.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise MissingExtraError("batchnorm study", "torch", "study")
+    framework = find_framework(options.framework)
     display = display or Quiet()
     data = load_data(options.data, options.data_dir)
     if options.batch_size > len(data.x_train):
         raise OptionError(
             f"--batch-size {options.batch_size} is more than the {len(data.x_train)} training examples"
         )
-    study = _Study(options, data, display)
+    study = _Study(options, data, framework, display)
     records, timing, threads = study.measure()
     display.stage("writing the report")
-    results = json_safe(summarize(options, data, records, timing, threads))
+    results = json_safe(summarize(options, data, records, timing, threads, framework))
     assert isinstance(results, dict)
     write_json(study.folder / "results.json", results)
     write_whole(study.folder / "curves.csv", curves_csv(records))
@@ -72,8 +72,8 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
 
 
 class _Study:
-    def __init__(self, options: StudyOptions, data: Dataset, display: Display) -> None:
-        self.options, self.data, self.display = options, data, display
+    def __init__(self, options: StudyOptions, data: Dataset, framework: Framework, display: Display) -> None:
+        self.options, self.data, self.framework, self.display = options, data, framework, display
         self.folder = options.folder
         self.fingerprint = data.fingerprint()
         self.tasks = plan(options)
@@ -81,13 +81,13 @@ class _Study:
     def measure(self) -> tuple[list[Record], Timing, int]:
         """Do what is not on disk yet; the records as planned, the timing, and the threads it used."""
         self._runs.mkdir(parents=True, exist_ok=True)
-        settings = {task: settings_of(task, self.data, self.fingerprint) for task in self.tasks}
+        settings = {task: self._settings_of(task) for task in self.tasks}
         records: dict[RunTask, Record] = {}
         for task in self.tasks:
             if (record := read_finished(self._path(task), settings[task])) is not None:
                 records[task] = record
         try:
-            with WorkerPool(self.options.workers, self.data) as pool:
+            with WorkerPool(self.options.workers, self.data, self.framework) as pool:
                 timing, threads = self._time(pool)
                 missing = [task for task in self.tasks if task not in records]
                 if missing:
@@ -101,6 +101,9 @@ class _Study:
     def _runs(self) -> Path:
         return self.folder / "runs"
 
+    def _settings_of(self, task: RunTask | TimingTask) -> dict[str, object]:
+        return settings_of(task, self.data, self.fingerprint, self.framework)
+
     def _path(self, task: RunTask) -> Path:
         return self._runs / f"{task.name}.json"
 
@@ -111,9 +114,7 @@ class _Study:
             TimingTask(network, self.options.arms, self.options.batch_size)
             for network in self.options.networks
         ]
-        settings = {
-            display_name(task.network): settings_of(task, self.data, self.fingerprint) for task in tasks
-        }
+        settings = {display_name(task.network): self._settings_of(task) for task in tasks}
         if (stored := read_if_same(path, settings)) is not None:
             return stored["timing"], stored["threads"]
         self.display.stage("timing the arms, one step at a time")

@@ -16,6 +16,7 @@ import batchnorm
 
 from .arms import L1_STRENGTH, L2_STRENGTH
 from .data import Dataset
+from .frameworks import Framework
 from .options import StudyOptions, display_name, usable_cores
 from .records import Record
 
@@ -23,7 +24,12 @@ Timing = dict[str, dict[str, dict[str, list[float]]]]
 
 
 def summarize(
-    options: StudyOptions, data: Dataset, records: Sequence[Record], timing: Timing, timing_threads: int
+    options: StudyOptions,
+    data: Dataset,
+    records: Sequence[Record],
+    timing: Timing,
+    timing_threads: int,
+    framework: Framework,
 ) -> dict[str, Any]:
     """Everything that a study measured, as `results.json` holds it.
 
@@ -32,7 +38,8 @@ def summarize(
         data: what it was measured on.
         records: one for each run.
         timing: `{network: {arm: {"seconds_per_step": [seconds]}}}`.
-        timing_threads: threads of torch while timing.
+        timing_threads: threads of the framework while timing.
+        framework: what it was measured in.
     """
     names = [display_name(network) for network in options.networks]
     networks = {
@@ -45,7 +52,7 @@ def summarize(
             for arm, measured in networks[names[0]].items()
         },
         "networks": networks,
-        "provenance": _provenance(options, data, timing_threads),
+        "provenance": _provenance(options, data, timing_threads, framework),
         "timing": timing,
         "runs": [{key: value for key, value in record.items() if key != "settings"} for record in records],
     }
@@ -117,11 +124,14 @@ def _gap(run: Record) -> float | None:
     return None if train is None or test is None else train - test
 
 
-def _provenance(options: StudyOptions, data: Dataset, timing_threads: int) -> dict[str, Any]:
-    packages = {name: version(name) for name in ("torch", "numpy")}
+def _provenance(
+    options: StudyOptions, data: Dataset, timing_threads: int, framework: Framework
+) -> dict[str, Any]:
+    packages = {**dict(framework.versions), "numpy": version("numpy")}
     return {
         "command": options.command(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **framework.describe(),
         "versions": {"python": platform.python_version(), **packages, "batchnorm": batchnorm.__version__},
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu_count": usable_cores(),

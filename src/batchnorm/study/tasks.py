@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 
 import batchnorm
 
 from .data import Dataset
+from .frameworks import Framework
 from .options import NETWORKS, StudyOptions, display_name, slug
 from .user_code import source_of
 
@@ -60,7 +60,9 @@ def plan(options: StudyOptions) -> list[RunTask]:
     ]
 
 
-def settings_of(task: RunTask | TimingTask, data: Dataset, data_fingerprint: str) -> dict[str, object]:
+def settings_of(
+    task: RunTask | TimingTask, data: Dataset, data_fingerprint: str, framework: Framework
+) -> dict[str, object]:
     """Everything that decides a task's outcome; a stored result counts only where all of it is the same."""
     settings: dict[str, object] = {"format": _FORMAT, **asdict(task)}
     settings["network"] = display_name(task.network)
@@ -68,7 +70,7 @@ def settings_of(task: RunTask | TimingTask, data: Dataset, data_fingerprint: str
         settings["arms"] = list(task.arms)
     settings["network_source"] = _digest_of_source(task.network)
     settings["data"] = f"{data.name} {data_fingerprint}"
-    settings["torch"] = version("torch")
+    settings |= framework.settings()
     settings["batchnorm"] = batchnorm.__version__
     return settings
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .frameworks import framework_in_words
+
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -80,16 +82,22 @@ def print_results(results: dict[str, Any]) -> None:
     console = Console(highlight=False)
     provenance = results["provenance"]
     target = f"{provenance['target_accuracy']:.0%}"
+    framework = framework_in_words(provenance)
     for network, arms in results["networks"].items():
+        kept = {arm: measured["bytes_kept_for_backward"]["mean"] for arm, measured in arms.items()}
+        is_kept_known = any(size is not None for size in kept.values())
         table = Table(
-            title=f"{network} on {provenance['data']['name']}, each arm at its best learning rate",
+            title=f"{network} on {provenance['data']['name']}, each arm at its best learning rate"
+            + (f"\n{framework}" if framework else ""),
             box=SIMPLE_HEAD,  # without edges, for 80 columns
             show_edge=False,
             pad_edge=False,
-            caption="accuracy: held-out; kB kept: from the forward of a step to its backward",
+            caption="accuracy: held-out; kB kept: "
+            + ("from the forward of a step to its backward" if is_kept_known else "not measured"),
         )
         table.add_column("arm", no_wrap=True)
-        for heading in ("rate", "accuracy", f"steps to {target}", "ms/step", "kB kept"):
+        headings = ("rate", "accuracy", f"steps to {target}", "ms/step", "kB kept")
+        for heading in headings if is_kept_known else headings[:-1]:
             table.add_column(heading, justify="right", no_wrap=True)
         for arm, measured in arms.items():
             table.add_row(
@@ -98,7 +106,7 @@ def print_results(results: dict[str, Any]) -> None:
                 _accuracy(measured),
                 _steps(measured["steps_to_target"]),
                 f"{1e3 * measured['seconds_per_step']['median']:.2f}",
-                f"{1e-3 * measured['bytes_kept_for_backward']['mean']:,.0f}",
+                *([_kilobytes(kept[arm])] if is_kept_known else []),
             )
         console.print(table)
 
@@ -109,6 +117,10 @@ def _accuracy(measured: dict[str, Any]) -> str:
         return "diverged"
     diverged = f" ({measured['diverged']} diverged)" if measured["diverged"] else ""
     return f"{accuracy['mean']:.1%} ± {100 * accuracy['std']:.1f}{diverged}"
+
+
+def _kilobytes(size: float | None) -> str:
+    return "not measured" if size is None else f"{1e-3 * size:,.0f}"
 
 
 def _steps(steps: dict[str, Any]) -> str:

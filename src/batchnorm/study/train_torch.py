@@ -14,19 +14,15 @@ from torch.nn.functional import cross_entropy
 
 from batchnorm.models.calibrate import calibrate
 
-from . import probes
+from . import probes, timing
 from .arms import Arm, parse_arm
 from .data import Dataset
 from .networks import build_network
-from .options import display_name
-from .tasks import RunTask
+from .run_record import PROBE_BATCH, TRAINING_SAMPLE, RunRecord
+from .tasks import RunTask, TimingTask
 
 _EVALUATION_BATCH = 500
 _TARGET_BATCH = 250
-_TRAINING_SAMPLE = 1000
-_PROBE_BATCH = 128
-_CHECKS_PER_EPOCH = 10
-_STEPS_PER_REPORT = 25
 
 
 @dataclass(frozen=True)
@@ -102,56 +98,49 @@ def train(task: RunTask, data: TensorData, report: Callable[[int], None]) -> dic
         arm = parse_arm(task.arm)
         model = build_network(task.network, arm, data.input_shape, data.classes, task.seed)
         torch.manual_seed(task.seed)
-        return _Run(task, data, Learner(model, arm, task.learning_rate)).complete(report)
+        return _Run(task, data, Learner(model, arm, task.learning_rate), report).complete()
+
+
+def time_steps(task: TimingTask, data: TensorData) -> timing.Seconds:
+    """Time a training step of every arm of a network, in turns; the caller's random state is as before."""
+    x, y = data.x_train[: task.batch_size], data.y_train[: task.batch_size]
+
+    def step_of(arm: Arm) -> Callable[[], None]:
+        model = build_network(task.network, arm, data.input_shape, data.classes, seed=0)
+        learner = Learner(model, arm, learning_rate=1e-3)
+
+        def step() -> None:
+            learner.backward(x, y)
+            learner.update()
+
+        return step
+
+    with torch.random.fork_rng(devices=[]):
+        return timing.in_turns(task, step_of)
 
 
 class _Run:
-    def __init__(self, task: RunTask, data: TensorData, learner: Learner) -> None:
+    def __init__(
+        self, task: RunTask, data: TensorData, learner: Learner, report: Callable[[int], None]
+    ) -> None:
         self.task, self.data, self.learner, self.model = task, data, learner, learner.model
-        self.steps_per_epoch = len(data.x_train) // task.batch_size
+        self.record = RunRecord(task, len(data.x_train), learner.layers, report)
         self.x_seen, self.y_seen = _fixed_sample(data)
-        self.check_every = math.ceil(self.steps_per_epoch / _CHECKS_PER_EPOCH)
-        self.next_check = self.check_every
-        self.probe_at = probes.probe_steps(self.steps_per_epoch * task.epochs)
-        self.step_loss: list[float] = []
-        self.epochs: list[dict[str, float]] = []
-        self.steps_to_target: int | None = None
-        self.probed: list[int] = []
-        self.gradients: dict[str, list[float]] = {name: [] for name in learner.layers}
-        self.means: dict[str, list[float]] = {name: [] for name in learner.layers}
-        self.stds: dict[str, list[float]] = {name: [] for name in learner.layers}
 
-    def complete(self, report: Callable[[int], None]) -> dict[str, Any]:
+    def complete(self) -> dict[str, Any]:
         data, size = self.data, self.task.batch_size
         self._check_output()
         # Cloned: a slice would share, and count, the storage of the whole data set.
         kept = probes.bytes_kept_for_backward(
             self.model, data.x_train[:size].clone(), data.y_train[:size].clone()
         )
-        finished = self._train(report)
-        record: dict[str, Any] = {
-            "network": display_name(self.task.network),
-            "arm": self.task.arm,
-            "learning_rate": self.task.learning_rate,
-            "seed": self.task.seed,
-            "status": "finished" if finished else "diverged",
-            "epochs": self.epochs,
-            "step_loss": self.step_loss,
-            "steps_per_epoch": self.steps_per_epoch,
-            "batch_size": size,
-            "target_accuracy": self.task.target_accuracy,
-            "steps_to_target": self.steps_to_target,
-            "target_checked_every": self.check_every,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "bytes_kept_for_backward": kept,
-            "gradient_norm": {"steps": self.probed, "layers": self.gradients},
-            "input_drift": {
-                "steps": self.probed,
-                "layers": {name: {"mean": self.means[name], "std": self.stds[name]} for name in self.means},
-            },
-            "test_time_statistics": self._test_time_statistics() if finished else None,
-        }
-        return record
+        finished = self._train()
+        return self.record.complete(
+            finished=finished,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            bytes_kept=kept,
+            test_time_statistics=self._test_time_statistics() if finished else None,
+        )
 
     def _check_output(self) -> None:
         with torch.no_grad(), probes.batch_statistics(self.model):
@@ -161,24 +150,19 @@ class _Run:
         if shape != wanted:
             raise ValueError(f"the network gives {shape} for two examples, not {wanted}")
 
-    def _train(self, report: Callable[[int], None]) -> bool:
+    def _train(self) -> bool:
         """Train to the end, or until the loss is no longer finite; whether it stayed so."""
-        step = 0
         for epoch in range(1, self.task.epochs + 1):
             self.model.train()
             for x, y in self._batches(epoch):
-                loss = self.learner.backward(x, y)
-                self.step_loss.append(loss)
-                if not math.isfinite(loss):
+                if not self.record.add_loss(self.learner.backward(x, y)):
                     return False
-                if step in self.probe_at:
-                    self._probe(step)
+                if self.record.probe_is_due:
+                    self._probe()
                 self.learner.update()
-                step += 1
-                if step % _STEPS_PER_REPORT == 0:
-                    report(_STEPS_PER_REPORT)
-                if self.steps_to_target is None and step >= self.next_check:
-                    self._check_target(step)
+                self.record.end_step()
+                if self.record.check_is_due:
+                    self._check_target()
             if not self._record_epoch(epoch):
                 return False
         return True
@@ -186,41 +170,28 @@ class _Run:
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         random = torch.Generator().manual_seed(1_000_003 * self.task.seed + epoch)
         order = torch.randperm(len(self.data.x_train), generator=random)
-        for number in range(self.steps_per_epoch):
+        for number in range(self.record.steps_per_epoch):
             rows = order[number * self.task.batch_size : (number + 1) * self.task.batch_size]
             yield self.data.x_train.index_select(0, rows), self.data.y_train.index_select(0, rows)
 
-    def _check_target(self, step: int) -> None:
-        """Look up whether the target is reached; the next time at most a tenth of the steps later."""
-        last = self.steps_per_epoch * self.task.epochs
-        self.next_check = min(step + max(self.check_every, step // 10), max(step + 1, last))
-        if reaches(self.model, self.data.x_test, self.data.y_test, self.task.target_accuracy):
-            self.steps_to_target = step
+    def _check_target(self) -> None:
+        self.record.add_check(
+            reaches(self.model, self.data.x_test, self.data.y_test, self.task.target_accuracy)
+        )
         self.model.train()
 
-    def _probe(self, step: int) -> None:
-        self.probed.append(step)
-        for name, norm in probes.gradient_norms(self.learner.layers).items():
-            self.gradients[name].append(norm)
-        spread = probes.input_spread(self.model, self.x_seen[:_PROBE_BATCH])
-        for name in self.means:
-            mean, std = spread.get(name, (math.nan, math.nan))
-            self.means[name].append(mean)
-            self.stds[name].append(std)
+    def _probe(self) -> None:
+        self.record.add_probe(
+            probes.gradient_norms(self.learner.layers),
+            probes.input_spread(self.model, self.x_seen[:PROBE_BATCH]),
+        )
 
     def _record_epoch(self, epoch: int) -> bool:
-        train_loss, train_accuracy = evaluate(self.model, self.x_seen, self.y_seen)
-        test_loss, test_accuracy = evaluate(self.model, self.data.x_test, self.data.y_test)
-        self.epochs.append(
-            {
-                "epoch": epoch,
-                "train_loss": train_loss,
-                "train_accuracy": train_accuracy,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
-            }
+        return self.record.add_epoch(
+            epoch,
+            evaluate(self.model, self.x_seen, self.y_seen),
+            evaluate(self.model, self.data.x_test, self.data.y_test),
         )
-        return math.isfinite(train_loss) and math.isfinite(test_loss)
 
     def _test_time_statistics(self) -> dict[str, float] | None:
         if not probes.batch_norms(self.model):
@@ -230,17 +201,14 @@ class _Run:
         calibrate(calibrated, _in_batches(_EVALUATION_BATCH, self.data.x_train, self.data.y_train))
         return {
             "batch": batch_statistics_accuracy(self.model, x, y, self.task.batch_size),
-            "running": self.epochs[-1]["test_accuracy"],
+            "running": self.record.epochs[-1]["test_accuracy"],
             "calibrated": evaluate(calibrated, x, y)[1],
         }
 
 
 def _fixed_sample(data: TensorData) -> tuple[Tensor, Tensor]:
-    """Training examples that every run is evaluated on, at most 1,000, in an order of their own.
-
-    Training accuracy, near 1, needs no more; all of them would take a fifth of a run's time.
-    """
-    size = min(len(data.x_test), _TRAINING_SAMPLE)
+    """Training examples that every run is evaluated on, in an order of their own."""
+    size = min(len(data.x_test), TRAINING_SAMPLE)
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))[:size]
     return data.x_train.index_select(0, order), data.y_train.index_select(0, order)
 

@@ -6,7 +6,9 @@ import signal
 from multiprocessing.connection import Connection
 
 from .data import Dataset
+from .engines import Engine, engine_for
 from .errors import StudyError
+from .frameworks import Framework
 from .tasks import RunTask, TimingTask
 from .user_code import naming_the_line, source_of
 
@@ -14,7 +16,7 @@ Task = RunTask | TimingTask
 
 
 def serve(connection: Connection) -> None:
-    """Receive the data, then tasks, until the pipe closes.
+    """Receive the framework and the data, then tasks, until the pipe closes.
 
     Answers are `("progress", steps)` any number of times, then `("finished", result)` or
     `("failed", message, traceback)`. Ctrl-C reaches the whole process group; here it is ignored, and the
@@ -22,18 +24,18 @@ def serve(connection: Connection) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        data: Dataset = connection.recv()
-        _Worker(connection, data).serve()
+        framework: Framework
+        data: Dataset
+        framework, data = connection.recv()
+        _Worker(connection, engine_for(framework, data)).serve()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone, and nobody waits for an answer
 
 
 class _Worker:
-    def __init__(self, connection: Connection, data: Dataset) -> None:
-        from . import train_torch
-
+    def __init__(self, connection: Connection, engine: Engine) -> None:
         self._connection = connection
-        self._data = train_torch.TensorData.of(data)
+        self._engine = engine
 
     def serve(self) -> None:
         while True:
@@ -47,13 +49,6 @@ class _Worker:
                 self._connection.send(("finished", result))
 
     def _do(self, task: Task) -> object:
-        import torch
-
-        from . import timing, train_torch
-
-        # One thread each: these networks are too small to gain from more, workers share the cores, and on a
-        # busy machine the threads of a short operation wait for each other a hundred times its length.
-        torch.set_num_threads(1)
         if isinstance(task, TimingTask):
-            return {"threads": torch.get_num_threads(), "arms": timing.measure(task, self._data)}
-        return train_torch.train(task, self._data, lambda steps: self._connection.send(("progress", steps)))
+            return self._engine.time(task)
+        return self._engine.train(task, lambda steps: self._connection.send(("progress", steps)))

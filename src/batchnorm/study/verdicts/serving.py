@@ -79,6 +79,8 @@ def cost(network: Network) -> Claim | None:
         factors.append(f"{factor}× the memory")
     if not sentences:
         return None
+    if not any(sample.finite for sample in kept):
+        sentences.append("What it keeps for the backward pass was not measured.")
     return Claim(
         key="cost",
         label="Cost of a step",

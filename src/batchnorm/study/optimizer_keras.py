@@ -1,0 +1,89 @@
+"""Adam for Keras that adds an arm's penalties, and notes the gradients' norms: inside the compiled step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from .arms import Arm
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Kernels by layer; hidden in a class, because an optimizer takes lists of variables for its state."""
+
+    layers: tuple[tuple[keras.Variable, ...], ...]
+
+
+def make_adam(
+    learning_rate: float, arm: Arm, kernels: Sequence[Sequence[keras.Variable]], *, noting: bool
+) -> keras.optimizers.Adam:
+    """Adam with the settings of the torch study: betas 0.9 and 0.999, eps 1e-8, no schedule.
+
+    The gradient of a penalty is added to the kernels' gradients before the update, which is the same step as
+    adding the penalty to the loss; the losses that are recorded are the cross-entropy alone, so that arms
+    compare.
+
+    Args:
+        learning_rate: above 0.
+        arm: whose penalties are added.
+        kernels: those of each layer.
+        noting: whether the norm of each layer's gradient, without the penalty, is kept at every step in the
+            variable `gradient_norms`, `[layers]`; NaN for a layer that received none.
+    """
+    optimizer = _penalized_adam()(learning_rate=learning_rate, beta_1=0.9, beta_2=0.999, epsilon=1e-8)
+    optimizer.watch(arm, Watched(tuple(map(tuple, kernels))), noting)
+    return optimizer
+
+
+@functools.cache
+def _penalized_adam() -> Any:
+    # The class that Keras makes, which on torch is one of the backend's own: it updates all variables in a
+    # few calls. A subclass of keras.optimizers.Adam itself would update them one by one.
+    adam: Any = type(keras.optimizers.Adam())
+
+    class PenalizedAdam(adam):
+        def watch(self, arm: Arm, watched: Watched, noting: bool) -> None:
+            self.arm, self.watched = arm, watched
+            self.gradient_norms = self.add_variable((len(watched.layers),), name="norms") if noting else None
+
+        def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+            # JAX hands over gradients alone, in the order in which the optimizer was built.
+            variables = self._trainable_variables if trainable_variables is None else trainable_variables
+            positions = {id(variable): number for number, variable in enumerate(variables)}
+            grads = list(grads)
+            at = [[positions[id(kernel)] for kernel in kernels] for kernels in self.watched.layers]
+            if self.gradient_norms is not None:
+                norms = [_norm([grads[i] for i in layer]) for layer in at]
+                self.gradient_norms.assign(keras.ops.stack(norms))
+            for layer, kernels in zip(at, self.watched.layers, strict=True):
+                for i, kernel in zip(layer, kernels, strict=True):
+                    grads[i] = _with_penalty(grads[i], kernel, self.arm)
+            super().apply(grads, trainable_variables)
+
+    return PenalizedAdam
+
+
+def _norm(gradients: Sequence[Any]) -> Any:
+    there = [gradient for gradient in gradients if gradient is not None]
+    if not there:
+        return keras.ops.convert_to_tensor(float("nan"), dtype="float32")
+    flat = keras.ops.concatenate([keras.ops.reshape(gradient, (-1,)) for gradient in there])
+    # In units of the largest: squares of vanished gradients would be 0 in float32.
+    largest = keras.ops.max(keras.ops.abs(flat))
+    scale = keras.ops.where(largest > 0, largest, 1.0)
+    return scale * keras.ops.sqrt(keras.ops.sum(keras.ops.square(flat / scale)))
+
+
+def _with_penalty(gradient: Any, kernel: keras.Variable, arm: Arm) -> Any:
+    if gradient is None:
+        return None
+    if arm.l1:
+        gradient = gradient + arm.l1 * keras.ops.sign(kernel)
+    if arm.l2:
+        gradient = gradient + 2 * arm.l2 * keras.ops.convert_to_tensor(kernel)
+    return gradient

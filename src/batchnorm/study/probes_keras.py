@@ -1,0 +1,151 @@
+"""What is looked at inside a Keras network while it trains; each probe leaves the network as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Call = Callable[..., Any]
+
+_WEIGHT_LAYERS = (
+    *(keras.layers.Dense, keras.layers.EinsumDense),
+    *(keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D),
+    *(keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose),
+    *(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D),
+    *(keras.layers.SeparableConv1D, keras.layers.SeparableConv2D),
+)
+
+
+def layers_of(model: keras.Model) -> list[keras.layers.Layer]:
+    """Every layer of a model, those inside of models and layers too, each once and in their order."""
+
+    def within(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+        # Private: only models list their layers in public. One level at a time: all at once, it turns the
+        # order of inner layers round.
+        for inner in layer._flatten_layers(include_self=False, recursive=False):
+            yield inner
+            yield from within(inner)
+
+    return list(dict.fromkeys(within(model)))
+
+
+def weight_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
+    """The dense and convolution layers of a model by name; a name that comes again gets a number."""
+    named: dict[str, keras.layers.Layer] = {}
+    for layer in layers_of(model):
+        if isinstance(layer, _WEIGHT_LAYERS):
+            again = sum(name.partition("#")[0] == layer.name for name in named)
+            named[f"{layer.name}#{again + 1}" if again else layer.name] = layer
+    return named
+
+
+def kernels(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The weights of a dense or convolution layer that are trained, without its bias; some have two."""
+    return [variable for variable in layer.trainable_variables if variable.name.endswith("kernel")]
+
+
+def batch_norms(model: keras.Model) -> list[keras.layers.Layer]:
+    """The batch normalizations of a model that are not frozen: those that batch statistics matter to."""
+    norms = (layer for layer in layers_of(model) if isinstance(layer, keras.layers.BatchNormalization))
+    return [norm for norm in norms if norm.trainable]
+
+
+@contextlib.contextmanager
+def state_kept(model: keras.Model) -> Iterator[None]:
+    """Moving statistics, and all that a forward pass may change, come back on any exit."""
+    # Copied: nothing promises that the array does not share the variable's memory.
+    kept = [
+        (variable, np.array(keras.ops.convert_to_numpy(variable)))
+        for variable in model.non_trainable_variables
+    ]
+    try:
+        yield
+    finally:
+        for variable, value in kept:
+            variable.assign(value)
+
+
+@contextlib.contextmanager
+def batch_statistics(model: keras.Model) -> Iterator[None]:
+    """Normalize by batch statistics where the model is called with `training=False`, so without dropout.
+
+    A frozen layer keeps its moving statistics, in training as here.
+    """
+
+    def in_training(_: keras.layers.Layer, call: Call) -> Call:
+        return lambda *inputs, **options: call(*inputs, **{**options, "training": True})
+
+    with state_kept(model), _calls_replaced(batch_norms(model), in_training):
+        yield
+
+
+def input_spread(model: keras.Model, x: Array) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each dense and convolution layer's input over a batch.
+
+    Per unit (or channel) over the batch and positions, then averaged over units. Batch normalizations use the
+    statistics of this batch, as in training; nothing is dropped.
+
+    Args:
+        model: any.
+        x: a batch of examples; the same one at every call makes values comparable over time.
+    """
+    layers = weight_layers(model)
+    names = {id(layer): name for name, layer in layers.items()}
+    spread: dict[str, tuple[float, float]] = {}
+
+    def look(layer: keras.layers.Layer, call: Call) -> Call:
+        unit_axis = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
+
+        def watched(inputs: Any, *more: Any, **options: Any) -> Any:
+            values = np.moveaxis(keras.ops.convert_to_numpy(inputs), unit_axis, -1)
+            values = values.reshape(-1, values.shape[-1]).astype(np.float64)
+            spread[names[id(layer)]] = (float(values.mean()), float(values.std(axis=0).mean()))
+            return call(inputs, *more, **options)
+
+        return watched
+
+    with _calls_replaced(layers.values(), look), batch_statistics(model):
+        model(x, training=False)
+    return spread
+
+
+def bytes_kept_for_backward(model: keras.Model, x: Array, y: Array, loss: Call) -> int | None:
+    """Bytes that autograd holds between the forward and the backward of one step; None where none can tell.
+
+    Only the torch backend can: TensorFlow and JAX compile both into one program, whose buffers have no owner.
+    The model is as before.
+    """
+    if keras.config.backend() != "torch":
+        return None
+    from .probes import saved_bytes
+
+    parameters = [variable.value for variable in model.variables]
+    inputs, classes = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
+    with state_kept(model):
+        return saved_bytes(lambda: loss(classes, model(inputs, training=True)), parameters)
+
+
+@contextlib.contextmanager
+def _calls_replaced(
+    layers: Iterable[keras.layers.Layer], wrap: Callable[[keras.layers.Layer, Call], Call]
+) -> Iterator[None]:
+    """Put `wrap(layer, its call)` in the place of layers' `call`, which is put back on any exit."""
+    replaced: list[tuple[keras.layers.Layer, Call | None]] = []
+    try:
+        for layer in layers:
+            replaced.append((layer, vars(layer).get("call")))
+            # Past the layer's own __setattr__, which would track what it is given as part of the model.
+            object.__setattr__(layer, "call", wrap(layer, layer.call))
+        yield
+    finally:
+        for layer, own in replaced:
+            if own is None:
+                object.__delattr__(layer, "call")
+            else:
+                object.__setattr__(layer, "call", own)
