@@ -10,19 +10,30 @@ import pytest
 from benchmarks import page
 
 ROOT = Path(__file__).parent.parent
-CODE = [
-    pytest.param(code, id=f"{path.name}-{number}")
+BLOCKS = [
+    (f"{path.name}-{number}", code)
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     for number, code in enumerate(
         re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
     )
 ]
+# The programs of examples/, which test_examples.py runs: nothing else in the documents loads the digits.
+EXAMPLES = {name: code for name, code in BLOCKS if "load_digits" in code}
+CODE = [pytest.param(code, id=name) for name, code in BLOCKS if name not in EXAMPLES]
 
 
 @pytest.mark.parametrize("code", CODE)
 def test_code_blocks_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, "block", "exec"), {})
-    assert "Calibrated 1 layers on 256 samples" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ("Calibrated 1 layers on 256 samples" in printed) == ("calibrate(" in code), printed
+
+
+def test_examples_are_shown_as_they_are() -> None:
+    programs = {path.read_text(encoding="utf-8"): path.name for path in (ROOT / "examples").glob("*.py")}
+    for name, code in EXAMPLES.items():
+        assert code in programs, f"{name} is not equal to any of {sorted(programs.values())}"
+    assert set(EXAMPLES.values()) == set(programs)
 
 
 @pytest.mark.parametrize("path", page.PAGES, ids=lambda path: path.name)

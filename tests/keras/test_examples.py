@@ -1,0 +1,32 @@
+"""examples/keras_digits.py runs and learns on this backend, in its older spellings too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.programs import EXAMPLES, held_out_accuracy
+
+PROGRAM = EXAMPLES / "keras_digits.py"
+
+
+def test_keras_digits() -> None:
+    assert held_out_accuracy(PROGRAM) > 0.85
+
+
+def test_older_spellings(tmp_path: Path, backend: str) -> None:
+    """`input_shape=` in the first layer; on TensorFlow, `tensorflow.keras` instead of `keras`."""
+    code = PROGRAM.read_text(encoding="utf-8")
+    changes = {
+        '[Input((784,)), Dense(64, activation="relu"),': '[Dense(64, activation="relu", input_shape=(784,)),',
+        "import Input, Sequential, utils": "import Sequential, utils",
+        "epochs=10": "epochs=3",  # time; it has learned by then
+    }
+    if backend == "tensorflow":
+        changes["\nfrom keras "] = "\nfrom tensorflow.keras "
+        changes["\nfrom keras.layers "] = "\nfrom tensorflow.keras.layers "
+    for here, older_spelling in changes.items():
+        assert code.count(here) == 1, here
+        code = code.replace(here, older_spelling)
+    program = tmp_path / "older.py"
+    program.write_text(code, encoding="utf-8")
+    assert held_out_accuracy(program) > 0.85
