@@ -62,6 +62,41 @@ def layer_time_table(rows: Rows) -> str:
     )
 
 
+def keras_accuracy_table(rows: Rows) -> str:
+    """Largest error of y in training, Keras's layer and ours, per backend."""
+    found = {(row["mean_over_std"], row["backend"], row["layer"]): f"{row['y']:.0e}" for row in rows}
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    layers = ("keras", "batchnorm")
+    return _table(
+        ("mean/std", *(f"{layer}, {backend}" for backend in backends for layer in layers)),
+        [
+            (f"{offset:g}", *(found[offset, backend, layer] for backend in backends for layer in layers))
+            for offset in dict.fromkeys(row["mean_over_std"] for row in rows)
+        ],
+    )
+
+
+def keras_step_table(rows: Rows) -> str:
+    """Milliseconds of a training step, and ours as a multiple of stock's with the quartiles."""
+
+    def shown(rival: dict[str, Any]) -> str:
+        return "{:.2f} ({:.2f} – {:.2f})".format(rival["over_stock"], *rival["over_stock_quartiles"])
+
+    return _table(
+        ("backend", "stack", "stock, ms", "ours ÷ stock", "ours with activation= ÷ stock"),
+        [
+            (
+                row["backend"],
+                row["stack"],
+                f"{row['stock']['seconds'] * 1e3:.1f}",
+                shown(row["ours"]),
+                shown(row["fused"]),
+            )
+            for row in rows
+        ],
+    )
+
+
 def study_table(rows: Rows) -> str:
     """Every network and arm at its best learning rate."""
     return _table(
@@ -94,6 +129,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "accuracy": ("accuracy-cpu", accuracy_table),
     "accuracy-summary": ("accuracy-cpu", accuracy_summary),
     "layer-time": ("layer-time-cpu", layer_time_table),
+    "accuracy-keras": ("accuracy-keras-cpu", keras_accuracy_table),
+    "step-time-keras": ("step-time-keras-cpu", keras_step_table),
     "study": ("study-digits", study_table),
     "study-summary": ("study-digits", study_summary),
 }

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from . import accuracy, layer_time, page, results_file, study
+from . import accuracy, keras_layer, layer_time, page, results_file, study
 
 MEASUREMENTS = {
     "accuracy-cpu": (accuracy.measure, page.accuracy_table),
     "layer-time-cpu": (layer_time.measure, page.layer_time_table),
+    "accuracy-keras-cpu": (keras_layer.accuracies, page.keras_accuracy_table),
+    "step-time-keras-cpu": (keras_layer.step_times, page.keras_step_table),
     "study-digits": (study.measure, page.study_table),
 }
 
