@@ -30,9 +30,11 @@ def _without_a_trace() -> Iterator[None]:
     os.environ.update(environment)
 
 
+_environment = dict(os.environ)
 with _without_a_trace():
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
+LEFT_IN_ENVIRONMENT = set(os.environ.items()) - set(_environment.items())
 
 _MODULES = {
     info.module_cls.__name__: info for info in module_db if info.module_cls.__module__.startswith("torch")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as stock
 
 from batchnorm import functional as ours
-from tests.torch.recorded import FUNCTION_CASES, function_samples
+from tests.torch.recorded import FUNCTION_CASES, LEFT_IN_ENVIRONMENT, function_samples
 from tests.torch.twins import TOLERANCES, assert_same
 
 CASES = pytest.mark.parametrize("index", FUNCTION_CASES)
@@ -43,7 +42,7 @@ def evaluated(function: Any, sample: Any, dy: Tensor, dtype: torch.dtype | None 
 def test_the_recorded_samples_leave_torch_as_it_was() -> None:
     assert torch.get_default_dtype() is torch.float32
     assert torch.backends.__allow_nonbracketed_mutation_flag
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert set() == LEFT_IN_ENVIRONMENT
     assert len(FUNCTION_CASES) >= 12
     assert any(sample.input.dim() == 1 for sample in function_samples(torch.float32))
     assert any(sample.kwargs.get("momentum") == -1.2 for sample in function_samples(torch.float32))
