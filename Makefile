@@ -29,8 +29,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 study: $(VENV)/.study
 	$(BIN)/batchnorm study $(ARGS)
 
+# Keras has one backend per process: the torch backend runs with the rest, the others after it.
 test: $(VENV)/.dev
 	$(BIN)/pytest -n auto $(ARGS)
+ifeq ($(ARGS),)
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -n auto tests/keras
+	KERAS_BACKEND=jax $(BIN)/pytest -n auto tests/keras
+endif
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
