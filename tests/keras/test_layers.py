@@ -79,7 +79,7 @@ def trained(norm: Any, run_eagerly: bool = False, jit_compile: bool | str = "aut
         jit_compile=jit_compile,
     )
     x, y = draw((40, 6, 5), 1, 1.0), np.random.default_rng(0).integers(0, 3, 40)
-    history = model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    history = model.fit(x, y, batch_size=20, epochs=4, shuffle=False, verbose=0)
     return model, history.history["loss"], model.predict(x, verbose=0)
 
 

@@ -60,8 +60,10 @@ def moved(old: Array, batch: Array) -> Array:
 @pytest.mark.parametrize(("compiled", "offset"), [(False, 1e6), (True, 0.0), (True, 1e6)])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 def test_training_step_is_the_references(
-    shape: tuple[int, ...], axis: int, compiled: bool, offset: float
+    shape: tuple[int, ...], axis: int, compiled: bool, offset: float, request: pytest.FixtureRequest
 ) -> None:
+    if keras.backend.backend() == "jax" and not compiled and "image-channels-first" not in request.node.name:
+        pytest.skip("JAX compiles every operation of an eager call: one shape is enough")
     layer = made(shape[axis], axis, len(shape))
     x, dy = draw(shape, 1, offset), draw(shape, 2)
     gamma, beta, old_mean, old_var = (weight.numpy() for weight in layer.weights)

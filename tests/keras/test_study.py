@@ -28,6 +28,9 @@ from batchnorm.study.verdicts import judge, read
 from tests.keras.study_code import write_own_code
 
 BATCH, STEPS = 20, 3  # of 60 examples
+ON_ONE_BACKEND = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="its subject is the same on every backend: one is enough"
+)
 
 
 class Counting(Quiet):
@@ -239,6 +242,7 @@ def test_a_network_that_cannot_be_trained_is_refused(
 # Parts
 
 
+@ON_ONE_BACKEND
 def test_batches_follow_from_their_number_alone(data: Dataset) -> None:
     x, y = np.arange(60.0)[:, None], np.arange(60)
     batches = train_keras.Batches(x, y, task("mlp"))
@@ -418,6 +422,7 @@ def test_evaluation_is_the_mean_over_all_examples(data: Dataset) -> None:
 # Networks
 
 
+@ON_ONE_BACKEND
 @pytest.mark.parametrize(
     ("network", "shapes"),
     [
@@ -446,6 +451,7 @@ def test_arms_of_a_seed_start_from_the_same_weights(network: str, shapes: list[t
     assert first[1].any() == (network != "deep")  # biases start from 0 in deep alone
 
 
+@ON_ONE_BACKEND
 @pytest.mark.parametrize(
     ("arm", "spatial_dims", "expected"),
     [
@@ -471,6 +477,7 @@ def test_each_arm_gives_its_own_layer_for_its_own_rank(
     assert made(x).shape == x.shape
 
 
+@ON_ONE_BACKEND
 def test_normalization_comes_before_the_activation_and_dropout_after_it() -> None:
     norm = NormFactory(parse_arm("batchnorm+dropout"), seed=2)
     relu = keras.layers.ReLU()
@@ -484,6 +491,7 @@ def test_normalization_comes_before_the_activation_and_dropout_after_it() -> Non
         norm(4, 4)
 
 
+@ON_ONE_BACKEND
 def test_cnn_takes_images_with_and_without_channels() -> None:
     model = build_network("cnn", parse_arm("batchnorm"), (16, 20, 3), 4, 0)
     assert (model.input_shape, model.output_shape) == ((None, 16, 20, 3), (None, 4))
