@@ -161,6 +161,24 @@ def test_row_4_trainable_false_is_inference_mode() -> None:
     assert np.abs(keras.ops.convert_to_numpy(layer(x, training=True)) - inference).max() > 0.1
 
 
+def test_row_4_trainable_false_holds_from_the_constructor_and_through_files(tmp_path: Path) -> None:
+    network(BatchNormalization, trainable=False).save(tmp_path / "model.keras")
+    model = keras.models.load_model(tmp_path / "model.keras")
+    layer = model.layers[1]
+    again = BatchNormalization.from_config(BatchNormalization(trainable=False).get_config())
+    assert not layer.trainable
+    assert not again.trainable
+    layer.frozen = False  # as it was: nothing changes
+    assert not layer.trainable
+    before = layer.get_weights()
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(draw((16, 6, 5), 1, 2.0), np.zeros(16), batch_size=8, verbose=0)
+    for old, new in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    layer.trainable = True
+    assert len(layer.trainable_variables) == 2
+
+
 def test_row_4_frozen_layers_stay_frozen() -> None:
     """`model.trainable = True`, as every fine-tuning does, thaws stock layers, and not one that is frozen."""
     model = network(BatchNormalization)

@@ -124,8 +124,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     @frozen.setter
     def frozen(self, value: bool) -> None:
-        self._frozen = bool(value)
-        self.trainable = not self._frozen
+        # Only a change moves `trainable`: trainable=False, from the constructor or a file, is no business of
+        # frozen=False. (On TensorFlow, Keras skips the assignment of an equal value itself.)
+        if bool(value) != self._frozen:
+            self._frozen = bool(value)
+            self.trainable = not self._frozen
 
     @property
     def trainable(self) -> bool:
