@@ -47,6 +47,23 @@ def test_the_original_is_left_as_it_is() -> None:
     model.fit(draw((8, 6, 4)), draw((8, 3)), verbose=0)
 
 
+def test_original_and_copy_run_apart() -> None:
+    """JAX takes the arrays of the model that runs: a copy that had them too would lose them, or be lost."""
+    x = keras.Input((6, 4))
+    y = dense(5, activation=layers.PReLU())(BatchNormalization()(ops.relu(dense(4, lora_rank=2)(x))))
+    model = functional(x, layers.GRU(2)(Stock()(layers.ReLU()(y))))
+    model.compile("sgd", "mse")
+    data = draw((4, 6, 4))
+    copy = folded(model, data, left=1)
+    expected = model.predict(data, verbose=0)
+    for _ in range(2):
+        for each in (copy, model):
+            np.testing.assert_allclose(each.predict(data, verbose=0), expected, rtol=1e-4, atol=1e-5)
+    before = state(copy)
+    model.fit(data, draw((4, 2)), verbose=0)
+    assert state(copy) == before
+
+
 def test_a_stateful_layer_keeps_its_state() -> None:
     inputs = keras.Input(batch_shape=(4, 3, 5))
     model = functional(inputs, layers.GRU(2, stateful=True)(Stock()(dense(5)(inputs))))

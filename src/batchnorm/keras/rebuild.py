@@ -146,7 +146,7 @@ def _copy_other_weights(original: Any, copy: Any) -> None:
         [weight for weight in layer.weights if id(weight) not in _taken(layer)] for layer in (original, copy)
     )
     for source, target in zip(old, new, strict=True):
-        target.assign(source)
+        target.assign(_apart(source))
 
 
 def _taken(layer: Any) -> set[int]:
@@ -162,14 +162,25 @@ def _copy_state(original: Any, copy: Any) -> None:
             f"{original.name} ({type(original).__name__})",
         )
     for source, target in zip(original.weights, copy.weights, strict=True):
-        target.assign(source)
+        target.assign(_apart(source))
     # As in saving to a file: some preprocessing layers compute from their variables when these are loaded.
     # (With LoRA, saving would merge the weights: those are copied above, as they are.)
     if not getattr(original, "lora_enabled", False):
         store: dict[str, Any] = {}
         original.save_own_variables(store)
-        copy.load_own_variables(store)
+        copy.load_own_variables({name: _apart(value) for name, value in store.items()})
     if hasattr(original, "save_assets"):  # a vocabulary
         with tempfile.TemporaryDirectory() as folder:
             original.save_assets(folder)
             copy.load_assets(folder)
+
+
+def _apart(value: Any) -> Any:
+    """A tensor or variable's value in memory of its own.
+
+    On JAX, `assign` takes an array as it is. Two models with one array between them lose it when either runs:
+    `predict` and `fit` donate a model's arrays to the compiled step.
+    """
+    if isinstance(value, keras.Variable) or keras.ops.is_tensor(value):
+        return keras.ops.copy(value)
+    return value
