@@ -226,6 +226,21 @@ def test_an_activation_with_weights_learns() -> None:
     np.testing.assert_allclose(again.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_an_activation_over_an_axis_sees_the_inputs_layout(axis: int, training: bool) -> None:
+    """As a layer after the normalization would: softmax is over the last axis, not over batchnorm's."""
+    x = draw((2, 4, 5), 1, 2.0)
+    plain, ours = BatchNormalization(axis=axis), BatchNormalization(axis=axis, activation="softmax")
+    y = keras.ops.convert_to_numpy(plain(x, training=training))
+    expected = np.exp(y) / np.exp(y).sum(-1, keepdims=True)
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(ours(x, training=training)), expected, rtol=1e-5, atol=1e-6
+    )
+    learns = BatchNormalization(axis=axis, activation=keras.layers.PReLU(alpha_initializer="ones"))
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(learns(x, training=training)), y, rtol=1e-6)
+
+
 def test_symbolic_calls_have_the_stock_shapes() -> None:
     x = keras.Input((None, 5), dtype="float16")
     for dtype in (None, "mixed_float16"):

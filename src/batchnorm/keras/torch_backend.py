@@ -44,9 +44,9 @@ def call(layer: BatchNormalization, inputs: torch.Tensor, axis: int, by_batch: b
     else:
         running = (layer.moving_mean.value, layer.moving_variance.value)
         y = functional.batch_norm(x, *running, weight, bias, eps=layer.epsilon, activation=activation)
-    if activation is None:
-        y = layer.activation(y)
     y = y.movedim(1, axis) if inputs.dim() > 1 else y.squeeze(0)
+    if activation is None:  # in the inputs' own layout: softmax and PReLU, for two, are not elementwise
+        y = layer.activation(y)
     output: torch.Tensor = ops.cast(y, layer.compute_dtype)
     return output
 
