@@ -274,6 +274,11 @@ def test_a_norm_that_gives_no_numbers_is_an_error(weight: str, value: float) -> 
         fold(model)
 
 
+def test_an_empty_example_proves_nothing() -> None:
+    with pytest.raises(OptionError, match=r"the output has shape \(0, 4\), so nothing can be compared"):
+        fold(sequential(dense(4), Stock()), draw((0, 5)))
+
+
 def test_nan_is_no_agreement() -> None:
     """In a norm that is left, NaN comes out of both models."""
     model = sequential(dense(4), Stock(), layers.ReLU(), Stock())

@@ -66,7 +66,7 @@ def assert_agree(model: Any, folded: Any, example: Any, dtypes: Iterable[str]) -
 
     Raises:
         FoldError: an output of the two differs, or is NaN; says which and by how much.
-        OptionError: the model cannot run on an example that was made for it.
+        OptionError: the model cannot run on an example that was made for it; an output has no values.
     """
     tolerance = max(_TOLERANCE.get(dtype, 0.0) for dtype in (*dtypes, products_dtype()))
     given = example_for(model) if example is None else example
@@ -105,6 +105,10 @@ def _outputs(model: Any, example: Any) -> list[tuple[str, Array]]:
 
 
 def _assert_close(model: str, output: str, old: Array, new: Array, tolerance: float) -> None:
+    if not old.size:
+        raise OptionError(
+            f"{output} has shape {old.shape}, so nothing can be compared: pass more of example=", model
+        )
     remedy = "the original is unchanged. Where real inputs differ much from random ones, pass example="
     if old.shape != new.shape:
         raise FoldError(f"{output} has shape {new.shape} folded, {old.shape} before", model)
