@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from torch.nn import BatchNorm1d
 
 from batchnorm.errors import DataError, InputShapeError, OptionError
 from batchnorm.keras import BatchNormalization
@@ -371,6 +372,16 @@ def test_models_without_a_norm_to_calibrate_are_refused() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         calibrate(network(), numbers(4, 5), **options)
+
+
+def test_a_size_may_be_numpys() -> None:
+    assert calibrate(network(), numbers(4, 5), batch_size=np.int64(2), steps=np.int32(2)).batches == 2
+
+
+@pytest.mark.parametrize("thing", [None, BatchNormalization, BatchNorm1d(5)], ids=["None", "class", "torch"])
+def test_what_is_no_keras_model_is_refused(thing: Any) -> None:
+    with pytest.raises(OptionError, match=r"takes a Keras model or layer; got a .*models of torch"):
+        calibrate(thing, numbers(4, 5))
 
 
 def test_progress_is_keras_own(capsys: pytest.CaptureFixture[str]) -> None:

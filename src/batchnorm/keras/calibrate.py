@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import keras
@@ -67,7 +68,8 @@ def calibrate(
         A report: layers, samples, and how far each layer's statistics moved, in standard deviations.
 
     Raises:
-        OptionError: (a ValueError) the model has no batch normalization, or only frozen ones.
+        OptionError: (a ValueError) no model of Keras, or one without batch normalization or with frozen ones
+            only.
         DataError: (a ValueError) no batch, data of unknown form, or a layer that received NaN or inf, no
             valid value, one value per channel in all, or constants from a normalization over single values.
 
@@ -122,8 +124,9 @@ class Calibration:
     """
 
     def __init__(self, batch_size: int, steps: int | None, verbose: Verbose) -> None:
-        for name, value in (("batch_size", batch_size), ("steps", 1 if steps is None else steps)):
-            if not isinstance(value, int) or value < 1:
+        sizes: dict[str, object] = {"batch_size": batch_size, "steps": 1 if steps is None else steps}
+        for name, value in sizes.items():
+            if not isinstance(value, Integral) or value < 1:
                 raise OptionError(f"{name} is a number of 1 or more; got {value!r}")
         if verbose not in ("auto", 0, 1, 2):
             raise OptionError(f'verbose is "auto", 0, 1 or 2; got {verbose!r}')
@@ -134,6 +137,12 @@ class Calibration:
 
     def run(self, model: Layer, data: Any) -> CalibrationReport:
         """Calibrate the model; see `calibrate`, but for the warning."""
+        if not isinstance(model, keras.layers.Layer):
+            kind = type(model)
+            raise OptionError(
+                f"calibrate takes a Keras model or layer; got a {kind.__module__}.{kind.__name__} (for "
+                "models of torch there is batchnorm.calibrate)"
+            )
         if hasattr(model, "jax_state_sync"):  # inside `fit` on JAX, the weights are not in the variables
             model.jax_state_sync()
         found, total = batches(model, data, self.batch_size, self.steps)
