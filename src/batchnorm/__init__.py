@@ -22,6 +22,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "functional": ("batchnorm.torch.functional", None),
     "keras": ("batchnorm.keras", None),
     "kernels": ("batchnorm.kernels", None),
+    "reuse_memory": ("batchnorm.memory", "reuse_memory"),
 }
 # Top-level package that a missing import names -> the extra that brings it.
 _EXTRAS = {"torch": "torch", "keras": "keras", "rich": "study"}
@@ -37,10 +38,12 @@ __all__ = [
     "functional",
     "keras",
     "kernels",
+    "reuse_memory",
 ]
 
 if TYPE_CHECKING:
     from . import conventions, errors, keras, kernels
+    from .memory import reuse_memory
     from .models.calibrate import calibrate
     from .torch import functional
     from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from batchnorm.memory import reuse_memory
 
 from .data import Dataset
 from .errors import StudyError
@@ -63,6 +66,8 @@ class TorchEngine:
 
         torch.set_num_threads(1)
         if self._tensors is None:
+            with warnings.catch_warnings(action="ignore"):  # where it cannot be had, the study does without
+                reuse_memory()
             self._tensors = train_torch.TensorData.of(self._data)
         return self._tensors
 
