@@ -9,7 +9,7 @@ small input is one chunk, and what both halves of a pass need is then computed o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Self
 
 import torch
@@ -331,7 +331,7 @@ def backward(
     dy: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    coefficients: Callable[[Tensor, Tensor], Coefficients],
+    given: bool,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
@@ -344,5 +344,7 @@ def backward(
     chunks = _Chunks(x, mask, group_size)
     step = _Pass(chunks, weight, bias, residual, activation).given(mean, rstd)
     sum_dy, sum_dy_xhat = step.reduce(dy)
-    dx, dresidual = step.apply(dy, coefficients(sum_dy, sum_dy_xhat))
+    a = rstd if weight is None else rstd * weight
+    share = torch.zeros_like(a) if given else -a / chunks.count().clamp(min=1).unsqueeze(1)
+    dx, dresidual = step.apply(dy, (a, share * sum_dy_xhat, share * sum_dy))
     return dx, sum_dy, sum_dy_xhat, dresidual

@@ -22,7 +22,6 @@ gradient, whatever was in x or dy there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -133,7 +132,7 @@ class Engine(Protocol):
         dy: Tensor,
         mean: Tensor,
         rstd: Tensor,
-        coefficients: Callable[[Tensor, Tensor], Coefficients],
+        given: bool,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         *,
@@ -142,7 +141,11 @@ class Engine(Protocol):
         mask: Tensor | None = None,
         group_size: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return dx, sum_dy, sum_dy_xhat and dresidual: both backward halves.
+        """Return dx, sum_dy, sum_dy_xhat and dresidual: both backward halves with no policy between them.
 
-        `coefficients(sum_dy, sum_dy_xhat)` is what stands between them; it is called once.
+        With n values per channel and a = weight * rstd, as mean and rstd are those of x itself:
+
+            dx = a dy' - a x̂ sum_dy_xhat / n - a sum_dy / n
+
+        Where they are `given`, and so constants: dx = a dy'.
         """

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.choose import engine
-from batchnorm.kernels.interface import Coefficients
-from batchnorm.statistics import batch, running
 
 from . import differentiable
 
@@ -56,16 +54,8 @@ def backward(
     given: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return dx, dweight and dbias `[C]` (wide), dresidual; `given`: the statistics were constants."""
-    scale: Any = 1.0 if weight is None else weight
-
-    def coefficients(sum_dy: Tensor, sum_dy_xhat: Tensor) -> Coefficients:
-        if given:
-            return running.gradient_coefficients(scale, rstd)
-        count = x.numel() // max(1, x.shape[1])
-        return batch.gradient_coefficients(scale, rstd, sum_dy, sum_dy_xhat, count)
-
     dx, sum_dy, sum_dy_xhat, dresidual = engine(x).backward(
-        x, dy, mean, rstd, coefficients, weight, bias, residual=residual, activation=activation
+        x, dy, mean, rstd, given, weight, bias, residual=residual, activation=activation
     )
     return dx, sum_dy_xhat.view(-1), sum_dy.view(-1), dresidual
 
