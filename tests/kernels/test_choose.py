@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -26,7 +28,38 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_explain_says_what_and_why() -> None:
     text = batchnorm.kernels.explain(torch.zeros(2, 3))
-    assert text.startswith("eager for float32 [2, 3] on cpu: plain torch operations")
+    assert text == "cpu for float32 [2, 3] on cpu: Numba kernels, at every size"
+
+
+class Tagged(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+@pytest.mark.parametrize(
+    ("x", "obstacle"),
+    [
+        (torch.zeros(2, 3, device="meta"), "tensors on meta"),
+        (torch.zeros(0, 3), "tensors without values"),
+        (torch.zeros(2, 3).as_subclass(Tagged), "a Tagged"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "torch.complex64"),
+        (torch.zeros(2, 3).to_sparse(), "torch.sparse_coo"),
+    ],
+    ids=["device", "empty", "subclass", "dtype", "sparse"],
+)
+def test_eager_runs_what_the_cpu_engine_does_not_take(x: torch.Tensor, obstacle: str) -> None:
+    if obstacle == "torch.sparse_coo":
+        x = x + torch.eye(3)[:2].to_sparse()
+    for forced in (False, True):
+        with batchnorm.kernels.use("cpu") if forced else contextlib.nullcontext():
+            name, reason = choose.choose(x)
+        assert name == "eager"
+        assert reason == f"plain torch operations; the engine for CPUs does not take {obstacle}"
+
+
+def test_without_numba_eager_runs_and_the_reason_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "_has_numba", lambda: False)
+    assert choose.choose(torch.zeros(2, 3)).name == "eager"
+    assert "pip install numba" in batchnorm.kernels.explain(torch.zeros(2, 3))
 
 
 def test_use_forces_an_engine_within_its_context(spy: list[str]) -> None:
@@ -43,7 +76,7 @@ def test_use_forces_an_engine_within_its_context(spy: list[str]) -> None:
 def test_use_is_undone_on_error() -> None:
     with pytest.raises(ZeroDivisionError), batchnorm.kernels.use("spy"):
         _ = 1 / 0
-    assert batchnorm.kernels.explain(torch.zeros(1)).startswith("eager")
+    assert batchnorm.kernels.explain(torch.zeros(1)).startswith("cpu")
 
 
 @pytest.mark.usefixtures("spy")

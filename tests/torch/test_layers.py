@@ -214,4 +214,5 @@ def test_tensor_subclasses_pass_through() -> None:
     layer = scramble(batchnorm.BatchNorm1d(5)).eval()
     y = layer(x.as_subclass(Tagged))
     assert type(y) is Tagged
-    assert torch.equal(y.as_subclass(Tensor), layer(x))
+    with batchnorm.kernels.use("eager"):  # no other engine reads the memory of what is no plain tensor
+        assert torch.equal(y.as_subclass(Tensor), layer(x))

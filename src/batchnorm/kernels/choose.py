@@ -1,17 +1,21 @@
 """Which engine runs a tensor, and why.
 
 The order of precedence: an override by `use` in this context, the environment variable BATCHNORM_ENGINE, then
-the device, dtype, layout and size of the tensor.
+the tensor itself. An engine never runs what it does not take: eager runs it then, whoever asked for another.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
@@ -21,7 +25,10 @@ from .interface import Engine
 
 ENVIRONMENT_VARIABLE = "BATCHNORM_ENGINE"
 ENGINES: dict[str, Engine] = {"eager": cast(Engine, eager)}
+_LATER = {"cpu": "batchnorm.kernels.cpu.engine"}  # imported on first use: Numba takes half a second
 _override: ContextVar[str | None] = ContextVar("batchnorm_engine", default=None)
+
+_FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
 class Choice(NamedTuple):
@@ -37,19 +44,47 @@ def choose(x: Tensor) -> Choice:
     Raises:
         OptionError: the environment variable names no engine.
     """
-    forced = _override.get()
-    if forced is not None:
-        return Choice(forced, "forced by batchnorm.kernels.use")
-    if wanted := os.environ.get(ENVIRONMENT_VARIABLE):
-        return Choice(_known(wanted, ENVIRONMENT_VARIABLE), f"{ENVIRONMENT_VARIABLE}={wanted} asks for it")
-    return Choice(
-        "eager", f"plain torch operations run {x.dtype} on {x.device.type}; no other engine takes it"
-    )
+    why = ""
+    wanted = _override.get()
+    if wanted is not None:
+        why = "forced by batchnorm.kernels.use"
+    elif wanted := os.environ.get(ENVIRONMENT_VARIABLE):
+        _known(wanted, ENVIRONMENT_VARIABLE)
+        why = f"{ENVIRONMENT_VARIABLE}={wanted} asks for it"
+    obstacle = None if wanted not in (None, "cpu") else _obstacle_to_cpu(x)
+    if obstacle is not None:
+        return Choice("eager", f"plain torch operations; the engine for CPUs does not take {obstacle}")
+    return Choice(wanted or "cpu", why or "Numba kernels, at every size")
+
+
+def _obstacle_to_cpu(x: Tensor) -> str | None:
+    """Return what keeps the engine for CPUs from running `x`, or None."""
+    if x.device.type != "cpu":
+        return f"tensors on {x.device.type}"
+    if x.dtype not in _FLOATING:
+        return str(x.dtype)
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return f"a {type(x).__name__}"  # a fake one of the compiler, say: it has no memory to read
+    if x.layout is not torch.strided or x.numel() == 0:
+        return f"{x.layout}" if x.numel() else "tensors without values"
+    return None if _has_numba() else "anything without Numba: pip install numba"
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def engine(x: Tensor) -> Engine:
     """Return the engine that runs `x`."""
-    return ENGINES[choose(x).name]
+    return load(choose(x).name)
+
+
+def load(name: str) -> Engine:
+    """Return the engine of a name."""
+    if name not in ENGINES:
+        ENGINES[name] = cast(Engine, importlib.import_module(_LATER[name]))
+    return ENGINES[name]
 
 
 def explain(x: Tensor) -> str:
@@ -57,7 +92,7 @@ def explain(x: Tensor) -> str:
 
     Example:
         >>> batchnorm.kernels.explain(torch.randn(32, 64))
-        'eager for float32 [32, 64] on cpu: plain torch operations run ...'
+        'cpu for float32 [32, 64] on cpu: Numba kernels, at every size'
     """
     name, reason = choose(x)
     return f"{name} for {str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}: {reason}"
@@ -66,6 +101,8 @@ def explain(x: Tensor) -> str:
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Within this context (this thread, this task), run every batch normalization on the engine `name`.
+
+    What the engine does not take runs on eager all the same.
 
     Raises:
         OptionError: there is no such engine.
@@ -78,6 +115,7 @@ def use(name: str) -> Iterator[None]:
 
 
 def _known(name: str, source: str) -> str:
-    if name not in ENGINES:
-        raise OptionError(f"{source} asks for the engine {name!r}; there are: {', '.join(ENGINES)}")
+    names = dict.fromkeys((*ENGINES, *_LATER))
+    if name not in names:
+        raise OptionError(f"{source} asks for the engine {name!r}; there are: {', '.join(names)}")
     return name

@@ -1,0 +1,148 @@
+"""The kernels compiled, each on its first use; on disk they stay for the next process."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cfunc, types
+from numba.core import event
+
+from . import planes, rows, statistics
+from .access import take_number
+from .packet import NEXT, read
+from .vector import FULL, SIMPLE, function
+
+_log = logging.getLogger("batchnorm")
+_WORK = types.void(types.intp)
+
+# dtype of a tensor -> what its values are in memory (vector.py), and the dtype of the arithmetic.
+KINDS: dict[torch.dtype, tuple[type, type]] = {
+    torch.float32: (np.float32, np.float32),
+    torch.float64: (np.float64, np.float64),
+    torch.float16: (np.int16, np.float32),
+    torch.bfloat16: (np.uint16, np.float32),
+}
+
+
+@function
+def _work(body: Any, packet: Any, kind: Any, real: Any, how: Any) -> None:
+    """Do tasks until there is none that nobody has taken."""
+    record = read(packet)
+    index = take_number(packet + NEXT)
+    while index < record.tasks:
+        body(record, index, kind, real, how)
+        index = take_number(packet + NEXT)
+
+
+# What a thread runs, given the address of a packet. `source` is never 0: it is there to be part of the
+# function, of which Numba asks if it is on disk; of the functions that this one calls, it does not ask.
+
+
+def _planes_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
+    def planes_forward(packet):  # type: ignore[no-untyped-def]
+        if source:
+            _work(planes.forward, packet, kind, real, how)
+
+    return planes_forward
+
+
+def _planes_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
+    def planes_backward(packet):  # type: ignore[no-untyped-def]
+        if source:
+            _work(planes.backward, packet, kind, real, how)
+
+    return planes_backward
+
+
+def _rows_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
+    def rows_forward(packet):  # type: ignore[no-untyped-def]
+        if source:
+            _work(rows.forward, packet, kind, real, how)
+
+    return rows_forward
+
+
+def _rows_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
+    def rows_backward(packet):  # type: ignore[no-untyped-def]
+        if source:
+            _work(rows.backward, packet, kind, real, how)
+
+    return rows_backward
+
+
+def _merge_moments(kind: Any, real: Any, how: Any, source: int) -> Any:
+    def merge_moments(packet):  # type: ignore[no-untyped-def]
+        if source:
+            _work(statistics.merge_moments, packet, kind, real, how)
+
+    return merge_moments
+
+
+def _merge_sums(kind: Any, real: Any, how: Any, source: int) -> Any:
+    def merge_sums(packet):  # type: ignore[no-untyped-def]
+        if source:
+            _work(statistics.merge_sums, packet, kind, real, how)
+
+    return merge_sums
+
+
+_KERNELS: dict[str, Callable[[Any, Any, Any, int], Any]] = {
+    "planes_forward": _planes_forward,
+    "planes_backward": _planes_backward,
+    "rows_forward": _rows_forward,
+    "rows_backward": _rows_backward,
+    "merge_moments": _merge_moments,
+    "merge_sums": _merge_sums,
+}
+
+
+class _Announcer(event.Listener):
+    """Says, once in a process, why the first call takes long; on a kernel that is on disk it is silent."""
+
+    def __init__(self) -> None:
+        self.is_silent = False
+
+    def on_start(self, event: Any) -> None:
+        del event
+        if not self.is_silent:
+            self.is_silent = True
+            _log.info("compiling the kernels for CPUs: some seconds each, once, as they stay on disk")
+
+    def on_end(self, event: Any) -> None:
+        del event
+
+
+_announcer = _Announcer()
+
+
+@functools.cache
+def source() -> int:
+    """Return a number that changes with the text of any kernel."""
+    text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return int.from_bytes(hashlib.sha256(text).digest()[:6], "big") | 1
+
+
+@functools.cache
+def kernel(name: str, dtype: torch.dtype, simple: bool) -> int:
+    """Return the address of a kernel, which compiles it where nobody has before.
+
+    Args:
+        name: of `_KERNELS`.
+        dtype: of the tensors.
+        simple: whether for calls without mask and residual, and at most bounds as an activation.
+    """
+    kind, real = KINDS[dtype]
+    entry = _KERNELS[name](kind, real, SIMPLE if simple else FULL, source())
+    with event.install_listener("numba:compile", _announcer):
+        try:
+            made = cfunc(_WORK, cache=True, error_model="numpy")(entry)
+        except (RuntimeError, OSError):  # no folder that can be written to: compiled again in every process
+            made = cfunc(_WORK, error_model="numpy")(entry)
+    return int(made.address)

@@ -1,0 +1,307 @@
+"""The Numba engine: see `interface.Engine`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels.interface import Coefficients, Moments
+
+from . import huge_pages
+from .activations import BOUNDS, CLAMP, CODES, IDENTITY
+from .packet import Packet
+from .plan import Plan, plan
+from .statistics import CHANNELS
+from .tasks import run
+
+_STREAM = 2**19  # values from which y and dx are written past the caches: they would not stay there anyway
+_AHEAD = 4096  # bytes that a long run is read ahead; further on and nearer by were slower
+
+# The largest numbers that round to 0: where y is 0, the derivative of relu is.
+_TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+
+
+def _is_alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.stride() == b.stride()
+
+
+class _Call:
+    """One call: its tensors in the layout of x, and the packet that the kernels read."""
+
+    def __init__(self, x: Tensor, mask: Tensor | None, group_size: int | None) -> None:
+        if x.is_neg():
+            x = x.resolve_neg()
+        self.channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+        self.x = x if self.channels_last else x.contiguous()
+        self.mask = None if mask is None else mask.contiguous()
+        self.plan: Plan = plan(tuple(x.shape), self.channels_last, mask is not None, group_size)
+        self.kept: list[Tensor] = []
+        self.packet = packet = Packet()
+        (
+            _,
+            packet.channels,
+            packet.positions,
+            packet.groups,
+            packet.units,
+            packet.group_units,
+            packet.parts,
+            packet.columns,
+            packet.block,
+            _,
+        ) = self.plan
+        packet.x = self.x.data_ptr()
+        if self.mask is not None:
+            packet.mask = self.mask.data_ptr()
+        packet.low = packet.high = packet.low_kink = packet.high_kink = math.nan  # no bounds
+        packet.stream = x.numel() >= _STREAM
+        packet.ahead = _AHEAD if self.plan.family == "rows" and self.plan.parts > 1 else 0
+
+    def affine(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Take weight and bias."""
+        self.packet.weight, self.packet.bias = self._parameter(weight), self._parameter(bias)
+
+    def _parameter(self, values: Tensor | None) -> int:
+        if values is None:
+            return 0
+        dtype = torch.float64 if self.x.dtype == torch.float64 else torch.float32
+        if values.dtype != dtype or not values.is_contiguous():
+            values = values.to(dtype).contiguous()
+            self.kept.append(values)
+        return values.data_ptr()
+
+    def statistics(self, mean: Tensor, rstd: Tensor) -> None:
+        """Take mean and rstd, `[G, C]`."""
+        self.packet.mean, self.packet.rstd = self.wide(mean), self.wide(rstd)
+
+    def wide(self, values: Tensor) -> int:
+        """Return the address of statistics that are given."""
+        if values.dtype != torch.float64 or not values.is_contiguous():
+            values = values.to(torch.float64).contiguous()
+            self.kept.append(values)
+        return values.data_ptr()
+
+    def behind(self, residual: Tensor | None, activation: str | None) -> None:
+        """Take what comes behind the normalization."""
+        packet = self.packet
+        packet.activation = CODES[activation]
+        if activation in BOUNDS:
+            packet.low, packet.high = packet.low_kink, packet.high_kink = BOUNDS[activation]
+            packet.low_kink = _TINY.get(self.x.dtype, 0.0)
+        if residual is not None:
+            packet.residual = self.laid_out(residual)
+
+    def laid_out(self, values: Tensor) -> int:
+        """Return the address of values in the dtype and layout of x."""
+        if not _is_alike(values, self.x) or values.is_neg():
+            values = torch.empty_like(self.x).copy_(values)
+            self.kept.append(values)
+        return values.data_ptr()
+
+    def tables(self, number: int) -> tuple[Tensor, ...]:
+        """Return so many tables, each for a number per part, group and channel."""
+        shape = (self.plan.parts * self.plan.groups, self.plan.channels)
+        found = tuple(torch.empty(shape, dtype=torch.float64) for _ in range(number))
+        self.kept += found
+        return found
+
+    def whole(self, table: Tensor) -> Tensor:
+        """Return `[G, C]` of a table whose parts are merged."""
+        return table if self.plan.parts == 1 else table[: self.plan.groups]
+
+    def output(self) -> Tensor:
+        """Return a tensor for y or dx, in the layout of x."""
+        return huge_pages.empty_like(self.x)
+
+    def returned(self, output: Tensor, like: Tensor) -> Tensor:
+        """Return an output in the dtype and layout of what the caller gave."""
+        if like is self.x:
+            return output
+        wanted = torch.empty_like(like)
+        return output if _is_alike(output, wanted) else wanted.copy_(output)
+
+    def run(self, half: str, *, measure: bool, apply: bool) -> None:
+        """Run the forward or the backward kernel: its statistics, its output, or one after the other."""
+        packet, plan = self.packet, self.plan
+        name, merge = f"{plan.family}_{half}", "merge_moments" if half == "forward" else "merge_sums"
+        dtype, values = self.x.dtype, self.x.numel()
+        simple = not packet.mask and not packet.residual and packet.activation in (IDENTITY, CLAMP)
+        if measure and plan.parts > 1:
+            packet.measure, packet.apply = True, False
+            run(name, dtype, simple, packet, plan.tasks, values)
+            run(merge, dtype, True, packet, math.ceil(plan.groups * plan.channels / CHANNELS), values)
+            measure = False
+            if not apply:
+                return
+        packet.measure, packet.apply = measure, apply
+        run(name, dtype, simple, packet, plan.tasks, values)
+
+
+def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
+    """See `interface.Engine.moments`."""
+    call = _Call(x, mask, group_size)
+    return _measured(call, 0.0, apply=False)[0]
+
+
+def _measured(call: _Call, eps: float, *, apply: bool) -> tuple[Moments, Tensor]:
+    packet = call.packet
+    count, mean, m2, rstd = call.tables(4)
+    packet.count, packet.mean, packet.m2 = count.data_ptr(), mean.data_ptr(), m2.data_ptr()
+    packet.rstd, packet.eps = rstd.data_ptr(), eps
+    call.run("forward", measure=True, apply=apply)
+    return Moments(call.whole(count)[:, 0], call.whole(mean), call.whole(m2)), call.whole(rstd)
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """See `interface.Engine.normalize`."""
+    call = _Call(x, mask, group_size)
+    call.affine(weight, bias)
+    call.statistics(mean, rstd)
+    call.behind(residual, activation)
+    y = call.output()
+    call.packet.y = y.data_ptr()
+    call.run("forward", measure=False, apply=True)
+    return call.returned(y, x)
+
+
+def forward(
+    x: Tensor,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Moments, Tensor]:
+    """See `interface.Engine.forward`."""
+    call = _Call(x, mask, group_size)
+    call.affine(weight, bias)
+    call.behind(residual, activation)
+    y = call.output()
+    call.packet.y = y.data_ptr()
+    found, rstd = _measured(call, eps, apply=True)
+    return call.returned(y, x), found, rstd
+
+
+def _backward_call(
+    x: Tensor,
+    dy: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    mask: Tensor | None,
+    group_size: int | None,
+) -> _Call:
+    call = _Call(x, mask, group_size)
+    call.affine(weight, bias)
+    call.statistics(mean, rstd)
+    call.behind(residual, activation)
+    call.packet.dy = call.laid_out(dy)
+    return call
+
+
+def _with_sums(call: _Call) -> tuple[Tensor, Tensor]:
+    packet = call.packet
+    count, sum_dy, sum_dy_xhat, a, b, c = call.tables(6)
+    packet.count, packet.sum_dy = count.data_ptr(), sum_dy.data_ptr()
+    packet.sum_dy_xhat = sum_dy_xhat.data_ptr()
+    packet.a, packet.b, packet.c = a.data_ptr(), b.data_ptr(), c.data_ptr()
+    return sum_dy, sum_dy_xhat
+
+
+def _with_outputs(call: _Call, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    dx = call.output()
+    dresidual = None if residual is None else call.output()
+    call.packet.dx = dx.data_ptr()
+    if dresidual is not None:
+        call.packet.dresidual = dresidual.data_ptr()
+    return dx, dresidual
+
+
+def backward_reduce(
+    x: Tensor,
+    dy: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `interface.Engine.backward_reduce`."""
+    call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
+    sums = _with_sums(call)
+    call.run("backward", measure=True, apply=False)
+    return call.whole(sums[0]), call.whole(sums[1])
+
+
+def backward_apply(
+    x: Tensor,
+    dy: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    coefficients: Coefficients,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `interface.Engine.backward_apply`."""
+    call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
+    call.packet.a, call.packet.b, call.packet.c = map(call.wide, coefficients)
+    dx, dresidual = _with_outputs(call, residual)
+    call.run("backward", measure=False, apply=True)
+    return call.returned(dx, x), None if dresidual is None or residual is None else call.returned(
+        dresidual, residual
+    )
+
+
+def backward(
+    x: Tensor,
+    dy: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    given: bool,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See `interface.Engine.backward`."""
+    call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
+    sums = _with_sums(call)
+    call.packet.constant = given
+    dx, dresidual = _with_outputs(call, residual)
+    call.run("backward", measure=True, apply=True)
+    return (
+        call.returned(dx, x),
+        call.whole(sums[0]),
+        call.whole(sums[1]),
+        None if dresidual is None or residual is None else call.returned(dresidual, residual),
+    )

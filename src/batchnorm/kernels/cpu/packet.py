@@ -1,0 +1,114 @@
+"""What a kernel is told: one record of addresses and numbers, filled in Python and read in the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from .access import pointer
+from .vector import function
+
+# Addresses, 0 where there is none. Tensors are dense; statistics are float64, `[parts, G, C]` or `[G, C]`.
+_ADDRESSES = (
+    "x",
+    "y",
+    "residual",
+    "dy",
+    "dx",
+    "dresidual",
+    "mask",  # bytes, one per sample and position
+    "weight",  # `[C]`, in the dtype of the arithmetic
+    "bias",
+    "count",  # of each part, then of the whole in its first row; so are the following
+    "mean",
+    "m2",
+    "sum_dy",
+    "sum_dy_xhat",
+    "rstd",
+    "a",  # coefficients of dx = a dy' + b x̂ + c
+    "b",
+    "c",
+)
+_NUMBERS = (
+    "channels",
+    "positions",  # S: values of one channel that lie side by side; 1 where channels do
+    "groups",
+    "units",  # samples where a channel's values lie side by side, samples times positions where channels do
+    "group_units",  # units of a group; the last one may have fewer
+    "parts",  # a group is cut into so many tasks, of about as many units each
+    "columns",  # rows only: values in a row; a row may hold several units
+    "block",  # rows only: columns of a task
+    "measure",  # whether to take statistics, or the sums of the gradient
+    "apply",  # whether to write y, or dx
+    "constant",  # whether mean and rstd do not depend on x
+    "ahead",  # rows only: bytes that are asked for ahead, 0 for none
+    "stream",  # whether y or dx is written past the caches
+    "activation",  # see activations.py
+    "tasks",
+    "next",  # task that nobody has taken yet
+)
+_REALS = (
+    "eps",
+    "low",  # an activation that only clamps does so to low..high; NaN = no bound
+    "high",
+    "low_kink",  # and its derivative is 0 outside of these
+    "high_kink",
+)
+
+
+class Packet(ctypes.Structure):
+    """The record, as Python fills it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in (*_ADDRESSES, *_NUMBERS)),
+        *((name, ctypes.c_double) for name in _REALS),
+    )
+
+
+_RECORD = np.dtype(
+    [
+        *((name, np.int64) for name in (*_ADDRESSES, *_NUMBERS)),
+        *((name, np.float64) for name in _REALS),
+    ],
+    align=True,
+)
+
+
+NEXT = Packet.next.offset  # bytes from the record's address
+
+
+@function
+def read(address: Any) -> Any:
+    """Return the record at an address."""
+    return carray(pointer(address), (1,), _RECORD)[0]
+
+
+@function
+def numbers(address: Any, size: Any) -> Any:
+    """Return `size` float64 numbers at an address, as an array; nothing is copied."""
+    return carray(pointer(address), (size,), np.float64)
+
+
+@function
+def parameter(address: Any, channel: Any, missing: Any, real: Any) -> Any:
+    """Return a channel's weight or bias in float64; `missing` where there is none."""
+    if address == 0:
+        return missing
+    return np.float64(carray(pointer(address), (channel + 1,), real)[channel])
+
+
+@function
+def is_valid(packet: Any, unit: Any) -> Any:
+    """Whether the mask, of one byte per unit, leaves a unit in."""
+    return packet.mask == 0 or carray(pointer(packet.mask), (unit + 1,), np.uint8)[unit] != 0
+
+
+@function
+def clear(table: Any) -> None:
+    """Set a table's numbers to 0; NumPy's own spelling takes Numba a second to compile."""
+    for row in range(table.shape[0]):
+        for column in range(table.shape[1]):
+            table[row, column] = 0

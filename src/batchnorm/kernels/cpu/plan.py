@@ -1,0 +1,69 @@
+"""How a tensor is cut into tasks: by its shape and layout alone, so that results do not depend on threads."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+_PLANE = 256  # values of a channel side by side, from which a channel is a task of its own
+_ROW = 1024  # columns of a row of several units, and of a block of short planes
+_ROWS = 32  # rows that are worth more than wide ones
+_BLOCK = 2048  # columns of a block otherwise: a multiple of a vector
+_TASKS = 16  # enough for the threads of most machines, and to even out what each of them gets to do
+_PART, _PARTS = 2**16, 32  # values of a part at least, and number of parts at most
+
+
+class Plan(NamedTuple):
+    """A call's tasks; what the numbers mean, packet.py says.
+
+    Attributes:
+        family: `planes` or `rows`.
+        tasks: their number.
+    """
+
+    family: str
+    channels: int
+    positions: int
+    groups: int
+    units: int
+    group_units: int
+    parts: int
+    columns: int
+    block: int
+    tasks: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(shape: tuple[int, ...], channels_last: bool, masked: bool, group_size: int | None) -> Plan:
+    """Return the tasks for a dense tensor `[N, C, *S]` that is not empty.
+
+    Args:
+        shape: of the tensor.
+        channels_last: whether a position's channels lie side by side, or a channel's positions.
+        masked: some positions do not count.
+        group_size: samples per statistics group; None = all.
+    """
+    samples, channels, positions = shape[0], shape[1], math.prod(shape[2:])
+    group = samples if group_size is None else min(group_size, samples)
+    groups = math.ceil(samples / group)
+    if not channels_last and positions > 1 and (positions >= _PLANE or masked):
+        parts = _parts(channels * groups, group * positions)
+        tasks = parts * groups * channels
+        return Plan("planes", channels, positions, groups, samples, group, parts, 0, 0, tasks)
+    if channels_last or positions == 1:
+        units, group, positions = samples * positions, group * positions, 1
+        fold = 1 if masked else max(1, min(group // _ROWS, _ROW // channels))
+        columns, block = channels * fold, _BLOCK
+    else:
+        units, columns, block = samples, channels * positions, _ROW // positions * positions
+    blocks = math.ceil(columns / block)
+    parts = _parts(blocks * groups, group * channels * positions)
+    return Plan(
+        "rows", channels, positions, groups, units, group, parts, columns, block, parts * groups * blocks
+    )
+
+
+def _parts(tasks: int, values: int) -> int:
+    """Return into how many parts each task is cut, of which all have so many values."""
+    return 1 if tasks >= _TASKS else max(1, min(_PARTS, values // _PART))

@@ -1,0 +1,260 @@
+"""Kernels for values of one channel that lie side by side: `[N, C, *S]`, contiguous.
+
+A task takes one channel of one group of samples, or a part of it where there are few channels. What it reads
+for the statistics is mostly in the cache still when it is read again to be normalized.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .access import LINE, keep_valid, load, prefetch, size_of
+from .llvm import LANES
+from .packet import numbers
+from .runs import (
+    CENTER,
+    PARAMETERS,
+    RSTD,
+    SCALE,
+    SHIFT,
+    A,
+    B,
+    C,
+    differentiate_run,
+    incoming,
+    normalize_run,
+    some,
+)
+from .statistics import FACTORS, affine, finish_moments, finish_sums, merged, rounded, slopes
+from .vector import function, is_simple, multiply_add, splat, total
+
+_BLOCK = 8192  # values that are summed in float32; sums of blocks are added in float64
+
+
+@function
+def _task(packet: Any, index: Any) -> Any:
+    """Return part, group, channel, and the task's first and last value, counted along the channel."""
+    rest, channel = divmod(index, packet.channels)
+    part, group = divmod(rest, packet.groups)
+    unit = group * packet.group_units
+    values = (min(packet.units, unit + packet.group_units) - unit) * packet.positions
+    start = unit * packet.positions
+    return (
+        part,
+        group,
+        channel,
+        start + values * part // packet.parts,
+        start + values * (part + 1) // packet.parts,
+    )
+
+
+@function
+def _run(packet: Any, channel: Any, at: Any, last: Any) -> Any:
+    """Return where value `at` of a channel lies in its tensor, and how many follow side by side."""
+    sample, position = divmod(at, packet.positions)
+    place = (sample * packet.channels + channel) * packet.positions + position
+    return place, min(packet.positions - position, last - at)
+
+
+@function
+def _valid(packet: Any, at: Any, last: Any, how: Any) -> Any:
+    """Return how many values count, of those from `at` to `last` of a channel."""
+    if is_simple(how) or not packet.mask:
+        return np.float64(last - at)
+    one, zero = splat(1.0, np.float32), splat(0.0, np.float32)
+    found = 0.0
+    while at < last:
+        count = min(LANES, last - at)
+        found += total(keep_valid(one, packet.mask + at, count, zero))
+        at += LANES
+    return found
+
+
+@function
+def _values(packet: Any, place: Any, at: Any, count: Any, fill: Any, kind: Any, how: Any) -> Any:
+    """Return up to LANES values of x, and `fill` where there are less, or where masked."""
+    values = some(packet.x + place * size_of(kind), count, fill, kind)
+    if packet.mask and not is_simple(how):
+        values = keep_valid(values, packet.mask + at, count, fill)
+    return values
+
+
+@function
+def _sum(packet: Any, channel: Any, at: Any, last: Any, factor: Any, kind: Any, real: Any, how: Any) -> Any:
+    """Return the sum of a block's values, each times `factor`."""
+    zero, found, scale = splat(0.0, real), splat(0.0, real), splat(factor, real)
+    while at < last:
+        place, size = _run(packet, channel, at, last)
+        for start in range(0, size, LANES):
+            values = _values(packet, place + start, at + start, min(LANES, size - start), zero, kind, how)
+            found = found + values * scale
+        at += size
+    return total(found)
+
+
+@function
+def _around(
+    packet: Any, channel: Any, at: Any, last: Any, center: Any, factor: Any, kind: Any, real: Any, how: Any
+) -> Any:
+    """Return the sums of a block's deviations x * factor - center, and of their squares."""
+    fill, scale = splat(center / factor, real), splat(factor, real)
+    middle, zero = splat(center, real), splat(0.0, real)
+    s0, s1, s2, s3 = zero, zero, zero, zero
+    q0, q1, q2, q3 = zero, zero, zero, zero
+    step = LANES * size_of(kind)
+    next_sample = packet.channels * packet.positions * size_of(kind)
+    while at < last:
+        place, size = _run(packet, channel, at, last)
+        address = packet.x + place * size_of(kind)
+        start = 0
+        while start + 4 * LANES <= size and (is_simple(how) or not packet.mask):
+            for line in range(0, 4 * step, LINE):
+                prefetch(address + next_sample + line)
+            v0 = load(address, kind) * scale - middle
+            v1 = load(address + step, kind) * scale - middle
+            v2 = load(address + 2 * step, kind) * scale - middle
+            v3 = load(address + 3 * step, kind) * scale - middle
+            s0, s1, s2, s3 = s0 + v0, s1 + v1, s2 + v2, s3 + v3
+            q0, q1 = multiply_add(v0, v0, q0), multiply_add(v1, v1, q1)
+            q2, q3 = multiply_add(v2, v2, q2), multiply_add(v3, v3, q3)
+            start += 4 * LANES
+            address += 4 * step
+        while start < size:
+            values = _values(packet, place + start, at + start, min(LANES, size - start), fill, kind, how)
+            v0 = values * scale - middle
+            s0, q0 = s0 + v0, multiply_add(v0, v0, q0)
+            start += LANES
+        at += size
+    return total((s0 + s1) + (s2 + s3)), total((q0 + q1) + (q2 + q3))
+
+
+@function
+def _moments(
+    packet: Any, channel: Any, at: Any, last: Any, factor: Any, kind: Any, real: Any, how: Any
+) -> Any:
+    """Return count, mean and m2 of a task's values, each times `factor`.
+
+    Deviations are taken from the mean so far. That costs no accuracy: a block that lies far from it adds the
+    square of the distance to m2, which is then no smaller than the rounding. Only a block of more values than
+    all before it, such as the first, is summed beforehand.
+    """
+    count, mean, m2 = 0.0, 0.0, 0.0
+    while at < last:
+        end = min(last, at + _BLOCK)
+        more = _valid(packet, at, end, how)
+        if more > 0:
+            center = mean if count >= more else _sum(packet, channel, at, end, factor, kind, real, how) / more
+            center = rounded(center, real)
+            deviations, squares = _around(packet, channel, at, end, center, factor, kind, real, how)
+            off = deviations / more
+            mean, m2 = merged(count, mean, m2, more, center + off, squares - off * deviations)
+            count += more
+        at = end
+    return count, mean, m2
+
+
+@function
+def _set_affine(packet: Any, group: Any, channel: Any, given: Any, real: Any) -> Any:
+    """Set center, scale, shift and rstd; return what rounding left of the mean."""
+    center, scale, shift, rest = affine(packet, group, channel, real)
+    rstd = numbers(packet.rstd, packet.groups * packet.channels)[group * packet.channels + channel]
+    for lane in range(LANES):
+        given[CENTER, lane], given[SCALE, lane], given[SHIFT, lane], given[RSTD, lane] = (
+            center,
+            scale,
+            shift,
+            rstd,
+        )
+    return rest
+
+
+@function
+def forward(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:
+    """Take a task's moments, write its y, or both; statistics of all parts are merged in between."""
+    part, group, channel, first, last = _task(packet, index)
+    if packet.measure:
+        count, mean, m2 = 0.0, 0.0, math.nan
+        for factor in FACTORS:
+            if not math.isfinite(m2):  # float32 has overflowed; or x is not finite, and stays so
+                count, mean, m2 = _moments(packet, channel, first, last, factor, kind, real, how)
+                mean, m2 = mean / factor, m2 / factor / factor
+        size = packet.parts * packet.groups * packet.channels
+        place = (part * packet.groups + group) * packet.channels + channel
+        numbers(packet.count, size)[place] = count
+        numbers(packet.mean, size)[place] = mean
+        numbers(packet.m2, size)[place] = m2
+        if packet.parts == 1:
+            finish_moments(packet, group, channel)
+    if packet.apply:
+        given = np.empty((PARAMETERS, LANES), real)
+        _set_affine(packet, group, channel, given, real)
+        while first < last:
+            place, size = _run(packet, channel, first, last)
+            mask = packet.mask + first if packet.mask else 0
+            normalize_run(packet, place, size, mask, given, 0, kind, real, how)
+            first += size
+
+
+@function
+def _sums(packet: Any, channel: Any, at: Any, last: Any, given: Any, kind: Any, real: Any, how: Any) -> Any:
+    """Return Σ dy' and Σ dy' (x - center) rstd of a block."""
+    zero = splat(0.0, real)
+    center, scale = splat(given[CENTER, 0], real), splat(given[SCALE, 0], real)
+    shift, rstd = splat(given[SHIFT, 0], real), splat(given[RSTD, 0], real)
+    low, high = splat(packet.low_kink, real), splat(packet.high_kink, real)
+    s0, s1, q0, q1 = zero, zero, zero, zero
+    step = LANES * size_of(kind)
+    next_sample = packet.channels * packet.positions * size_of(kind)
+    while at < last:
+        place, size = _run(packet, channel, at, last)
+        for start in range(0, size, LANES):
+            count = min(LANES, size - start)
+            ahead = (place + start) * size_of(kind) + next_sample
+            for line in range(0, step, LINE):
+                prefetch(packet.x + ahead + line)
+                prefetch(packet.dy + ahead + line)
+            centred = _values(packet, place + start, at + start, count, center, kind, how) - center
+            dy = incoming(packet, place + start, count, centred, scale, shift, low, high, kind, real, how)
+            if packet.mask and not is_simple(how):
+                dy = keep_valid(dy, packet.mask + at + start, count, zero)
+            s1, q1, s0, q0 = s0 + dy, multiply_add(dy, centred * rstd, q0), s1, q1
+        at += size
+    return total(s0 + s1), total(q0 + q1)
+
+
+@function
+def backward(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:
+    """Take the sums of a task's gradient, write its dx, or both; sums of all parts are added in between."""
+    part, group, channel, first, last = _task(packet, index)
+    given = np.empty((PARAMETERS, LANES), real)
+    rest = _set_affine(packet, group, channel, given, real)
+    size = packet.groups * packet.channels
+    rstd = numbers(packet.rstd, size)[group * packet.channels + channel]
+    if packet.measure:
+        count, sum_dy, sum_dy_xhat = 0.0, 0.0, 0.0
+        at = first
+        while at < last:
+            end = min(last, at + _BLOCK)
+            count += _valid(packet, at, end, how)
+            found, product = _sums(packet, channel, at, end, given, kind, real, how)
+            sum_dy += found
+            sum_dy_xhat += product
+            at = end
+        place = (part * packet.groups + group) * packet.channels + channel
+        numbers(packet.count, packet.parts * size)[place] = count
+        numbers(packet.sum_dy, packet.parts * size)[place] = sum_dy
+        numbers(packet.sum_dy_xhat, packet.parts * size)[place] = sum_dy_xhat - rest * rstd * sum_dy
+        if packet.parts == 1:
+            finish_sums(packet, group, channel, real)
+    if packet.apply:
+        _, a, b, c = slopes(packet, group, channel, rest)
+        for lane in range(LANES):
+            given[A, lane], given[B, lane], given[C, lane] = a, b, c
+        while first < last:
+            place, size = _run(packet, channel, first, last)
+            mask = packet.mask + first if packet.mask else 0
+            differentiate_run(packet, place, size, mask, given, 0, kind, real, how)
+            first += size

@@ -1,0 +1,205 @@
+"""The elementwise halves: y of x, and dx of dy, over a run of values that lie side by side.
+
+Parameters are per channel. In a run of one channel a parameter is one vector, the same at every step; in a
+run across channels it is a vector for each place. Both are read from an array, with a stride of 0 or 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .access import LINE, keep_valid, load, load_part, prefetch, size_of, store, store_part, stream
+from .activations import IDENTITY, activated, bounded, through, within
+from .llvm import LANES
+from .vector import function, is_simple, multiply_add, splat
+
+# Rows of the array of parameters: of the forward, and of the backward.
+CENTER, SCALE, SHIFT = 0, 1, 2  # z = (x - center) * scale + shift
+RSTD, A, B, C = 3, 4, 5, 6  # x̂ = (x - center) * rstd, but for what rounding left of the mean, which c has
+PARAMETERS = 7
+
+
+@function
+def some(address: Any, count: Any, fill: Any, kind: Any) -> Any:
+    """Return the first `count` values at an address, and `fill` behind them where these are few."""
+    if count >= LANES:
+        return load(address, kind)
+    return load_part(address, count, fill, kind)
+
+
+@function
+def put(values: Any, address: Any, count: Any, streams: Any, kind: Any) -> Any:
+    """Write the first `count` values; `streams`, which wants an aligned address: past the caches."""
+    if count < LANES:
+        store_part(values, address, count, kind)
+    elif streams:
+        stream(values, address, kind)
+    else:
+        store(values, address, kind)
+
+
+@function
+def clear_run(tensor: Any, at: Any, size: Any, kind: Any, real: Any) -> None:
+    """Write zeros to `size` values of a tensor, from value `at` on."""
+    address = tensor + at * size_of(kind)
+    for start in range(0, size, LANES):
+        put(splat(0.0, real), address + start * size_of(kind), min(LANES, size - start), False, kind)
+
+
+@function
+def _until_aligned(address: Any, size: Any, streams: Any, kind: Any) -> Any:
+    """Return how many values come before the first whole vector that may be streamed to; LANES = none."""
+    bytes_ = size_of(kind)
+    vector = min(LINE, LANES * bytes_)
+    before = (-address & (vector - 1)) // bytes_
+    if not streams or before == 0:
+        return min(LANES, size)
+    return min(before, size)
+
+
+@function
+def incoming(
+    packet: Any,
+    at: Any,
+    count: Any,
+    centred: Any,
+    scale: Any,
+    shift: Any,
+    low: Any,
+    high: Any,
+    kind: Any,
+    real: Any,
+    how: Any,
+) -> Any:
+    """Return dy' = dy * activation'(z), 0 behind `count`.
+
+    Args:
+        packet: the call.
+        at: number of the first value in its tensor.
+        count: values, up to LANES.
+        centred: x - center.
+        scale, shift: of z.
+        low, high: bounds of an activation that has them: there it begins to have no slope.
+        kind, real, how: see `normalize_run`.
+    """
+    size = size_of(kind)
+    zero = splat(0.0, real)
+    dy = some(packet.dy + at * size, count, zero, kind)
+    if is_simple(how):
+        return within(dy, multiply_add(centred, scale, shift), low, high, real)
+    if packet.activation == IDENTITY:
+        return dy
+    z = multiply_add(centred, scale, shift)
+    if packet.residual:
+        z = z + some(packet.residual + at * size, count, zero, kind)
+    return through(dy, z, packet.activation, low, high, real)
+
+
+@function
+def normalize_run(
+    packet: Any, at: Any, size: Any, mask: Any, given: Any, stride: Any, kind: Any, real: Any, how: Any
+) -> Any:
+    """Write y of a run.
+
+    Args:
+        packet: the call.
+        at: number of the run's first value in its tensor.
+        size: values.
+        mask: address of a byte per value, 0 for none.
+        given: parameters, `[PARAMETERS, LANES]` for a stride of 0, or `[PARAMETERS, size + LANES]` at least.
+        stride: 0 where the run is of one channel, 1 where it is across channels.
+        kind: of the tensors in memory.
+        real: np.float32 or np.float64, of the arithmetic.
+        how: SIMPLE or FULL.
+    """
+    bytes_, number = size_of(kind), size_of(real)
+    row, parameters = given.shape[1] * number, given.ctypes.data
+    x, y = packet.x + at * bytes_, packet.y + at * bytes_
+    streams, ahead = packet.stream, packet.ahead
+    low, high, zero = splat(packet.low, real), splat(packet.high, real), splat(0.0, real)
+    done, count = 0, _until_aligned(y, size, streams, kind)
+    while done < size:
+        while is_simple(how) and count == LANES and done + LANES <= size:
+            place = parameters + done * stride * number
+            if ahead:
+                prefetch(x + done * bytes_ + ahead)
+            z = multiply_add(
+                load(x + done * bytes_, kind) - load(place, real),
+                load(place + SCALE * row, real),
+                load(place + SHIFT * row, real),
+            )
+            z = bounded(z, low, high)
+            if streams:
+                stream(z, y + done * bytes_, kind)
+            else:
+                store(z, y + done * bytes_, kind)
+            done += LANES
+        count = min(count, size - done)
+        if count > 0:
+            place = parameters + done * stride * number
+            center = load(place, real)
+            centred = some(x + done * bytes_, count, center, kind) - center
+            z = multiply_add(centred, load(place + SCALE * row, real), load(place + SHIFT * row, real))
+            if not is_simple(how) and packet.residual:
+                z = z + some(packet.residual + (at + done) * bytes_, count, zero, kind)
+            z = (
+                activated(z, packet.activation, low, high, real)
+                if not is_simple(how)
+                else bounded(z, low, high)
+            )
+            if not is_simple(how) and mask:
+                z = keep_valid(z, mask + done, count, zero)
+            put(z, y + done * bytes_, count, streams, kind)
+        done += count
+        count = LANES
+
+
+@function
+def differentiate_run(
+    packet: Any, at: Any, size: Any, mask: Any, given: Any, stride: Any, kind: Any, real: Any, how: Any
+) -> Any:
+    """Write dx, and dresidual where there is a residual, of a run; arguments as of `normalize_run`."""
+    bytes_, number = size_of(kind), size_of(real)
+    row, parameters = given.shape[1] * number, given.ctypes.data
+    x, dx = packet.x + at * bytes_, packet.dx + at * bytes_
+    streams, ahead = packet.stream, packet.ahead
+    low, high, zero = splat(packet.low_kink, real), splat(packet.high_kink, real), splat(0.0, real)
+    done, count = 0, _until_aligned(dx, size, streams, kind)
+    while done < size:
+        while is_simple(how) and count == LANES and done + LANES <= size:
+            place = parameters + done * stride * number
+            if ahead:
+                prefetch(x + done * bytes_ + ahead)
+                prefetch(packet.dy + (at + done) * bytes_ + ahead)
+            centred = load(x + done * bytes_, kind) - load(place, real)
+            z = multiply_add(centred, load(place + SCALE * row, real), load(place + SHIFT * row, real))
+            dy = within(load(packet.dy + (at + done) * bytes_, kind), z, low, high, real)
+            found = multiply_add(
+                load(place + B * row, real),
+                centred * load(place + RSTD * row, real),
+                load(place + C * row, real),
+            )
+            found = multiply_add(load(place + A * row, real), dy, found)
+            if streams:
+                stream(found, dx + done * bytes_, kind)
+            else:
+                store(found, dx + done * bytes_, kind)
+            done += LANES
+        count = min(count, size - done)
+        if count > 0:
+            place = parameters + done * stride * number
+            center = load(place, real)
+            centred = some(x + done * bytes_, count, center, kind) - center
+            scale, shift = load(place + SCALE * row, real), load(place + SHIFT * row, real)
+            dy = incoming(packet, at + done, count, centred, scale, shift, low, high, kind, real, how)
+            xhat = centred * load(place + RSTD * row, real)
+            a, b = load(place + A * row, real), load(place + B * row, real)
+            found = multiply_add(a, dy, multiply_add(b, xhat, load(place + C * row, real)))
+            if not is_simple(how) and mask:
+                dy = keep_valid(dy, mask + done, count, zero)
+                found = keep_valid(found, mask + done, count, zero)
+            if not is_simple(how) and packet.dresidual:
+                put(dy, packet.dresidual + (at + done) * bytes_, count, False, kind)
+            put(found, dx + done * bytes_, count, streams, kind)
+        done += count
+        count = LANES

@@ -1,0 +1,76 @@
+"""A kernel's tasks, on as many threads as torch has: torch's own, so that nobody waits for a second pool's.
+
+Each thread takes the next task that nobody has taken. Tasks do not depend on each other, so neither does the
+result on who does which.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from .compiled import kernel
+from .packet import Packet
+
+# Values from which threads are worth waking: below, one is done before the others are up.
+_FEW = 2**15
+
+_in_a_child = False
+
+
+def _note_the_fork() -> None:
+    global _in_a_child
+    _in_a_child = True
+
+
+os.register_at_fork(after_in_child=_note_the_fork)  # the parent's threads are not there
+
+
+def run(name: str, dtype: torch.dtype, simple: bool, packet: Packet, tasks: int, values: int) -> None:
+    """Run tasks 0 to `tasks` of a kernel; `values` says how much there is to do in all."""
+    packet.tasks, packet.next = tasks, 0
+    function, address = kernel(name, dtype, simple), ctypes.addressof(packet)
+    threads = min(tasks, torch.get_num_threads())
+    if values <= _FEW or threads == 1 or _in_a_child:
+        _worker(function)(address)
+    else:
+        _on_threads()(function, address, threads)
+
+
+@functools.cache
+def _worker(function: int) -> Callable[[int], None]:
+    """The compiled function at an address; the GIL is free while it runs."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+
+
+@functools.cache
+def _on_threads() -> Callable[[int, int, int], None]:
+    """What runs a compiled function on several threads at a time."""
+    try:
+        # By the handle of torch's own library, the loader finds the OpenMP that torch uses.
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        parallel = torch_library.GOMP_parallel
+    except (OSError, AttributeError):  # no Linux, or a torch that was built without OpenMP
+        return _on_threads_of_our_own
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return lambda function, address, threads: parallel(function, address, threads, 0)
+
+
+def _on_threads_of_our_own(function: int, address: int, threads: int) -> None:
+    work = _worker(function)
+    others = [_pool().submit(work, address) for _ in range(threads - 1)]
+    work(address)
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="batchnorm")

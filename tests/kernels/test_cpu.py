@@ -1,0 +1,225 @@
+"""The engine for CPUs: what the grid of cases does not show."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import batchnorm
+from batchnorm.kernels.cpu import compiled, engine, huge_pages, tasks
+from tests.support.cases import Case
+from tests.support.compare import assert_close, reference_results
+
+LARGE = (16, 24, 40, 36)  # of 552,960 values: on threads, and written past the caches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "short"])
+def test_relu_has_a_slope_just_where_y_is_above_zero(dtype: torch.dtype, layout: str) -> None:
+    """The backward finds the forward's z again, bit for bit: dy passes if and only if y > 0."""
+    x = torch.randn((8, 24, 7, 7) if layout == "short" else (8, 24, 20, 17)).to(dtype)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    weight = torch.randn(24).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    # Values next to 0, where the sign of z hangs on its last bit: each channel's bias puts one of them there.
+    mean, rstd = torch.randn(1, 24, dtype=torch.float64), torch.rand(1, 24, dtype=torch.float64) + 0.5
+    bias = -(x[0, :, 0, 0].double() - mean[0]) * rstd[0] * weight.double()
+    bias = bias.to(weight.dtype)
+    one, zero = torch.ones(1, 24, dtype=torch.float64), torch.zeros(1, 24, dtype=torch.float64)
+    for scale in (1.0, 1e-6):  # in the narrow dtypes, small z round to 0
+        small = (weight * scale, bias * scale)
+        y = engine.normalize(x, mean, rstd, *small, activation="relu")
+        dx, _ = engine.backward_apply(
+            x, torch.ones_like(x), mean, rstd, (one, zero, zero), *small, activation="relu"
+        )
+        assert torch.equal(dx, (y > 0).to(dtype))
+    assert 0 < (y == 0).sum() < y.numel()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(13, 5), (3, 5, 7, 9), (4, 6, 20, 17)], ids=str)
+def test_row_18_huge_magnitudes_do_not_overflow(shape: tuple[int, ...], layout: str) -> None:
+    case = Case("huge", shape, layout)
+    x, weight, bias, _, dy, _ = case.make()
+    x = x * 1e30
+    expected = reference_results(case, case.make()._replace(x=x))
+    y, found, rstd = engine.forward(x, 1e-5, weight, bias)
+    assert_close(y, expected.y, dtype=torch.float32, what="y")
+    assert_close(found.mean, expected.mean, dtype=torch.float32, scale=expected.rstd, what="mean")
+    dx, sum_dy, sum_dy_xhat, _ = engine.backward(x, dy, found.mean, rstd, False, weight, bias)
+    assert_close(dx, expected.dx, dtype=torch.float32, scale=expected.std, what="dx")
+    assert_close(sum_dy[0], expected.dbias, dtype=torch.float32, what="dbias")
+    assert_close(sum_dy_xhat[0], expected.dweight, dtype=torch.float32, what="dweight")
+
+
+def test_an_outlier_costs_the_variance_no_accuracy() -> None:
+    """The first values of a channel say nothing about the others: deviations from them would cancel."""
+    for layout in ("contiguous", "channels_last"):
+        case = Case("outlier", (8, 20, 40, 36), layout)
+        inputs = case.make()
+        inputs.x[0, :, 0, 0] = 1e6
+        inputs.x[1] += 1e4
+        expected = reference_results(case, inputs)
+        y, found, _ = engine.forward(inputs.x, 1e-5, inputs.weight, inputs.bias)
+        assert_close(y, expected.y, dtype=torch.float32, what="y")
+        assert_close(
+            found.m2[0] / found.count,
+            expected.var[0],
+            dtype=torch.float32,
+            what="var",
+            scale=expected.rstd[0] ** 2,
+        )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
+def test_what_is_huge_or_not_finite_spoils_its_channel_and_no_other(bad: float) -> None:
+    for shape in ((13, 5), (3, 5, 20, 17), (8, 5, 6, 6)):
+        x = torch.randn(shape) * 1e-3
+        clean = engine.forward(x, 1e-5)[0]
+        x[1, 2] = bad
+        y = engine.forward(x, 1e-5)[0]
+        assert bad == 3e38 or y[:, 2].isnan().any()
+        others = [0, 1, 3, 4]
+        assert torch.equal(y[:, others], clean[:, others])
+
+
+def step(x: Tensor) -> tuple[Tensor, ...]:
+    y, found, rstd = engine.forward(x, 1e-5, activation="relu")
+    dx, *sums, _ = engine.backward(x, y, found.mean, rstd, False, activation="relu")
+    return y, dx, *sums
+
+
+def test_several_python_threads_at_a_time() -> None:
+    xs = [torch.randn(LARGE, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    expected = [step(x) for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for found, wanted in zip(pool.map(step, xs), expected, strict=True):
+                assert all(map(torch.equal, found, wanted))
+
+
+def test_threads_of_our_own_where_torch_has_no_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(LARGE)
+    expected = step(x)
+    monkeypatch.setattr(tasks, "_on_threads", lambda: tasks._on_threads_of_our_own)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert all(map(torch.equal, step(x), expected))
+
+
+def test_row_25_on_linux_the_threads_are_torchs() -> None:
+    """Evaluation too: one thread per core, and no second pool beside torch's."""
+    if sys.platform.startswith("linux"):
+        assert tasks._on_threads() is not tasks._on_threads_of_our_own
+
+
+def test_torchs_number_of_threads_is_followed_and_left() -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            step(torch.randn(LARGE))
+            seen.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2]
+
+
+CHILD = """
+import os, sys, numpy, torch
+import batchnorm
+layer, x = batchnorm.BatchNorm2d(24), torch.randn(16, 24, 40, 36)
+torch.set_num_threads(2)
+expected = layer(x).detach().numpy()  # the parent has woken its threads
+child = os.fork()
+if child == 0:  # by NumPy: torch's own operators wait there for the parent's threads
+    os._exit(0 if numpy.array_equal(layer(x).detach().numpy(), expected) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_computes_too() -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD], timeout=60, check=False)
+    assert done.returncode == 0
+
+
+COLD = """
+import logging, sys, torch
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+import batchnorm
+y = batchnorm.functional.batch_norm(torch.arange(6.0).view(3, 2), None, None, training=True)
+assert y[0, 0] < 0 < y[2, 0]
+"""
+
+
+def run_cold(folder: Path, before: str = "") -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", before + COLD],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_first_process_compiles_and_says_so_and_the_second_does_not(tmp_path: Path) -> None:
+    assert run_cold(tmp_path).count("compiling the kernels") == 1
+    assert "compiling" not in run_cold(tmp_path)
+
+
+def test_without_a_folder_that_can_be_written_to_every_process_compiles(tmp_path: Path) -> None:
+    no_folder = "from numba.core import caching\ncaching.CacheImpl._locator_classes = []\n"
+    assert "compiling the kernels" in run_cold(tmp_path, no_folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kernels_on_disk_are_those_of_this_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that changes with the text of any kernel is part of what Numba looks up."""
+    before = compiled.source()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b" " * (path.name == "rows.py"))
+    compiled.source.cache_clear()
+    assert compiled.source() != before
+    monkeypatch.undo()
+    compiled.source.cache_clear()
+
+
+def test_large_outputs_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: lambda *call: asked.append(call))
+    huge_pages.empty_like(torch.empty(2**19))
+    assert asked == []
+    y = huge_pages.empty_like(torch.empty(2**21))
+    ((start, size, advice),) = asked
+    assert (start % 2**21, size % 2**21, advice) == (0, 0, 14)
+    assert y.data_ptr() <= start
+    assert start + size <= y.data_ptr() + y.numel() * 4
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: None)
+    assert huge_pages.empty_like(torch.empty(2**21)).shape == (2**21,)
+
+
+def test_the_layer_runs_on_it_by_default(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    layer = batchnorm.BatchNorm2d(24, activation="relu")
+    x = torch.randn(LARGE, requires_grad=True)
+    y = layer(x)
+    dy = torch.randn(LARGE)
+    (dx,) = torch.autograd.grad(y, [x], dy)
+    expected, found, rstd = engine.forward(
+        x.detach(), layer.eps, layer.weight.detach(), layer.bias.detach(), activation="relu"
+    )
+    assert torch.equal(y, expected)
+    again, *_ = engine.backward(
+        x.detach(), dy, found.mean, rstd, False, layer.weight.detach(), layer.bias.detach(), activation="relu"
+    )
+    assert torch.equal(dx, again)
