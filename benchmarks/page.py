@@ -47,15 +47,17 @@ def accuracy_summary(rows: Rows) -> str:
 def layer_time_table(rows: Rows) -> str:
     """Milliseconds of norm → ReLU, forward and backward, and the ratio to stock."""
     return _table(
-        ("shape", "layout", "stock, ms", "ours, ms", "stock ÷ ours", "from – to"),
+        ("dtype", "shape", "layout", "stock, ms", "ours, ms", "stock ÷ ours", "quartiles", "ours ÷ floor"),
         [
             (
+                row["dtype"],
                 str(tuple(row["shape"])),
                 row["layout"],
                 f"{row['stock_seconds'] * 1e3:.2f}",
                 f"{row['seconds'] * 1e3:.2f}",
                 f"{row['stock_over_ours']:.2f}",
-                "{:.2f} – {:.2f}".format(*row["stock_over_ours_range"]),
+                "{:.2f} – {:.2f}".format(*row["stock_over_ours_quartiles"]),
+                f"{row['over_floor']:.1f}",
             )
             for row in rows
         ],
