@@ -33,6 +33,7 @@ def test_relu_has_a_slope_just_where_y_is_above_zero(dtype: torch.dtype, layout:
     mean, rstd = torch.randn(1, 24, dtype=torch.float64), torch.rand(1, 24, dtype=torch.float64) + 0.5
     bias = -(x[0, :, 0, 0].double() - mean[0]) * rstd[0] * weight.double()
     bias = bias.to(weight.dtype)
+    weight[1] = bias[1] = 0.0  # z is 0, where relu has no slope
     one, zero = torch.ones(1, 24, dtype=torch.float64), torch.zeros(1, 24, dtype=torch.float64)
     for scale in (1.0, 1e-6):  # in the narrow dtypes, small z round to 0
         small = (weight * scale, bias * scale)
@@ -223,3 +224,19 @@ def test_the_layer_runs_on_it_by_default(caplog: pytest.LogCaptureFixture) -> No
         x.detach(), dy, found.mean, rstd, False, layer.weight.detach(), layer.bias.detach(), activation="relu"
     )
     assert torch.equal(dx, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_dtypes_are_rounded_to_nearest_and_ties_to_even(dtype: torch.dtype) -> None:
+    x = torch.randn(4096, 8).to(dtype)
+    x[:3, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    weight = 1 + torch.arange(1, 9) * 2.0**-9  # exact products in float32, of which many are ties
+    zero, one = torch.zeros(1, 8, dtype=torch.float64), torch.ones(1, 8, dtype=torch.float64)
+    y = engine.normalize(x, zero, one, weight)
+    expected = (x.float() * weight).to(dtype)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    exact = x.double() * weight
+    halfway = (exact - expected.double()).abs() == (
+        exact - torch.nextafter(expected, y.new_full((), 9)).double()
+    ).abs()
+    assert halfway.sum() > 30

@@ -29,7 +29,8 @@ def _note_the_fork() -> None:
     _in_a_child = True
 
 
-os.register_at_fork(after_in_child=_note_the_fork)  # the parent's threads are not there
+if hasattr(os, "register_at_fork"):  # where there is a fork, the parent's threads are not in the child
+    os.register_at_fork(after_in_child=_note_the_fork)
 
 
 def run(name: str, dtype: torch.dtype, simple: bool, packet: Packet, tasks: int, values: int) -> None:
