@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -17,18 +18,24 @@ import batchnorm
 FOLDER = Path(__file__).parent / "results"
 
 
-def provenance(command: str) -> dict[str, Any]:
-    """Return what a reader needs to judge and repeat a measurement."""
-    commit = subprocess.run(
+@functools.cache
+def commit() -> str:
+    """Return the commit that is measured, as it is when first asked for: results change the tree themselves."""
+    found = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
         text=True,
         check=False,
         cwd=FOLDER.parent,
     )
+    return found.stdout.strip() or "unknown"
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Return what a reader needs to judge and repeat a measurement."""
     return {
         "command": command,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "processor": _processor(),
         "cores": os.cpu_count(),
