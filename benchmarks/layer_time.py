@@ -58,11 +58,12 @@ def _row(
     ]
     steps = [*(_step(model, x, dy) for model in rivals), lambda: target.copy_(dy)]
     times: list[list[float]] = [[], [], []]
-    for _ in range(repeats + 2):
-        for step, taken in zip(steps, times, strict=True):
+    for number in range(repeats + 2):
+        order = [(number + place) % len(steps) for place in range(len(steps))]  # each follows each other
+        for rival in order if number % 2 else reversed(order):
             start = time.perf_counter()
-            step()
-            taken.append(time.perf_counter() - start)
+            steps[rival]()
+            times[rival].append(time.perf_counter() - start)
     stock_times, our_times, copies = (taken[2:] for taken in times)
     pairs = sorted(theirs / own for theirs, own in zip(stock_times, our_times, strict=True))
     floor = statistics.median(copies) / 2 * (8 if last else 5)
