@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import os
 import platform
@@ -18,24 +17,24 @@ import batchnorm
 FOLDER = Path(__file__).parent / "results"
 
 
-@functools.cache
-def commit() -> str:
-    """Return the commit that is measured, as it is when first asked for: results change the tree themselves."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=FOLDER.parent,
-    )
-    return found.stdout.strip() or "unknown"
+def _commit() -> str:
+    """Return the commit that is measured, with `-dirty` where its code was changed: results may change."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=False, cwd=FOLDER.parent.parent
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def provenance(command: str) -> dict[str, Any]:
     """Return what a reader needs to judge and repeat a measurement."""
     return {
         "command": command,
-        "commit": commit(),
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -27,7 +27,6 @@ def main(
     for name in names or MEASUREMENTS:
         if name not in MEASUREMENTS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(MEASUREMENTS)}")
-    results_file.commit()  # before any result is written
     for name in names or MEASUREMENTS:
         measure, table = MEASUREMENTS[name]
         rows = measure(quick)
