@@ -155,9 +155,8 @@ def test_a_forked_child_computes_too() -> None:
 COLD = """
 import logging, sys, torch
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-import batchnorm
-y = batchnorm.functional.batch_norm(torch.arange(6.0).view(3, 2), None, None, training=True)
-assert y[0, 0] < 0 < y[2, 0]
+from batchnorm.kernels.cpu.compiled import kernel
+assert kernel("merge_sums", torch.float32, True)  # the smallest: it compiles in a moment
 """
 
 
