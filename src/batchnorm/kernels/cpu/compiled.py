@@ -43,6 +43,7 @@ def _work(body: Any, packet: Any, kind: Any, real: Any, how: Any) -> None:
 
 # What a thread runs, given the address of a packet. `source` is never 0: it is there to be part of the
 # function, of which Numba asks if it is on disk; of the functions that this one calls, it does not ask.
+# One by one, since a function that held another compiled one as a variable would never be found on disk.
 
 
 def _planes_forward(kind: Any, real: Any, how: Any, source: int) -> Any:

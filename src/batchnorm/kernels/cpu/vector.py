@@ -168,23 +168,6 @@ def _compare(name: str, order: str) -> Any:
 
 
 @intrinsic
-def convert(typingctx: Any, values: Any, kind: Any) -> Any:
-    """Return a vector as one of the type that values of `kind` become."""
-    del typingctx
-    vector = vector_of(kind)
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        del context, signature
-        target = many(FLOATING[vector.element])
-        if arguments[0].type.element == target.element:
-            return arguments[0]
-        wider = vector == DOUBLES
-        return (builder.fpext if wider else builder.fptrunc)(arguments[0], target)
-
-    return vector(values, kind), code
-
-
-@intrinsic
 def power_of_two(typingctx: Any, exponent: Any) -> Any:
     """Return 2 to whole numbers between -126 and 127, float32."""
     del typingctx
