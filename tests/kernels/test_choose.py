@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,13 @@ import torch
 import batchnorm
 from batchnorm.errors import OptionError
 from batchnorm.kernels import choose
+
+
+@pytest.fixture(autouse=True)
+def read_anew() -> Iterator[None]:
+    """Let the environment be read again after a test that changed it."""
+    yield
+    choose._environment.cache_clear()
 
 
 @pytest.fixture
@@ -82,6 +90,7 @@ def test_use_is_undone_on_error() -> None:
 @pytest.mark.usefixtures("spy")
 def test_the_environment_variable_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCHNORM_ENGINE", "spy")
+    choose._environment.cache_clear()
     assert "BATCHNORM_ENGINE=spy" in batchnorm.kernels.explain(torch.zeros(1))
     with batchnorm.kernels.use("eager"):
         assert batchnorm.kernels.explain(torch.zeros(1)).startswith("eager")
@@ -94,5 +103,6 @@ def test_an_unknown_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         pass
     monkeypatch.setenv("BATCHNORM_ENGINE", "warp")
+    choose._environment.cache_clear()
     with pytest.raises(OptionError, match="BATCHNORM_ENGINE asks for the engine 'warp'"):
         batchnorm.kernels.explain(torch.zeros(1))

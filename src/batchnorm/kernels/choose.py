@@ -48,8 +48,7 @@ def choose(x: Tensor) -> Choice:
     wanted = _override.get()
     if wanted is not None:
         why = "forced by batchnorm.kernels.use"
-    elif wanted := os.environ.get(ENVIRONMENT_VARIABLE):
-        _known(wanted, ENVIRONMENT_VARIABLE)
+    elif wanted := _environment():
         why = f"{ENVIRONMENT_VARIABLE}={wanted} asks for it"
     obstacle = None if wanted not in (None, "cpu") else _obstacle_to_cpu(x)
     if obstacle is not None:
@@ -57,9 +56,16 @@ def choose(x: Tensor) -> Choice:
     return Choice(wanted or "cpu", why or "Numba kernels, at every size")
 
 
+@functools.cache
+def _environment() -> str | None:
+    """What the environment variable asks for; read once, as that takes longer than a small kernel."""
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _known(wanted, ENVIRONMENT_VARIABLE) if wanted else None
+
+
 def _obstacle_to_cpu(x: Tensor) -> str | None:
     """Return what keeps the engine for CPUs from running `x`, or None."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"tensors on {x.device.type}"
     if x.dtype not in _FLOATING:
         return str(x.dtype)
@@ -76,8 +82,11 @@ def _has_numba() -> bool:
 
 
 def engine(x: Tensor) -> Engine:
-    """Return the engine that runs `x`."""
-    return load(choose(x).name)
+    """Return the engine that runs `x`: `choose` without its reasons."""
+    wanted = _override.get() or _environment()
+    if wanted in (None, "cpu"):
+        wanted = "cpu" if _obstacle_to_cpu(x) is None else "eager"
+    return ENGINES.get(wanted) or load(wanted)
 
 
 def load(name: str) -> Engine:

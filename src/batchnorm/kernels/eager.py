@@ -347,4 +347,27 @@ def backward(
     a = rstd if weight is None else rstd * weight
     share = torch.zeros_like(a) if given else -a / chunks.count().clamp(min=1).unsqueeze(1)
     dx, dresidual = step.apply(dy, (a, share * sum_dy_xhat, share * sum_dy))
-    return dx, sum_dy, sum_dy_xhat, dresidual
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return dx, sum_dy_xhat.sum(0).to(dtype), sum_dy.sum(0).to(dtype), dresidual
+
+
+def given(
+    running_mean: Tensor,  # noqa: ARG001
+    running_var: Tensor,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor] | None:
+    """See `interface.Engine.given`: always left to the caller."""
+    return None
+
+
+def move(
+    running_mean: Tensor | None,  # noqa: ARG001
+    running_var: Tensor | None,  # noqa: ARG001
+    mean: Tensor,  # noqa: ARG001
+    m2: Tensor,  # noqa: ARG001
+    count: int,  # noqa: ARG001
+    momentum: float,  # noqa: ARG001
+    batches: Tensor | None,  # noqa: ARG001
+) -> bool:
+    """See `interface.Engine.move`: always left to the caller."""
+    return False

@@ -141,11 +141,33 @@ class Engine(Protocol):
         mask: Tensor | None = None,
         group_size: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return dx, sum_dy, sum_dy_xhat and dresidual: both backward halves with no policy between them.
+        """Return dx, dweight, dbias and dresidual: both backward halves with no policy between them.
 
         With n values per channel and a = weight * rstd, as mean and rstd are those of x itself:
 
             dx = a dy' - a x̂ sum_dy_xhat / n - a sum_dy / n
 
-        Where they are `given`, and so constants: dx = a dy'.
+        Where they are `given`, and so constants: dx = a dy'. dweight and dbias are sum_dy_xhat and sum_dy of
+        all groups, `[C]`, in float64 where x is, and else float32.
+        """
+
+    def given(self, running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        """Return mean and rstd = 1 / sqrt(running_var + eps), `[1, C]`, copied; None as `move`'s False."""
+
+    def move(
+        self,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        mean: Tensor,
+        m2: Tensor,
+        count: int,
+        momentum: float,
+        batches: Tensor | None,
+    ) -> bool:
+        """Move running statistics in place by a batch's moments, `[1, C]`; True where that was done.
+
+            running = (1 - momentum) * running + momentum * batch, where var is m2 / (count - 1)
+
+        `batches`, the number of batches so far, grows by 1. False where nothing was done, as these tensors
+        need the framework's own operations.
         """

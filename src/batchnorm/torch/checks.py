@@ -13,6 +13,32 @@ from batchnorm.kernels.activations import ACTIVATIONS
 HALVES = (torch.float16, torch.bfloat16)
 
 
+def is_usual(
+    input: Tensor,
+    vectors: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+) -> bool:
+    """Whether all is as it mostly is, float32 on a CPU: then nothing else need be checked but the activation.
+
+    One look in place of a dozen calls, which took longer than the kernel of a small layer.
+    """
+    shape = input.shape
+    if len(shape) < 2 or input.dtype is not torch.float32 or not input.is_cpu or eps <= 0.0:
+        return False
+    if (shape[0] < 2) if training else (vectors[0] is None or vectors[1] is None):
+        return False
+    for vector in vectors:
+        if vector is not None and not (
+            vector.dtype is torch.float32 and vector.is_cpu and vector.numel() == shape[1]
+        ):
+            return False
+    return residual is None or (
+        residual.dtype is torch.float32 and residual.is_cpu and residual.shape == shape
+    )
+
+
 def check_activation(activation: str | None) -> None:
     """Raise OptionError unless `activation` is None or the name of a fused activation."""
     if activation is not None and activation not in ACTIVATIONS:

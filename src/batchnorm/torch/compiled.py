@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.kernels.choose import engine
 from batchnorm.kernels.interface import wide_dtype
 
-from . import operators
 from .differentiable import Normalized
 
 
@@ -29,8 +29,9 @@ def _normalize(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if given_mean is None or given_rstd is None:
-        return operators.forward(x, weight, bias, residual, activation, eps)
-    y = operators.forward_given(x, weight, bias, residual, activation, given_mean, given_rstd)
+        y, found, rstd = engine(x).forward(x, eps, weight, bias, residual=residual, activation=activation)
+        return y, found.mean, found.m2, rstd
+    y = engine(x).normalize(x, given_mean, given_rstd, weight, bias, residual=residual, activation=activation)
     return y, given_mean.clone(), torch.zeros_like(given_mean), given_rstd.clone()
 
 
@@ -61,8 +62,8 @@ def _normalize_backward(
     activation: str | None,
     given: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweight, dbias, dresidual = operators.backward(
-        x, dy, weight, bias, residual, activation, mean, rstd, given
+    dx, dweight, dbias, dresidual = engine(x).backward(
+        x, dy, mean, rstd, given, weight, bias, residual=residual, activation=activation
     )
     return dx, dweight, dbias, dx.new_empty(0) if dresidual is None else dresidual
 
@@ -74,13 +75,15 @@ def _(
     weight: Tensor | None,  # noqa: ARG001
     bias: Tensor | None,  # noqa: ARG001
     residual: Tensor | None,
-    mean: Tensor,
+    mean: Tensor,  # noqa: ARG001
     rstd: Tensor,  # noqa: ARG001
     activation: str | None,  # noqa: ARG001
     given: bool,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dresidual = x.new_empty(0) if residual is None else torch.empty_like(residual)
-    return torch.empty_like(x), mean.new_empty(x.shape[1]), mean.new_empty(x.shape[1]), dresidual
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dweight, dbias = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
+    return torch.empty_like(x), dweight, dbias, dresidual
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

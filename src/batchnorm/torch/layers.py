@@ -69,21 +69,20 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.momentum is None and batches is not None:
             momentum = 1.0 / (batches + 1).to(wide_dtype(batches.device))  # stays on the device
-        y = functional.batch_norm(
+        running_mean, running_var = self.running_mean, self.running_var
+        return functional.tracked_batch_norm(
             input,
-            self.running_mean if use_running else None,
-            self.running_var if use_running else None,
+            running_mean if use_running else None,
+            running_var if use_running else None,
+            batches,
             self.weight,
             self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
+            self.training or (running_mean is None and running_var is None),
             momentum,
             self.eps,
-            residual=residual,
-            activation=self.activation,
+            residual,
+            self.activation,
         )
-        if batches is not None:
-            batches.add_(1)  # after the call: one that raised has counted nothing
-        return y
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._ranks:

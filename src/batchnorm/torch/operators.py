@@ -12,56 +12,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.choose import engine
+from batchnorm.kernels.interface import Engine
 
 from . import differentiable
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y, and the batch's mean, m2 and rstd, `[1, C]` each."""
-    y, found, rstd = engine(x).forward(x, eps, weight, bias, residual=residual, activation=activation)
-    return y, found.mean, found.m2, rstd
-
-
-def forward_given(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    mean: Tensor,
-    rstd: Tensor,
-) -> Tensor:
-    """Return y by the given statistics, `[1, C]` each."""
-    return engine(x).normalize(x, mean, rstd, weight, bias, residual=residual, activation=activation)
-
-
-def backward(
-    x: Tensor,
-    dy: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    mean: Tensor,
-    rstd: Tensor,
-    given: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return dx, dweight and dbias `[C]` (wide), dresidual; `given`: the statistics were constants."""
-    dx, sum_dy, sum_dy_xhat, dresidual = engine(x).backward(
-        x, dy, mean, rstd, given, weight, bias, residual=residual, activation=activation
-    )
-    return dx, sum_dy_xhat.view(-1), sum_dy.view(-1), dresidual
-
-
 class _BatchNorm(torch.autograd.Function):
-    """(x, weight, bias, residual, activation, eps, given, found) -> y; see `differentiable.normalize`.
+    """(engine, x, weight, bias, residual, activation, eps, given, found) -> y; as `differentiable.normalize`.
 
     The batch's mean and m2 are appended to the list `found`: as further outputs they would cost a quarter of
     the time of a whole small stock layer.
@@ -70,6 +27,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        engine: Engine,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -80,15 +38,16 @@ class _BatchNorm(torch.autograd.Function):
         found: list[Tensor],
     ) -> Tensor:
         if given is None:
-            y, mean, m2, rstd = forward(x, weight, bias, residual, activation, eps)
+            y, (_, mean, m2), rstd = engine.forward(
+                x, eps, weight, bias, residual=residual, activation=activation
+            )
             found += (mean, m2)
-            statistics = (mean, rstd)
         else:
-            statistics = given
-            y = forward_given(x, weight, bias, residual, activation, *statistics)
+            mean, rstd = given
+            y = engine.normalize(x, mean, rstd, weight, bias, residual=residual, activation=activation)
         behind = (bias, residual) if activation is not None else (None, None)
-        ctx.save_for_backward(x, weight, *behind, *statistics)
-        ctx.settings = (activation, eps, given is not None)
+        ctx.save_for_backward(x, weight, *behind, mean, rstd)
+        ctx.settings = (engine, activation, eps, given is not None)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias, residual))
         ctx.set_materialize_grads(False)
         return y
@@ -96,22 +55,24 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 8
+            return (None,) * 9
         x, weight, bias, residual, mean, rstd = ctx.saved_tensors
-        activation, _, given = ctx.settings
+        engine, activation, _, given = ctx.settings
         if torch.is_grad_enabled() or differentiable.is_transforming() or _is_batch(dy):
             gradients = _differentiable_gradients(ctx, x, dy, weight, bias, residual, mean, rstd)
         else:
-            gradients = backward(x, dy, weight, bias, residual, activation, mean, rstd, given)
+            gradients = engine.backward(
+                x, dy, mean, rstd, given, weight, bias, residual=residual, activation=activation
+            )
         dx, dweight, dbias, dresidual = gradients
         if activation is None:
             dresidual = dy
         parameters = (dweight, dbias, dresidual)
         cast = (
             g.to(dtype) if need and g is not None else None
-            for g, dtype, need in zip(parameters, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True)
+            for g, dtype, need in zip(parameters, ctx.dtypes, ctx.needs_input_grad[2:5], strict=True)
         )
-        return dx if ctx.needs_input_grad[0] else None, *cast, None, None, None, None
+        return None, dx if ctx.needs_input_grad[1] else None, *cast, None, None, None, None
 
 
 def _is_batch(dy: Tensor) -> bool:
@@ -136,7 +97,7 @@ def _differentiable_gradients(
 
     That is for double backward; and for a backward in a `vmap` or in forward mode, of a forward outside it.
     """
-    activation, eps, given = ctx.settings
+    _, activation, eps, given = ctx.settings
     if bias is None and ctx.dtypes[1] is not None:
         # Not kept, as no activation follows: any value gives the same gradient.
         bias = torch.zeros(x.shape[1], dtype=ctx.dtypes[1], device=x.device, requires_grad=True)
@@ -147,7 +108,7 @@ def _differentiable_gradients(
     inputs = [x, weight, bias, residual]
     wanted = {
         index: tensor
-        for index, (tensor, need) in enumerate(zip(inputs, ctx.needs_input_grad[:4], strict=True))
+        for index, (tensor, need) in enumerate(zip(inputs, ctx.needs_input_grad[1:5], strict=True))
         if need and tensor is not None
     }
     found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=torch.is_grad_enabled())
@@ -165,13 +126,14 @@ def apply(
     given: tuple[Tensor, Tensor] | None = None,
 ) -> differentiable.Normalized:
     """Normalize eagerly; differentiable where an input requires a gradient."""
+    chosen = engine(x)
     if not torch.is_grad_enabled():
         if given is not None:
-            return differentiable.Normalized(
-                forward_given(x, weight, bias, residual, activation, *given), None, None
-            )
-        return differentiable.Normalized(*forward(x, weight, bias, residual, activation, eps)[:3])
+            y = chosen.normalize(x, *given, weight, bias, residual=residual, activation=activation)
+            return differentiable.Normalized(y, None, None)
+        y, moments, _ = chosen.forward(x, eps, weight, bias, residual=residual, activation=activation)
+        return differentiable.Normalized(y, moments.mean, moments.m2)
     found: list[Tensor] = []
-    y = _BatchNorm.apply(x, weight, bias, residual, activation, eps, given, found)  # type: ignore[no-untyped-call]
+    y = _BatchNorm.apply(chosen, x, weight, bias, residual, activation, eps, given, found)  # type: ignore[no-untyped-call]
     mean, m2 = found or (None, None)
     return differentiable.Normalized(y, mean, m2)

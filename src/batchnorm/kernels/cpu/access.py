@@ -215,6 +215,31 @@ def pointer(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
+def finished(typingctx: Any, address: Any) -> Any:
+    """Add 1 to the whole number at an address: whoever reads it there sees all that was written before."""
+    del typingctx
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del signature
+        builder.atomic_rmw("add", _address(builder, arguments[0], I64), I64(1), "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(address), code
+
+
+@intrinsic
+def number_finished(typingctx: Any, address: Any) -> Any:
+    """Return the whole number at an address, to which `finished` adds."""
+    del typingctx
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
+        return builder.load_atomic(_address(builder, arguments[0], I64), "acquire", align=8)
+
+    return types.intp(address), code
+
+
+@intrinsic
 def take_number(typingctx: Any, address: Any) -> Any:
     """Return the whole number at an address and add 1 to it, in one step: no two threads get the same."""
     del typingctx

@@ -15,8 +15,8 @@ from numba import cfunc, types
 from numba.core import event
 
 from . import planes, rows, statistics
-from .access import take_number
-from .packet import NEXT, read
+from .access import finished, number_finished, take_number
+from .packet import FINISHED, NEXT, read
 from .vector import FULL, SIMPLE, function
 
 _log = logging.getLogger("batchnorm")
@@ -32,13 +32,27 @@ KINDS: dict[torch.dtype, tuple[type, type]] = {
 
 
 @function
-def _work(body: Any, packet: Any, kind: Any, real: Any, how: Any) -> None:
-    """Do tasks until there is none that nobody has taken."""
-    record = read(packet)
-    index = take_number(packet + NEXT)
-    while index < record.tasks:
-        body(record, index, kind, real, how)
-        index = take_number(packet + NEXT)
+def _work(body: Any, merge: Any, address: Any, kind: Any, real: Any, how: Any) -> None:
+    """Do tasks until there is none that nobody has taken: the first pass's, the merging ones, the second's.
+
+    Who gets a task of a later pass waits for the earlier ones; these are taken already, so they end.
+    """
+    packet = read(address)
+    tasks, merges = packet.tasks, packet.merges
+    index = take_number(address + NEXT)
+    while index < packet.total:
+        before = 0 if index < tasks else tasks if index < tasks + merges else tasks + merges
+        while before and number_finished(address + FINISHED) < before:
+            pass
+        if before == tasks and merges:
+            merge(packet, index - before, real)
+        else:
+            measures, applies = packet.measure, packet.apply
+            if merges:
+                measures, applies = before == 0, before > 0
+            body(packet, index - before, measures, applies, kind, real, how)
+        finished(address + FINISHED)
+        index = take_number(address + NEXT)
 
 
 # What a thread runs, given the address of a packet. `source` is never 0: it is there to be part of the
@@ -49,7 +63,7 @@ def _work(body: Any, packet: Any, kind: Any, real: Any, how: Any) -> None:
 def _planes_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def planes_forward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.forward, packet, kind, real, how)
+            _work(planes.forward, statistics.merge_moments, packet, kind, real, how)
 
     return planes_forward
 
@@ -57,7 +71,7 @@ def _planes_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _planes_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def planes_backward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.backward, packet, kind, real, how)
+            _work(planes.backward, statistics.merge_sums, packet, kind, real, how)
 
     return planes_backward
 
@@ -65,7 +79,7 @@ def _planes_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _rows_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def rows_forward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.forward, packet, kind, real, how)
+            _work(rows.forward, statistics.merge_moments, packet, kind, real, how)
 
     return rows_forward
 
@@ -73,25 +87,29 @@ def _rows_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _rows_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def rows_backward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.backward, packet, kind, real, how)
+            _work(rows.backward, statistics.merge_sums, packet, kind, real, how)
 
     return rows_backward
 
 
-def _merge_moments(kind: Any, real: Any, how: Any, source: int) -> Any:
-    def merge_moments(packet):  # type: ignore[no-untyped-def]
+def _move_running(kind: Any, real: Any, how: Any, source: int) -> Any:
+    del kind, how
+
+    def move_running(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(statistics.merge_moments, packet, kind, real, how)
+            statistics.move_running(read(packet), real)
 
-    return merge_moments
+    return move_running
 
 
-def _merge_sums(kind: Any, real: Any, how: Any, source: int) -> Any:
-    def merge_sums(packet):  # type: ignore[no-untyped-def]
+def _take_running(kind: Any, real: Any, how: Any, source: int) -> Any:
+    del kind, how
+
+    def take_running(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(statistics.merge_sums, packet, kind, real, how)
+            statistics.take_running(read(packet), real)
 
-    return merge_sums
+    return take_running
 
 
 _KERNELS: dict[str, Callable[[Any, Any, Any, int], Any]] = {
@@ -99,8 +117,8 @@ _KERNELS: dict[str, Callable[[Any, Any, Any, int], Any]] = {
     "planes_backward": _planes_backward,
     "rows_forward": _rows_forward,
     "rows_backward": _rows_backward,
-    "merge_moments": _merge_moments,
-    "merge_sums": _merge_sums,
+    "move_running": _move_running,
+    "take_running": _take_running,
 }
 
 

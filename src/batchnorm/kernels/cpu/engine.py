@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from batchnorm.kernels.interface import Coefficients, Moments
 
@@ -18,6 +19,8 @@ from .tasks import run
 
 _STREAM = 2**19  # values from which y and dx are written past the caches: they would not stay there anyway
 _AHEAD = 4096  # bytes that a long run is read ahead; further on and nearer by were slower
+
+_REALS = (torch.float32, torch.float64)  # dtypes that running statistics have here
 
 # The largest numbers that round to 0: where y is 0, the derivative of relu is.
 _TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
@@ -35,6 +38,7 @@ class _Call:
             x = x.resolve_neg()
         self.channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
         self.x = x if self.channels_last else x.contiguous()
+        self.real = torch.float64 if x.dtype == torch.float64 else torch.float32  # of the arithmetic
         self.mask = None if mask is None else mask.contiguous()
         self.plan: Plan = plan(tuple(x.shape), self.channels_last, mask is not None, group_size)
         self.kept: list[Tensor] = []
@@ -65,9 +69,8 @@ class _Call:
     def _parameter(self, values: Tensor | None) -> int:
         if values is None:
             return 0
-        dtype = torch.float64 if self.x.dtype == torch.float64 else torch.float32
-        if values.dtype != dtype or not values.is_contiguous():
-            values = values.to(dtype).contiguous()
+        if values.dtype != self.real or not values.is_contiguous():
+            values = values.to(self.real).contiguous()
             self.kept.append(values)
         return values.data_ptr()
 
@@ -100,15 +103,15 @@ class _Call:
         return values.data_ptr()
 
     def tables(self, number: int) -> tuple[Tensor, ...]:
-        """Return so many tables, each for a number per part, group and channel."""
-        shape = (self.plan.parts * self.plan.groups, self.plan.channels)
-        found = tuple(torch.empty(shape, dtype=torch.float64) for _ in range(number))
-        self.kept += found
-        return found
+        """Return so many tables for a number per group and channel, `[G, C]`."""
+        shape = (self.plan.groups, self.plan.channels)
+        return tuple(torch.empty(shape, dtype=torch.float64) for _ in range(number))
 
-    def whole(self, table: Tensor) -> Tensor:
-        """Return `[G, C]` of a table whose parts are merged."""
-        return table if self.plan.parts == 1 else table[: self.plan.groups]
+    def scratch(self, *sizes: int) -> list[int]:
+        """Return addresses of room for so many numbers each."""
+        room = torch.empty(sum(sizes), dtype=torch.float64)
+        self.kept.append(room)
+        return [room.data_ptr() + 8 * sum(sizes[:place]) for place in range(len(sizes))]
 
     def output(self) -> Tensor:
         """Return a tensor for y or dx, in the layout of x."""
@@ -122,20 +125,14 @@ class _Call:
         return output if _is_alike(output, wanted) else wanted.copy_(output)
 
     def run(self, half: str, *, measure: bool, apply: bool) -> None:
-        """Run the forward or the backward kernel: its statistics, its output, or one after the other."""
+        """Run the forward or the backward kernel: its statistics, its output, or both."""
         packet, plan = self.packet, self.plan
-        name, merge = f"{plan.family}_{half}", "merge_moments" if half == "forward" else "merge_sums"
-        dtype, values = self.x.dtype, self.x.numel()
-        simple = not packet.mask and not packet.residual and packet.activation in (IDENTITY, CLAMP)
-        if measure and plan.parts > 1:
-            packet.measure, packet.apply = True, False
-            run(name, dtype, simple, packet, plan.tasks, values)
-            run(merge, dtype, True, packet, math.ceil(plan.groups * plan.channels / CHANNELS), values)
-            measure = False
-            if not apply:
-                return
+        merges = plan.groups * math.ceil(plan.channels / CHANNELS) if measure and plan.parts > 1 else 0
+        passes = 2 if merges and apply else 1
         packet.measure, packet.apply = measure, apply
-        run(name, dtype, simple, packet, plan.tasks, values)
+        packet.tasks, packet.merges, packet.total = plan.tasks, merges, passes * plan.tasks + merges
+        simple = not packet.mask and packet.activation in (IDENTITY, CLAMP)
+        run(f"{plan.family}_{half}", self.x.dtype, simple, packet, self.x.numel())
 
 
 def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
@@ -146,11 +143,16 @@ def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = N
 
 def _measured(call: _Call, eps: float, *, apply: bool) -> tuple[Moments, Tensor]:
     packet = call.packet
-    count, mean, m2, rstd = call.tables(4)
+    count, (mean, m2, rstd) = torch.empty(call.plan.groups, dtype=torch.float64), call.tables(3)
     packet.count, packet.mean, packet.m2 = count.data_ptr(), mean.data_ptr(), m2.data_ptr()
     packet.rstd, packet.eps = rstd.data_ptr(), eps
+    if call.plan.parts == 1:
+        packet.part_count, packet.part_mean, packet.part_m2 = packet.count, packet.mean, packet.m2
+    else:
+        groups, table = call.plan.parts * count.numel(), call.plan.parts * mean.numel()
+        packet.part_count, packet.part_mean, packet.part_m2 = call.scratch(groups, table, table)
     call.run("forward", measure=True, apply=apply)
-    return Moments(call.whole(count)[:, 0], call.whole(mean), call.whole(m2)), call.whole(rstd)
+    return Moments(count, mean, m2), rstd
 
 
 def normalize(
@@ -219,11 +221,24 @@ def _backward_call(
 
 def _with_sums(call: _Call) -> tuple[Tensor, Tensor]:
     packet = call.packet
-    count, sum_dy, sum_dy_xhat, a, b, c = call.tables(6)
-    packet.count, packet.sum_dy = count.data_ptr(), sum_dy.data_ptr()
-    packet.sum_dy_xhat = sum_dy_xhat.data_ptr()
-    packet.a, packet.b, packet.c = a.data_ptr(), b.data_ptr(), c.data_ptr()
+    sum_dy, sum_dy_xhat = call.tables(2)
+    packet.sum_dy, packet.sum_dy_xhat = sum_dy.data_ptr(), sum_dy_xhat.data_ptr()
+    groups, table = call.plan.parts * call.plan.groups, sum_dy.numel()
+    packet.part_count, packet.a, packet.b, packet.c, packet.part_dy, packet.part_dy_xhat = call.scratch(
+        groups, table, table, table, *2 * [call.plan.parts * table if call.plan.parts > 1 else 0]
+    )
+    if call.plan.parts == 1:
+        packet.part_dy, packet.part_dy_xhat = packet.sum_dy, packet.sum_dy_xhat
     return sum_dy, sum_dy_xhat
+
+
+def _with_parameters(call: _Call) -> tuple[Tensor, Tensor] | None:
+    """Return tensors for dweight and dbias, `[C]`; None where these are sums over several groups."""
+    if call.plan.groups > 1:
+        return None
+    dweight, dbias = (torch.empty(call.plan.channels, dtype=call.real) for _ in range(2))
+    call.packet.dweight, call.packet.dbias = dweight.data_ptr(), dbias.data_ptr()
+    return dweight, dbias
 
 
 def _with_outputs(call: _Call, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -252,7 +267,7 @@ def backward_reduce(
     call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
     sums = _with_sums(call)
     call.run("backward", measure=True, apply=False)
-    return call.whole(sums[0]), call.whole(sums[1])
+    return sums[0], sums[1]
 
 
 def backward_apply(
@@ -297,11 +312,67 @@ def backward(
     call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
     sums = _with_sums(call)
     call.packet.constant = given
+    parameters = _with_parameters(call)
     dx, dresidual = _with_outputs(call, residual)
     call.run("backward", measure=True, apply=True)
+    dweight, dbias = parameters or (sums[1].sum(0).to(call.real), sums[0].sum(0).to(call.real))
     return (
         call.returned(dx, x),
-        call.whole(sums[0]),
-        call.whole(sums[1]),
+        dweight,
+        dbias,
         None if dresidual is None or residual is None else call.returned(dresidual, residual),
+    )
+
+
+def given(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """See `interface.Engine.given`."""
+    real = running_mean.dtype
+    if real not in _REALS or not (_is_plain(running_mean, real) and _is_plain(running_var, real)):
+        return None
+    packet, shape = Packet(), (1, running_mean.numel())
+    mean, rstd = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
+    packet.channels, packet.mean, packet.rstd, packet.eps = shape[1], mean.data_ptr(), rstd.data_ptr(), eps
+    packet.running_mean, packet.running_var = running_mean.data_ptr(), running_var.data_ptr()
+    run("take_running", real, True, packet, 0)
+    return mean, rstd
+
+
+def move(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    m2: Tensor,
+    count: int,
+    momentum: float,
+    batches: Tensor | None,
+) -> bool:
+    """See `interface.Engine.move`."""
+    written = [t for t in (running_mean, running_var) if t is not None]
+    real = written[0].dtype
+    if real not in _REALS or not all(_is_plain(t, real) for t in written):
+        return False
+    if batches is not None and not _is_plain(batches, torch.int64):
+        return False
+    packet = Packet()
+    packet.channels, packet.mean, packet.m2 = mean.numel(), mean.data_ptr(), m2.data_ptr()
+    packet.momentum, packet.corrected = momentum, count - 1
+    packet.running_mean = 0 if running_mean is None else running_mean.data_ptr()
+    packet.running_var = 0 if running_var is None else running_var.data_ptr()
+    if batches is not None:
+        packet.batches = batches.data_ptr()
+        written.append(batches)
+    run("move_running", real, True, packet, 0)
+    increment_version(written)
+    return True
+
+
+def _is_plain(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor may be read and written by its address."""
+    return (
+        (type(values) is Tensor or type(values) is torch.nn.Parameter)
+        and values.dtype == dtype
+        and values.is_cpu
+        and values.is_contiguous()
+        and not values.requires_grad
+        and not values.is_inference()
     )

@@ -11,7 +11,7 @@ from numba import carray
 from .access import pointer
 from .vector import function
 
-# Addresses, 0 where there is none. Tensors are dense; statistics are float64, `[parts, G, C]` or `[G, C]`.
+# Addresses, 0 where there is none. Tensors are dense; statistics are float64, `[G, C]`.
 _ADDRESSES = (
     "x",
     "y",
@@ -22,12 +22,22 @@ _ADDRESSES = (
     "mask",  # bytes, one per sample and position
     "weight",  # `[C]`, in the dtype of the arithmetic
     "bias",
-    "count",  # of each part, then of the whole in its first row; so are the following
+    "dweight",  # `[C]`, in the dtype of the arithmetic; of a call with one group
+    "dbias",
+    "running_mean",  # `[C]`
+    "running_var",
+    "batches",  # one whole number
+    "count",  # `[G]`
     "mean",
     "m2",
     "sum_dy",
     "sum_dy_xhat",
     "rstd",
+    "part_count",  # of each part, `[parts, G]`, the others `[parts, G, C]`; the same where there is one part
+    "part_mean",
+    "part_m2",
+    "part_dy",
+    "part_dy_xhat",
     "a",  # coefficients of dx = a dy' + b x̂ + c
     "b",
     "c",
@@ -47,11 +57,16 @@ _NUMBERS = (
     "ahead",  # rows only: bytes that are asked for ahead, 0 for none
     "stream",  # whether y or dx is written past the caches
     "activation",  # see activations.py
-    "tasks",
+    "tasks",  # of a pass over the tensor
+    "merges",  # tasks that merge the parts' statistics between two passes; 0 where there is one pass
+    "total",  # tasks in all
     "next",  # task that nobody has taken yet
+    "finished",  # number of tasks that are done, of several passes
 )
 _REALS = (
     "eps",
+    "momentum",
+    "corrected",  # n - 1
     "low",  # an activation that only clamps does so to low..high; NaN = no bound
     "high",
     "low_kink",  # and its derivative is 0 outside of these
@@ -77,7 +92,7 @@ _RECORD = np.dtype(
 )
 
 
-NEXT = Packet.next.offset  # bytes from the record's address
+NEXT, FINISHED = Packet.next.offset, Packet.finished.offset  # bytes from the record's address
 
 
 @function
@@ -98,6 +113,13 @@ def parameter(address: Any, channel: Any, missing: Any, real: Any) -> Any:
     if address == 0:
         return missing
     return np.float64(carray(pointer(address), (channel + 1,), real)[channel])
+
+
+@function
+def set_parameter(address: Any, channel: Any, value: Any, real: Any) -> None:
+    """Write a channel's number, in the dtype of the arithmetic; nothing where there is no address."""
+    if address:
+        carray(pointer(address), (channel + 1,), real)[channel] = value
 
 
 @function

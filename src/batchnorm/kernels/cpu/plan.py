@@ -10,6 +10,8 @@ _PLANE = 256  # values of a channel side by side, from which a channel is a task
 _ROW = 1024  # columns of a row of several units, and of a block of short planes
 _ROWS = 32  # rows that are worth more than wide ones
 _BLOCK = 2048  # columns of a block otherwise: a multiple of a vector
+_CACHED = 2**17  # values that stay in a core's cache
+_NARROW = 64  # columns of a block that are worth a task of their own
 _TASKS = 16  # enough for the threads of most machines, and to even out what each of them gets to do
 _PART, _PARTS = 2**16, 32  # values of a part at least, and number of parts at most
 
@@ -51,17 +53,28 @@ def plan(shape: tuple[int, ...], channels_last: bool, masked: bool, group_size: 
         parts = _parts(channels * groups, group * positions)
         tasks = parts * groups * channels
         return Plan("planes", channels, positions, groups, samples, group, parts, 0, 0, tasks)
+    narrow = 0
     if channels_last or positions == 1:
         units, group, positions = samples * positions, group * positions, 1
-        fold = 1 if masked else max(1, min(group // _ROWS, _ROW // channels))
-        columns, block = channels * fold, _BLOCK
+        narrow = _CACHED // group // 16 * 16
+        if narrow >= _NARROW and channels >= _NARROW:  # a block is read again from the cache
+            columns, block = channels, min(narrow, max(_NARROW, -(-channels // 64) * 16))
+        else:
+            fold = 1 if masked else max(1, min(group // _ROWS, _ROW // channels))
+            columns, block = channels * fold, _BLOCK
     else:
-        units, columns, block = samples, channels * positions, _ROW // positions * positions
+        units, columns, block = samples, channels * positions, _columns(positions)
     blocks = math.ceil(columns / block)
-    parts = _parts(blocks * groups, group * channels * positions)
+    parts = 1 if positions == 1 and block <= narrow else _parts(blocks * groups, group * channels * positions)
     return Plan(
         "rows", channels, positions, groups, units, group, parts, columns, block, parts * groups * blocks
     )
+
+
+def _columns(positions: int) -> int:
+    """Return the columns of a block of short planes: whole ones, and whole vectors of columns."""
+    planes = 16 // math.gcd(16, positions)
+    return max(1, _ROW // (planes * positions)) * planes * positions
 
 
 def _parts(tasks: int, values: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .access import LINE, keep_valid, load, prefetch, size_of
+from .activations import within
 from .llvm import LANES
 from .packet import numbers
 from .runs import (
@@ -28,10 +29,11 @@ from .runs import (
     normalize_run,
     some,
 )
-from .statistics import FACTORS, affine, finish_moments, finish_sums, merged, rounded, slopes
+from .statistics import FACTORS, affine, is_far, merged, rounded, set_coefficients, set_rstd, slopes
 from .vector import function, is_simple, multiply_add, splat, total
 
 _BLOCK = 8192  # values that are summed in float32; sums of blocks are added in float64
+_GLANCE = 256  # values whose mean is taken for the first block's, to begin with
 
 
 @function
@@ -49,6 +51,12 @@ def _task(packet: Any, index: Any) -> Any:
         start + values * part // packet.parts,
         start + values * (part + 1) // packet.parts,
     )
+
+
+@function
+def _block(packet: Any) -> Any:
+    """Return the values of a block: whole runs, where these are shorter."""
+    return _BLOCK // packet.positions * packet.positions if packet.positions < _BLOCK else _BLOCK
 
 
 @function
@@ -138,17 +146,25 @@ def _moments(
     """Return count, mean and m2 of a task's values, each times `factor`.
 
     Deviations are taken from the mean so far. That costs no accuracy: a block that lies far from it adds the
-    square of the distance to m2, which is then no smaller than the rounding. Only a block of more values than
-    all before it, such as the first, is summed beforehand.
+    square of the distance to m2, which is then no smaller than the rounding. For a block of more values than
+    all before it, such as the first, that does not hold: it is done again where its mean was guessed badly.
     """
     count, mean, m2 = 0.0, 0.0, 0.0
+    length = _block(packet)
     while at < last:
-        end = min(last, at + _BLOCK)
+        end = min(last, at + length)
         more = _valid(packet, at, end, how)
         if more > 0:
-            center = mean if count >= more else _sum(packet, channel, at, end, factor, kind, real, how) / more
+            center = mean
+            if count < more:
+                glance = min(end, at + _GLANCE)
+                seen = max(_valid(packet, at, glance, how), 1.0)
+                center = _sum(packet, channel, at, glance, factor, kind, real, how) / seen
             center = rounded(center, real)
             deviations, squares = _around(packet, channel, at, end, center, factor, kind, real, how)
+            if count < more and is_far(deviations, squares, more):
+                center = rounded(center + deviations / more, real)
+                deviations, squares = _around(packet, channel, at, end, center, factor, kind, real, how)
             off = deviations / more
             mean, m2 = merged(count, mean, m2, more, center + off, squares - off * deviations)
             count += more
@@ -172,10 +188,10 @@ def _set_affine(packet: Any, group: Any, channel: Any, given: Any, real: Any) ->
 
 
 @function
-def forward(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:
+def forward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, real: Any, how: Any) -> None:
     """Take a task's moments, write its y, or both; statistics of all parts are merged in between."""
     part, group, channel, first, last = _task(packet, index)
-    if packet.measure:
+    if measures:
         count, mean, m2 = 0.0, 0.0, math.nan
         for factor in FACTORS:
             if not math.isfinite(m2):  # float32 has overflowed; or x is not finite, and stays so
@@ -183,12 +199,12 @@ def forward(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:
                 mean, m2 = mean / factor, m2 / factor / factor
         size = packet.parts * packet.groups * packet.channels
         place = (part * packet.groups + group) * packet.channels + channel
-        numbers(packet.count, size)[place] = count
-        numbers(packet.mean, size)[place] = mean
-        numbers(packet.m2, size)[place] = m2
+        numbers(packet.part_count, packet.parts * packet.groups)[part * packet.groups + group] = count
+        numbers(packet.part_mean, size)[place] = mean
+        numbers(packet.part_m2, size)[place] = m2
         if packet.parts == 1:
-            finish_moments(packet, group, channel)
-    if packet.apply:
+            set_rstd(packet, group, channel, channel + 1)
+    if applies:
         given = np.empty((PARAMETERS, LANES), real)
         _set_affine(packet, group, channel, given, real)
         while first < last:
@@ -210,46 +226,62 @@ def _sums(packet: Any, channel: Any, at: Any, last: Any, given: Any, kind: Any, 
     next_sample = packet.channels * packet.positions * size_of(kind)
     while at < last:
         place, size = _run(packet, channel, at, last)
-        for start in range(0, size, LANES):
+        x, dy = packet.x + place * size_of(kind), packet.dy + place * size_of(kind)
+        residual = packet.residual + place * size_of(kind) if packet.residual else 0
+        start = 0
+        while is_simple(how) and start + 2 * LANES <= size:
+            for line in range(0, 2 * step, LINE):
+                prefetch(x + next_sample + line)
+                prefetch(dy + next_sample + line)
+            v0, v1 = load(x, kind) - center, load(x + step, kind) - center
+            z0, z1 = multiply_add(v0, scale, shift), multiply_add(v1, scale, shift)
+            if residual:
+                z0, z1 = z0 + load(residual, kind), z1 + load(residual + step, kind)
+                residual += 2 * step
+            d0 = within(load(dy, kind), z0, low, high, real)
+            d1 = within(load(dy + step, kind), z1, low, high, real)
+            s0, q0 = s0 + d0, multiply_add(d0, v0 * rstd, q0)
+            s1, q1 = s1 + d1, multiply_add(d1, v1 * rstd, q1)
+            start += 2 * LANES
+            x += 2 * step
+            dy += 2 * step
+        while start < size:
             count = min(LANES, size - start)
-            ahead = (place + start) * size_of(kind) + next_sample
-            for line in range(0, step, LINE):
-                prefetch(packet.x + ahead + line)
-                prefetch(packet.dy + ahead + line)
             centred = _values(packet, place + start, at + start, count, center, kind, how) - center
-            dy = incoming(packet, place + start, count, centred, scale, shift, low, high, kind, real, how)
+            d0 = incoming(packet, place + start, count, centred, scale, shift, low, high, kind, real, how)
             if packet.mask and not is_simple(how):
-                dy = keep_valid(dy, packet.mask + at + start, count, zero)
-            s1, q1, s0, q0 = s0 + dy, multiply_add(dy, centred * rstd, q0), s1, q1
+                d0 = keep_valid(d0, packet.mask + at + start, count, zero)
+            s0, q0 = s0 + d0, multiply_add(d0, centred * rstd, q0)
+            start += LANES
         at += size
     return total(s0 + s1), total(q0 + q1)
 
 
 @function
-def backward(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:
+def backward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, real: Any, how: Any) -> None:
     """Take the sums of a task's gradient, write its dx, or both; sums of all parts are added in between."""
     part, group, channel, first, last = _task(packet, index)
     given = np.empty((PARAMETERS, LANES), real)
     rest = _set_affine(packet, group, channel, given, real)
     size = packet.groups * packet.channels
     rstd = numbers(packet.rstd, size)[group * packet.channels + channel]
-    if packet.measure:
+    if measures:
         count, sum_dy, sum_dy_xhat = 0.0, 0.0, 0.0
-        at = first
+        at, length = first, _block(packet)
         while at < last:
-            end = min(last, at + _BLOCK)
+            end = min(last, at + length)
             count += _valid(packet, at, end, how)
             found, product = _sums(packet, channel, at, end, given, kind, real, how)
             sum_dy += found
             sum_dy_xhat += product
             at = end
         place = (part * packet.groups + group) * packet.channels + channel
-        numbers(packet.count, packet.parts * size)[place] = count
-        numbers(packet.sum_dy, packet.parts * size)[place] = sum_dy
-        numbers(packet.sum_dy_xhat, packet.parts * size)[place] = sum_dy_xhat - rest * rstd * sum_dy
+        numbers(packet.part_count, packet.parts * packet.groups)[part * packet.groups + group] = count
+        numbers(packet.part_dy, packet.parts * size)[place] = sum_dy
+        numbers(packet.part_dy_xhat, packet.parts * size)[place] = sum_dy_xhat - rest * rstd * sum_dy
         if packet.parts == 1:
-            finish_sums(packet, group, channel, real)
-    if packet.apply:
+            set_coefficients(packet, group, channel, channel + 1, count, real)
+    if applies:
         _, a, b, c = slopes(packet, group, channel, rest)
         for lane in range(LANES):
             given[A, lane], given[B, lane], given[C, lane] = a, b, c

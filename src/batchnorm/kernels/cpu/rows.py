@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from .access import LINE, load, prefetch, size_of, store
-from .activations import within
+from . import strips
+from .access import load, size_of, store
 from .columns import (
     columns_in,
     gather,
@@ -47,59 +47,50 @@ from .runs import (
     normalize_run,
     some,
 )
-from .statistics import FACTORS, affine, finish_moments, finish_sums, merged, rounded, slopes
+from .statistics import FACTORS, affine, is_far, merged, rounded, set_coefficients, set_rstd, slopes
 from .vector import function, is_simple, multiply_add, splat
 
-_STRIP = 8  # rows that are added to the sums of a vector of columns while these are in registers
 _ROWS = 64  # rows that are summed in float32; sums of blocks are added in float64
 
 
 @function
-def _add_deviations(
+def _around(
     packet: Any,
     unit: Any,
     last: Any,
     column: Any,
     end: Any,
-    center: Any,
+    centers: Any,
     factor: Any,
-    sums: Any,
+    found: Any,
     kind: Any,
     real: Any,
     how: Any,
 ) -> None:
-    """Set the two rows of sums, per column, to those of x * factor - center and of its square."""
-    clear(sums)
-    centers, first = center.ctypes.data, sums.ctypes.data
-    second = first + sums.shape[1] * size_of(real)
-    fold, scale = units_in_a_row(packet), splat(factor, real)
-    strip = _STRIP * packet.columns * size_of(kind)
-    while unit < last:
-        end_of_strip = min(last, unit + _STRIP * fold)
-        whole = (end_of_strip - unit) % fold == 0
-        for start in range(0, end - column, LANES):
-            offset = start * size_of(real)
-            s, q = load(first + offset, real), load(second + offset, real)
-            middle = load(centers + offset, real)
-            if is_simple(how) and whole and start + LANES <= end - column:
-                address = packet.x + place_of(packet, unit, column + start) * size_of(kind)
-                for _ in range(unit, end_of_strip, fold):
-                    for line in range(0, LANES * size_of(kind), LINE):
-                        prefetch(address + strip + line)
-                    deviation = load(address, kind) * scale - middle
-                    s, q = s + deviation, multiply_add(deviation, deviation, q)
-                    address += packet.columns * size_of(kind)
-            else:
-                fill = middle * splat(1 / factor, real)
-                for row in range(unit, end_of_strip, fold):
-                    size = columns_in(packet, row, last, column, end) - start
-                    if size > 0 and is_in(packet, row, how):
-                        address = packet.x + place_of(packet, row, column + start) * size_of(kind)
-                        deviation = some(address, size, fill, kind) * scale - middle
-                        s, q = s + deviation, multiply_add(deviation, deviation, q)
-            store(s, first + offset, real)
-            store(q, second + offset, real)
-        unit = end_of_strip
+    """Set the two rows of `found`, per channel, to the sums of x * factor - center and of its square."""
+    width, fold, number = end - column, units_in_a_row(packet), size_of(real)
+    center, sums = np.zeros(width + LANES, real), np.zeros((2, width + LANES), real)
+    spread(centers, packet, column, width, center)
+    while (is_simple(how) or not packet.mask) and last - unit >= fold:
+        rows = min(strips.STRIP, (last - unit) // fold)
+        place = place_of(packet, unit, column)
+        strips.add_deviations(packet, place, rows, width, center, factor, sums, kind, real)
+        unit += rows * fold
+    first, second = sums.ctypes.data, sums.ctypes.data + sums.shape[1] * number
+    for row in range(unit, last, fold):
+        if is_in(packet, row, how):
+            size = columns_in(packet, row, last, column, end)
+            for start in range(0, size, LANES):
+                offset = start * number
+                middle = load(center.ctypes.data + offset, real)
+                address = packet.x + place_of(packet, row, column + start) * size_of(kind)
+                values = some(address, size - start, middle * splat(1 / factor, real), kind)
+                deviation = values * splat(factor, real) - middle
+                store(load(first + offset, real) + deviation, first + offset, real)
+                squares = multiply_add(deviation, deviation, load(second + offset, real))
+                store(squares, second + offset, real)
+    gather(sums[0], packet, column, width, found[0], real)
+    gather(sums[1], packet, column, width, found[1], real)
 
 
 @function
@@ -109,6 +100,15 @@ def _is_finite(found: Any) -> Any:
     for channel in range(found.shape[1]):
         finite = finite and math.isfinite(found[1, channel])
     return finite
+
+
+@function
+def _is_any_far(more: Any, values: Any) -> Any:
+    """Whether a channel's center was far from its mean."""
+    far = False
+    for channel in range(more.shape[1]):
+        far = far or is_far(more[0, channel], more[1, channel], values)
+    return far
 
 
 @function
@@ -128,27 +128,27 @@ def _moments(
 
     Deviations are taken from the mean so far, as in planes.py.
     """
-    width = end - column
-    room = (width + LANES - 1) // LANES * LANES
-    center, sums = np.zeros(room, real), np.empty((2, room), real)
-    channels = found.shape[1]
-    more, centers = np.empty((2, channels), np.float64), np.zeros(channels, np.float64)
-    count, rows = 0.0, 0
+    channels, fold = found.shape[1], units_in_a_row(packet)
+    more, centers = np.empty((2, channels), np.float64), np.empty(channels, np.float64)
+    count = 0.0
     clear(found)
     while unit < last:
-        block = min(_ROWS, max(2 * _STRIP, rows))
-        stop = min(last, unit + block * units_in_a_row(packet))
+        stop = min(last, unit + _ROWS * fold)
         values = valid_values(packet, unit, stop, how)
-        # Twice where a mean is to be found first: around 0, and then around what the first time found.
-        for times in range(1 if count >= values else 0, 2 if values else 0):
+        is_guess = count < values
+        for channel in range(channels):
+            centers[channel] = 0.0 if is_guess else rounded(found[0, channel], real)
+        if is_guess:
+            glance = min(stop, unit + strips.STRIP * fold)
+            seen = max(valid_values(packet, unit, glance, how), 1.0)
+            _around(packet, unit, glance, column, end, centers, factor, more, kind, real, how)
             for channel in range(channels):
-                centers[channel] = rounded(found[0, channel], real)
-                if count < values:
-                    centers[channel] = rounded(more[0, channel] / values, real) if times else 0.0
-            spread(centers, packet, column, width, center)
-            _add_deviations(packet, unit, stop, column, end, center, factor, sums, kind, real, how)
-            gather(sums[0], packet, column, width, more[0], real)
-            gather(sums[1], packet, column, width, more[1], real)
+                centers[channel] = rounded(more[0, channel] / seen, real)
+        _around(packet, unit, stop, column, end, centers, factor, more, kind, real, how)
+        if is_guess and _is_any_far(more, values):
+            for channel in range(channels):
+                centers[channel] = rounded(centers[channel] + more[0, channel] / values, real)
+            _around(packet, unit, stop, column, end, centers, factor, more, kind, real, how)
         if values:
             for channel in range(channels):
                 off = more[0, channel] / values
@@ -161,18 +161,17 @@ def _moments(
                     more[1, channel] - off * more[0, channel],
                 )
             count += values
-        rows += block
         unit = stop
     return count
 
 
 @function
-def forward(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:
+def forward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, real: Any, how: Any) -> None:
     """Take a task's moments, write its y, or both; statistics of all parts are merged in between."""
     part, group, unit, last, column, end = task_of(packet, index)
     width = end - column
     first_channel, channels, _, _, _ = layout(packet, column, width)
-    if packet.measure:
+    if measures:
         found, more = np.zeros((2, channels), np.float64), np.empty((2, channels), np.float64)
         count = -1.0
         for factor in FACTORS:
@@ -187,17 +186,21 @@ def forward(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:
                         found[1, channel] = more[1, channel] / factor / factor
         size = packet.parts * packet.groups * packet.channels
         place = (part * packet.groups + group) * packet.channels + first_channel
-        counts, means, m2s = numbers(packet.count, size), numbers(packet.mean, size), numbers(packet.m2, size)
+        numbers(packet.part_count, packet.parts * packet.groups)[part * packet.groups + group] = count
+        means, m2s = numbers(packet.part_mean, size), numbers(packet.part_m2, size)
         for channel in range(channels):
-            counts[place + channel] = count
-            means[place + channel] = found[0, channel]
-            m2s[place + channel] = found[1, channel]
-            if packet.parts == 1:
-                finish_moments(packet, group, first_channel + channel)
-    if packet.apply:
+            means[place + channel], m2s[place + channel] = found[0, channel], found[1, channel]
+        if packet.parts == 1:
+            set_rstd(packet, group, first_channel, first_channel + channels)
+    if applies:
         given = np.empty((PARAMETERS, width + LANES), real)
         _set_affine(packet, group, column, width, given, real)
-        for row in range(unit, last, units_in_a_row(packet)):
+        fold = units_in_a_row(packet)
+        while is_simple(how) and last - unit >= fold:
+            rows = min(strips.STRIP, (last - unit) // fold)
+            strips.normalize(packet, place_of(packet, unit, column), rows, width, given, kind, real)
+            unit += rows * fold
+        for row in range(unit, last, fold):
             size = columns_in(packet, row, last, column, end)
             place = place_of(packet, row, column)
             if is_in(packet, row, how):
@@ -256,44 +259,31 @@ def _add_gradients(
     second = first + sums.shape[1] * size_of(real)
     row_bytes = given.shape[1] * size_of(real)
     fold = units_in_a_row(packet)
-    strip = _STRIP * packet.columns * size_of(kind)
     low, high = splat(packet.low_kink, real), splat(packet.high_kink, real)
-    while unit < last:
-        end_of_strip = min(last, unit + _STRIP * fold)
-        whole = (end_of_strip - unit) % fold == 0
-        for start in range(0, end - column, LANES):
-            offset = start * size_of(real)
-            s, q = load(first + offset, real), load(second + offset, real)
-            center = load(parameters + offset + CENTER * row_bytes, real)
-            scale = load(parameters + offset + SCALE * row_bytes, real)
-            shift = load(parameters + offset + SHIFT * row_bytes, real)
-            rstd = load(parameters + offset + RSTD * row_bytes, real)
-            if is_simple(how) and whole and start + LANES <= end - column:
-                place = place_of(packet, unit, column + start) * size_of(kind)
-                for _ in range(unit, end_of_strip, fold):
-                    for line in range(0, LANES * size_of(kind), LINE):
-                        prefetch(packet.x + place + strip + line)
-                        prefetch(packet.dy + place + strip + line)
-                    centred = load(packet.x + place, kind) - center
-                    z = multiply_add(centred, scale, shift)
-                    dy = within(load(packet.dy + place, kind), z, low, high, real)
-                    s, q = s + dy, multiply_add(dy, centred * rstd, q)
-                    place += packet.columns * size_of(kind)
-            else:
-                for row in range(unit, end_of_strip, fold):
-                    size = columns_in(packet, row, last, column, end) - start
-                    if size > 0 and is_in(packet, row, how):
-                        place = place_of(packet, row, column + start)
-                        centred = some(packet.x + place * size_of(kind), size, center, kind) - center
-                        dy = incoming(packet, place, size, centred, scale, shift, low, high, kind, real, how)
-                        s, q = s + dy, multiply_add(dy, centred * rstd, q)
-            store(s, first + offset, real)
-            store(q, second + offset, real)
-        unit = end_of_strip
+    while is_simple(how) and last - unit >= fold:
+        rows = min(strips.STRIP, (last - unit) // fold)
+        place = place_of(packet, unit, column)
+        strips.add_gradients(packet, place, rows, end - column, given, sums, kind, real)
+        unit += rows * fold
+    for row in range(unit, last, fold):
+        if is_in(packet, row, how):
+            size = columns_in(packet, row, last, column, end)
+            for start in range(0, size, LANES):
+                offset, count = start * size_of(real), size - start
+                center = load(parameters + offset + CENTER * row_bytes, real)
+                scale = load(parameters + offset + SCALE * row_bytes, real)
+                shift = load(parameters + offset + SHIFT * row_bytes, real)
+                rstd = load(parameters + offset + RSTD * row_bytes, real)
+                place = place_of(packet, row, column + start)
+                centred = some(packet.x + place * size_of(kind), count, center, kind) - center
+                dy = incoming(packet, place, count, centred, scale, shift, low, high, kind, real, how)
+                store(load(first + offset, real) + dy, first + offset, real)
+                products = multiply_add(dy, centred * rstd, load(second + offset, real))
+                store(products, second + offset, real)
 
 
 @function
-def backward(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:
+def backward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, real: Any, how: Any) -> None:
     """Take the sums of a task's gradient, write its dx, or both; sums of all parts are added in between."""
     part, group, unit, last, column, end = task_of(packet, index)
     width = end - column
@@ -301,7 +291,7 @@ def backward(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:
     given = np.zeros((PARAMETERS, width + LANES), real)
     rest = _set_affine(packet, group, column, width, given, real)
     fold = units_in_a_row(packet)
-    if packet.measure:
+    if measures:
         sums = np.empty((2, width + LANES), real)
         more, found = np.empty((2, channels), np.float64), np.zeros((2, channels), np.float64)
         for start in range(unit, last, _ROWS * fold):
@@ -315,17 +305,21 @@ def backward(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:
         size = packet.parts * packet.groups * packet.channels
         place = (part * packet.groups + group) * packet.channels + first_channel
         count = valid_values(packet, unit, last, how)
-        counts, rstds = numbers(packet.count, size), numbers(packet.rstd, packet.groups * packet.channels)
-        sums_dy, products = numbers(packet.sum_dy, size), numbers(packet.sum_dy_xhat, size)
+        rstds = numbers(packet.rstd, packet.groups * packet.channels)
+        numbers(packet.part_count, packet.parts * packet.groups)[part * packet.groups + group] = count
+        sums_dy, products = numbers(packet.part_dy, size), numbers(packet.part_dy_xhat, size)
         for channel in range(channels):
             rstd = rstds[group * packet.channels + first_channel + channel]
-            counts[place + channel] = count
             sums_dy[place + channel] = found[0, channel]
             products[place + channel] = found[1, channel] - rest[channel] * rstd * found[0, channel]
-            if packet.parts == 1:
-                finish_sums(packet, group, first_channel + channel, real)
-    if packet.apply:
+        if packet.parts == 1:
+            set_coefficients(packet, group, first_channel, first_channel + channels, count, real)
+    if applies:
         _set_slopes(packet, group, column, width, rest, given)
+        while is_simple(how) and last - unit >= fold:
+            rows = min(strips.STRIP, (last - unit) // fold)
+            strips.differentiate(packet, place_of(packet, unit, column), rows, width, given, kind, real)
+            unit += rows * fold
         for row in range(unit, last, fold):
             size = columns_in(packet, row, last, column, end)
             place = place_of(packet, row, column)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .access import LINE, keep_valid, load, load_part, prefetch, size_of, store, store_part, stream
+from .access import LINE, keep_valid, load, load_part, size_of, store, store_part, stream
 from .activations import IDENTITY, activated, bounded, through, within
 from .llvm import LANES
 from .vector import function, is_simple, multiply_add, splat
@@ -85,13 +85,13 @@ def incoming(
     size = size_of(kind)
     zero = splat(0.0, real)
     dy = some(packet.dy + at * size, count, zero, kind)
-    if is_simple(how):
-        return within(dy, multiply_add(centred, scale, shift), low, high, real)
     if packet.activation == IDENTITY:
         return dy
     z = multiply_add(centred, scale, shift)
     if packet.residual:
         z = z + some(packet.residual + at * size, count, zero, kind)
+    if is_simple(how):
+        return within(dy, z, low, high, real)
     return through(dy, z, packet.activation, low, high, real)
 
 
@@ -115,19 +115,19 @@ def normalize_run(
     bytes_, number = size_of(kind), size_of(real)
     row, parameters = given.shape[1] * number, given.ctypes.data
     x, y = packet.x + at * bytes_, packet.y + at * bytes_
-    streams, ahead = packet.stream, packet.ahead
+    residual, streams = packet.residual + at * bytes_ if packet.residual else 0, packet.stream
     low, high, zero = splat(packet.low, real), splat(packet.high, real), splat(0.0, real)
     done, count = 0, _until_aligned(y, size, streams, kind)
     while done < size:
         while is_simple(how) and count == LANES and done + LANES <= size:
             place = parameters + done * stride * number
-            if ahead:
-                prefetch(x + done * bytes_ + ahead)
             z = multiply_add(
                 load(x + done * bytes_, kind) - load(place, real),
                 load(place + SCALE * row, real),
                 load(place + SHIFT * row, real),
             )
+            if residual:
+                z = z + load(residual + done * bytes_, kind)
             z = bounded(z, low, high)
             if streams:
                 stream(z, y + done * bytes_, kind)
@@ -140,8 +140,8 @@ def normalize_run(
             center = load(place, real)
             centred = some(x + done * bytes_, count, center, kind) - center
             z = multiply_add(centred, load(place + SCALE * row, real), load(place + SHIFT * row, real))
-            if not is_simple(how) and packet.residual:
-                z = z + some(packet.residual + (at + done) * bytes_, count, zero, kind)
+            if residual:
+                z = z + some(residual + done * bytes_, count, zero, kind)
             z = (
                 activated(z, packet.activation, low, high, real)
                 if not is_simple(how)
@@ -162,17 +162,18 @@ def differentiate_run(
     bytes_, number = size_of(kind), size_of(real)
     row, parameters = given.shape[1] * number, given.ctypes.data
     x, dx = packet.x + at * bytes_, packet.dx + at * bytes_
-    streams, ahead = packet.stream, packet.ahead
+    residual = packet.residual + at * bytes_ if packet.residual else 0
+    dresidual = packet.dresidual + at * bytes_ if packet.dresidual else 0
+    streams = packet.stream and (not dresidual or (dx ^ dresidual) & (LINE - 1) == 0)
     low, high, zero = splat(packet.low_kink, real), splat(packet.high_kink, real), splat(0.0, real)
     done, count = 0, _until_aligned(dx, size, streams, kind)
     while done < size:
         while is_simple(how) and count == LANES and done + LANES <= size:
             place = parameters + done * stride * number
-            if ahead:
-                prefetch(x + done * bytes_ + ahead)
-                prefetch(packet.dy + (at + done) * bytes_ + ahead)
             centred = load(x + done * bytes_, kind) - load(place, real)
             z = multiply_add(centred, load(place + SCALE * row, real), load(place + SHIFT * row, real))
+            if residual:
+                z = z + load(residual + done * bytes_, kind)
             dy = within(load(packet.dy + (at + done) * bytes_, kind), z, low, high, real)
             found = multiply_add(
                 load(place + B * row, real),
@@ -180,6 +181,11 @@ def differentiate_run(
                 load(place + C * row, real),
             )
             found = multiply_add(load(place + A * row, real), dy, found)
+            if dresidual:
+                if streams:
+                    stream(dy, dresidual + done * bytes_, kind)
+                else:
+                    store(dy, dresidual + done * bytes_, kind)
             if streams:
                 stream(found, dx + done * bytes_, kind)
             else:
@@ -198,8 +204,8 @@ def differentiate_run(
             if not is_simple(how) and mask:
                 dy = keep_valid(dy, mask + done, count, zero)
                 found = keep_valid(found, mask + done, count, zero)
-            if not is_simple(how) and packet.dresidual:
-                put(dy, packet.dresidual + (at + done) * bytes_, count, False, kind)
+            if dresidual:
+                put(dy, dresidual + done * bytes_, count, False, kind)
             put(found, dx + done * bytes_, count, streams, kind)
         done += count
         count = LANES

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .packet import numbers, parameter
+from .access import take_number
+from .packet import numbers, parameter, set_parameter
 from .vector import function
 
 # What x is multiplied by for its moments: the squares of 1e20 and more overflow float32. A power of two costs
@@ -23,50 +24,53 @@ def merged(count: Any, mean: Any, m2: Any, more: Any, other_mean: Any, other_m2:
 
 
 @function
+def is_far(deviations: Any, squares: Any, count: Any) -> Any:
+    """Whether a center was so far from the mean, beyond two standard deviations, that digits are lost.
+
+    Args:
+        deviations, squares: sums of the deviations from the center, and of their squares.
+        count: values.
+    """
+    return deviations * deviations > 0.8 * count * squares
+
+
+@function
 def rounded(value: Any, real: Any) -> Any:
     """Return a number rounded to the dtype of the arithmetic."""
     return np.float64(real(value))
 
 
 @function
-def finish_moments(packet: Any, group: Any, channel: Any) -> None:
-    """Merge the parts of a channel's moments into the first, and write rstd = 1 / sqrt(m2 / count + eps)."""
+def set_rstd(packet: Any, group: Any, first: Any, last: Any) -> None:
+    """Write rstd = 1 / sqrt(m2 / count + eps) of channels `first` to `last`."""
     size = packet.groups * packet.channels
-    counts = numbers(packet.count, packet.parts * size)
-    means, m2s = numbers(packet.mean, packet.parts * size), numbers(packet.m2, packet.parts * size)
-    here = group * packet.channels + channel
-    for place in range(here + size, packet.parts * size, size):
-        if counts[place] > 0:
-            means[here], m2s[here] = merged(
-                counts[here], means[here], m2s[here], counts[place], means[place], m2s[place]
-            )
-            counts[here] += counts[place]
-    numbers(packet.rstd, size)[here] = 1.0 / np.sqrt(m2s[here] / max(counts[here], 1.0) + packet.eps)
+    m2, rstd = numbers(packet.m2, size), numbers(packet.rstd, size)
+    count = max(numbers(packet.count, packet.groups)[group], 1.0)
+    for here in range(group * packet.channels + first, group * packet.channels + last):
+        rstd[here] = 1.0 / np.sqrt(m2[here] / count + packet.eps)
 
 
 @function
-def finish_sums(packet: Any, group: Any, channel: Any, real: Any) -> None:
-    """Add up the parts of a channel's sums, and write the coefficients of dx = a dy' + b x̂ + c.
+def set_coefficients(packet: Any, group: Any, first: Any, last: Any, count: Any, real: Any) -> None:
+    """Write the coefficients of dx = a dy' + b x̂ + c of channels `first` to `last`, and their gradients.
 
     Of the batch's own statistics, with n = count: a = weight rstd, b = -a Σ(dy' x̂)/n, c = -a Σdy'/n; of
     constant ones, b = c = 0.
     """
     size = packet.groups * packet.channels
-    counts = numbers(packet.count, packet.parts * size)
-    sums, products = (
-        numbers(packet.sum_dy, packet.parts * size),
-        numbers(packet.sum_dy_xhat, packet.parts * size),
+    sums, products, rstd = (
+        numbers(packet.sum_dy, size),
+        numbers(packet.sum_dy_xhat, size),
+        numbers(packet.rstd, size),
     )
-    here = group * packet.channels + channel
-    for place in range(here + size, packet.parts * size, size):
-        counts[here] += counts[place]
-        sums[here] += sums[place]
-        products[here] += products[place]
-    a = parameter(packet.weight, channel, 1.0, real) * numbers(packet.rstd, size)[here]
-    share = 0.0 if packet.constant else -a / max(counts[here], 1.0)
-    numbers(packet.a, size)[here] = a
-    numbers(packet.b, size)[here] = share * products[here]
-    numbers(packet.c, size)[here] = share * sums[here]
+    a, b, c = numbers(packet.a, size), numbers(packet.b, size), numbers(packet.c, size)
+    share = 0.0 if packet.constant else -1.0 / max(count, 1.0)
+    for channel in range(first, last):
+        here = group * packet.channels + channel
+        slope = parameter(packet.weight, channel, 1.0, real) * rstd[here]
+        a[here], b[here], c[here] = slope, slope * share * products[here], slope * share * sums[here]
+        set_parameter(packet.dweight, channel, products[here], real)
+        set_parameter(packet.dbias, channel, sums[here], real)
 
 
 @function
@@ -97,14 +101,89 @@ CHANNELS = 256  # of a task that only merges parts
 
 
 @function
-def merge_moments(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:  # noqa: ARG001
-    """Merge the parts of the moments of task `index`'s channels, counted over all groups."""
-    for here in range(index * CHANNELS, min(packet.groups * packet.channels, (index + 1) * CHANNELS)):
-        finish_moments(packet, here // packet.channels, here % packet.channels)
+def _task(packet: Any, index: Any) -> Any:
+    """Return a merging task's group, and its first and last channel."""
+    blocks = (packet.channels + CHANNELS - 1) // CHANNELS
+    group, block = divmod(index, blocks)
+    return group, block * CHANNELS, min(packet.channels, (block + 1) * CHANNELS)
 
 
 @function
-def merge_sums(packet: Any, index: Any, kind: Any, real: Any, how: Any) -> None:  # noqa: ARG001
-    """Add up the parts of the sums of task `index`'s channels, counted over all groups."""
-    for here in range(index * CHANNELS, min(packet.groups * packet.channels, (index + 1) * CHANNELS)):
-        finish_sums(packet, here // packet.channels, here % packet.channels, real)
+def merge_moments(packet: Any, index: Any, real: Any) -> None:  # noqa: ARG001
+    """Merge the parts' moments of a task's channels, and write their rstd."""
+    group, first, last = _task(packet, index)
+    size, groups = packet.groups * packet.channels, packet.groups
+    counts, mean, m2 = (
+        numbers(packet.part_count, packet.parts * groups),
+        numbers(packet.mean, size),
+        numbers(packet.m2, size),
+    )
+    means, m2s = numbers(packet.part_mean, packet.parts * size), numbers(packet.part_m2, packet.parts * size)
+    start = group * packet.channels
+    for here in range(start + first, start + last):
+        mean[here], m2[here] = 0.0, 0.0
+    count = 0.0
+    for part in range(packet.parts):
+        more = counts[part * groups + group]
+        if more > 0:
+            for here in range(start + first, start + last):
+                place = part * size + here
+                mean[here], m2[here] = merged(count, mean[here], m2[here], more, means[place], m2s[place])
+            count += more
+    numbers(packet.count, groups)[group] = count
+    set_rstd(packet, group, first, last)
+
+
+@function
+def merge_sums(packet: Any, index: Any, real: Any) -> None:
+    """Add up the parts' sums of a task's channels, and write their coefficients."""
+    group, first, last = _task(packet, index)
+    size, groups = packet.groups * packet.channels, packet.groups
+    counts, sum_dy, sum_dy_xhat = (
+        numbers(packet.part_count, packet.parts * groups),
+        numbers(packet.sum_dy, size),
+        numbers(packet.sum_dy_xhat, size),
+    )
+    sums, products = (
+        numbers(packet.part_dy, packet.parts * size),
+        numbers(packet.part_dy_xhat, packet.parts * size),
+    )
+    start = group * packet.channels
+    for here in range(start + first, start + last):
+        sum_dy[here], sum_dy_xhat[here] = 0.0, 0.0
+    count = 0.0
+    for part in range(packet.parts):
+        for here in range(start + first, start + last):
+            sum_dy[here] += sums[part * size + here]
+            sum_dy_xhat[here] += products[part * size + here]
+        count += counts[part * groups + group]
+    set_coefficients(packet, group, first, last, count, real)
+
+
+@function
+def move_running(packet: Any, real: Any) -> None:
+    """Move the running statistics: running = (1 - momentum) running + momentum batch; var is m2 / (n - 1)."""
+    mean, m2 = numbers(packet.mean, packet.channels), numbers(packet.m2, packet.channels)
+    if packet.batches:
+        take_number(packet.batches)
+    for channel in range(packet.channels):
+        if packet.running_mean:
+            moved = _moved(packet, packet.running_mean, channel, mean[channel], real)
+            set_parameter(packet.running_mean, channel, moved, real)
+        if packet.running_var:
+            moved = _moved(packet, packet.running_var, channel, m2[channel] / packet.corrected, real)
+            set_parameter(packet.running_var, channel, moved, real)
+
+
+@function
+def _moved(packet: Any, running: Any, channel: Any, batch: Any, real: Any) -> Any:
+    return (1 - packet.momentum) * parameter(running, channel, 0.0, real) + packet.momentum * batch
+
+
+@function
+def take_running(packet: Any, real: Any) -> None:
+    """Write mean and rstd by the running statistics."""
+    mean, rstd = numbers(packet.mean, packet.channels), numbers(packet.rstd, packet.channels)
+    for channel in range(packet.channels):
+        mean[channel] = parameter(packet.running_mean, channel, 0.0, real)
+        rstd[channel] = 1.0 / np.sqrt(parameter(packet.running_var, channel, 1.0, real) + packet.eps)

@@ -33,12 +33,11 @@ if hasattr(os, "register_at_fork"):  # where there is a fork, the parent's threa
     os.register_at_fork(after_in_child=_note_the_fork)
 
 
-def run(name: str, dtype: torch.dtype, simple: bool, packet: Packet, tasks: int, values: int) -> None:
-    """Run tasks 0 to `tasks` of a kernel; `values` says how much there is to do in all."""
-    packet.tasks, packet.next = tasks, 0
+def run(name: str, dtype: torch.dtype, simple: bool, packet: Packet, values: int) -> None:
+    """Run a kernel on a packet; `values` says how much there is to do in all."""
     function, address = kernel(name, dtype, simple), ctypes.addressof(packet)
-    threads = min(tasks, torch.get_num_threads())
-    if values <= _FEW or threads == 1 or _in_a_child:
+    threads = 1 if values <= _FEW else min(packet.tasks, torch.get_num_threads())
+    if threads == 1 or _in_a_child:
         _worker(function)(address)
     else:
         _on_threads()(function, address, threads)
