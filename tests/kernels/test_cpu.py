@@ -100,6 +100,44 @@ def test_an_outlier_costs_the_variance_no_accuracy() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((4, 6, 20, 17), "contiguous"), ((4, 6, 20, 17), "channels_last"), ((90, 5), "contiguous")],
+)
+def test_a_first_guess_far_off_is_found_out(shape: tuple[int, ...], layout: str) -> None:
+    """The first values are masked, so that the mean is guessed as 0, a million standard deviations away."""
+    case = Case("guess", shape, layout, offset=1e6, masked=True)
+    inputs = case.make()
+    mask = inputs.mask
+    assert mask is not None
+    mask[: 60 if len(shape) == 2 else 2] = False
+    expected = reference_results(case, inputs)
+    y, found, _ = engine.forward(inputs.x, 1e-5, inputs.weight, inputs.bias, mask=mask)
+    assert_close(y, expected.y, dtype=torch.float32, what="y")
+    assert_close(
+        found.m2[0] / found.count,
+        expected.var[0],
+        dtype=torch.float32,
+        what="var",
+        scale=expected.rstd[0] ** 2,
+    )
+
+
+def test_rows_that_do_not_begin_a_cache_line_are_not_streamed_to() -> None:
+    """Streaming to any other address would end the process."""
+    case = Case("rows", (8200, 67), residual=True, activation="relu")
+    inputs = case.make()
+    x, weight, bias, residual, dy, _ = inputs
+    expected = reference_results(case, inputs)
+    y, found, rstd = engine.forward(x, 1e-5, weight, bias, residual=residual, activation="relu")
+    assert_close(y, expected.y, dtype=torch.float32, what="y")
+    dx, _, _, dresidual = engine.backward(
+        x, dy, found.mean, rstd, False, weight, bias, residual=residual, activation="relu"
+    )
+    assert_close(dx, expected.dx, dtype=torch.float32, scale=expected.std, what="dx")
+    assert_close(dresidual, expected.dresidual, dtype=torch.float32, what="dresidual")
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
 def test_what_is_huge_or_not_finite_spoils_its_channel_and_no_other(bad: float) -> None:
     for shape in ((13, 5), (3, 5, 20, 17), (8, 5, 6, 6)):
@@ -259,3 +297,11 @@ def test_narrow_dtypes_are_rounded_to_nearest_and_ties_to_even(dtype: torch.dtyp
         exact - torch.nextafter(expected, y.new_full((), 9)).double()
     ).abs()
     assert halfway.sum() > 30
+
+
+def test_a_nan_of_any_bits_stays_one_in_bfloat16() -> None:
+    """Rounding adds to the bits; of a NaN whose bits are all set that would make a small number."""
+    x = torch.randn(6, 3).bfloat16()
+    weight = torch.tensor([-1, 0x7FFFFFFF, 0x3F800000], dtype=torch.int32).view(torch.float32)
+    y, *_ = engine.forward(x, 1e-5, weight)
+    assert y.isnan().all(0).tolist() == [True, True, False]

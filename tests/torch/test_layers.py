@@ -216,3 +216,13 @@ def test_tensor_subclasses_pass_through() -> None:
     assert type(y) is Tagged
     with batchnorm.kernels.use("eager"):  # no other engine reads the memory of what is no plain tensor
         assert torch.equal(y.as_subclass(Tensor), layer(x))
+
+
+def test_autograd_notices_that_running_statistics_have_moved() -> None:
+    """The kernel that moves them writes past torch, which must know all the same."""
+    layer = batchnorm.BatchNorm1d(3)
+    factor = torch.ones(3, requires_grad=True)
+    product = (factor * layer.running_mean).sum()
+    layer(torch.randn(4, 3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()

@@ -18,7 +18,6 @@ from .statistics import CHANNELS
 from .tasks import run
 
 _STREAM = 2**19  # values from which y and dx are written past the caches: they would not stay there anyway
-_AHEAD = 4096  # bytes that a long run is read ahead; further on and nearer by were slower
 
 _REALS = (torch.float32, torch.float64)  # dtypes that running statistics have here
 
@@ -60,7 +59,6 @@ class _Call:
             packet.mask = self.mask.data_ptr()
         packet.low = packet.high = packet.low_kink = packet.high_kink = math.nan  # no bounds
         packet.stream = x.numel() >= _STREAM
-        packet.ahead = _AHEAD if self.plan.family == "rows" and self.plan.parts > 1 else 0
 
     def affine(self, weight: Tensor | None, bias: Tensor | None) -> None:
         """Take weight and bias."""

@@ -54,7 +54,6 @@ _NUMBERS = (
     "measure",  # whether to take statistics, or the sums of the gradient
     "apply",  # whether to write y, or dx
     "constant",  # whether mean and rstd do not depend on x
-    "ahead",  # rows only: bytes that are asked for ahead, 0 for none
     "stream",  # whether y or dx is written past the caches
     "activation",  # see activations.py
     "tasks",  # of a pass over the tensor
@@ -108,11 +107,17 @@ def numbers(address: Any, size: Any) -> Any:
 
 
 @function
+def plain(value: Any) -> Any:
+    """Return a number; of all the NaNs there are, the usual one (see `access._narrowed`)."""
+    return value if value == value else np.nan
+
+
+@function
 def parameter(address: Any, channel: Any, missing: Any, real: Any) -> Any:
     """Return a channel's weight or bias in float64; `missing` where there is none."""
     if address == 0:
         return missing
-    return np.float64(carray(pointer(address), (channel + 1,), real)[channel])
+    return plain(np.float64(carray(pointer(address), (channel + 1,), real)[channel]))
 
 
 @function

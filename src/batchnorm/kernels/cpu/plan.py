@@ -9,11 +9,11 @@ from typing import NamedTuple
 _PLANE = 256  # values of a channel side by side, from which a channel is a task of its own
 _ROW = 1024  # columns of a row of several units, and of a block of short planes
 _ROWS = 32  # rows that are worth more than wide ones
-_BLOCK = 2048  # columns of a block otherwise: a multiple of a vector
+_BLOCK = 1024  # columns of a block otherwise: a multiple of a vector
 _CACHED = 2**17  # values that stay in a core's cache
-_NARROW = 64  # columns of a block that are worth a task of their own
+_NARROW = 128  # columns of a block that are worth a task of their own
 _TASKS = 16  # enough for the threads of most machines, and to even out what each of them gets to do
-_PART, _PARTS = 2**16, 32  # values of a part at least, and number of parts at most
+_PART, _PARTS = 2**17, 32  # values of a part at least, and number of parts at most
 
 
 class Plan(NamedTuple):
@@ -65,7 +65,8 @@ def plan(shape: tuple[int, ...], channels_last: bool, masked: bool, group_size: 
     else:
         units, columns, block = samples, channels * positions, _columns(positions)
     blocks = math.ceil(columns / block)
-    parts = 1 if positions == 1 and block <= narrow else _parts(blocks * groups, group * channels * positions)
+    values = group * channels * positions // blocks
+    parts = 1 if positions == 1 and block <= narrow else _parts(blocks * groups, values)
     return Plan(
         "rows", channels, positions, groups, units, group, parts, columns, block, parts * groups * blocks
     )
@@ -79,4 +80,4 @@ def _columns(positions: int) -> int:
 
 def _parts(tasks: int, values: int) -> int:
     """Return into how many parts each task is cut, of which all have so many values."""
-    return 1 if tasks >= _TASKS else max(1, min(_PARTS, values // _PART))
+    return 1 if tasks >= _TASKS else max(1, min(_PARTS // tasks, values // _PART))

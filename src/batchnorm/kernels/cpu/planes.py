@@ -68,6 +68,14 @@ def _run(packet: Any, channel: Any, at: Any, last: Any) -> Any:
 
 
 @function
+def _last_run(packet: Any, channel: Any, first: Any, last: Any) -> Any:
+    """Return where the last values before `last` lie side by side, and how many: the cache still has them."""
+    size = min((last - 1) % packet.positions + 1, last - first)
+    place, _ = _run(packet, channel, last - size, last)
+    return place, size
+
+
+@function
 def _valid(packet: Any, at: Any, last: Any, how: Any) -> Any:
     """Return how many values count, of those from `at` to `last` of a channel."""
     if is_simple(how) or not packet.mask:
@@ -208,10 +216,10 @@ def forward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, rea
         given = np.empty((PARAMETERS, LANES), real)
         _set_affine(packet, group, channel, given, real)
         while first < last:
-            place, size = _run(packet, channel, first, last)
-            mask = packet.mask + first if packet.mask else 0
+            place, size = _last_run(packet, channel, first, last)
+            last -= size
+            mask = packet.mask + last if packet.mask else 0
             normalize_run(packet, place, size, mask, given, 0, kind, real, how)
-            first += size
 
 
 @function
@@ -282,11 +290,11 @@ def backward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, re
         if packet.parts == 1:
             set_coefficients(packet, group, channel, channel + 1, count, real)
     if applies:
-        _, a, b, c = slopes(packet, group, channel, rest)
+        a, b, c = slopes(packet, group, channel, rest)
         for lane in range(LANES):
             given[A, lane], given[B, lane], given[C, lane] = a, b, c
         while first < last:
-            place, size = _run(packet, channel, first, last)
-            mask = packet.mask + first if packet.mask else 0
+            place, size = _last_run(packet, channel, first, last)
+            last -= size
+            mask = packet.mask + last if packet.mask else 0
             differentiate_run(packet, place, size, mask, given, 0, kind, real, how)
-            first += size

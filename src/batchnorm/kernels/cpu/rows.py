@@ -71,11 +71,11 @@ def _around(
     width, fold, number = end - column, units_in_a_row(packet), size_of(real)
     center, sums = np.zeros(width + LANES, real), np.zeros((2, width + LANES), real)
     spread(centers, packet, column, width, center)
-    while (is_simple(how) or not packet.mask) and last - unit >= fold:
-        rows = min(strips.STRIP, (last - unit) // fold)
+    while (is_simple(how) or not packet.mask) and last - unit >= strips.SUMMED * fold:
         place = place_of(packet, unit, column)
-        strips.add_deviations(packet, place, rows, width, center, factor, sums, kind, real)
-        unit += rows * fold
+        ahead = strips.distance(packet, unit, last, fold, strips.SUMMED, kind)
+        strips.add_deviations(packet, place, width, ahead, center, factor, sums, kind, real)
+        unit += strips.SUMMED * fold
     first, second = sums.ctypes.data, sums.ctypes.data + sums.shape[1] * number
     for row in range(unit, last, fold):
         if is_in(packet, row, how):
@@ -139,7 +139,7 @@ def _moments(
         for channel in range(channels):
             centers[channel] = 0.0 if is_guess else rounded(found[0, channel], real)
         if is_guess:
-            glance = min(stop, unit + strips.STRIP * fold)
+            glance = min(stop, unit + strips.SUMMED * fold)
             seen = max(valid_values(packet, unit, glance, how), 1.0)
             _around(packet, unit, glance, column, end, centers, factor, more, kind, real, how)
             for channel in range(channels):
@@ -196,10 +196,11 @@ def forward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, rea
         given = np.empty((PARAMETERS, width + LANES), real)
         _set_affine(packet, group, column, width, given, real)
         fold = units_in_a_row(packet)
-        while is_simple(how) and last - unit >= fold:
-            rows = min(strips.STRIP, (last - unit) // fold)
-            strips.normalize(packet, place_of(packet, unit, column), rows, width, given, kind, real)
-            unit += rows * fold
+        while is_simple(how) and width >= LANES and last - unit >= strips.WRITTEN * fold:
+            ahead = strips.distance(packet, unit, last, fold, strips.WRITTEN, kind) if packet.parts > 1 else 0
+            place = place_of(packet, unit, column)
+            strips.normalize(packet, place, width, ahead, given, kind, real)
+            unit += strips.WRITTEN * fold
         for row in range(unit, last, fold):
             size = columns_in(packet, row, last, column, end)
             place = place_of(packet, row, column)
@@ -233,7 +234,7 @@ def _set_slopes(packet: Any, group: Any, column: Any, width: Any, rest: Any, giv
     first_channel, channels, _, _, _ = layout(packet, column, width)
     values = np.empty((PARAMETERS, channels), np.float64)
     for channel in range(channels):
-        _, values[A, channel], values[B, channel], values[C, channel] = slopes(
+        values[A, channel], values[B, channel], values[C, channel] = slopes(
             packet, group, first_channel + channel, rest[channel]
         )
     for row in (A, B, C):
@@ -260,11 +261,11 @@ def _add_gradients(
     row_bytes = given.shape[1] * size_of(real)
     fold = units_in_a_row(packet)
     low, high = splat(packet.low_kink, real), splat(packet.high_kink, real)
-    while is_simple(how) and last - unit >= fold:
-        rows = min(strips.STRIP, (last - unit) // fold)
+    while is_simple(how) and last - unit >= strips.SUMMED * fold:
         place = place_of(packet, unit, column)
-        strips.add_gradients(packet, place, rows, end - column, given, sums, kind, real)
-        unit += rows * fold
+        ahead = strips.distance(packet, unit, last, fold, strips.SUMMED, kind)
+        strips.add_gradients(packet, place, end - column, ahead, given, sums, kind, real)
+        unit += strips.SUMMED * fold
     for row in range(unit, last, fold):
         if is_in(packet, row, how):
             size = columns_in(packet, row, last, column, end)
@@ -316,10 +317,11 @@ def backward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, re
             set_coefficients(packet, group, first_channel, first_channel + channels, count, real)
     if applies:
         _set_slopes(packet, group, column, width, rest, given)
-        while is_simple(how) and last - unit >= fold:
-            rows = min(strips.STRIP, (last - unit) // fold)
-            strips.differentiate(packet, place_of(packet, unit, column), rows, width, given, kind, real)
-            unit += rows * fold
+        while is_simple(how) and width >= LANES and last - unit >= strips.WRITTEN * fold:
+            ahead = strips.distance(packet, unit, last, fold, strips.WRITTEN, kind) if packet.parts > 1 else 0
+            place = place_of(packet, unit, column)
+            strips.differentiate(packet, place, width, ahead, given, kind, real)
+            unit += strips.WRITTEN * fold
         for row in range(unit, last, fold):
             size = columns_in(packet, row, last, column, end)
             place = place_of(packet, row, column)

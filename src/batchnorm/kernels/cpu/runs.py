@@ -15,7 +15,7 @@ from .vector import function, is_simple, multiply_add, splat
 
 # Rows of the array of parameters: of the forward, and of the backward.
 CENTER, SCALE, SHIFT = 0, 1, 2  # z = (x - center) * scale + shift
-RSTD, A, B, C = 3, 4, 5, 6  # x̂ = (x - center) * rstd, but for what rounding left of the mean, which c has
+RSTD, A, B, C = 3, 4, 5, 6  # dx = a dy' + b (x - center) rstd + c
 PARAMETERS = 7
 
 
@@ -117,15 +117,12 @@ def normalize_run(
     x, y = packet.x + at * bytes_, packet.y + at * bytes_
     residual, streams = packet.residual + at * bytes_ if packet.residual else 0, packet.stream
     low, high, zero = splat(packet.low, real), splat(packet.high, real), splat(0.0, real)
+    the_center, the_scale = load(parameters, real), load(parameters + SCALE * row, real)
+    the_shift = load(parameters + SHIFT * row, real)
     done, count = 0, _until_aligned(y, size, streams, kind)
     while done < size:
-        while is_simple(how) and count == LANES and done + LANES <= size:
-            place = parameters + done * stride * number
-            z = multiply_add(
-                load(x + done * bytes_, kind) - load(place, real),
-                load(place + SCALE * row, real),
-                load(place + SHIFT * row, real),
-            )
+        while is_simple(how) and stride == 0 and count == LANES and done + LANES <= size:
+            z = multiply_add(load(x + done * bytes_, kind) - the_center, the_scale, the_shift)
             if residual:
                 z = z + load(residual + done * bytes_, kind)
             z = bounded(z, low, high)
@@ -166,21 +163,19 @@ def differentiate_run(
     dresidual = packet.dresidual + at * bytes_ if packet.dresidual else 0
     streams = packet.stream and (not dresidual or (dx ^ dresidual) & (LINE - 1) == 0)
     low, high, zero = splat(packet.low_kink, real), splat(packet.high_kink, real), splat(0.0, real)
+    the_center, the_scale = load(parameters, real), load(parameters + SCALE * row, real)
+    the_shift, the_a = load(parameters + SHIFT * row, real), load(parameters + A * row, real)
+    the_b, the_c = load(parameters + B * row, real), load(parameters + C * row, real)
+    the_rstd = load(parameters + RSTD * row, real)
     done, count = 0, _until_aligned(dx, size, streams, kind)
     while done < size:
-        while is_simple(how) and count == LANES and done + LANES <= size:
-            place = parameters + done * stride * number
-            centred = load(x + done * bytes_, kind) - load(place, real)
-            z = multiply_add(centred, load(place + SCALE * row, real), load(place + SHIFT * row, real))
+        while is_simple(how) and stride == 0 and count == LANES and done + LANES <= size:
+            centred = load(x + done * bytes_, kind) - the_center
+            z = multiply_add(centred, the_scale, the_shift)
             if residual:
                 z = z + load(residual + done * bytes_, kind)
             dy = within(load(packet.dy + (at + done) * bytes_, kind), z, low, high, real)
-            found = multiply_add(
-                load(place + B * row, real),
-                centred * load(place + RSTD * row, real),
-                load(place + C * row, real),
-            )
-            found = multiply_add(load(place + A * row, real), dy, found)
+            found = multiply_add(the_a, dy, multiply_add(the_b, centred * the_rstd, the_c))
             if dresidual:
                 if streams:
                     stream(dy, dresidual + done * bytes_, kind)
@@ -198,8 +193,8 @@ def differentiate_run(
             centred = some(x + done * bytes_, count, center, kind) - center
             scale, shift = load(place + SCALE * row, real), load(place + SHIFT * row, real)
             dy = incoming(packet, at + done, count, centred, scale, shift, low, high, kind, real, how)
-            xhat = centred * load(place + RSTD * row, real)
             a, b = load(place + A * row, real), load(place + B * row, real)
+            xhat = centred * load(place + RSTD * row, real)
             found = multiply_add(a, dy, multiply_add(b, xhat, load(place + C * row, real)))
             if not is_simple(how) and mask:
                 dy = keep_valid(dy, mask + done, count, zero)

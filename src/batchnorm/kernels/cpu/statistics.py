@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .access import take_number
-from .packet import numbers, parameter, set_parameter
+from .packet import numbers, parameter, plain, set_parameter
 from .vector import function
 
 # What x is multiplied by for its moments: the squares of 1e20 and more overflow float32. A power of two costs
@@ -81,7 +81,7 @@ def affine(packet: Any, group: Any, channel: Any, real: Any) -> Any:
     """
     size = packet.groups * packet.channels
     here = group * packet.channels + channel
-    mean, rstd = numbers(packet.mean, size)[here], numbers(packet.rstd, size)[here]
+    mean, rstd = plain(numbers(packet.mean, size)[here]), plain(numbers(packet.rstd, size)[here])
     center = rounded(mean, real)
     rest = mean - center
     scale = parameter(packet.weight, channel, 1.0, real) * rstd
@@ -90,11 +90,11 @@ def affine(packet: Any, group: Any, channel: Any, real: Any) -> Any:
 
 @function
 def slopes(packet: Any, group: Any, channel: Any, rest: Any) -> Any:
-    """Return rstd, a, b and c of dx = a dy' + b (x - center) rstd + c."""
+    """Return a, b and c of dx = a dy' + b (x - center) rstd + c, of those that go with x̂."""
     size = packet.groups * packet.channels
     here = group * packet.channels + channel
     rstd, b = numbers(packet.rstd, size)[here], numbers(packet.b, size)[here]
-    return rstd, numbers(packet.a, size)[here], b, numbers(packet.c, size)[here] - b * rest * rstd
+    return numbers(packet.a, size)[here], b, numbers(packet.c, size)[here] - b * rest * rstd
 
 
 CHANNELS = 256  # of a task that only merges parts

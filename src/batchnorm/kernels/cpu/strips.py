@@ -1,4 +1,4 @@
-"""A strip: some whole rows of a block of columns, for which a column's parameters are loaded once.
+"""A strip: a few whole rows of a block of columns, for which a column's parameters are loaded once.
 
 All of a row's parameters together do not stay in the first cache. Strips are for calls without a mask and
 with bounds as the activation at most (SIMPLE); rows.py does the others, and what is no whole row, row by row.
@@ -14,42 +14,68 @@ from .llvm import LANES
 from .runs import CENTER, RSTD, SCALE, SHIFT, A, B, C, put, some
 from .vector import function, multiply_add, splat
 
-STRIP = 8  # rows
+SUMMED, WRITTEN = 4, 2  # rows
+_AHEAD = 2**14  # bytes that are asked for ahead, at least
+
+
+@function
+def distance(packet: Any, unit: Any, last: Any, fold: Any, rows: Any, kind: Any) -> Any:
+    """Return how many bytes away the rows are that are asked for ahead; 0 where there are none."""
+    step = packet.columns * size_of(kind)
+    away = max(rows, (_AHEAD + step - 1) // step)
+    return away * step if last - unit >= (away + rows) * fold else 0
+
+
+@function
+def _ask(address: Any, kind: Any) -> None:
+    for line in range(0, LANES * size_of(kind), LINE):
+        prefetch(address + line)
 
 
 @function
 def add_deviations(
-    packet: Any, place: Any, rows: Any, width: Any, center: Any, factor: Any, sums: Any, kind: Any, real: Any
+    packet: Any,
+    place: Any,
+    width: Any,
+    ahead: Any,
+    center: Any,
+    factor: Any,
+    sums: Any,
+    kind: Any,
+    real: Any,
 ) -> None:
     """Add x * factor - center, and its square, to the two rows of sums, per column.
 
     Args:
         packet: the call.
         place: number of the strip's first value in its tensor.
-        rows, width: of the strip.
+        width: columns.
+        ahead: bytes from a value to what is asked for meanwhile, 0 for nothing.
         center: per column.
         factor: of x.
-        sums: `[2, width]` at least.
+        sums: `[2, width + LANES]`.
         kind: of the tensors in memory.
         real: of the arithmetic.
     """
     step, number = packet.columns * size_of(kind), size_of(real)
-    ahead, scale = STRIP * step, splat(factor, real)
+    scale = splat(factor, real)
     first, second = sums.ctypes.data, sums.ctypes.data + sums.shape[1] * number
     for start in range(0, width, LANES):
         s, q = load(first + start * number, real), load(second + start * number, real)
         middle = load(center.ctypes.data + start * number, real)
         x = packet.x + (place + start) * size_of(kind)
         if start + LANES <= width:
-            for _ in range(rows):
-                for line in range(0, LANES * size_of(kind), LINE):
-                    prefetch(x + ahead + line)
-                deviation = load(x, kind) * scale - middle
-                s, q = s + deviation, multiply_add(deviation, deviation, q)
-                x += step
+            if ahead:
+                for row in range(SUMMED):
+                    _ask(x + ahead + row * step, kind)
+            v0, v1 = load(x, kind) * scale - middle, load(x + step, kind) * scale - middle
+            v2 = load(x + 2 * step, kind) * scale - middle
+            v3 = load(x + 3 * step, kind) * scale - middle
+            s = s + ((v0 + v1) + (v2 + v3))
+            q = multiply_add(v3, v3, multiply_add(v2, v2, multiply_add(v1, v1, multiply_add(v0, v0, q))))
         else:
             fill = middle * splat(1 / factor, real)
-            for _ in range(rows):
+            for _ in range(SUMMED):
                 deviation = load_part(x, width - start, fill, kind) * scale - middle
                 s, q = s + deviation, multiply_add(deviation, deviation, q)
                 x += step
@@ -59,108 +85,111 @@ def add_deviations(
 
 @function
 def add_gradients(
-    packet: Any, place: Any, rows: Any, width: Any, given: Any, sums: Any, kind: Any, real: Any
+    packet: Any,
+    place: Any,
+    width: Any,
+    ahead: Any,
+    given: Any,
+    sums: Any,
+    kind: Any,
+    real: Any,
 ) -> None:
     """Add dy' and dy' (x - center) rstd to the two rows of sums, per column; arguments as above."""
     step, number, zero = packet.columns * size_of(kind), size_of(real), splat(0.0, real)
-    ahead, row, parameters = STRIP * step, given.shape[1] * number, given.ctypes.data
+    row, parameters = given.shape[1] * number, given.ctypes.data
     first, second = sums.ctypes.data, sums.ctypes.data + sums.shape[1] * number
     low, high = splat(packet.low_kink, real), splat(packet.high_kink, real)
     for start in range(0, width, LANES):
         s, q = load(first + start * number, real), load(second + start * number, real)
-        column, count = parameters + start * number, min(LANES, width - start)
+        column, count = parameters + start * number, width - start
         center, rstd = load(column + CENTER * row, real), load(column + RSTD * row, real)
         scale, shift = load(column + SCALE * row, real), load(column + SHIFT * row, real)
         offset = (place + start) * size_of(kind)
         x, dy = packet.x + offset, packet.dy + offset
         residual = packet.residual + offset if packet.residual else 0
-        for _ in range(rows):
-            for line in range(0, LANES * size_of(kind), LINE):
-                prefetch(x + ahead + line)
-                prefetch(dy + ahead + line)
-            centred = some(x, count, center, kind) - center
-            z = multiply_add(centred, scale, shift)
+        for _ in range(0, SUMMED, 2):
+            if ahead:
+                _ask(x + ahead, kind)
+                _ask(x + ahead + step, kind)
+                _ask(dy + ahead, kind)
+                _ask(dy + ahead + step, kind)
+            v0, v1 = some(x, count, center, kind) - center, some(x + step, count, center, kind) - center
+            z0, z1 = multiply_add(v0, scale, shift), multiply_add(v1, scale, shift)
             if residual:
-                z = z + some(residual, count, zero, kind)
-                residual += step
-            incoming = within(some(dy, count, zero, kind), z, low, high, real)
-            s, q = s + incoming, multiply_add(incoming, centred * rstd, q)
-            x += step
-            dy += step
+                z0 = z0 + some(residual, count, zero, kind)
+                z1 = z1 + some(residual + step, count, zero, kind)
+                residual += 2 * step
+            d0 = within(some(dy, count, zero, kind), z0, low, high, real)
+            d1 = within(some(dy + step, count, zero, kind), z1, low, high, real)
+            s, q = s + (d0 + d1), multiply_add(d1, v1 * rstd, multiply_add(d0, v0 * rstd, q))
+            x += 2 * step
+            dy += 2 * step
         store(s, first + start * number, real)
         store(q, second + start * number, real)
 
 
 @function
 def _streams(packet: Any, address: Any, kind: Any) -> Any:
-    """Whether the rows of an output may be streamed to: each begins a line, and a vector fills it."""
-    row = packet.columns * size_of(kind)
-    return packet.stream and size_of(kind) >= 4 and (address | row) & (LINE - 1) == 0
+    """Whether the rows of an output may be streamed to: each begins a cache line."""
+    return packet.stream and (address | packet.columns * size_of(kind)) & (LINE - 1) == 0
 
 
 @function
-def normalize(packet: Any, place: Any, rows: Any, width: Any, given: Any, kind: Any, real: Any) -> None:
-    """Write y; arguments as above."""
-    step, number, zero = packet.columns * size_of(kind), size_of(real), splat(0.0, real)
+def normalize(packet: Any, place: Any, width: Any, ahead: Any, given: Any, kind: Any, real: Any) -> None:
+    """Write y; arguments as above. The last vector may overlap the one before it: `width` >= LANES."""
+    step, number = packet.columns * size_of(kind), size_of(real)
     row, parameters = given.shape[1] * number, given.ctypes.data
-    ahead = STRIP * step if packet.ahead else 0
-    streams = _streams(packet, packet.y, kind)
     low, high = splat(packet.low, real), splat(packet.high, real)
+    streams = _streams(packet, packet.y, kind)
     for start in range(0, width, LANES):
-        column, count = parameters + start * number, min(LANES, width - start)
+        if start + LANES > width:
+            start, streams = width - LANES, False
+        column, offset = parameters + start * number, (place + start) * size_of(kind)
         center, scale = load(column + CENTER * row, real), load(column + SCALE * row, real)
         shift = load(column + SHIFT * row, real)
-        offset = (place + start) * size_of(kind)
         x, y = packet.x + offset, packet.y + offset
-        residual = packet.residual + offset if packet.residual else 0
-        for _ in range(rows):
-            if ahead:
-                prefetch(x + ahead)
-            z = multiply_add(some(x, count, center, kind) - center, scale, shift)
-            if residual:
-                z = z + some(residual, count, zero, kind)
-                residual += step
-            put(bounded(z, low, high), y, count, streams, kind)
-            x += step
-            y += step
+        if ahead:
+            _ask(x + ahead, kind)
+            _ask(x + ahead + step, kind)
+        z0 = multiply_add(load(x, kind) - center, scale, shift)
+        z1 = multiply_add(load(x + step, kind) - center, scale, shift)
+        if packet.residual:
+            z0 = z0 + load(packet.residual + offset, kind)
+            z1 = z1 + load(packet.residual + offset + step, kind)
+        put(bounded(z0, low, high), y, LANES, streams, kind)
+        put(bounded(z1, low, high), y + step, LANES, streams, kind)
 
 
 @function
-def differentiate(packet: Any, place: Any, rows: Any, width: Any, given: Any, kind: Any, real: Any) -> None:
-    """Write dx, and dresidual where there is a residual; arguments as above."""
-    step, number, zero = packet.columns * size_of(kind), size_of(real), splat(0.0, real)
+def differentiate(packet: Any, place: Any, width: Any, ahead: Any, given: Any, kind: Any, real: Any) -> None:
+    """Write dx, and dresidual where there is a residual; as `normalize`."""
+    step, number = packet.columns * size_of(kind), size_of(real)
     row, parameters = given.shape[1] * number, given.ctypes.data
-    ahead = STRIP * step if packet.ahead else 0
-    streams = _streams(packet, packet.dx | packet.dresidual, kind)
     low, high = splat(packet.low_kink, real), splat(packet.high_kink, real)
+    streams = _streams(packet, packet.dx | packet.dresidual, kind)
     for start in range(0, width, LANES):
-        column, count = parameters + start * number, min(LANES, width - start)
-        center, rstd = load(column + CENTER * row, real), load(column + RSTD * row, real)
-        scale, shift = load(column + SCALE * row, real), load(column + SHIFT * row, real)
-        a, b, c = (
-            load(column + A * row, real),
-            load(column + B * row, real),
-            load(column + C * row, real),
-        )
-        offset = (place + start) * size_of(kind)
+        if start + LANES > width:
+            start, streams = width - LANES, False
+        column, offset = parameters + start * number, (place + start) * size_of(kind)
+        center, scale = load(column + CENTER * row, real), load(column + SCALE * row, real)
+        shift, rstd = load(column + SHIFT * row, real), load(column + RSTD * row, real)
+        a, b = load(column + A * row, real), load(column + B * row, real)
+        c = load(column + C * row, real)
         x, dy, dx = packet.x + offset, packet.dy + offset, packet.dx + offset
-        residual = packet.residual + offset if packet.residual else 0
-        dresidual = packet.dresidual + offset if packet.dresidual else 0
-        for _ in range(rows):
-            if ahead:
-                prefetch(x + ahead)
-                prefetch(dy + ahead)
-            centred = some(x, count, center, kind) - center
-            z = multiply_add(centred, scale, shift)
-            if residual:
-                z = z + some(residual, count, zero, kind)
-                residual += step
-            incoming = within(some(dy, count, zero, kind), z, low, high, real)
-            if dresidual:
-                put(incoming, dresidual, count, streams, kind)
-                dresidual += step
-            found = multiply_add(a, incoming, multiply_add(b, centred * rstd, c))
-            put(found, dx, count, streams, kind)
-            x += step
-            dy += step
-            dx += step
+        if ahead:
+            _ask(x + ahead, kind)
+            _ask(x + ahead + step, kind)
+            _ask(dy + ahead, kind)
+            _ask(dy + ahead + step, kind)
+        v0, v1 = load(x, kind) - center, load(x + step, kind) - center
+        z0, z1 = multiply_add(v0, scale, shift), multiply_add(v1, scale, shift)
+        if packet.residual:
+            z0 = z0 + load(packet.residual + offset, kind)
+            z1 = z1 + load(packet.residual + offset + step, kind)
+        d0 = within(load(dy, kind), z0, low, high, real)
+        d1 = within(load(dy + step, kind), z1, low, high, real)
+        if packet.dresidual:
+            put(d0, packet.dresidual + offset, LANES, streams, kind)
+            put(d1, packet.dresidual + offset + step, LANES, streams, kind)
+        put(multiply_add(a, d0, multiply_add(b, v0 * rstd, c)), dx, LANES, streams, kind)
+        put(multiply_add(a, d1, multiply_add(b, v1 * rstd, c)), dx + step, LANES, streams, kind)
