@@ -124,3 +124,12 @@ def test_operators_pass_torch_s_own_check(affine: bool, activation: str | None, 
     torch.library.opcheck(
         torch.ops.batchnorm.normalize_backward.default, (*tensors, *wide, activation, given)
     )
+
+
+def test_row_28_a_second_derivative_of_a_compiled_layer_is_refused() -> None:
+    """The compiler's own limit, for any layer; it must be an error, and no wrong number."""
+    compiled, _ = pair(activation="silu")
+    x = torch.randn(4, 5, 3, 7, requires_grad=True)
+    (dx,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        dx.square().sum().backward()

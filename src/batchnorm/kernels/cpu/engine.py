@@ -35,14 +35,18 @@ class _Call:
     def __init__(self, x: Tensor, mask: Tensor | None, group_size: int | None) -> None:
         if x.is_neg():
             x = x.resolve_neg()
-        self.channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-        self.x = x if self.channels_last else x.contiguous()
+        masked = mask is not None
+        self.plan: Plan = plan(x.shape, x.stride(), masked, group_size)
+        if not self.plan.is_dense:
+            x = x.contiguous()
+            self.plan = plan(x.shape, x.stride(), masked, group_size)
+        self.x = x
         self.real = torch.float64 if x.dtype == torch.float64 else torch.float32  # of the arithmetic
         self.mask = None if mask is None else mask.contiguous()
-        self.plan: Plan = plan(tuple(x.shape), self.channels_last, mask is not None, group_size)
         self.kept: list[Tensor] = []
         self.packet = packet = Packet()
         (
+            _,
             _,
             packet.channels,
             packet.positions,

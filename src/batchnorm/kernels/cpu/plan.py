@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _PLANE = 256  # values of a channel side by side, from which a channel is a task of its own
@@ -20,10 +21,12 @@ class Plan(NamedTuple):
     """A call's tasks; what the numbers mean, packet.py says.
 
     Attributes:
+        is_dense: whether the tensor is laid out as one of the two that there are kernels for.
         family: `planes` or `rows`.
         tasks: their number.
     """
 
+    is_dense: bool
     family: str
     channels: int
     positions: int
@@ -37,22 +40,25 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(shape: tuple[int, ...], channels_last: bool, masked: bool, group_size: int | None) -> Plan:
-    """Return the tasks for a dense tensor `[N, C, *S]` that is not empty.
+def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_size: int | None) -> Plan:
+    """Return the tasks for a tensor `[N, C, *S]` that is not empty.
 
     Args:
-        shape: of the tensor.
-        channels_last: whether a position's channels lie side by side, or a channel's positions.
+        shape, stride: of the tensor.
         masked: some positions do not count.
         group_size: samples per statistics group; None = all.
     """
+    axes = range(len(shape))
+    contiguous = _is_dense(shape, stride, axes)
+    channels_last = not contiguous and _is_dense(shape, stride, (0, *axes[2:], 1))
+    is_dense = contiguous or channels_last
     samples, channels, positions = shape[0], shape[1], math.prod(shape[2:])
     group = samples if group_size is None else min(group_size, samples)
     groups = math.ceil(samples / group)
     if not channels_last and positions > 1 and (positions >= _PLANE or masked):
         parts = _parts(channels * groups, group * positions)
         tasks = parts * groups * channels
-        return Plan("planes", channels, positions, groups, samples, group, parts, 0, 0, tasks)
+        return Plan(is_dense, "planes", channels, positions, groups, samples, group, parts, 0, 0, tasks)
     narrow = 0
     if channels_last or positions == 1:
         units, group, positions = samples * positions, group * positions, 1
@@ -67,9 +73,18 @@ def plan(shape: tuple[int, ...], channels_last: bool, masked: bool, group_size: 
     blocks = math.ceil(columns / block)
     values = group * channels * positions // blocks
     parts = 1 if positions == 1 and block <= narrow else _parts(blocks * groups, values)
-    return Plan(
-        "rows", channels, positions, groups, units, group, parts, columns, block, parts * groups * blocks
-    )
+    tasks = parts * groups * blocks
+    return Plan(is_dense, "rows", channels, positions, groups, units, group, parts, columns, block, tasks)
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...], axes: Sequence[int]) -> bool:
+    """Whether values lie side by side, of these axes the last one fastest."""
+    step = 1
+    for axis in reversed(axes):
+        if shape[axis] > 1 and stride[axis] != step:
+            return False
+        step *= shape[axis]
+    return True
 
 
 def _columns(positions: int) -> int:
