@@ -155,7 +155,7 @@ def kernel(name: str, dtype: torch.dtype, simple: bool) -> int:
     Args:
         name: of `_KERNELS`.
         dtype: of the tensors.
-        simple: whether for calls without mask and residual, and at most bounds as an activation.
+        simple: whether for calls without a mask, and at most bounds as an activation.
     """
     kind, real = KINDS[dtype]
     entry = _KERNELS[name](kind, real, SIMPLE if simple else FULL, source())

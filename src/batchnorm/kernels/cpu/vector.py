@@ -55,7 +55,7 @@ def vector_of(kind: Any) -> Vector:
 
 @intrinsic
 def is_simple(typingctx: Any, how: Any) -> Any:
-    """Whether a kernel is compiled for calls without mask and residual, and at most bounds as an activation.
+    """Whether a kernel is compiled for calls without a mask, and at most bounds as an activation.
 
     The compiler knows the answer, and leaves out what is not asked for: half of the time, of its own too.
     """
