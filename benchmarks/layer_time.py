@@ -1,88 +1,87 @@
-"""Time of one norm → ReLU, forward and backward, ours against stock eager, interleaved in one process.
-
-The floor is the time of the tensor passes that cannot be avoided, by a copy's: 5 where a channel lies side by
-side and is read again from the cache (x, y; x, dy, dx), 8 where it does not (x, x, y; x, dy, x, dy, dx).
-"""
+"""Time of one layer, ours and its rivals interleaved: with the default allocator, and `reuse_memory()`."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
+from . import layer_cases
+from .interleaved import PAUSE, Clocked, clocked, interleave, ratio
+from .layer_cases import Case
+from .layer_rivals import steps
+from .progress import progress
+from .reusing_process import REUSING, ReusingProcess
 
-import batchnorm
-
-SHAPES = (
-    (32, 64),
-    (256, 512),
-    (4096, 1024),
-    (32, 64, 28, 28),
-    (32, 256, 14, 14),
-    (32, 512, 7, 7),
-    (32, 1024, 14, 14),
-    (32, 64, 56, 56),
-    (32, 256, 56, 56),
-)
-DTYPES = (torch.float32, torch.bfloat16)
-REPEATS, QUICK_REPEATS = 21, 5
-NORMS = {2: (nn.BatchNorm1d, batchnorm.BatchNorm1d), 4: (nn.BatchNorm2d, batchnorm.BatchNorm2d)}
+# Values of a tensor -> rounds; a short step is a noisy one.
+_ROUNDS = ((layer_cases.TINY, 201), (layer_cases.LARGE, 101), (2**22, 31))
+_LEAST_ROUNDS, _QUICK_ROUNDS = 15, 7
+Rows = list[dict[str, Any]]
 
 
-def measure(quick: bool = False) -> list[dict[str, Any]]:
-    """Return one row per shape and layout: medians in seconds, and the ratio stock / ours, pair by pair."""
-    rows = []
-    for dtype in DTYPES:
-        for shape in SHAPES[:: 3 if quick else 1]:
-            formats = [torch.contiguous_format] + ([torch.channels_last] if len(shape) == 4 else [])
-            for memory_format in formats:
-                rows.append(_row(shape, memory_format, dtype, QUICK_REPEATS if quick else REPEATS))
-    return rows
+def measure(quick: bool = False) -> Rows:
+    """Return a row per case: medians in seconds, and the ratio of each rival to ours, round by round."""
+    found = []
+    for case in progress(layer_cases.cases(quick), "layers"):
+        rivals = {name: clocked(step) for name, step in steps(case).items()}
+        pause = PAUSE if "jax" in rivals else 0.0
+        times = interleave(rivals, _rounds(case, quick), pause=pause)
+        found.append(row(case, times, {"": "copy"}))
+    return found
 
 
-def _row(
-    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype, repeats: int
-) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(shape, generator=generator).to(dtype, memory_format=memory_format) for _ in range(2))
-    x.requires_grad_()
-    target = torch.empty_like(dy)
-    last = memory_format == torch.channels_last or len(shape) == 2
-    stock, ours = NORMS[len(shape)]
-    rivals = [
-        nn.Sequential(stock(shape[1]), nn.ReLU()),
-        ours(shape[1], activation="relu"),
-    ]
-    steps = [*(_step(model, x, dy) for model in rivals), lambda: target.copy_(dy)]
-    times: list[list[float]] = [[], [], []]
-    for number in range(repeats + 2):
-        order = [(number + place) % len(steps) for place in range(len(steps))]  # each follows each other
-        for rival in order if number % 2 else reversed(order):
-            start = time.perf_counter()
-            steps[rival]()
-            times[rival].append(time.perf_counter() - start)
-    stock_times, our_times, copies = (taken[2:] for taken in times)
-    pairs = sorted(theirs / own for theirs, own in zip(stock_times, our_times, strict=True))
-    floor = statistics.median(copies) / 2 * (8 if last else 5)
+def measure_reusing_memory(quick: bool = False) -> Rows:
+    """Return a row per case, with and without `reuse_memory()`: two processes take turns."""
+    found = []
+    with ReusingProcess(steps) as other:
+        for case in progress(layer_cases.reuse_memory_cases(quick), "layers, with reuse_memory()"):
+            rivals: dict[str, Clocked] = {name: clocked(step) for name, step in steps(case).items()}
+            rivals |= {name + REUSING: step for name, step in other.prepare(case).items()}
+            rounds = min(_rounds(case, quick), 31)
+            times = interleave(rivals, rounds, pause=PAUSE)
+            found.append(row(case, times, {"": "copy", REUSING: "copy" + REUSING}))
+    return found
+
+
+def row(case: Case, times: dict[str, list[float]], copies: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a result file holds of a case.
+
+    Args:
+        case: what was measured.
+        times: seconds per rival and round.
+        copies: ending of a rival's name -> whose times are those of a copy in the same process.
+    """
+    passes = {ending: statistics.median(times[name]) / 2 for ending, name in copies.items()}
+    rivals, ratios = {}, {}
+    for name, taken in times.items():
+        if name in copies.values():
+            continue
+        seconds = statistics.median(taken)
+        ending = REUSING if name.endswith(REUSING) else ""
+        rivals[name] = {
+            "seconds": seconds,
+            "gigabytes_per_second": case.bytes_moved / seconds / 1e9,
+            "over_floor": seconds / (case.passes * passes[ending]),
+        }
+        for ours in ("ours", "ours" + REUSING):
+            if ours in times and not name.startswith("ours"):
+                ratios[f"{name} / {ours}"] = ratio(taken, times[ours])
     return {
-        "shape": list(shape),
-        "layout": "channels-last" if last else "contiguous",
-        "dtype": str(dtype).removeprefix("torch."),
-        "stock_seconds": statistics.median(stock_times),
-        "seconds": statistics.median(our_times),
-        "stock_over_ours": statistics.median(pairs),
-        "stock_over_ours_quartiles": [pairs[len(pairs) // 4], pairs[3 * len(pairs) // 4]],
-        "over_floor": statistics.median(our_times) / floor,
+        "operation": case.operation,
+        "network": case.network,
+        "shape": list(case.shape),
+        "layout": case.layout,
+        "dtype": case.dtype,
+        "values": case.values,
+        "tensor_bytes": case.tensor_bytes,
+        "bytes_moved": case.bytes_moved,
+        "copy_seconds": {name: statistics.median(times[name]) for name in copies.values()},
+        "rivals": rivals,
+        "ratios": ratios,
     }
 
 
-def _step(model: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        x.grad = None
-        model(x).backward(dy)
-
-    return step
+def _rounds(case: Case, quick: bool) -> int:
+    if quick:
+        return _QUICK_ROUNDS
+    return next((rounds for values, rounds in _ROUNDS if case.values <= values), _LEAST_ROUNDS)

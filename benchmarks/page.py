@@ -7,22 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import layer_page
 from .results_file import load
+from .tables import table
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "study.md")
 Rows = list[dict[str, Any]]
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def accuracy_table(rows: Rows) -> str:
     """Largest error against float64, per layer, layout and mean/std."""
     header = ("mean/std", "layout", "layer", "y", "dx", "dweight", "dbias")
-    return _table(
+    return table(
         header,
         [
             (f"{row['mean_over_std']:g}", row["layout"], row["layer"], *(f"{row[k]:.1e}" for k in header[3:]))
@@ -35,31 +32,11 @@ def accuracy_summary(rows: Rows) -> str:
     """Largest error of y, torch's and ours, per mean/std and layout."""
     found = {(row["mean_over_std"], row["layout"], row["layer"]): f"{row['y']:.0e}" for row in rows}
     layers, layouts = ("torch", "batchnorm"), ("contiguous", "channels-last")
-    return _table(
+    return table(
         ("mean/std", *(f"{layer}, {layout}" for layout in layouts for layer in layers)),
         [
             (f"{offset:g}", *(found[offset, layout, layer] for layout in layouts for layer in layers))
             for offset in dict.fromkeys(row["mean_over_std"] for row in rows)
-        ],
-    )
-
-
-def layer_time_table(rows: Rows) -> str:
-    """Milliseconds of norm → ReLU, forward and backward, and the ratio to stock."""
-    return _table(
-        ("dtype", "shape", "layout", "stock, ms", "ours, ms", "stock ÷ ours", "quartiles", "ours ÷ floor"),
-        [
-            (
-                row["dtype"],
-                str(tuple(row["shape"])),
-                row["layout"],
-                f"{row['stock_seconds'] * 1e3:.2f}",
-                f"{row['seconds'] * 1e3:.2f}",
-                f"{row['stock_over_ours']:.2f}",
-                "{:.2f} – {:.2f}".format(*row["stock_over_ours_quartiles"]),
-                f"{row['over_floor']:.1f}",
-            )
-            for row in rows
         ],
     )
 
@@ -69,7 +46,7 @@ def keras_accuracy_table(rows: Rows) -> str:
     found = {(row["mean_over_std"], row["backend"], row["layer"]): f"{row['y']:.0e}" for row in rows}
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     layers = ("keras", "batchnorm")
-    return _table(
+    return table(
         ("mean/std", *(f"{layer}, {backend}" for backend in backends for layer in layers)),
         [
             (f"{offset:g}", *(found[offset, backend, layer] for backend in backends for layer in layers))
@@ -84,7 +61,7 @@ def keras_step_table(rows: Rows) -> str:
     def shown(rival: dict[str, Any]) -> str:
         return "{:.2f} ({:.2f} – {:.2f})".format(rival["over_stock"], *rival["over_stock_quartiles"])
 
-    return _table(
+    return table(
         ("backend", "stack", "stock, ms", "ours ÷ stock", "ours with activation= ÷ stock"),
         [
             (
@@ -101,7 +78,7 @@ def keras_step_table(rows: Rows) -> str:
 
 def study_table(rows: Rows) -> str:
     """Every network and arm at its best learning rate."""
-    return _table(
+    return table(
         ("network", "arm", "best rate", "held-out accuracy", "steps to target", "ms per step", "kept, kB"),
         [_study_row(row) for row in rows],
     )
@@ -130,7 +107,12 @@ def _study_row(row: dict[str, Any]) -> tuple[str, ...]:
 BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "accuracy": ("accuracy-cpu", accuracy_table),
     "accuracy-summary": ("accuracy-cpu", accuracy_summary),
-    "layer-time": ("layer-time-cpu", layer_time_table),
+    "layer-goals": ("layer-time-cpu", layer_page.goals_table),
+    "layer-time": ("layer-time-cpu", layer_page.main_table),
+    "layer-time-others": ("layer-time-cpu", layer_page.other_table),
+    "reuse-goals": ("layer-time-reuse-memory-cpu", layer_page.reuse_goals_table),
+    "layer-time-reuse": ("layer-time-reuse-memory-cpu", layer_page.layer_table),
+    "step-time": ("step-time-cpu", layer_page.step_table),
     "accuracy-keras": ("accuracy-keras-cpu", keras_accuracy_table),
     "step-time-keras": ("step-time-keras-cpu", keras_step_table),
     "study": ("study-digits", study_table),

@@ -1,0 +1,114 @@
+"""The tables of the layers' and the training steps' times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import goals
+from .reusing_process import REUSING
+from .tables import table
+
+Rows = list[dict[str, Any]]
+_OPERATIONS = {
+    "norm": "norm",
+    "norm-relu": "norm → ReLU",
+    "norm-add-relu": "norm → add → ReLU",
+    "eval-norm": "evaluation: norm",
+    "eval-norm-relu": "evaluation: norm → ReLU",
+}
+# Whole training steps -> how many times faster they should be, as the norms' share of stock's step allows.
+_STEP_GOALS = {"MobileNetV2": 1.25, "DenseNet-121": 1.15, "ResNet-50": 1.10}
+
+
+def goals_table(rows: Rows) -> str:
+    """Each goal, what was found, and the worst single row."""
+    return _findings(goals.layer_findings(rows))
+
+
+def reuse_goals_table(rows: Rows) -> str:
+    """The same with `reuse_memory()`."""
+    return _findings(goals.reuse_memory_findings(rows))
+
+
+def _findings(findings: list[goals.Finding]) -> str:
+    return table(
+        ("", "goal", "found", "worst", "rows", ""),
+        [
+            (
+                found.what,
+                found.asked,
+                f"{found.found:.2f}",
+                f"{found.worst:.2f}",
+                str(found.number),
+                ("reached" if found.reached else "**missed**") if found.asked != "–" else "",
+            )
+            for found in findings
+        ],
+    )
+
+
+def main_table(rows: Rows) -> str:
+    """Norm → ReLU in float32, with every rival."""
+    return layer_table([row for row in rows if _key(row) == ("norm-relu", "float32")])
+
+
+def other_table(rows: Rows) -> str:
+    """Other operations and dtypes."""
+    return layer_table([row for row in rows if _key(row) != ("norm-relu", "float32")])
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["operation"], row["dtype"]
+
+
+def layer_table(rows: Rows) -> str:
+    """One row per case; a column for each rival that any case has."""
+    rivals = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    header = ("", "shape", "layout", "ours, ms", "GB/s", "÷ floor", *(_rival(name) for name in rivals))
+    return table(header, [(*_case(row), *(_ratio(row, name) for name in rivals)) for row in rows])
+
+
+def _case(row: dict[str, Any]) -> tuple[str, ...]:
+    ours = row["rivals"].get("ours" + REUSING) or row["rivals"]["ours"]
+    kind = _OPERATIONS[row["operation"]] + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
+    return (
+        f"{kind} ({row['network']})",
+        str(tuple(row["shape"])),
+        row["layout"],
+        f"{ours['seconds'] * 1e3:.3g}",
+        f"{ours['gigabytes_per_second']:.3g}",
+        f"{ours['over_floor']:.2f}",
+    )
+
+
+def _rival(name: str) -> str:
+    return name.replace(" / ", " ÷ ").replace(REUSING, " (reusing)")
+
+
+def _ratio(row: dict[str, Any], name: str) -> str:
+    found = row["ratios"].get(name)
+    return "" if found is None else _with_quartiles(found)
+
+
+def _with_quartiles(found: dict[str, Any]) -> str:
+    return "{:.2f} ({:.2f} – {:.2f})".format(found["median"], *found["quartiles"])
+
+
+def step_table(rows: Rows) -> str:
+    """Whole training steps."""
+    names = list(rows[0]["ratios"])
+    return table(
+        ("network", "batch", "layout", "stock, ms", "ours, ms", "goal", *map(_rival, names)),
+        [
+            (
+                row["network"],
+                f"{row['batch']} × 3 × {row['side']}²",
+                row["layout"],
+                f"{row['seconds']['stock'] * 1e3:.0f}",
+                f"{row['seconds']['ours'] * 1e3:.0f}",
+                f"≥ {_STEP_GOALS[row['network']]}" if row["network"] in _STEP_GOALS else "–",
+                *(_with_quartiles(row["ratios"][name]) for name in names),
+            )
+            for row in rows
+        ],
+    )

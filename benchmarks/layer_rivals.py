@@ -1,0 +1,155 @@
+"""Ours and its rivals, each as a step on the same numbers: forward and backward, or a forward alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import batchnorm
+
+from .layer_cases import Case
+from .stock import StockChain
+
+Step = Callable[[], object]
+_OURS = {
+    2: batchnorm.BatchNorm1d,
+    3: batchnorm.BatchNorm1d,
+    4: batchnorm.BatchNorm2d,
+    5: batchnorm.BatchNorm3d,
+}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What every rival of a case is given; `residual` is None where the operation has none."""
+
+    x: Tensor
+    dy: Tensor
+    residual: Tensor | None
+
+
+def tensors(case: Case) -> Tensors:
+    """Draw a case's tensors, of its dtype and in its layout."""
+    generator = torch.Generator().manual_seed(0)
+    memory_format = torch.contiguous_format
+    if case.layout == "channels-last":
+        memory_format = _CHANNELS_LAST.get(len(case.shape), memory_format)
+
+    def draw() -> Tensor:
+        drawn = torch.randn(case.shape, generator=generator)
+        return drawn.to(getattr(torch, case.dtype), memory_format=memory_format)
+
+    return Tensors(draw(), draw(), draw() if case.residual else None)
+
+
+def steps(case: Case) -> dict[str, Step]:
+    """Return the step of each of a case's rivals that is installed, and `copy`: two passes."""
+    given = tensors(case)
+    target = torch.empty_like(given.dy)
+    found = {name: _BUILD[name](case, given) for name in case.rivals if is_available(name)}
+    return {**found, "copy": lambda: target.copy_(given.dy)}
+
+
+def is_available(name: str) -> bool:
+    """Return whether a rival can run here."""
+    if name == "compiled":  # torch.compile writes C++
+        return any(map(shutil.which, ("c++", "g++", "clang++")))
+    if name == "jax":
+        return importlib.util.find_spec("jax") is not None
+    if name == "keras":
+        return (
+            importlib.util.find_spec("keras") is not None
+            and os.environ.setdefault("KERAS_BACKEND", "torch") == "torch"
+        )
+    return True
+
+
+def _stock(case: Case, given: Tensors) -> Step:
+    return _torch_step(StockChain(len(case.shape), case.shape[1], case.activation), case, given)
+
+
+def _stock_in_place(case: Case, given: Tensors) -> Step:
+    chain = StockChain(len(case.shape), case.shape[1], case.activation, in_place=True)
+    return _torch_step(chain, case, given)
+
+
+def _ours(case: Case, given: Tensors) -> Step:
+    layer = _OURS[len(case.shape)](case.shape[1], activation=case.activation)
+    return _torch_step(layer, case, given)
+
+
+def _compiled(case: Case, given: Tensors) -> Step:
+    torch.compiler.reset()  # else the ninth layer would be one too many for the compiler's cache
+    chain = StockChain(len(case.shape), case.shape[1], case.activation).train(not case.evaluation)
+    return _torch_step(torch.compile(chain, fullgraph=True, dynamic=False), case, given)
+
+
+def _keras(case: Case, given: Tensors) -> Step:
+    """Keras's layers on its torch backend; as Keras has it, a channels-last tensor is `[N, *S, C]`."""
+    import keras
+
+    last = case.layout == "channels-last"
+    if last:
+        residual = None if given.residual is None else given.residual.movedim(1, -1)
+        given = Tensors(given.x.movedim(1, -1), given.dy.movedim(1, -1), residual)
+    norm = keras.layers.BatchNormalization(axis=-1 if last else 1, momentum=0.9, epsilon=1e-5)
+    relu = keras.layers.ReLU()
+
+    def chain(x: Tensor, residual: Tensor | None = None) -> Any:
+        y = norm(x, training=not case.evaluation)
+        if residual is not None:
+            y = keras.ops.add(y, residual)
+        return relu(y) if case.activation else y
+
+    with torch.no_grad():
+        chain(given.x)  # builds the layer
+    return _torch_step(chain, case, given, list(norm.parameters()))
+
+
+def _torch_step(
+    model: Callable[..., Tensor], case: Case, given: Tensors, parameters: list[nn.Parameter] | None = None
+) -> Step:
+    if isinstance(model, nn.Module):
+        model.to(getattr(torch, case.dtype)).train(not case.evaluation)
+        parameters = list(model.parameters())
+    inputs = [tensor for tensor in (given.x, given.residual) if tensor is not None]
+    if case.evaluation:
+
+        def forward() -> None:
+            with torch.no_grad():
+                model(*inputs)
+
+        return forward
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    with_gradient = [*leaves, *(parameters or ())]
+
+    def forward_and_backward() -> None:
+        torch.autograd.backward(model(*leaves), given.dy)
+        for tensor in with_gradient:
+            tensor.grad = None  # within the time: every rival frees what it allocated
+
+    return forward_and_backward
+
+
+def _jax(case: Case, given: Tensors) -> Step:
+    from . import jax_layer
+
+    return jax_layer.step(case, given.x, given.dy, given.residual)
+
+
+_BUILD: dict[str, Callable[[Case, Tensors], Step]] = {
+    "stock": _stock,
+    "stock-in-place": _stock_in_place,
+    "ours": _ours,
+    "compiled": _compiled,
+    "jax": _jax,
+    "keras": _keras,
+}

@@ -1,0 +1,55 @@
+"""The picture of the layers: how near each comes to what memory allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+PICTURE = Path(__file__).parent.parent / "docs" / "layer-time.svg"
+_SHOWN = (  # rival, layout, mark, colour
+    ("stock", "contiguous", "o", "#9aa5b1"),
+    ("stock", "channels-last", "s", "#9aa5b1"),
+    ("ours", "contiguous", "o", "#c2410c"),
+    ("ours", "channels-last", "s", "#1d4ed8"),
+)
+
+
+def draw(rows: list[dict[str, Any]], path: Path = PICTURE) -> None:
+    """Draw GB/s over the tensor's size, norm → ReLU in float32; bytes are those that must be moved."""
+    shown = [row for row in rows if (row["operation"], row["dtype"]) == ("norm-relu", "float32")]
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    copies = sorted(
+        (row["tensor_bytes"], 2 * row["tensor_bytes"] / row["copy_seconds"]["copy"]) for row in shown
+    )
+    axes.plot(
+        [size / 1e6 for size, _ in copies],
+        [rate / 1e9 for _, rate in copies],
+        color="#111827",
+        linewidth=1,
+        linestyle="--",
+        label="a copy",
+    )
+    for rival, layout, mark, colour in _SHOWN:
+        points = [row for row in shown if row["layout"] == layout]
+        axes.scatter(
+            [row["tensor_bytes"] / 1e6 for row in points],
+            [row["rivals"][rival]["gigabytes_per_second"] for row in points],
+            marker=mark,
+            s=34,
+            color=colour,
+            label=f"{rival}, {layout}",
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("tensor, MB")
+    axes.set_ylabel("GB/s of the bytes that must be moved")
+    axes.set_title("norm → ReLU, forward and backward, float32", loc="left", fontsize=11)
+    axes.grid(visible=True, which="major", color="#e5e7eb", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    with mpl.rc_context({"svg.hashsalt": "batchnorm", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
