@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import choose, eager
+from batchnorm.kernels.cpu import engine as cpu_engine
 from batchnorm.kernels.cpu import plan
 from batchnorm.kernels.interface import Coefficients, Engine
 from batchnorm.statistics import batch
@@ -27,6 +28,8 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "small":
         monkeypatch.setattr(eager, "_CHUNK_CPU", 40)
         monkeypatch.setattr(eager, "_ROW", 4)
+        monkeypatch.setattr(cpu_engine, "_PLANE", 2)
+        monkeypatch.setattr(cpu_engine, "_PLANES", 60)
         monkeypatch.setattr(plan, "_PLANE", 12)
         monkeypatch.setattr(plan, "_ROW", 12)
         monkeypatch.setattr(plan, "_ROWS", 1)

@@ -11,12 +11,15 @@ from torch.autograd.graph import increment_version
 from batchnorm.kernels.interface import Coefficients, Moments
 
 from . import huge_pages
+from .access import LINE
 from .activations import BOUNDS, CLAMP, CODES, IDENTITY
 from .packet import Packet
 from .plan import Plan, plan
 from .statistics import CHANNELS
 from .tasks import run
 
+_PLANE = 128  # values side by side from which a tensor is normalized as it lies in memory, plane by plane
+_PLANES = 2**15  # values of such a task
 _STREAM = 2**19  # values from which y and dx are written past the caches: they would not stay there anyway
 
 _REALS = (torch.float32, torch.float64)  # dtypes that running statistics have here
@@ -131,10 +134,16 @@ class _Call:
         packet, plan = self.packet, self.plan
         merges = plan.groups * math.ceil(plan.channels / CHANNELS) if measure and plan.parts > 1 else 0
         passes = 2 if merges and apply else 1
+        family, tasks = plan.family, plan.tasks
+        if half == "forward" and not measure and plan.positions >= _PLANE:
+            family, packet.planes = "planes", max(1, _PLANES // plan.positions)
+            tasks = math.ceil(plan.units * plan.channels / packet.planes)
+            # Of two planes that share a cache line, neither can write it whole, past the caches.
+            packet.stream = packet.stream and plan.positions * self.x.element_size() % LINE == 0
         packet.measure, packet.apply = measure, apply
-        packet.tasks, packet.merges, packet.total = plan.tasks, merges, passes * plan.tasks + merges
+        packet.tasks, packet.merges, packet.total = tasks, merges, passes * tasks + merges
         simple = not packet.mask and packet.activation in (IDENTITY, CLAMP)
-        run(f"{plan.family}_{half}", self.x.dtype, simple, packet, self.x.numel())
+        run(f"{family}_{half}", self.x.dtype, simple, packet, self.x.numel())
 
 
 def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:

@@ -51,6 +51,7 @@ _NUMBERS = (
     "parts",  # a group is cut into so many tasks, of about as many units each
     "columns",  # rows only: values in a row; a row may hold several units
     "block",  # rows only: columns of a task
+    "planes",  # of a task that goes through the tensor as it lies in memory; 0 where a task is of one channel
     "measure",  # whether to take statistics, or the sums of the gradient
     "apply",  # whether to write y, or dx
     "constant",  # whether mean and rstd do not depend on x

@@ -197,8 +197,13 @@ def _set_affine(packet: Any, group: Any, channel: Any, given: Any, real: Any) ->
 
 @function
 def forward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, real: Any, how: Any) -> None:
-    """Take a task's moments, write its y, or both; statistics of all parts are merged in between."""
+    """Take a task's moments, write its y, or both; statistics of all parts are merged in between.
+
+    Where there are no moments to take, a task is a number of planes as they lie in memory.
+    """
     part, group, channel, first, last = _task(packet, index)
+    plane, end = index * packet.planes, min((index + 1) * packet.planes, packet.units * packet.channels)
+    given = np.empty((PARAMETERS, LANES), real)
     if measures:
         count, mean, m2 = 0.0, 0.0, math.nan
         for factor in FACTORS:
@@ -212,14 +217,19 @@ def forward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, rea
         numbers(packet.part_m2, size)[place] = m2
         if packet.parts == 1:
             set_rstd(packet, group, channel, channel + 1)
-    if applies:
-        given = np.empty((PARAMETERS, LANES), real)
+    if applies and not packet.planes:
         _set_affine(packet, group, channel, given, real)
-        while first < last:
+    while applies and (plane < end if packet.planes else first < last):
+        if packet.planes:
+            sample, channel = divmod(plane, packet.channels)
+            _set_affine(packet, sample // packet.group_units, channel, given, real)
+            place, size, at = plane * packet.positions, packet.positions, sample * packet.positions
+            plane += 1
+        else:
             place, size = _last_run(packet, channel, first, last)
             last -= size
-            mask = packet.mask + last if packet.mask else 0
-            normalize_run(packet, place, size, mask, given, 0, kind, real, how)
+            at = last
+        normalize_run(packet, place, size, packet.mask + at if packet.mask else 0, given, 0, kind, real, how)
 
 
 @function

@@ -1,0 +1,113 @@
+"""The measurements of layers and steps: they run, and their summary is what it says."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import goals, layer_page, layer_rivals, networks, roofline
+from benchmarks.interleaved import clocked, interleave, ratio
+from benchmarks.layer_cases import Case, cases, reuse_memory_cases
+from benchmarks.layer_time import row
+
+
+def measured(case: Case) -> dict[str, Any]:
+    steps = {name: clocked(step) for name, step in layer_rivals.steps(case).items()}
+    return row(case, interleave(steps, 3, warm_up=1), {"": "copy"})
+
+
+@pytest.mark.parametrize("operation", ["norm", "norm-relu", "norm-add-relu", "eval-norm", "eval-norm-relu"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_a_row_has_every_figure(operation: str, layout: str) -> None:
+    case = Case(operation, (3, 4, 5, 6), layout, rivals=("stock", "stock-in-place", "ours"))
+    found = measured(case)
+    assert found["rivals"].keys() == {"stock", "stock-in-place", "ours"}
+    assert found["ratios"].keys() == {"stock / ours", "stock-in-place / ours"}
+    ours = found["rivals"]["ours"]
+    passes = (2 if case.evaluation else 5 if layout == "contiguous" else 8) + 2 * case.residual
+    assert found["bytes_moved"] == passes * 360 * 4
+    assert ours["over_floor"] == pytest.approx(ours["seconds"] / (passes * found["copy_seconds"]["copy"] / 2))
+    assert "norm" in layer_page.layer_table([found])
+
+
+def test_rivals_take_turns_and_each_follows_each() -> None:
+    order: list[str] = []
+    steps = {name: clocked(lambda name=name: order.append(name)) for name in "abc"}  # type: ignore[misc]
+    times = interleave(steps, 6, warm_up=0)
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 6, "b": 6, "c": 6}
+    assert {pair for pair in itertools.pairwise(order) if pair[0] != pair[1]} == {
+        (one, other) for one in "abc" for other in "abc" if one != other
+    }
+    assert ratio([2.0, 6.0, 8.0], [1.0, 2.0, 2.0])["median"] == 3.0
+
+
+def rows_of(ratios: dict[tuple[int, ...], float], **fields: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "operation": "norm-relu",
+            "dtype": "float32",
+            "layout": "contiguous",
+            "shape": list(shape),
+            "values": math.prod(shape),
+            "tensor_bytes": 4 * math.prod(shape),
+            "ratios": {"stock / ours": {"median": found}},
+            "rivals": {"ours": {"over_floor": 1.0}},
+            **fields,
+        }
+        for shape, found in ratios.items()
+    ]
+
+
+def test_goals_are_geometric_means_and_misses_are_said() -> None:
+    rows = rows_of({(32, 64, 56, 56): 8.0, (32, 256, 14, 14): 2.0, (2, 2, 2, 2): 0.1})
+    large, least = goals.layer_findings(rows)
+    assert (large.found, large.worst, large.number, large.reached) == (pytest.approx(4.0), 2.0, 2, True)
+    assert (least.found, least.reached) == (2.0, True)
+    rows += rows_of({(64, 64, 56, 56): 0.5})
+    large, least = goals.layer_findings(rows)
+    assert (large.found, large.reached) == (pytest.approx(2.0), False)
+    assert (least.found, least.reached) == (0.5, False)
+    assert layer_page.goals_table(rows).count("**missed**") == 2
+
+
+def test_every_case_is_of_a_named_network_and_measured_once() -> None:
+    for found in (cases(), reuse_memory_cases()):
+        assert all(case.network for case in found)
+        assert len(set(found)) == len(found)
+
+
+# As torchvision gives them.
+PARAMETERS = {
+    "ResNet-18": 11_689_512,
+    "ResNet-50": 25_557_032,
+    "MobileNetV2": 3_504_872,
+    "DenseNet-121": 7_978_856,
+}
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_networks_compute_the_same_with_each_norm(name: str) -> None:
+    build = networks.NETWORKS[name]
+    torch.manual_seed(0)
+    stock, ours = build(networks.stock).double(), build(networks.ours).double()
+    assert sum(parameter.numel() for parameter in ours.parameters()) == PARAMETERS[name]
+    with torch.no_grad():
+        for one, other in zip(stock.parameters(), ours.parameters(), strict=True):
+            other.copy_(one)
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), stock(x), rtol=1e-6, atol=1e-7)
+
+
+def test_the_picture_is_the_same_for_the_same_rows(tmp_path: Path) -> None:
+    rows = [
+        row_ | {"rivals": {name: {"gigabytes_per_second": 9.0} for name in ("stock", "ours")}}
+        for row_ in rows_of({(32, 64, 56, 56): 2.0}, copy_seconds={"copy": 0.002})
+    ]
+    for name in ("a.svg", "b.svg"):
+        roofline.draw(rows, tmp_path / name)
+    assert (tmp_path / "a.svg").read_text() == (tmp_path / "b.svg").read_text()
