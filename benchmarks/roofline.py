@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 PICTURE = Path(__file__).parent.parent / "docs" / "layer-time.svg"
+_SMALL = 10**5  # bytes up to which time is all Python's
 _SHOWN = (  # rival, layout, mark, colour
     ("stock", "contiguous", "o", "#9aa5b1"),
     ("stock", "channels-last", "s", "#9aa5b1"),
@@ -19,15 +21,21 @@ _SHOWN = (  # rival, layout, mark, colour
 
 def draw(rows: list[dict[str, Any]], path: Path = PICTURE) -> None:
     """Draw GB/s over the tensor's size, norm → ReLU in float32; bytes are those that must be moved."""
-    shown = [row for row in rows if (row["operation"], row["dtype"]) == ("norm-relu", "float32")]
+    shown = [
+        row
+        for row in rows
+        if (row["operation"], row["dtype"]) == ("norm-relu", "float32") and row["tensor_bytes"] > _SMALL
+    ]
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    copies = sorted(
-        (row["tensor_bytes"], 2 * row["tensor_bytes"] / row["copy_seconds"]["copy"]) for row in shown
-    )
+    copies: dict[int, list[float]] = {}
+    for row in shown:
+        size = row["tensor_bytes"]
+        copies.setdefault(size, []).append(2 * size / row["copy_seconds"]["copy"] / 1e9)
+    sizes = sorted(copies)
     axes.plot(
-        [size / 1e6 for size, _ in copies],
-        [rate / 1e9 for _, rate in copies],
+        [size / 1e6 for size in sizes],
+        [statistics.median(copies[size]) for size in sizes],
         color="#111827",
         linewidth=1,
         linestyle="--",
@@ -41,10 +49,13 @@ def draw(rows: list[dict[str, Any]], path: Path = PICTURE) -> None:
             marker=mark,
             s=34,
             color=colour,
+            alpha=0.85,
             label=f"{rival}, {layout}",
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("tensor, MB")
     axes.set_ylabel("GB/s of the bytes that must be moved")
     axes.set_title("norm → ReLU, forward and backward, float32", loc="left", fontsize=11)
