@@ -26,7 +26,7 @@ def draw(rows: list[dict[str, Any]], path: Path = PICTURE) -> None:
         for row in rows
         if (row["operation"], row["dtype"]) == ("norm-relu", "float32") and row["tensor_bytes"] > _SMALL
     ]
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axes = figure.subplots()
     copies: dict[int, list[float]] = {}
     for row in shown:
@@ -54,6 +54,8 @@ def draw(rows: list[dict[str, Any]], path: Path = PICTURE) -> None:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_yticks([3, 10, 30, 100])
+    axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
     axes.set_xlabel("tensor, MB")
@@ -61,6 +63,6 @@ def draw(rows: list[dict[str, Any]], path: Path = PICTURE) -> None:
     axes.set_title("norm → ReLU, forward and backward, float32", loc="left", fontsize=11)
     axes.grid(visible=True, which="major", color="#e5e7eb", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     with mpl.rc_context({"svg.hashsalt": "batchnorm", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
