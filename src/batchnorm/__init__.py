@@ -17,12 +17,16 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "BatchNorm2d": ("batchnorm.torch.layers", "BatchNorm2d"),
     "BatchNorm3d": ("batchnorm.torch.layers", "BatchNorm3d"),
     "calibrate": ("batchnorm.models.calibrate", "calibrate"),
+    "convert": ("batchnorm.models.convert", "convert"),
     "conventions": ("batchnorm.conventions", None),
     "errors": ("batchnorm.errors", None),
     "functional": ("batchnorm.torch.functional", None),
+    "fuse": ("batchnorm.models.fuse", "fuse"),
+    "inspect": ("batchnorm.models.inspect", "inspect"),
     "keras": ("batchnorm.keras", None),
     "kernels": ("batchnorm.kernels", None),
     "reuse_memory": ("batchnorm.memory", "reuse_memory"),
+    "revert": ("batchnorm.models.revert", "revert"),
 }
 # Top-level package that a missing import names -> the extra that brings it.
 _EXTRAS = {"torch": "torch", "keras": "keras", "rich": "study"}
@@ -34,17 +38,25 @@ __all__ = [
     "__version__",
     "calibrate",
     "conventions",
+    "convert",
     "errors",
     "functional",
+    "fuse",
+    "inspect",
     "keras",
     "kernels",
     "reuse_memory",
+    "revert",
 ]
 
 if TYPE_CHECKING:
     from . import conventions, errors, keras, kernels
     from .memory import reuse_memory
     from .models.calibrate import calibrate
+    from .models.convert import convert
+    from .models.fuse import fuse
+    from .models.inspect import inspect
+    from .models.revert import revert
     from .torch import functional
     from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 

@@ -1,9 +1,13 @@
-"""The batch normalizations of a model: torch's own and ours, by name."""
+"""The batch normalizations of a model: torch's own, ours and others', by name."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .kinds import Kind, kind_of
 
 
 def tracking_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -15,3 +19,45 @@ def tracking_norms(model: nn.Module) -> dict[str, _BatchNorm]:
         and module.running_mean is not None
         and module.running_var is not None
     }
+
+
+@dataclass(frozen=True)
+class Found:
+    """A batch normalization of a model, of any kind.
+
+    Attributes:
+        name: qualified name in the model; the first one where it has several.
+        module: the layer.
+        kind: its class.
+        names: one for each place where it is registered.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind.name})" if self.name else self.kind.name
+
+
+def all_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Return every module of `model` with one name for each place where it is registered.
+
+    A module within a shared module is registered in one place, although it has two qualified names.
+    """
+    names: dict[nn.Module, tuple[str, ...]] = {model: ("",)}
+    for prefix, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                names[child] = (*names.get(child, ()), f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def find_norms(model: nn.Module) -> list[Found]:
+    """Return every batch normalization of `model`, each layer once, in the order of registration."""
+    return [
+        Found(names[0], module, kind, names)
+        for module, names in all_names(model).items()
+        if (kind := kind_of(module)) is not None
+    ]

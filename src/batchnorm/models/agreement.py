@@ -1,0 +1,144 @@
+"""Whether a changed model still does what it did: it runs on an example before and after, in both modes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from batchnorm.errors import BatchNormError, OptionError
+
+# Largest |difference| of an output over its largest |value|, by the coarsest dtype in play. What rounds
+# differently in one layer is amplified by those behind it, in training above all: tens of layers with the
+# statistics of a few samples multiply an ulp by thousands. A wrong change moves outputs by tenths.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+class AgreementError(BatchNormError, ArithmeticError):
+    """A changed model does not give the outputs of the original; the change was taken back."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model gives on an example.
+
+    Attributes:
+        values: outputs in evaluation, outputs in training, and floating buffers after training; by name.
+        unchecked: why training could not be run; "" where it could.
+    """
+
+    values: dict[str, Tensor]
+    unchecked: str
+
+
+def observe(model: nn.Module, example: Any) -> Behaviour:
+    """Run a model on an example in evaluation and in training, and leave it as it was.
+
+    Raises:
+        OptionError: a layer is not initialized yet, or the output has no floating tensor.
+        Exception: what the model itself raises in evaluation.
+    """
+    values: dict[str, Tensor] = {}
+    unchecked = ""
+    for training in (False, True):
+        mode = "training" if training else "evaluation"
+        with restored(model), torch.no_grad():
+            set_mode(model, training)
+            try:
+                outputs = call(model, example)
+            except Exception as error:
+                if not training:
+                    raise
+                unchecked = (
+                    f"not compared in training, where the model raises {type(error).__name__}: {error}"
+                )
+                break
+            values |= {f"output {path} in {mode}": value for path, value in _tensors(outputs)}
+            if training:
+                buffers = model.named_buffers()
+                values |= {f"{n} after training": b.clone() for n, b in buffers if b.is_floating_point()}
+    if not values:
+        raise OptionError("the model's output on the example has no floating tensor: nothing can be compared")
+    return Behaviour(values, unchecked)
+
+
+def assert_agree(before: Behaviour, model: nn.Module, example: Any, verb: str) -> None:
+    """Raise AgreementError unless `model` still gives on the example what it gave before."""
+    try:
+        after = observe(model, example)
+    except Exception as error:
+        raise AgreementError(
+            f"{verb} was taken back: on the example the changed model raises {type(error).__name__}: {error}"
+        ) from error
+    tolerance = max(_TOLERANCE.get(value.dtype, 0.0) for value in before.values.values())
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        tolerance = max(tolerance, _TOLERANCE[torch.bfloat16])
+    for name, old in before.values.items():
+        new = after.values.get(name)
+        if new is None or new.shape != old.shape or new.dtype != old.dtype:
+            raise AgreementError(f"{verb} was taken back: {name} has another form than before")
+        scale = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
+        is_same = torch.allclose(new, old, rtol=0.0, atol=tolerance * (scale or 1.0), equal_nan=True)
+        if not is_same:
+            off = (new.double() - old.double()).abs().max().item()
+            raise AgreementError(
+                f"{verb} was taken back: {name} is off by {off:.3g}, where the largest value is {scale:.3g}; "
+                f"at most {tolerance:g} of that is rounding"
+            )
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """Call a model on an example: a tensor, a tuple of arguments, or a dict of keyword arguments."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Set training mode or evaluation of every module, whatever `train` does in a subclass."""
+    for module in model.modules():
+        module.training = training
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Put modes, buffers and the state of random numbers back after the block."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(tensor) for tensor in tensors):
+        raise OptionError("the model has layers that are not initialized: run it once, or pass no example")
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.is_cuda})
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                if buffer is not None and value is not None and not _is_equal(buffer, value):
+                    buffer.copy_(value)
+                module._buffers[name] = buffer
+
+
+def _is_equal(buffer: Tensor, value: Tensor) -> bool:
+    return buffer.is_meta or torch.equal(buffer, value)
+
+
+def _tensors(outputs: Any) -> list[tuple[str, Tensor]]:
+    found = []
+    for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            found.append((pytree.keystr(path), leaf.detach().clone()))
+    return found

@@ -1,0 +1,181 @@
+"""One module's own forward as a graph in which its children are single calls: who reads what, on every input.
+
+A whole network often cannot be traced, its blocks nearly always can: control flow, checks of shapes and
+loops sit in the modules above them. What such a graph shows holds for every input, without an example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.fx import Graph, Tracer
+
+from .hooks import has_hooks, is_forward_replaced
+
+
+class NotTraceableError(Exception):
+    """The forward of a module is no graph; the message says why."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A plain attribute that a forward read: the graph holds for this value of it only."""
+
+    path: str
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Block:
+    """The forward of one module.
+
+    Attributes:
+        graph: its calls; a child is one call, unless it is in `inlined`.
+        inlined: paths of the children whose own calls are in the graph.
+        reads: plain attributes that it depends on.
+        rewritable: "" where another forward can stand in for it, else why not.
+    """
+
+    graph: Graph
+    inlined: tuple[str, ...]
+    reads: tuple[Read, ...]
+    rewritable: str
+
+
+def traced(module: nn.Module, inlined: tuple[str, ...] = ()) -> Block:
+    """Return the forward of a module as a graph. Nothing of the module is run or changed.
+
+    Raises:
+        NotTraceableError: control flow that depends on an input, random numbers, or a forward that is another
+            in training than in evaluation.
+    """
+    if isinstance(module, torch.jit.ScriptModule) or is_forward_replaced(module):
+        raise NotTraceableError("it is scripted, or its forward was replaced on the instance")
+    for path in inlined:
+        child = module.get_submodule(path)
+        if has_hooks(child) or is_forward_replaced(child):
+            raise NotTraceableError(f"{path} has hooks")
+    graphs, reads = [], []
+    for training in (True, False):
+        graph, read = _trace(module, inlined, training)
+        graphs.append(graph)
+        reads.append(read)
+    if _text(graphs[0]) != _text(graphs[1]):
+        raise NotTraceableError("its forward is another in training than in evaluation")
+    constants = {(read.path, read.name): read for read in reads[0] + reads[1]}
+    return Block(
+        graphs[0], inlined, tuple(constants.values()), _rewritable(module, graphs[0], constants.values())
+    )
+
+
+def _text(graph: Graph) -> str:
+    return graph.python_code("self").src
+
+
+def _trace(module: nn.Module, inlined: tuple[str, ...], training: bool) -> tuple[Graph, list[Read]]:
+    reads: list[Read] = []
+    shadow = _shadow(module, "", inlined, training, reads)
+    try:
+        with _no_random_numbers():
+            graph = _BlockTracer(inlined).trace(shadow)
+    except NotTraceableError:
+        raise
+    except Exception as error:  # a user's forward may raise anything when it is given symbols
+        lines = str(error).strip().splitlines()
+        raise NotTraceableError(lines[0] if lines else type(error).__name__) from error
+    if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes):
+        raise NotTraceableError("its forward makes tensors of its own")
+    return graph, reads
+
+
+class _BlockTracer(Tracer):
+    proxy_buffer_attributes = True  # else a forward that counts in a buffer would count while it is traced
+
+    def __init__(self, inlined: tuple[str, ...]) -> None:
+        super().__init__()
+        self._inlined = inlined
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
+        return module_qualified_name not in self._inlined
+
+
+def _shadow(
+    module: nn.Module, path: str, inlined: tuple[str, ...], training: bool, reads: list[Read]
+) -> nn.Module:
+    """Return a stand-in with the same children and tensors, that keeps what a forward assigns to itself.
+
+    It notes the plain attributes that are read: those become constants of the graph.
+    """
+    cls = type(module)
+    attributes = {k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()}
+    attributes["training"] = training
+
+    def noting(self: nn.Module, name: str) -> Any:
+        value = cls.__getattribute__(self, name)
+        if name in attributes and not name.startswith("__") and name not in _OF_MODULE:
+            reads.append(Read(path, name, value))
+        return value
+
+    shadow: nn.Module = object.__new__(type(cls.__name__, (cls,), {"__getattribute__": noting}))
+    vars(shadow).update(attributes)
+    for child in inlined:
+        parent, _, name = child.rpartition(".")
+        if parent == path:
+            part = module.get_submodule(name)
+            vars(shadow)["_modules"][name] = _shadow(part, child, inlined, training, reads)
+    return shadow
+
+
+_OF_MODULE = frozenset(vars(nn.Module()))
+
+
+_CONSTANT = (type(None), bool, int, float, str, torch.dtype, FunctionType, BuiltinFunctionType, type)
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+
+
+def _rewritable(module: nn.Module, graph: Graph, reads: Iterable[Read]) -> str:
+    cls = type(module)
+    for read in reads:
+        parts = read.value if isinstance(read.value, tuple) else (read.value,)
+        if not all(isinstance(part, _CONSTANT) for part in parts):
+            return f"{cls.__name__}.forward reads {read.name}, which may change"
+    for name in ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"):
+        if getattr(cls, name, None) is not getattr(nn.Module, name, None):
+            return f"{cls.__name__} has a {name} of its own"
+    for parameter in inspect.signature(cls.forward).parameters.values():
+        if parameter.default is not parameter.empty or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            return f"{cls.__name__}.forward has optional arguments"
+    for node in graph.nodes:
+        parent = str(node.target).rpartition(".")[0]
+        if node.op == "call_module" and parent and type(module.get_submodule(parent)) in _LISTS:
+            return f"{cls.__name__}.forward loops over a list of modules"
+    return ""
+
+
+@contextlib.contextmanager
+def _no_random_numbers() -> Iterator[None]:
+    """Raise NotTraceableError if the block draws random numbers, and put the generators back."""
+    before, before_numpy, before_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+        is_same = (
+            random.getstate() == before
+            and all(map(np.array_equal, np.random.get_state(), before_numpy))
+            and torch.equal(torch.get_rng_state(), before_torch)
+        )
+        if not is_same:
+            raise NotTraceableError("its forward draws random numbers")
+    finally:
+        random.setstate(before)
+        np.random.set_state(before_numpy)
+        torch.set_rng_state(before_torch)

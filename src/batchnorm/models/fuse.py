@@ -1,0 +1,96 @@
+"""Norm, addition and activation become one layer, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from batchnorm.errors import OptionError
+
+from .activations import module_activation
+from .agreement import assert_agree, observe
+from .convert import become_ours, check_scripted, notes
+from .fusion_plan import Plan, plan
+from .identity import silence
+from .kinds import is_ours
+from .record import add_recorded
+from .report import ModelReport, describe
+from .rewrite import Rewrite, fused_class
+from .rollback import untouched_on_error
+
+
+def fuse(model: nn.Module, example: Any = None) -> ModelReport:
+    """Make one layer of each batch normalization and the addition and activation behind it, in place.
+
+        activation(norm(x) + residual)        one pass over memory each way, and less kept for the backward
+
+    An activation that is a module called there only becomes an identity. Where the forward of a block adds,
+    calls a function, or calls one activation module several times, the block gets a rewritten forward; it
+    falls back to the one that its author wrote as soon as anything that it rests on changes, such as a hook
+    on an activation that it skips. Norms that are fused become layers of this library, as by `convert`.
+
+    What follows a norm is read off the forward of each block, symbolically: that holds for every input, and
+    nothing runs. With an example, norms in forwards with control flow are fused too, where on the example
+    their output goes to one activation module and to nothing else, in evaluation and in training.
+
+    Args:
+        model: with layers of torch or of this library.
+        example: what the model takes: a tensor, a tuple of arguments or a dict of keyword arguments. If
+            given, the model's outputs on it are compared before and after, in evaluation and in training.
+
+    Returns:
+        A report with one row per norm: what it was fused with, or why not.
+
+    Raises:
+        OptionError: (a ValueError) a scripted model, or an example on which nothing can be compared.
+        AgreementError: (an ArithmeticError) the outputs on the example differ.
+
+    If it raises, or is interrupted, the model is as it was.
+
+    Differs from `torch.fx.experimental.optimization.fuse`: in place, for training too, and for models that
+    cannot be traced as a whole.
+    """
+    check_scripted(model, "fuse")
+    before = None if example is None else observe(model, example)
+    decided = plan_with(model, example)
+    with untouched_on_error(model):
+        _apply(decided)
+        if before is not None:
+            assert_agree(before, model, example, "fuse")
+    rows = tuple(
+        describe(found, done=f"fused with {decided.fuses_with[found.module]}")
+        if found.module in decided.fuses_with
+        else describe(found, reason=decided.reasons[found.module])
+        for found in decided.norms
+    )
+    title = f"{type(model).__name__}: {len(decided.fuses_with)} of {len(rows)} batch normalizations fused"
+    return ModelReport(title, rows, notes(before), "fuse")
+
+
+def plan_with(model: nn.Module, example: Any) -> Plan:
+    """Return the plan for a model; an example adds what only running it shows."""
+    decided = plan(model)
+    if example is not None:
+        add_recorded(decided, model, example)
+    return decided
+
+
+def _apply(decided: Plan) -> None:
+    norms = {found.module: found for found in decided.norms}
+    for norm in decided.fuses_with:
+        if not is_ours(norm):
+            become_ours(norms[norm])
+    for norm, act in decided.pairs.items():
+        activation = module_activation(act)
+        if activation is None:
+            raise OptionError(f"{type(act).__name__} is no activation that a layer has")
+        vars(norm)["activation"] = activation
+        vars(norm)["_activation_at"] = (silence(act),)  # in a tuple: it is no child of the norm
+    for block, spec in decided.rewrites.items():
+        for path, activation in spec.sites:
+            vars(block.get_submodule(path))["activation"] = activation
+        rewrite = Rewrite(spec)
+        vars(block)["_rewrite"] = rewrite
+        block.__class__ = fused_class(type(block))  # type: ignore[arg-type]
+        rewrite.make(block)

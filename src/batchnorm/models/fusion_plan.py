@@ -1,0 +1,228 @@
+"""What `fuse` does with each batch normalization, and why not: decided before anything changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.fx import Node
+
+from .activations import module_activation
+from .blocks import Block, NotTraceableError, traced
+from .hooks import is_forward_replaced, sees_output
+from .identity import FusedActivation
+from .kinds import is_ours
+from .norms import Found, all_names, find_norms
+from .rewrite import FusedForward, Spec, call_of
+from .sites import Site, site_of, tail
+from .timm_norm import BatchNormAct2d, is_bare
+
+
+@dataclass
+class Plan:
+    """Decisions for a model.
+
+    Attributes:
+        norms: all of them.
+        pairs: norm -> the activation module behind it, which becomes an identity.
+        rewrites: block -> what to rewrite in its forward.
+        fuses_with: norm -> what it becomes one with, in words.
+        reasons: norm -> why it stays.
+    """
+
+    norms: list[Found]
+    pairs: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    rewrites: dict[nn.Module, Spec] = field(default_factory=dict)
+    fuses_with: dict[nn.Module, str] = field(default_factory=dict)
+    reasons: dict[nn.Module, str] = field(default_factory=dict)
+
+
+def plan(model: nn.Module) -> Plan:
+    """Decide for every norm of `model`, from the forwards of its blocks alone; nothing runs."""
+    return _Planner(model).plan
+
+
+class _Planner:
+    def __init__(self, model: nn.Module) -> None:
+        self.names = all_names(model)
+        self.plan = Plan(find_norms(model))
+        self.free: set[nn.Module] = set()  # norms that may still be fused
+        for found in self.plan.norms:
+            reason = unfit(found)
+            if reason:
+                self.plan.reasons[found.module] = reason
+            else:
+                self.free.add(found.module)
+        self.blocks: dict[nn.Module, Block] = {}
+        self.untraceable: dict[nn.Module, str] = {}
+        self.calls: Counter[nn.Module] = Counter()
+        self.tails: dict[nn.Module, str] = {}
+        blocks = [module for module in _inner_first(model) if _is_block(module)]
+        for module in blocks:
+            self._trace(module)
+        for module in blocks:
+            if module in self.blocks:
+                self._decide(module, self.blocks[module])
+        for found in self.plan.norms:
+            if found.module in self.free and found.module not in self.plan.reasons:
+                self.plan.reasons[found.module] = self._unseen(model, found.name)
+
+    def _trace(self, module: nn.Module) -> None:
+        try:
+            block = traced(module)
+        except NotTraceableError as error:
+            self.untraceable[module] = str(error)
+            return
+        self.blocks[module] = block
+        self.calls.update(_child(module, node) for node in block.graph.nodes if node.op == "call_module")
+
+    def _decide(self, module: nn.Module, block: Block) -> None:
+        """Fuse the norms that `module` calls, then those that its children end with."""
+        used: set[Node] = set()  # additions and activations that already belong to a norm
+        specs: dict[str, str | None] = {}
+        inlined: list[str] = []
+        calls = [node for node in block.graph.nodes if node.op == "call_module"]
+        direct = [node for node in calls if _child(module, node) in self.free]
+        ends = [node for node in calls if self._ends_with_norm(_child(module, node))]
+        for node in (*reversed(direct), *reversed(ends)):
+            chain = self._chain(module, str(node.target))
+            norm = module.get_submodule(chain[-1])
+            site = self._site(node, module, used)
+            if isinstance(site, str):
+                self.plan.reasons[norm] = site
+                continue
+            act = None if site.act is None or site.add is not None else _called(module, site.act)
+            if act is not None and self._is_only_here(act):
+                self.plan.pairs[norm] = act
+            elif block.rewritable or not self._can_inline(module, chain, specs):
+                self.plan.reasons[norm] = block.rewritable or "the block that it ends cannot be inlined"
+                continue
+            else:
+                specs[chain[-1]] = site.activation
+                inlined += chain[:-1]
+            used |= {part for part in (site.add, site.act) if part is not None}
+            self.free.discard(norm)
+            self.plan.reasons.pop(norm, None)
+            self.plan.fuses_with[norm] = str(site)
+        if specs:
+            self.plan.rewrites[module] = Spec(tuple(inlined), tuple(specs.items()))
+        end = tail(block.graph, module, lambda child: child in self.free or self._ends_with_norm(child))
+        if end is not None:
+            self.tails[module] = end
+
+    def _site(self, node: Node, module: nn.Module, used: set[Node]) -> Site | str:
+        """Return what follows a call, unless the module called is called elsewhere too."""
+        child = _child(module, node)
+        places = self.names[child]
+        if len(places) > 1:
+            return f"it is shared: {', '.join(places)}"
+        if self.calls[child] > 1:
+            return f"it is called {self.calls[child]} times"
+        site = site_of(node, module)
+        if isinstance(site, Site) and {site.add, site.act} & used:
+            return "the addition behind it is fused with another norm"
+        return site
+
+    def _ends_with_norm(self, module: nn.Module) -> bool:
+        """Whether the output of a block is that of a norm which may still be fused."""
+        while module in self.tails:
+            module = module.get_submodule(self.tails[module])
+        return module in self.free
+
+    def _chain(self, module: nn.Module, path: str) -> list[str]:
+        """Return the paths from a child down to the norm that it is or ends with."""
+        chain = [path]
+        while (child := module.get_submodule(chain[-1])) in self.tails:
+            chain.append(f"{chain[-1]}.{self.tails[child]}")
+        return chain
+
+    def _is_only_here(self, act: nn.Module) -> bool:
+        return len(self.names[act]) == 1 and self.calls[act] == 1 and module_activation(act) is not None
+
+    def _can_inline(self, module: nn.Module, chain: list[str], specs: dict[str, str | None]) -> bool:
+        """Whether the calls of the blocks in a chain can be written out in the forward of `module`."""
+        if len(chain) == 1:
+            return True
+        if any(module.get_submodule(path) in self.plan.rewrites for path in chain[:-1]):
+            return False
+        try:
+            block = traced(module, tuple(chain[:-1]))
+        except NotTraceableError:
+            return False
+        call = call_of(block.graph, chain[-1])
+        return (
+            not block.rewritable
+            and call is not None
+            and isinstance(site_of(call, module), Site)
+            and chain[-1] not in specs
+        )
+
+    def _unseen(self, model: nn.Module, name: str) -> str:
+        """Why no forward that could be traced calls a norm: that of the block around it could not."""
+        while name:
+            name = name.rpartition(".")[0]
+            block = model.get_submodule(name)
+            if block in self.untraceable:
+                return (
+                    f"{type(block).__name__}.forward is no graph ({self.untraceable[block]}): pass example="
+                )
+            if isinstance(block, FusedForward):
+                return "the block around it is fused already"
+            if block in self.blocks:
+                break
+        return "no forward is seen to call it: pass example="
+
+
+def unfit(found: Found) -> str:
+    """Return why a norm can have no activation put into it, whatever follows it; "" if it can."""
+    norm, family = found.module, found.kind.family
+    if family == "other" and not is_ours(norm):
+        return "its class is not known: it may compute something else"
+    if family == "synchronised":
+        return "its statistics are those of all ranks: batchnorm has no such layer yet"
+    if family == "frozen":
+        return "it is no layer that batchnorm.convert takes yet"
+    if "Lazy" in found.kind.name:
+        return "it is not initialized: run the model once"
+    if is_ours(norm) and norm.activation is not None:
+        return f"it applies {norm.activation} itself"
+    if (family == "timm" or isinstance(norm, BatchNormAct2d)) and not is_bare(norm):
+        return "it applies what it has inside"
+    if sees_output(norm) or is_forward_replaced(norm):
+        return "it has hooks or a replaced forward, which would see another output"
+    return f"it is shared: {', '.join(found.names)}" if len(found.names) > 1 else ""
+
+
+def _inner_first(module: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model, children before their parents."""
+    order: dict[nn.Module, None] = {}
+
+    def visit(part: nn.Module, above: frozenset[nn.Module]) -> None:
+        if part in order or part in above:
+            return
+        for child in part.children():
+            visit(child, above | {part})
+        order[part] = None
+
+    visit(module, frozenset())
+    return list(order)
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module calls others in a forward of its own or of nn.Sequential."""
+    if (
+        isinstance(module, (FusedForward, FusedActivation, nn.ModuleList, nn.ModuleDict))
+        or not module._modules
+    ):
+        return False
+    is_torchs = type(module).__module__.startswith("torch.nn.modules.")
+    return not is_ours(module) and (type(module) is nn.Sequential or not is_torchs)
+
+
+def _child(module: nn.Module, node: Node) -> nn.Module:
+    return module.get_submodule(str(node.target))
+
+
+def _called(module: nn.Module, node: Node) -> nn.Module | None:
+    return _child(module, node) if node.op == "call_module" else None

@@ -1,0 +1,157 @@
+"""What a verb found or did: one row per batch normalization, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .health import health
+from .kinds import is_ours, kind_of
+from .norms import Found
+from .timm_norm import BatchNormAct2d
+
+
+@dataclass(frozen=True)
+class NormRow:
+    """One batch normalization of a model.
+
+    Attributes:
+        name: qualified name in the model; "" for the model itself.
+        kind: its class, such as torch.nn.BatchNorm2d.
+        policy: which statistics it uses in training: "batch", "batch, untracked", "synchronised", "running".
+        activation: what it applies itself, or None.
+        channels: C; 0 where no input has told it yet.
+        momentum: fraction 0..1 of a batch in the running statistics; None = plain average.
+        eps: added to var.
+        health: what is wrong with its statistics and parameters; () where nothing is.
+        fuses_with: what `fuse` makes one layer with it: "relu", "add, relu" or "add"; None where nothing.
+        done: what the verb did with it; "" where nothing.
+        reason: why nothing was done, or nothing fuses with it; "" where something was or does.
+    """
+
+    name: str
+    kind: str
+    policy: str
+    activation: str | None
+    channels: int
+    momentum: float | None
+    eps: float
+    health: tuple[str, ...]
+    fuses_with: str | None = None
+    done: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What a verb on a whole model found or did; `print` shows it as a table, in colour by `rich.print`.
+
+    Attributes:
+        title: one sentence.
+        rows: one per batch normalization, in the order of registration.
+        notes: what holds for the model as a whole.
+        verb: inspect, convert, revert or fuse.
+    """
+
+    title: str
+    rows: tuple[NormRow, ...]
+    notes: tuple[str, ...] = ()
+    verb: str = "inspect"
+
+    def __str__(self) -> str:
+        header, cells = self._table()
+        lines = [self.title]
+        if cells:
+            widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+            lines += [
+                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                for row in (header, *cells)
+            ]
+        return "\n".join([*lines, *map(_printable, self.notes)])
+
+    def __rich__(self) -> Any:
+        """Return the table for rich, where a program prints by it."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        header, cells = self._table()
+        table = Table(title=Text(self.title), title_justify="left", box=None, pad_edge=False)
+        for heading in header:
+            table.add_column(heading, overflow="fold")
+        for row, line in zip(self.rows, cells, strict=True):
+            is_ill = bool(row.health) and self.verb == "inspect"
+            *front, last = (Text(cell) for cell in line)
+            table.add_row(*front, Text(last.plain, style="red") if is_ill else last)
+        return Group(table, *(Text(_printable(note)) for note in self.notes))
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        inspected = ("norm", "kind", "C", "policy", "activation", "momentum", "eps", "fuses with", "health")
+        header = inspected if self.verb == "inspect" else ("norm", "kind", "done", "left because")
+        cells = [_inspected(row) if self.verb == "inspect" else _done(row) for row in self.rows]
+        return header, [tuple(map(_printable, line)) for line in cells]
+
+
+def _inspected(row: NormRow) -> tuple[str, ...]:
+    return (
+        row.name or "(the model)",
+        row.kind,
+        str(row.channels),
+        row.policy,
+        row.activation or "-",
+        "average" if row.momentum is None else f"{row.momentum:g}",
+        f"{row.eps:g}",
+        row.fuses_with or f"- ({row.reason})",
+        "; ".join(row.health) or "ok",
+    )
+
+
+def _done(row: NormRow) -> tuple[str, ...]:
+    return (row.name or "(the model)", row.kind, row.done or "-", row.reason)
+
+
+def describe(found: Found, *, fuses_with: str | None = None, done: str = "", reason: str = "") -> NormRow:
+    """Return the row of a norm as it is now."""
+    norm = found.module
+    kind = kind_of(norm) or found.kind  # as it is now
+    activation = getattr(norm, "activation", None) if is_ours(norm) else None
+    act = getattr(norm, "act", None)
+    if activation is None and (isinstance(norm, BatchNormAct2d) or kind.family == "timm"):
+        activation = None if type(act) is nn.Identity else type(act).__name__
+    momentum = getattr(norm, "momentum", None)
+    return NormRow(
+        found.name,
+        kind.name,
+        _policy(found),
+        activation,
+        _channels(norm),
+        None if momentum is None else float(momentum),
+        float(getattr(norm, "eps", 0.0)),
+        health(norm),
+        fuses_with,
+        done,
+        reason,
+    )
+
+
+def _policy(found: Found) -> str:
+    if found.kind.family == "frozen":
+        return "running"
+    if found.kind.family == "synchronised":
+        return "synchronised"
+    return "batch" if getattr(found.module, "running_mean", None) is not None else "batch, untracked"
+
+
+def _channels(norm: nn.Module) -> int:
+    features = getattr(norm, "num_features", None)
+    if features is None:  # FrozenBatchNorm2d has its buffers only
+        weight = getattr(norm, "weight", None)
+        features = 0 if weight is None else weight.numel()
+    return int(features)
+
+
+def _printable(text: str) -> str:
+    """Names come from the user's model: a control character in one must not reach the terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)

@@ -1,0 +1,165 @@
+"""Our layers become stock layers again, in place; what stock cannot express is refused by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+
+from batchnorm.errors import OptionError
+from batchnorm.torch.checks import HALVES
+
+from .activations import module_for
+from .agreement import assert_agree, observe
+from .blocks import NotTraceableError
+from .convert import check_scripted, notes
+from .identity import FusedActivation, restore
+from .kinds import STOCK, TIMM, is_ours, origin, rebased
+from .norms import Found, all_names, find_norms
+from .report import ModelReport, describe
+from .rewrite import FusedForward, authors_class, traced_as_written
+from .rollback import untouched_on_error
+from .timm_norm import BatchNormAct2d, inner_activation
+
+
+def revert(model: nn.Module, example: Any = None) -> ModelReport:
+    """Turn the layers of this library in `model` into stock layers, in place: the way back from `convert`.
+
+    A layer stays the module that it is, with the same parameters, buffers, hooks and modes. What `fuse` did
+    is undone: activation modules and forwards are their authors' again. An activation that a layer was made
+    with becomes a module behind it, `nn.Sequential(norm=..., activation=...)` in its place, and the keys of
+    its state gain `.norm`.
+
+    Args:
+        model: with layers of this library.
+        example: as of `convert`.
+
+    Returns:
+        A report with one row per norm.
+
+    Raises:
+        OptionError: (a ValueError) a layer that is called with a residual, a user's subclass of one of our
+            layers, or a model that is itself a layer with an activation; by name.
+        AgreementError: (an ArithmeticError) the outputs on the example differ.
+
+    If it raises, or is interrupted, the model is as it was.
+
+    Differs from torch: running statistics that `convert` widened become 16-bit again where the weight is.
+    """
+    check_scripted(model, "revert")
+    norms = [found for found in find_norms(model) if is_ours(found.module) or found.kind.family == "ours"]
+    was = {found.module: found.kind.name for found in norms}
+    _check(model, norms)
+    before = None if example is None else observe(model, example)
+    with untouched_on_error(model):
+        _undo_fusion(model, norms)
+        placed = [found for found in norms if _become_stock(found)]
+        _place_behind(model, placed)
+        if before is not None:
+            assert_agree(before, model, example, "revert")
+    rows = tuple(
+        describe(found, done=f"reverted from {was[found.module]}")
+        if found.module in was
+        else describe(found, reason="it is none of batchnorm's")
+        for found in find_norms(model)
+    )
+    title = f"{type(model).__name__}: {len(norms)} of {len(rows)} batch normalizations reverted"
+    return ModelReport(title, rows, notes(before), "revert")
+
+
+def _check(model: nn.Module, norms: list[Found]) -> None:
+    silenced = {module for module in model.modules() if isinstance(module, FusedActivation)}
+    for found in norms:
+        norm = found.module
+        cls = origin(type(norm))
+        if cls not in STOCK and cls is not BatchNormAct2d:
+            raise OptionError("a subclass of a layer of batchnorm: no stock layer computes that", str(found))
+        for act in vars(norm).get("_activation_at", ()):
+            if act not in silenced:
+                raise OptionError(
+                    "its activation is outside of this part: revert the whole model", str(found)
+                )
+            silenced.discard(act)
+        if not found.name and norm.activation is not None and cls is not BatchNormAct2d:
+            raise OptionError(
+                f"the model is one layer that applies {norm.activation}, and nothing can stand behind it: "
+                "put it into an nn.Sequential",
+                str(found),
+            )
+    if silenced:
+        name = next(name for name, module in model.named_modules() if module in silenced)
+        raise OptionError("the layer that applies it is outside of this part: revert the whole model", name)
+    _check_residuals(model, {found.module: found for found in norms})
+
+
+def _check_residuals(model: nn.Module, norms: dict[nn.Module, Found]) -> None:
+    """Refuse layers that a forward calls with a residual, as far as forwards are graphs."""
+    for module in model.modules():
+        if not any(part in norms for part in module.modules() if part is not module):
+            continue
+        try:
+            block = traced_as_written(module)
+        except NotTraceableError:
+            continue
+        for node in block.graph.nodes:
+            called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if called in norms and (len(node.args) > 1 or "residual" in node.kwargs):
+                raise OptionError(
+                    f"{type(module).__name__}.forward calls it with a residual, which no stock layer takes: "
+                    "add the residual behind the layer there",
+                    str(norms[called]),
+                )
+
+
+def _undo_fusion(model: nn.Module, norms: list[Found]) -> None:
+    for found in norms:
+        for act in vars(found.module).pop("_activation_at", ()):
+            vars(found.module)["activation"] = None
+            restore(act)
+    for module in list(model.modules()):
+        if isinstance(module, FusedForward):
+            for path, _ in module._rewrite.spec.sites:
+                vars(module.get_submodule(path))["activation"] = None
+            del vars(module)["_rewrite"]
+            module.__class__ = rebased_block(type(module), authors_class(module))
+
+
+def rebased_block(cls: type, onto: type) -> Any:
+    """Return the class of a block without `FusedForward`, with what torch made around it."""
+    return onto if FusedForward in cls.__bases__ else rebased(cls, onto)
+
+
+def _become_stock(found: Found) -> bool:
+    """Set the class of a layer to stock; return whether it applied an activation, which is left to place."""
+    norm = found.module
+    cls = origin(type(norm))
+    if cls is BatchNormAct2d:
+        is_placed = norm.activation is not None and inner_activation(norm) is None
+        module, _, name = TIMM.rpartition(".")
+        stock = getattr(importlib.import_module(module), name)
+    else:
+        is_placed = norm.activation is not None
+        stock = STOCK[cls]
+    norm.__class__ = rebased(type(norm), stock)
+    weight = getattr(norm, "weight", None)
+    for name in ("running_mean", "running_var"):
+        buffer = norm._buffers.get(name)
+        if buffer is not None and weight is not None and weight.dtype in HALVES:
+            norm._buffers[name] = buffer.to(weight.dtype)
+    if not is_placed:
+        vars(norm).pop("activation", None)
+    return is_placed
+
+
+def _place_behind(model: nn.Module, placed: list[Found]) -> None:
+    """Put the activations of stock layers behind them, wherever they are registered."""
+    names = all_names(model)
+    for found in placed:
+        norm = found.module
+        act = module_for(vars(norm).pop("activation")).train(norm.training)
+        both = nn.Sequential(OrderedDict(norm=norm, activation=act)).train(norm.training)
+        for place in names[norm]:
+            parent, _, name = place.rpartition(".")
+            model.get_submodule(parent)._modules[name] = both

@@ -1,0 +1,37 @@
+"""What `timm.layers.BatchNormAct2d` becomes: our layer, with the modules that timm's keeps inside."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from batchnorm.torch.layers import BatchNorm2d
+
+from .activations import module_activation
+from .hooks import has_hooks
+
+
+class BatchNormAct2d(BatchNorm2d):
+    """Our BatchNorm2d with timm's `drop` and `act` behind it; one pass where the two allow it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return act(drop(norm(input) + residual))."""
+        y = super().forward(input, residual)
+        if self.activation is None:
+            y = self.act(self.drop(y))
+        return y
+
+
+def inner_activation(norm: nn.Module) -> str | None:
+    """Return the activation that can move from `act` into the layer, or None."""
+    drop, act = norm.drop, norm.act
+    assert isinstance(act, nn.Module)
+    assert isinstance(drop, nn.Module)
+    return None if type(drop) is not nn.Identity or has_hooks(drop) else module_activation(act)
+
+
+def is_bare(norm: nn.Module) -> bool:
+    """Whether neither `drop` nor `act` does anything."""
+    return all(type(part) is nn.Identity and not has_hooks(part) for part in (norm.drop, norm.act))
