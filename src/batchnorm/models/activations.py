@@ -23,6 +23,8 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Tanh: "tanh",
     nn.ELU: "elu",
 }
+# Of packages that need not be installed, by qualified name.
+_FOREIGN = {"transformers.activations.SiLUActivation": "silu"}
 # The settings that a layer's activation has: a module with another one computes something else.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "leaky_relu": {"negative_slope": 0.01},
@@ -54,7 +56,8 @@ _METHODS = {name + end: name for name in ("relu", "sigmoid", "tanh") for end in 
 
 def module_activation(module: nn.Module) -> str | None:
     """Return the layer's name of what a module computes; None where a layer cannot compute that."""
-    name = _MODULES.get(type(module))
+    cls = type(module)
+    name = _MODULES.get(cls) or _FOREIGN.get(f"{cls.__module__}.{cls.__qualname__}")
     if name is None or has_hooks(module) or is_forward_replaced(module):
         return None
     wanted = _SETTINGS.get(name, {})

@@ -83,14 +83,23 @@ def assert_agree(before: Behaviour, model: nn.Module, example: Any, verb: str) -
         new = after.values.get(name)
         if new is None or new.shape != old.shape or new.dtype != old.dtype:
             raise AgreementError(f"{verb} was taken back: {name} has another form than before")
-        scale = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
-        is_same = torch.allclose(new, old, rtol=0.0, atol=tolerance * (scale or 1.0), equal_nan=True)
+        scale = _scale(name, before.values)
+        allowed = max(tolerance * (scale or 1.0), torch.finfo(old.dtype).tiny)
+        is_same = torch.allclose(new, old, rtol=0.0, atol=allowed, equal_nan=True)
         if not is_same:
             off = (new.double() - old.double()).abs().max().item()
             raise AgreementError(
                 f"{verb} was taken back: {name} is off by {off:.3g}, where the largest value is {scale:.3g}; "
                 f"at most {tolerance:g} of that is rounding"
             )
+
+
+def _scale(name: str, values: dict[str, Tensor]) -> float:
+    """Return the largest magnitude of a value; of a running mean, at least the deviation beside it."""
+    value = values[name]
+    scale = value[value.isfinite()].abs().max().item() if value.isfinite().any() else 0.0
+    var = values.get(name.replace("running_mean", "running_var")) if "running_mean" in name else None
+    return scale if var is None or not var.numel() else max(scale, var.max().clamp(min=0).sqrt().item())
 
 
 def call(model: nn.Module, example: Any) -> Any:

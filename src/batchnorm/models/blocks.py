@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.fx import Graph, Tracer
+from torch.fx import Graph, Node, Proxy, Tracer
 
 from .hooks import has_hooks, is_forward_replaced
 
@@ -43,12 +44,14 @@ class Block:
         graph: its calls; a child is one call, unless it is in `inlined`.
         inlined: paths of the children whose own calls are in the graph.
         reads: plain attributes that it depends on.
+        lists: lists of modules whose children it calls, with the names of all of them.
         rewritable: "" where another forward can stand in for it, else why not.
     """
 
     graph: Graph
     inlined: tuple[str, ...]
     reads: tuple[Read, ...]
+    lists: tuple[tuple[str, tuple[str, ...]], ...]
     rewritable: str
 
 
@@ -61,6 +64,9 @@ def traced(module: nn.Module, inlined: tuple[str, ...] = ()) -> Block:
     """
     if isinstance(module, torch.jit.ScriptModule) or is_forward_replaced(module):
         raise NotTraceableError("it is scripted, or its forward was replaced on the instance")
+    for part in (module, *(module.get_submodule(path) for path in inlined)):
+        if _has_optional_arguments(part):  # given as a symbol, None is not None
+            raise NotTraceableError("its forward has optional arguments")
     for path in inlined:
         child = module.get_submodule(path)
         if has_hooks(child) or is_forward_replaced(child):
@@ -73,9 +79,13 @@ def traced(module: nn.Module, inlined: tuple[str, ...] = ()) -> Block:
     if _text(graphs[0]) != _text(graphs[1]):
         raise NotTraceableError("its forward is another in training than in evaluation")
     constants = {(read.path, read.name): read for read in reads[0] + reads[1]}
-    return Block(
-        graphs[0], inlined, tuple(constants.values()), _rewritable(module, graphs[0], constants.values())
-    )
+    why_not = _rewritable(module, constants.values())
+    return Block(graphs[0], inlined, tuple(constants.values()), _lists(module, graphs[0]), why_not)
+
+
+def _has_optional_arguments(module: nn.Module) -> bool:
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(p.default is not p.empty or p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 def _text(graph: Graph) -> str:
@@ -107,6 +117,28 @@ class _BlockTracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         return module_qualified_name not in self._inlined
+
+    def proxy(self, node: Node) -> Proxy:
+        return _Symbol(node, self)
+
+
+# Modules of torch that look at the class of a symbol while they trace.
+_TRACING = ("torch.fx", "torch.utils._pytree", "torch.overrides", "torch.nn.parameter")
+
+
+class _Symbol(Proxy):
+    """A symbol that lets no forward ask for its class: the answer to `isinstance(x, Tensor)` would be no."""
+
+    @property
+    def __class__(self) -> Any:
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if asking.startswith(_TRACING):
+            return type(self)
+        raise NotTraceableError("its forward asks for the class of a value")
+
+    @__class__.setter
+    def __class__(self, _cls: Any) -> None:
+        raise AttributeError("__class__")
 
 
 def _shadow(
@@ -143,7 +175,7 @@ _CONSTANT = (type(None), bool, int, float, str, torch.dtype, FunctionType, Built
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
-def _rewritable(module: nn.Module, graph: Graph, reads: Iterable[Read]) -> str:
+def _rewritable(module: nn.Module, reads: Iterable[Read]) -> str:
     cls = type(module)
     for read in reads:
         parts = read.value if isinstance(read.value, tuple) else (read.value,)
@@ -152,14 +184,14 @@ def _rewritable(module: nn.Module, graph: Graph, reads: Iterable[Read]) -> str:
     for name in ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"):
         if getattr(cls, name, None) is not getattr(nn.Module, name, None):
             return f"{cls.__name__} has a {name} of its own"
-    for parameter in inspect.signature(cls.forward).parameters.values():
-        if parameter.default is not parameter.empty or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
-            return f"{cls.__name__}.forward has optional arguments"
-    for node in graph.nodes:
-        parent = str(node.target).rpartition(".")[0]
-        if node.op == "call_module" and parent and type(module.get_submodule(parent)) in _LISTS:
-            return f"{cls.__name__}.forward loops over a list of modules"
     return ""
+
+
+def _lists(module: nn.Module, graph: Graph) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return the lists whose children are called, with the names in them: a loop over one is written out."""
+    parents = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "call_module"}
+    lists = {path: module.get_submodule(path) for path in sorted(parents)}
+    return tuple((path, tuple(part._modules)) for path, part in lists.items() if isinstance(part, _LISTS))
 
 
 @contextlib.contextmanager

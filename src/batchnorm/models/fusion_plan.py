@@ -16,7 +16,7 @@ from .kinds import is_ours
 from .norms import Found, all_names, find_norms
 from .rewrite import FusedForward, Spec, call_of
 from .sites import Site, site_of, tail
-from .timm_norm import BatchNormAct2d, is_bare
+from .timm_norm import BatchNormAct2d, inner_activation, is_bare
 
 
 @dataclass
@@ -50,7 +50,9 @@ class _Planner:
         self.free: set[nn.Module] = set()  # norms that may still be fused
         for found in self.plan.norms:
             reason = unfit(found)
-            if reason:
+            if found.kind.family == "timm" and (inside := inner_activation(found.module)):
+                self.plan.fuses_with[found.module] = f"{inside} (inside it)"
+            elif reason:
                 self.plan.reasons[found.module] = reason
             else:
                 self.free.add(found.module)
@@ -119,7 +121,7 @@ class _Planner:
             return f"it is shared: {', '.join(places)}"
         if self.calls[child] > 1:
             return f"it is called {self.calls[child]} times"
-        site = site_of(node, module)
+        site = site_of(node, module, is_end=child not in self.free)
         if isinstance(site, Site) and {site.add, site.act} & used:
             return "the addition behind it is fused with another norm"
         return site

@@ -43,6 +43,8 @@ def add_recorded(decided: Plan, model: nn.Module, example: Any) -> None:
     for norm in open_norms:
         acts = {recorder.only_reader(norm) for recorder in seen}
         act = acts.pop() if len(acts) == 1 else None
+        if act is None and "pass example=" in decided.reasons[norm]:
+            decided.reasons[norm] = seen[-1].in_words(norm)
         if act is None or act in taken or len(names[act]) > 1:
             continue
         taken.add(act)
@@ -85,6 +87,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         (reader,) = outputs[0].readers
         return reader if isinstance(reader, nn.Module) and self.called[reader] == 1 else None
+
+    def in_words(self, norm: nn.Module) -> str:
+        """Why `only_reader` returns None."""
+        outputs = self.of[norm]
+        if len(outputs) != 1:
+            return f"it is called {len(outputs)} times on the example"
+        readers = outputs[0].readers
+        if len(readers) != 1:
+            return f"on the example its output is read {len(readers)} times"
+        (reader,) = readers
+        name = f"{type(reader).__name__}, which is shared" if isinstance(reader, nn.Module) else reader
+        return f"on the example its output goes to {name}"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -75,6 +75,8 @@ class Rewrite:
             now = vars(child_at(module, read.path)).get(read.name, _MISSING)
             if now is not read.value and now != read.value:
                 return False
+        if any(tuple(child_at(module, path)._modules) != names for path, names in made.block.lists):
+            return False
         for path, cls in made.bypassed:
             part = child_at(module, path)
             if type(part) is not cls or has_hooks(part):

@@ -45,14 +45,15 @@ class Site:
         return ", ".join(part for part in ("add" if self.add else None, self.activation) if part)
 
 
-def site_of(call: Node, module: nn.Module) -> Site | str:
+def site_of(call: Node, module: nn.Module, *, is_end: bool = False) -> Site | str:
     """Return what can become one with the norm that `call` calls, or why nothing can.
 
     Args:
         call: of a norm, in the graph of `module`.
         module: where the paths of the graph start.
+        is_end: `call` is of a block that ends with the norm, so that its input is not the norm's.
     """
-    if len(call.args) != 1 or call.kwargs:
+    if not is_end and (len(call.args) != 1 or call.kwargs):
         return "it is called with more than its input"
     passed: list[Node] = []
     reader = _only_reader(call, module, passed)
@@ -66,7 +67,7 @@ def site_of(call: Node, module: nn.Module) -> Site | str:
     if addition is None:
         return f"its output goes to {_shown(reader, module)}"
     residual, in_place = addition
-    if _is_read_between(call.args[0], call, reader):
+    if not is_end and _is_read_between(call.args[0], call, reader):
         return "its input is read again before the addition"
     after: list[Node] = []
     last = _only_reader(reader, module, after)
