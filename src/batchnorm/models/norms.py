@@ -56,8 +56,9 @@ def all_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 def find_norms(model: nn.Module) -> list[Found]:
     """Return every batch normalization of `model`, each layer once, in the order of registration."""
+    names = all_names(model)
     return [
-        Found(names[0], module, kind, names)
-        for module, names in all_names(model).items()
+        Found(names[module][0], module, kind, names[module])
+        for module in model.modules()
         if (kind := kind_of(module)) is not None
     ]
