@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -126,6 +127,13 @@ class _BlockTracer(Tracer):
 _TRACING = ("torch.fx", "torch.utils._pytree", "torch.overrides", "torch.nn.parameter")
 
 
+def _augmented(function: Any) -> Any:
+    def assign(self: Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return assign
+
+
 class _Symbol(Proxy):
     """A symbol that lets no forward ask for its class: the answer to `isinstance(x, Tensor)` would be no."""
 
@@ -139,6 +147,21 @@ class _Symbol(Proxy):
     @__class__.setter
     def __class__(self, _cls: Any) -> None:
         raise AttributeError("__class__")
+
+    # fx has no augmented assignment: x += y would be x = x + y, which leaves the caller's x alone.
+    __iadd__ = _augmented(operator.iadd)
+    __isub__ = _augmented(operator.isub)
+    __imul__ = _augmented(operator.imul)
+    __itruediv__ = _augmented(operator.itruediv)
+    __ifloordiv__ = _augmented(operator.ifloordiv)
+    __imod__ = _augmented(operator.imod)
+    __ipow__ = _augmented(operator.ipow)
+    __imatmul__ = _augmented(operator.imatmul)
+    __iand__ = _augmented(operator.iand)
+    __ior__ = _augmented(operator.ior)
+    __ixor__ = _augmented(operator.ixor)
+    __ilshift__ = _augmented(operator.ilshift)
+    __irshift__ = _augmented(operator.irshift)
 
 
 def _shadow(

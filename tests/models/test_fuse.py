@@ -1,0 +1,503 @@
+"""`batchnorm.fuse`: one layer instead of two or three, the same numbers, the author's code where in doubt."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchnorm
+from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.models import activations
+from batchnorm.models import fuse as fuse_module
+from batchnorm.models.agreement import AgreementError
+from batchnorm.models.identity import FusedActivation
+from batchnorm.models.rewrite import FusedForward
+from tests.models import nets
+from tests.models.foreign import timm_norm  # noqa: F401 -- a fixture
+from tests.models.nets import anatomy, assert_alike, refuses, scrambled
+from tests.torch.test_layers import MODULES
+
+X = (5, 4, 6, 6)
+
+
+def _input(*shape: int) -> Tensor:
+    return torch.randn(shape or X, dtype=torch.float64)
+
+
+def _fused(report: object) -> dict[str, str]:
+    return {row.name: row.done.removeprefix("fused with ") for row in report.rows if row.done}
+
+
+def _reasons(report: object) -> dict[str, str]:
+    return {row.name: row.reason for row in report.rows if row.reason}
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool, dict[str, str]]] = {
+    # name: how it is made, its input, whether it needs an example, what must be fused
+    "resnet": (
+        nets.resnet,
+        (4, 3, 6, 6),
+        False,
+        {"0.1": "gelu", "1.bn1": "relu", "1.bn2": "add, relu", "2.bn1": "relu", "2.bn2": "add, relu"},
+    ),
+    "in children": (nets.Residual, X, False, {"layer.0.norm": "silu", "layer.1.norm": "add, tanh"}),
+    "functions": (nets.Functional, X, False, {"a": "sigmoid", "b": "relu"}),
+    "branching": (nets.Branching, X, True, {"norm": "hardswish (as on the example)"}),
+    "looping": (nets.Looping, X, False, {"norms.0": "relu", "norms.1": "relu"}),
+    "broadcast": (nets.Broadcast, X, False, {"norm": "add, relu"}),
+}
+
+
+@pytest.mark.parametrize("with_example", [True, False], ids=["example", "graph"])
+@pytest.mark.parametrize("name", NETS)
+def test_a_fused_network_trains_as_before(name: str, with_example: bool) -> None:
+    """Pain row 24 (fused norm and activation, exact, nothing to build): gradients and statistics too."""
+    make, shape, needs_example, expected = NETS[name]
+    stock = scrambled(make())
+    model, x = copy.deepcopy(stock), _input(*shape)
+    report = batchnorm.fuse(model, x if with_example else None)
+    assert _fused(report) == ({} if needs_example and not with_example else expected)
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert_alike(model, stock, x)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_fuses(activation: str) -> None:
+    """Pain row 24: any activation, where In-Place ABN has no ReLU (its issue 143)."""
+    stock = scrambled(
+        nn.Sequential(nn.BatchNorm2d(4), copy.deepcopy(MODULES[activation]), nn.Conv2d(4, 4, 1))
+    )
+    model = copy.deepcopy(stock)
+    report = batchnorm.fuse(model)
+    assert _fused(report) == {"0": activation}
+    assert isinstance(model[1], nn.Identity)
+    assert model[0].activation == activation
+    assert type(MODULES[activation]).__name__ in repr(model[1])
+    assert_alike(model, stock, _input())
+
+
+def test_the_tables_know_every_activation_of_a_layer() -> None:
+    assert set(activations.FUNCTIONS) == set(ACTIVATIONS)
+    assert {activations.module_activation(activations.module_for(name)) for name in ACTIVATIONS} == set(
+        ACTIVATIONS
+    )
+    x = torch.randn(50)
+    for name in ACTIVATIONS:
+        assert torch.equal(activations.FUNCTIONS[name](x), activations.module_for(name)(x)), name
+
+
+@pytest.mark.parametrize(
+    "act",
+    [nn.LeakyReLU(0.2), nn.GELU("tanh"), nn.ELU(0.5), nn.Softplus(), nn.Hardtanh(), nn.Dropout(0.1)],
+    ids=str,
+)
+def test_what_a_layer_does_not_have_is_left(act: nn.Module) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), act)
+    report = batchnorm.fuse(model)
+    assert type(model[0]) is nn.BatchNorm2d
+    assert _reasons(report) == {"0": f"its output goes to 1 ({type(act).__name__})"}
+
+
+class Twice(nn.Module):
+    """The norm's output has two readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.act(y) + y
+
+
+class CalledTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.act(self.norm(x)))
+
+
+class WritesResidual(nn.Module):
+    """The addition is in place, into what the norm is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        g = h * 1.0
+        g += self.norm(x)
+        return torch.relu(g) + h
+
+
+class Optional(nn.Module):
+    """Given as a symbol, None would not be None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(4), nn.SiLU()
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.norm(x)
+        return self.act(y) if scale is not None else y * 2
+
+
+class AsksForClass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(4), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return y * 2 if isinstance(x, Tensor) else self.act(y)
+
+
+class Random(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(4), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.act(y) if torch.rand(()) > 2 else y
+
+
+class ByMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(4), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.act(y) if self.training else y
+
+
+class Returned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return torch.cat([self.act(y), y]) if x.sum() < 1e9 else y
+
+
+class Viewed(nn.Module):
+    """A view of the norm's output is read beside the activation, in a forward that is no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        v = y.flatten(1)
+        z = self.act(y)
+        return z + v.view_as(z) if x.sum() < 1e9 else z
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Twice, "read 2 times"),
+        (CalledTwice, "called 2 times"),
+        (WritesResidual, "goes to iadd"),
+        (Optional, "optional arguments|goes to"),
+        (AsksForClass, "class of a value|goes to"),
+        (Random, "random numbers|goes to|no graph|output is read"),
+        (ByMode, "another in training|goes to|no reader|read 0|model's output"),
+        (Returned, "no graph|is read"),
+        (Viewed, "no graph|is read"),
+    ],
+)
+def test_nets_written_to_be_nasty_are_left_with_a_reason(make: type[nn.Module], reason: str) -> None:
+    stock = scrambled(make())
+    for example in (None, _input()):
+        model = copy.deepcopy(stock)
+        report = batchnorm.fuse(model, example)
+        assert not _fused(report)
+        assert any(part in report.rows[0].reason for part in reason.split("|")), report.rows[0].reason
+        assert type(model.norm) is nn.BatchNorm2d
+        assert_alike(model, stock, _input())
+
+
+def test_in_place_activations_and_shared_modules() -> None:
+    shared = nn.BatchNorm2d(4)
+    stock = scrambled(
+        nn.Sequential(nn.Conv2d(4, 4, 1), shared, nn.ReLU(inplace=True), shared, nn.ReLU(inplace=True))
+    )
+    model = copy.deepcopy(stock)
+    assert _reasons(batchnorm.fuse(model)) == {"1": "it is shared: 1, 3"}
+    assert_alike(model, stock, _input())
+
+
+def test_one_activation_module_behind_two_norms_of_a_sequential() -> None:
+    act = nn.ReLU(inplace=True)
+    stock = scrambled(nn.Sequential(nn.BatchNorm2d(4), act, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act))
+    model, x = copy.deepcopy(stock), _input()
+    report = batchnorm.fuse(model, x)
+    assert_alike(model, stock, x)
+    assert set(_fused(report)) | set(_reasons(report)) == {"0", "3"}
+
+
+def test_hooks_keep_what_they_see() -> None:
+    """A hook on a norm's output or on an activation forbids the fusion of that pair."""
+    for place in ("bn1", "relu"):
+        model = nets.Basic(4)
+        seen: list[Tensor] = []
+        model.get_submodule(place).register_forward_hook(lambda _m, _a, y, seen=seen: seen.append(y.clone()))
+        stock = copy.deepcopy(model)
+        batchnorm.fuse(model)
+        x = torch.randn(X)
+        model(x), stock(x)
+        half = len(seen) // 2
+        assert half
+        torch.testing.assert_close(seen[:half], seen[half:])
+
+
+@pytest.mark.parametrize("place", ["relu", "bn1", "bn2"])
+def test_a_hook_that_comes_later_sees_what_it_saw_in_the_authors_forward(place: str) -> None:
+    stock = scrambled(nets.Basic(4))
+    model = copy.deepcopy(stock)
+    batchnorm.fuse(model)
+    seen: list[list[Tensor]] = []
+    for one in (model, stock):
+        mine: list[Tensor] = []
+        one.get_submodule(place).register_forward_hook(lambda _m, _a, y, mine=mine: mine.append(y.clone()))
+        one(_input())
+        seen.append(mine)
+        torch.manual_seed(0)
+    assert [len(mine) for mine in seen] == ([2, 2] if place == "relu" else [1, 1])
+    assert model.bn2.activation == "relu"  # put back after the author's forward
+
+
+def test_a_changed_attribute_brings_the_authors_forward_back() -> None:
+    class Scaled(nets.Basic):
+        scale: float
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * self.scale)
+
+    stock = scrambled(Scaled(4))
+    stock.scale = 1.0
+    model = copy.deepcopy(stock)
+    assert _fused(batchnorm.fuse(model)) == {"bn1": "relu", "bn2": "add, relu"}
+    for scale in (1.0, 2.0):
+        stock.scale = model.scale = scale
+        assert_alike(model, stock, _input())
+
+
+def test_a_replaced_child_brings_the_authors_forward_back() -> None:
+    stock = scrambled(nets.Basic(4, nn.Sequential(nn.Conv2d(4, 4, 1))))
+    model = copy.deepcopy(stock)
+    batchnorm.fuse(model)
+    for one in (stock, model):
+        one.relu = nn.Tanh()
+    assert_alike(model, stock, _input())
+    new = scrambled(nn.BatchNorm2d(4))
+    for one in (stock, model):
+        one.bn2 = copy.deepcopy(new)
+    assert_alike(model, stock, _input())
+
+
+def test_a_list_that_grows_brings_the_authors_forward_back() -> None:
+    stock = scrambled(nets.Looping())
+    model = copy.deepcopy(stock)
+    batchnorm.fuse(model)
+    for one in (stock, model):
+        torch.manual_seed(3)
+        one.convs.append(nn.Conv2d(4, 4, 1).double())
+        one.norms.append(scrambled(nn.BatchNorm2d(4)))
+    assert_alike(model, stock, _input())
+
+
+def test_mixed_dtypes_and_numbers_added_in_place() -> None:
+    """`y += residual` keeps the dtype of y; one pass would promote."""
+    stock = nets.Basic(4)
+    model = copy.deepcopy(stock)
+    batchnorm.fuse(model)
+    x = torch.randn(X)
+    for one in (stock, model):
+        one.conv2.register_forward_hook(lambda _m, _a, y: y.bfloat16())
+        one.eval()
+    y, expected = model(x), stock(x)
+    assert y.dtype is expected.dtype is torch.bfloat16
+    torch.testing.assert_close(y, expected)
+
+
+def test_copies_and_pickles_are_fused_too() -> None:
+    """Pain row 11: averaged models are deep copies."""
+    stock = scrambled(nets.resnet())
+    model, x = copy.deepcopy(stock), _input(4, 3, 6, 6)
+    batchnorm.fuse(model)
+    copies = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.optim.swa_utils.AveragedModel(model).module,
+    ]
+    for one in copies:
+        assert isinstance(one[1], FusedForward)
+        assert isinstance(one[1], nets.Basic)
+        assert one[1].bn1 is not model[1].bn1
+        assert_alike(one, stock, x)
+        batchnorm.revert(one)
+        assert type(one[1]) is nets.Basic
+        assert_alike(one, stock, x)
+
+
+def test_parameters_and_modules_stay_the_objects_they_are() -> None:
+    model = nets.resnet()
+    modules, tensors = list(model.modules()), [*model.parameters(), *model.buffers()]
+    batchnorm.fuse(model)
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    assert all(a is b for a, b in zip(tensors, [*model.parameters(), *model.buffers()], strict=True))
+    assert type(model[1]).__name__ == "Basic"
+
+
+def test_fewer_bytes_are_kept_for_the_backward() -> None:
+    stock, kept = nets.resnet(), []
+    model = copy.deepcopy(stock)
+    batchnorm.fuse(model)
+    for one in (model, stock):
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+        ):
+            one(torch.randn(4, 3, 32, 32))
+        kept.append(sum(sizes.values()))
+    assert kept[0] < kept[1]
+
+
+def test_fusing_twice_changes_nothing_more() -> None:
+    stock = scrambled(nets.resnet())
+    model = copy.deepcopy(stock)
+    first = _fused(batchnorm.fuse(model))
+    report = batchnorm.fuse(model)
+    assert not _fused(report)
+    assert all("itself" in row.reason or "already" in row.reason for row in report.rows if row.name in first)
+    assert_alike(model, stock, _input(4, 3, 6, 6))
+
+
+def test_converted_layers_fuse_and_fused_models_convert() -> None:
+    stock = scrambled(nets.resnet())
+    model, x = copy.deepcopy(stock), _input(4, 3, 6, 6)
+    batchnorm.convert(model)
+    assert len(_fused(batchnorm.fuse(model, x))) == 5
+    other = copy.deepcopy(stock)
+    batchnorm.fuse(other)
+    assert sum(bool(row.done) for row in batchnorm.convert(other, x).rows) == 2
+    for one in (model, other):
+        assert_alike(one, stock, x)
+
+
+def test_row_1_and_row_11_calibrate_is_the_same_after_fusing() -> None:
+    """Pain rows 1 and 11: calibration reads the inputs of norms, which fusing leaves as they are."""
+    stock = scrambled(nets.resnet())
+    model, data = copy.deepcopy(stock), _input(9, 3, 6, 6).split(3)
+    batchnorm.fuse(model)
+    reports = [batchnorm.calibrate(one, data) for one in (model, stock)]
+    assert [layer.name for layer in reports[0].layers] == [layer.name for layer in reports[1].layers]
+    assert_alike(model, stock, data[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_row_29_exported_and_compiled_models_compute_the_same() -> None:
+    """Pain row 29: export keeps mode and eps; row 24: nothing is built for it."""
+    model, x = nets.resnet(), torch.randn(4, 3, 6, 6)
+    stock = copy.deepcopy(model)
+    batchnorm.fuse(model)
+    for one in (model, stock):
+        one.eval()
+    exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), stock(x))
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), stock(x))
+    calls = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert any("batch_norm" in call for call in calls)
+
+
+def test_row_9_two_forwards_before_a_backward() -> None:
+    """Pain row 9: the GAN pattern; autograd holds no buffer that the second forward moves."""
+    model = nets.resnet()
+    batchnorm.fuse(model)
+    loss = model(torch.randn(4, 3, 6, 6)).square().sum() + model(torch.randn(4, 3, 6, 6)).square().sum()
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_checkpointing_a_fused_block() -> None:
+    stock = scrambled(nets.Basic(4))
+    model = copy.deepcopy(stock).eval()
+    batchnorm.fuse(model)
+    x = _input().requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    cotangent = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, cotangent)
+    (expected,) = torch.autograd.grad(stock.eval()(x), x, cotangent)
+    torch.testing.assert_close(dx, expected)
+
+
+def test_timms_layer_is_fused_with_what_it_has_inside(timm_norm: type[nn.Module]) -> None:  # noqa: F811
+    stock = scrambled(nn.Sequential(timm_norm(4, nn.SiLU()), timm_norm(4), nn.ReLU()))
+    model = copy.deepcopy(stock)
+    assert _fused(batchnorm.fuse(model)) == {"0": "silu (inside it)", "1": "relu"}
+    assert_alike(model, stock, _input())
+    batchnorm.revert(model)
+    assert [type(part) for part in model] == [timm_norm, timm_norm, nn.ReLU]
+
+
+def test_a_subclass_is_left_not_refused() -> None:
+    class Loud(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(Loud(4), nn.ReLU())
+    assert "class is not known" in batchnorm.fuse(model).rows[0].reason
+    assert type(model[0]) is Loud
+
+
+def test_an_interruption_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nets.resnet()
+    before = anatomy(model)
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fuse_module, "fused_class", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        batchnorm.fuse(model)
+    assert anatomy(model) == before
+
+
+def test_a_wrong_fusion_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were a plan ever wrong, the comparison on the example would find it: here, relu instead of gelu."""
+    monkeypatch.setattr(fuse_module, "module_activation", lambda _: "relu")
+    message = refuses(batchnorm.fuse, nets.resnet(), torch.randn(4, 3, 6, 6))
+    assert message.startswith(AgreementError.__name__)
+    assert "fuse was taken back" in message
+
+
+def test_a_change_in_training_only_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = batchnorm.BatchNorm2d.forward
+
+    def twice(self: nn.Module, *args: Tensor) -> Tensor:
+        if self.training:
+            forward(self, *args)
+        return forward(self, *args)
+
+    monkeypatch.setattr(batchnorm.BatchNorm2d, "forward", twice)
+    message = refuses(batchnorm.fuse, nets.resnet(), torch.randn(4, 3, 6, 6))
+    assert "after training" in message
+
+
+def test_an_identity_of_ours_says_what_it_was() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Hardswish())
+    batchnorm.fuse(model)
+    assert isinstance(model[1], FusedActivation)
+    assert "Hardswish, applied by the layer before it" in repr(model)
