@@ -7,16 +7,35 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 Clocked = Callable[[], float]
 # Seconds before each step where rivals have threads of their own (processes, or JAX): threads that have just
 # worked wait for more by spinning, and hold a core. A step of JAX took 5.0 ms without, and 3.4 ms with it.
-PAUSE = 0.01
+_PAUSE = 0.01
 
 
-def clocked(step: Callable[[], object]) -> Clocked:
-    """Return a call that takes `step` and returns its seconds, with what freeing its result costs."""
+def rest() -> None:
+    """Wait until the threads of others have fallen asleep."""
+    time.sleep(_PAUSE)
+
+
+def rest_and_wake() -> None:
+    """The same, and then wake torch's threads, which have slept too: that takes longer than a small step."""
+    rest()
+    torch.zeros(2**17).add_(1)
+
+
+def clocked(step: Callable[[], object], before: Callable[[], object] = lambda: None) -> Clocked:
+    """Return a call that takes `step` and returns its seconds, with what freeing its result costs.
+
+    Args:
+        step: what is timed.
+        before: called first, outside the time.
+    """
 
     def run() -> float:
+        before()
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
@@ -24,16 +43,13 @@ def clocked(step: Callable[[], object]) -> Clocked:
     return run
 
 
-def interleave(
-    rivals: Mapping[str, Clocked], rounds: int, warm_up: int = 2, pause: float = 0.0
-) -> dict[str, list[float]]:
+def interleave(rivals: Mapping[str, Clocked], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
     """Return each rival's seconds, one per round.
 
     Args:
         rivals: name -> a call that takes one step and returns its seconds.
         rounds: how many are kept; every rival takes one step in each.
         warm_up: rounds before those, in which kernels are compiled and memory is first touched.
-        pause: seconds of sleep before each step; see PAUSE.
     """
     names = list(rivals)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -41,8 +57,6 @@ def interleave(
         # Rotated and reversed: each finds in the cache what each other has left there.
         order = [names[(number + place) % len(names)] for place in range(len(names))]
         for name in order if number % 2 else reversed(order):
-            if pause:
-                time.sleep(pause)
             times[name].append(rivals[name]())
     return {name: taken[warm_up:] for name, taken in times.items()}
 

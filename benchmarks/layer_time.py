@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from . import layer_cases
-from .interleaved import PAUSE, Clocked, clocked, interleave, ratio
+from .interleaved import clocked, interleave, ratio, rest, rest_and_wake
 from .layer_cases import Case
 from .layer_rivals import steps
 from .progress import progress
 from .reusing_process import REUSING, ReusingProcess
 
 # Values of a tensor -> rounds; a short step is a noisy one.
-_ROUNDS = ((layer_cases.TINY, 201), (layer_cases.LARGE, 101), (2**22, 31))
-_LEAST_ROUNDS, _QUICK_ROUNDS = 15, 7
+_ROUNDS = ((layer_cases.TINY, 201), (layer_cases.LARGE, 101), (2**22, 41))
+_LEAST_ROUNDS, _QUICK_ROUNDS, _MOST_ROUNDS_RESTED = 25, 7, 31
 Rows = list[dict[str, Any]]
 
 
@@ -23,11 +25,22 @@ def measure(quick: bool = False) -> Rows:
     """Return a row per case: medians in seconds, and the ratio of each rival to ours, round by round."""
     found = []
     for case in progress(layer_cases.cases(quick), "layers"):
-        rivals = {name: clocked(step) for name, step in steps(case).items()}
-        pause = PAUSE if "jax" in rivals else 0.0
-        times = interleave(rivals, _rounds(case, quick), pause=pause)
-        found.append(row(case, times, {"": "copy"}))
+        found.append(_measured(case, _rounds(case, quick)))
     return found
+
+
+def _measured(case: Case, rounds: int) -> dict[str, Any]:
+    """Time a case; rivals with threads of their own afterwards, beside ours again and with rests between."""
+    others = tuple(name for name in case.rivals if name in layer_cases.OTHER_RIVALS)
+    plain = replace(case, rivals=tuple(name for name in case.rivals if name not in others))
+    first = row(case, interleave({name: clocked(step) for name, step in steps(plain).items()}, rounds))
+    if not others:
+        return first
+    rested = {
+        name: clocked(step, rest) for name, step in steps(replace(case, rivals=("ours", *others))).items()
+    }
+    second = row(case, interleave(rested, min(rounds, _MOST_ROUNDS_RESTED)))
+    return first | {part: second[part] | first[part] for part in ("rivals", "ratios")}
 
 
 def measure_reusing_memory(quick: bool = False) -> Rows:
@@ -35,15 +48,16 @@ def measure_reusing_memory(quick: bool = False) -> Rows:
     found = []
     with ReusingProcess(steps) as other:
         for case in progress(layer_cases.reuse_memory_cases(quick), "layers, with reuse_memory()"):
-            rivals: dict[str, Clocked] = {name: clocked(step) for name, step in steps(case).items()}
+            rivals = {name: clocked(step, rest_and_wake) for name, step in steps(case).items()}
             rivals |= {name + REUSING: step for name, step in other.prepare(case).items()}
-            rounds = min(_rounds(case, quick), 31)
-            times = interleave(rivals, rounds, pause=PAUSE)
+            times = interleave(rivals, min(_rounds(case, quick), _MOST_ROUNDS_RESTED))
             found.append(row(case, times, {"": "copy", REUSING: "copy" + REUSING}))
     return found
 
 
-def row(case: Case, times: dict[str, list[float]], copies: Mapping[str, str]) -> dict[str, Any]:
+def row(
+    case: Case, times: dict[str, list[float]], copies: Mapping[str, str] = MappingProxyType({"": "copy"})
+) -> dict[str, Any]:
     """Return what a result file holds of a case.
 
     Args:
@@ -63,7 +77,7 @@ def row(case: Case, times: dict[str, list[float]], copies: Mapping[str, str]) ->
             "gigabytes_per_second": case.bytes_moved / seconds / 1e9,
             "over_floor": seconds / (case.passes * passes[ending]),
         }
-        for ours in ("ours", "ours" + REUSING):
+        for ours in ("ours" + REUSING,) if ending else ("ours", "ours" + REUSING):
             if ours in times and not name.startswith("ours"):
                 ratios[f"{name} / {ours}"] = ratio(taken, times[ours])
     return {

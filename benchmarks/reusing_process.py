@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import batchnorm
 
-from .interleaved import Clocked, clocked
+from .interleaved import Clocked, clocked, rest_and_wake
 
 REUSING = "-reuse"  # behind the names of those that run in it
 Build = Callable[[Any], Mapping[str, Callable[[], object]]]
@@ -58,7 +58,7 @@ def _serve(build: Build, connection: Connection) -> None:
             return
         if what == "build":
             steps.clear()
-            steps |= {name: clocked(step) for name, step in build(argument).items()}
+            steps |= {name: clocked(step, rest_and_wake) for name, step in build(argument).items()}
             connection.send(list(steps))
         else:
             connection.send(steps[argument]())

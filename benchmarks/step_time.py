@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import networks
-from .interleaved import PAUSE, Clocked, clocked, interleave, ratio
+from .interleaved import Clocked, clocked, interleave, ratio, rest_and_wake
 from .progress import progress
 from .reusing_process import REUSING, ReusingProcess
 
@@ -52,9 +52,9 @@ def measure(quick: bool = False) -> Rows:
         for case in progress(QUICK_CASES if quick else CASES, "training steps"):
             taken = steps(case)
             difference = _losses_differ(case, {name: step() for name, step in taken.items()})
-            rivals: dict[str, Clocked] = {name: clocked(step) for name, step in taken.items()}
+            rivals: dict[str, Clocked] = {name: clocked(step, rest_and_wake) for name, step in taken.items()}
             rivals |= {name + REUSING: step for name, step in other.prepare(case).items()}
-            times = interleave(rivals, QUICK_ROUNDS if quick else ROUNDS, warm_up=1, pause=PAUSE)
+            times = interleave(rivals, QUICK_ROUNDS if quick else ROUNDS, warm_up=1)
             found.append(_row(case, times, difference))
     return found
 

@@ -44,16 +44,24 @@ def choose(x: Tensor) -> Choice:
     Raises:
         OptionError: the environment variable names no engine.
     """
-    why = ""
-    wanted = _override.get()
-    if wanted is not None:
-        why = "forced by batchnorm.kernels.use"
-    elif wanted := _environment():
-        why = f"{ENVIRONMENT_VARIABLE}={wanted} asks for it"
-    obstacle = None if wanted not in (None, "cpu") else _obstacle_to_cpu(x)
+    name, obstacle = _chosen(x)
     if obstacle is not None:
-        return Choice("eager", f"plain torch operations; the engine for CPUs does not take {obstacle}")
-    return Choice(wanted or "cpu", why or "Numba kernels, at every size")
+        return Choice(name, f"plain torch operations; the engine for CPUs does not take {obstacle}")
+    if _override.get() is not None:
+        return Choice(name, "forced by batchnorm.kernels.use")
+    asked = _environment()
+    return Choice(
+        name, f"{ENVIRONMENT_VARIABLE}={asked} asks for it" if asked else "Numba kernels, at every size"
+    )
+
+
+def _chosen(x: Tensor) -> tuple[str, str | None]:
+    """Return the engine's name, and what keeps the engine for CPUs from running `x` where that is why."""
+    wanted = _override.get() or _environment()
+    if wanted not in (None, "cpu"):
+        return wanted, None
+    obstacle = _obstacle_to_cpu(x)
+    return ("cpu", None) if obstacle is None else ("eager", obstacle)
 
 
 @functools.cache
@@ -82,11 +90,9 @@ def _has_numba() -> bool:
 
 
 def engine(x: Tensor) -> Engine:
-    """Return the engine that runs `x`: `choose` without its reasons."""
-    wanted = _override.get() or _environment()
-    if wanted in (None, "cpu"):
-        wanted = "cpu" if _obstacle_to_cpu(x) is None else "eager"
-    return ENGINES.get(wanted) or load(wanted)
+    """Return the engine that runs `x`."""
+    name, _ = _chosen(x)
+    return load(name)
 
 
 def load(name: str) -> Engine:

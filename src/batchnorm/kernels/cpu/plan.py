@@ -72,7 +72,7 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_si
         units, columns, block = samples, channels * positions, _columns(positions)
     blocks = math.ceil(columns / block)
     values = group * channels * positions // blocks
-    parts = 1 if positions == 1 and block <= narrow else _parts(blocks * groups, values)
+    parts = 1 if block <= narrow else _parts(blocks * groups, values)
     tasks = parts * groups * blocks
     return Plan(is_dense, "rows", channels, positions, groups, units, group, parts, columns, block, tasks)
 
