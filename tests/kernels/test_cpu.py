@@ -214,7 +214,7 @@ COLD = """
 import logging, sys, torch
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 from batchnorm.kernels.cpu.compiled import kernel
-assert kernel("move_running", torch.float32, True)  # the smallest: it compiles in a moment
+assert kernel("take_running", torch.float32, True)  # the smallest: it compiles in a moment
 """
 
 

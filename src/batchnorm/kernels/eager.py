@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .interface import Coefficients, Moments, wide_dtype
+from .interface import Coefficients, Moments, Running, wide_dtype
 
 # Values per chunk. A GPU launches kernels per chunk, so only memory bounds it: 2**26 values are 512 MB wide.
 _CHUNK_CPU = 2**18
@@ -316,8 +316,10 @@ def forward(
     activation: str | None = None,
     mask: Tensor | None = None,
     group_size: int | None = None,
+    running: Running | None = None,
 ) -> tuple[Tensor, Moments, Tensor]:
     """See `interface.Engine.forward`."""
+    assert running is None, "it moves none"
     chunks = _Chunks(x, mask, group_size)
     step = _Pass(chunks, weight, bias, residual, activation)
     count, m2, divisor = step.measure()
@@ -360,14 +362,6 @@ def given(
     return None
 
 
-def move(
-    running_mean: Tensor | None,  # noqa: ARG001
-    running_var: Tensor | None,  # noqa: ARG001
-    mean: Tensor,  # noqa: ARG001
-    m2: Tensor,  # noqa: ARG001
-    count: int,  # noqa: ARG001
-    momentum: float,  # noqa: ARG001
-    batches: Tensor | None,  # noqa: ARG001
-) -> bool:
-    """See `interface.Engine.move`: always left to the caller."""
+def moves(x: Tensor, running: Running) -> bool:  # noqa: ARG001
+    """See `interface.Engine.moves`: always left to the caller."""
     return False

@@ -54,6 +54,23 @@ class Moments(NamedTuple):
     m2: Tensor
 
 
+class Running(NamedTuple):
+    """Running statistics that a batch of x moves in place, `[C]` each: momentum is the batch's fraction.
+
+        running = (1 - momentum) * running + momentum * batch, where var is m2 / (count - 1)
+
+    Attributes:
+        mean, var: None where they are not tracked.
+        batches: number of batches so far, an integer tensor of one value, which grows by 1; None = not counted.
+        momentum: 0..1.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    batches: Tensor | None
+    momentum: float
+
+
 class Engine(Protocol):
     """What an engine module offers; arguments and shapes as in the notation above."""
 
@@ -123,8 +140,15 @@ class Engine(Protocol):
         activation: str | None = None,
         mask: Tensor | None = None,
         group_size: int | None = None,
+        running: Running | None = None,
     ) -> tuple[Tensor, Moments, Tensor]:
-        """Return y, the moments of x, and rstd: `moments` and `normalize` with nothing between them."""
+        """Return y, the moments of x, and rstd: `moments` and `normalize` with nothing between them.
+
+        `running`, for which `moves` was true, is moved; for calls of one group, without a mask.
+        """
+
+    def moves(self, x: Tensor, running: Running) -> bool:
+        """Whether `forward` of x can move these; else they need the framework's own operations."""
 
     def backward(
         self,
@@ -152,22 +176,4 @@ class Engine(Protocol):
         """
 
     def given(self, running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
-        """Return mean and rstd = 1 / sqrt(running_var + eps), `[1, C]`, copied; None as `move`'s False."""
-
-    def move(
-        self,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        mean: Tensor,
-        m2: Tensor,
-        count: int,
-        momentum: float,
-        batches: Tensor | None,
-    ) -> bool:
-        """Move running statistics in place by a batch's moments, `[1, C]`; True where that was done.
-
-            running = (1 - momentum) * running + momentum * batch, where var is m2 / (count - 1)
-
-        `batches`, the number of batches so far, grows by 1. False where nothing was done, as these tensors
-        need the framework's own operations.
-        """
+        """Return mean and rstd = 1 / sqrt(running_var + eps), `[1, C]`, copied; None where they need torch's."""

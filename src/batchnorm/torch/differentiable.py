@@ -24,11 +24,13 @@ class Normalized(NamedTuple):
         y: `[N, C, *S]`, in the dtype of x.
         mean: `[1, C]`, wide dtype; None where the statistics were given.
         m2: `[1, C]`, sum of (x - mean)², wide dtype; None where the statistics were given.
+        moved: whether the running statistics have moved already.
     """
 
     y: Tensor
     mean: Tensor | None
     m2: Tensor | None
+    moved: bool = False
 
 
 def is_transforming() -> bool:

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from batchnorm.errors import OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.choose import engine
-from batchnorm.kernels.interface import wide_dtype
+from batchnorm.kernels.interface import Running, wide_dtype
 from batchnorm.statistics.batch import running_update
 from batchnorm.statistics.moments import PooledMoments
 
@@ -126,11 +126,16 @@ def tracked_batch_norm(
         if batches is not None:
             batches.add_(1)
         return y
-    y, mean, m2 = _normalize(
-        input, running_mean, running_var, weight, bias, training, eps, residual, activation
+    running = None
+    if training and not isinstance(momentum, Tensor) and not (running_mean is None and running_var is None):
+        running = Running(running_mean, running_var, batches, momentum)
+    y, mean, m2, moved = _normalize(
+        input, running_mean, running_var, weight, bias, training, eps, residual, activation, running
     )
-    if training:
-        _move(running_mean, running_var, batches, mean, m2, input, momentum)
+    if training and not moved:
+        _write((running_mean, running_var), _moved(running_mean, running_var, mean, m2, input, momentum))
+        if batches is not None:
+            batches.add_(1)  # last: a call that raised has counted nothing
     return y
 
 
@@ -161,7 +166,7 @@ def pure_batch_norm(
         new_mean, new_var = (None if t is None else t.clone() for t in (running_mean, running_var))
         y = _stock(input, new_mean, new_var, weight, bias, training, momentum, eps, residual, activation)
         return y, new_mean, new_var
-    y, mean, m2 = _normalize(
+    y, mean, m2, _ = _normalize(
         input, running_mean, running_var, weight, bias, training, eps, residual, activation
     )
     moved = _moved(running_mean, running_var, mean, m2, input, momentum)
@@ -210,7 +215,7 @@ def normalize_batch(
     checks.check_input(input, training=False)
     checks.check_parameter("weight", weight, input)
     checks.check_parameter("bias", bias, input)
-    y, mean, m2 = _normalize(input, None, None, weight, bias, True, eps, None, activation)
+    y, mean, m2, _ = _normalize(input, None, None, weight, bias, True, eps, None, activation)
     assert mean is not None
     assert m2 is not None
     count = input.shape[0] * math.prod(input.shape[2:])
@@ -254,8 +259,9 @@ def _normalize(
     eps: float,
     residual: Tensor | None,
     activation: str | None,
+    running: Running | None = None,
 ) -> Normalized:
-    """Take the path that this call needs: compiled, transformed, or eager."""
+    """Take the path that this call needs: compiled, transformed, or eager; only this one moves `running`."""
     if residual is not None:
         input = input.to(torch.promote_types(input.dtype, residual.dtype))
     given = None
@@ -264,12 +270,10 @@ def _normalize(
     if input.dim() < 2:
         return Normalized(_behind(input.clone(), residual, activation), None, None)
     if differentiable.is_transforming():
-        path = differentiable.normalize
-    elif torch.compiler.is_compiling():
-        path = compiled.apply
-    else:
-        path = operators.apply
-    return path(input, weight, bias, residual, activation, eps, given)
+        return differentiable.normalize(input, weight, bias, residual, activation, eps, given)
+    if torch.compiler.is_compiling():
+        return compiled.apply(input, weight, bias, residual, activation, eps, given)
+    return operators.apply(input, weight, bias, residual, activation, eps, given, running)
 
 
 def _given(running_mean: Tensor, running_var: Tensor, eps: float, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,32 +306,6 @@ def _moved(
         for old, new in zip((running_mean, running_var), batch, strict=True)
     )
     return running_mean, running_var
-
-
-def _move(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor | None,
-    mean: Tensor | None,
-    m2: Tensor | None,
-    input: Tensor,
-    momentum: float | Tensor,
-) -> None:
-    """Move the running statistics in place: by the engine, which takes a tenth of the time, or by torch."""
-    count = input.shape[0] * math.prod(input.shape[2:])
-    if (
-        mean is not None
-        and m2 is not None
-        and count > 0
-        and isinstance(momentum, float)
-        and not (differentiable.is_transforming() or torch.compiler.is_compiling())
-        and not (running_mean is None and running_var is None)
-        and engine(input).move(running_mean, running_var, mean, m2, count, momentum, batches)
-    ):
-        return
-    _write((running_mean, running_var), _moved(running_mean, running_var, mean, m2, input, momentum))
-    if batches is not None:
-        batches.add_(1)  # last: a call that raised has counted nothing
 
 
 def _write(running: tuple[Tensor | None, ...], moved: tuple[Tensor | None, ...]) -> None:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.choose import engine
-from batchnorm.kernels.interface import Engine
+from batchnorm.kernels.interface import Engine, Running
 
 from . import differentiable
 
 
 class _BatchNorm(torch.autograd.Function):
-    """(engine, x, weight, bias, residual, activation, eps, given, found) -> y; as `differentiable.normalize`.
+    """(engine, x, weight, bias, residual, activation, eps, given, running, found) -> y; see `apply`.
 
     The batch's mean and m2 are appended to the list `found`: as further outputs they would cost a quarter of
     the time of a whole small stock layer.
@@ -35,11 +35,12 @@ class _BatchNorm(torch.autograd.Function):
         activation: str | None,
         eps: float,
         given: tuple[Tensor, Tensor] | None,
+        running: Running | None,
         found: list[Tensor],
     ) -> Tensor:
         if given is None:
             y, (_, mean, m2), rstd = engine.forward(
-                x, eps, weight, bias, residual=residual, activation=activation
+                x, eps, weight, bias, residual=residual, activation=activation, running=running
             )
             found += (mean, m2)
         else:
@@ -55,7 +56,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 9
+            return (None,) * 10
         x, weight, bias, residual, mean, rstd = ctx.saved_tensors
         engine, activation, _, given = ctx.settings
         if torch.is_grad_enabled() or differentiable.is_transforming() or _is_batch(dy):
@@ -67,12 +68,15 @@ class _BatchNorm(torch.autograd.Function):
         dx, dweight, dbias, dresidual = gradients
         if activation is None:
             dresidual = dy
-        parameters = (dweight, dbias, dresidual)
-        cast = (
-            g.to(dtype) if need and g is not None else None
-            for g, dtype, need in zip(parameters, ctx.dtypes, ctx.needs_input_grad[2:5], strict=True)
+        needed, dtypes = ctx.needs_input_grad, ctx.dtypes
+        return (
+            None,
+            dx if needed[1] else None,
+            dweight.to(dtypes[0]) if needed[2] and dweight is not None else None,
+            dbias.to(dtypes[1]) if needed[3] and dbias is not None else None,
+            dresidual.to(dtypes[2]) if needed[4] and dresidual is not None else None,
+            *(None,) * 5,
         )
-        return None, dx if ctx.needs_input_grad[1] else None, *cast, None, None, None, None
 
 
 def _is_batch(dy: Tensor) -> bool:
@@ -124,16 +128,26 @@ def apply(
     activation: str | None,
     eps: float,
     given: tuple[Tensor, Tensor] | None = None,
+    running: Running | None = None,
 ) -> differentiable.Normalized:
-    """Normalize eagerly; differentiable where an input requires a gradient."""
+    """Normalize eagerly, as `differentiable.normalize`; differentiable where an input requires a gradient.
+
+    Args:
+        running: running statistics, which the engine moves if it can.
+    """
     chosen = engine(x)
+    if running is not None and not chosen.moves(x, running):
+        running = None
+    moved = running is not None
     if not torch.is_grad_enabled():
         if given is not None:
             y = chosen.normalize(x, *given, weight, bias, residual=residual, activation=activation)
             return differentiable.Normalized(y, None, None)
-        y, moments, _ = chosen.forward(x, eps, weight, bias, residual=residual, activation=activation)
-        return differentiable.Normalized(y, moments.mean, moments.m2)
+        y, moments, _ = chosen.forward(
+            x, eps, weight, bias, residual=residual, activation=activation, running=running
+        )
+        return differentiable.Normalized(y, moments.mean, moments.m2, moved)
     found: list[Tensor] = []
-    y = _BatchNorm.apply(chosen, x, weight, bias, residual, activation, eps, given, found)  # type: ignore[no-untyped-call]
+    y = _BatchNorm.apply(chosen, x, weight, bias, residual, activation, eps, given, running, found)  # type: ignore[no-untyped-call]
     mean, m2 = found or (None, None)
-    return differentiable.Normalized(y, mean, m2)
+    return differentiable.Normalized(y, mean, m2, moved)

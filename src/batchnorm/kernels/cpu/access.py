@@ -218,15 +218,17 @@ def pointer(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def finished(typingctx: Any, address: Any) -> Any:
-    """Add 1 to the whole number at an address: whoever reads it there sees all that was written before."""
+    """Add 1 to the whole number at an address: whoever reads it there sees all that was written before.
+
+    Returns the number as it was.
+    """
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del signature
-        builder.atomic_rmw("add", _address(builder, arguments[0], I64), I64(1), "acq_rel")
-        return context.get_dummy_value()
+        return builder.atomic_rmw("add", _address(builder, arguments[0], I64), I64(1), "acq_rel")
 
-    return types.void(address), code
+    return types.int64(address), code
 
 
 @intrinsic

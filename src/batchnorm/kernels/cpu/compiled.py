@@ -32,10 +32,11 @@ KINDS: dict[torch.dtype, tuple[type, type]] = {
 
 
 @function
-def _work(body: Any, merge: Any, address: Any, kind: Any, real: Any, how: Any) -> None:
+def _work(body: Any, merge: Any, end: Any, address: Any, kind: Any, real: Any, how: Any) -> None:
     """Do tasks until there is none that nobody has taken: the first pass's, the merging ones, the second's.
 
-    Who gets a task of a later pass waits for the earlier ones; these are taken already, so they end.
+    Who gets a task of a later pass waits for the earlier ones; these are taken already, so they end. Who ends
+    the last one does what comes at the end.
     """
     packet = read(address)
     tasks, merges = packet.tasks, packet.merges
@@ -51,7 +52,8 @@ def _work(body: Any, merge: Any, address: Any, kind: Any, real: Any, how: Any) -
             if merges:
                 measures, applies = before == 0, before > 0
             body(packet, index - before, measures, applies, kind, real, how)
-        finished(address + FINISHED)
+        if finished(address + FINISHED) == packet.total - 1:
+            end(packet, real)
         index = take_number(address + NEXT)
 
 
@@ -63,7 +65,7 @@ def _work(body: Any, merge: Any, address: Any, kind: Any, real: Any, how: Any) -
 def _planes_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def planes_forward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.forward, statistics.merge_moments, packet, kind, real, how)
+            _work(planes.forward, statistics.merge_moments, statistics.move_running, packet, kind, real, how)
 
     return planes_forward
 
@@ -71,7 +73,7 @@ def _planes_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _planes_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def planes_backward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.backward, statistics.merge_sums, packet, kind, real, how)
+            _work(planes.backward, statistics.merge_sums, statistics.move_nothing, packet, kind, real, how)
 
     return planes_backward
 
@@ -79,7 +81,7 @@ def _planes_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _rows_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def rows_forward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.forward, statistics.merge_moments, packet, kind, real, how)
+            _work(rows.forward, statistics.merge_moments, statistics.move_running, packet, kind, real, how)
 
     return rows_forward
 
@@ -87,19 +89,9 @@ def _rows_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _rows_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def rows_backward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.backward, statistics.merge_sums, packet, kind, real, how)
+            _work(rows.backward, statistics.merge_sums, statistics.move_nothing, packet, kind, real, how)
 
     return rows_backward
-
-
-def _move_running(kind: Any, real: Any, how: Any, source: int) -> Any:
-    del kind, how
-
-    def move_running(packet):  # type: ignore[no-untyped-def]
-        if source:
-            statistics.move_running(read(packet), real)
-
-    return move_running
 
 
 def _take_running(kind: Any, real: Any, how: Any, source: int) -> Any:
@@ -117,7 +109,6 @@ _KERNELS: dict[str, Callable[[Any, Any, Any, int], Any]] = {
     "planes_backward": _planes_backward,
     "rows_forward": _rows_forward,
     "rows_backward": _rows_backward,
-    "move_running": _move_running,
     "take_running": _take_running,
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from batchnorm.kernels.interface import Coefficients, Moments
+from batchnorm.kernels.interface import Coefficients, Moments, Running
 
 from . import huge_pages
 from .access import LINE
@@ -107,16 +107,27 @@ class _Call:
             self.kept.append(values)
         return values.data_ptr()
 
-    def tables(self, number: int) -> tuple[Tensor, ...]:
-        """Return so many tables for a number per group and channel, `[G, C]`."""
-        shape = (self.plan.groups, self.plan.channels)
-        return tuple(torch.empty(shape, dtype=torch.float64) for _ in range(number))
+    def table(self) -> Tensor:
+        """Return a table for a number per group and channel, `[G, C]`."""
+        return torch.empty((self.plan.groups, self.plan.channels), dtype=torch.float64)
 
     def scratch(self, *sizes: int) -> list[int]:
         """Return addresses of room for so many numbers each."""
         room = torch.empty(sum(sizes), dtype=torch.float64)
         self.kept.append(room)
-        return [room.data_ptr() + 8 * sum(sizes[:place]) for place in range(len(sizes))]
+        addresses, free = [], room.data_ptr()
+        for size in sizes:
+            addresses.append(free)
+            free += 8 * size
+        return addresses
+
+    def move(self, running: Running) -> None:
+        """Let the kernel move running statistics."""
+        packet = self.packet
+        packet.momentum, packet.corrected = running.momentum, self.x.numel() // self.plan.channels - 1
+        packet.running_mean = 0 if running.mean is None else running.mean.data_ptr()
+        packet.running_var = 0 if running.var is None else running.var.data_ptr()
+        packet.batches = 0 if running.batches is None else running.batches.data_ptr()
 
     def output(self) -> Tensor:
         """Return a tensor for y or dx, in the layout of x."""
@@ -154,7 +165,8 @@ def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = N
 
 def _measured(call: _Call, eps: float, *, apply: bool) -> tuple[Moments, Tensor]:
     packet = call.packet
-    count, (mean, m2, rstd) = torch.empty(call.plan.groups, dtype=torch.float64), call.tables(3)
+    count = torch.empty(call.plan.groups, dtype=torch.float64)
+    mean, m2, rstd = call.table(), call.table(), call.table()
     packet.count, packet.mean, packet.m2 = count.data_ptr(), mean.data_ptr(), m2.data_ptr()
     packet.rstd, packet.eps = rstd.data_ptr(), eps
     if call.plan.parts == 1:
@@ -199,6 +211,7 @@ def forward(
     activation: str | None = None,
     mask: Tensor | None = None,
     group_size: int | None = None,
+    running: Running | None = None,
 ) -> tuple[Tensor, Moments, Tensor]:
     """See `interface.Engine.forward`."""
     call = _Call(x, mask, group_size)
@@ -206,7 +219,11 @@ def forward(
     call.behind(residual, activation)
     y = call.output()
     call.packet.y = y.data_ptr()
+    if running is not None:
+        call.move(running)
     found, rstd = _measured(call, eps, apply=True)
+    if running is not None:
+        increment_version([t for t in running[:3] if t is not None])
     return call.returned(y, x), found, rstd
 
 
@@ -230,25 +247,26 @@ def _backward_call(
     return call
 
 
-def _with_sums(call: _Call) -> tuple[Tensor, Tensor]:
-    packet = call.packet
-    sum_dy, sum_dy_xhat = call.tables(2)
-    packet.sum_dy, packet.sum_dy_xhat = sum_dy.data_ptr(), sum_dy_xhat.data_ptr()
-    groups, table = call.plan.parts * call.plan.groups, sum_dy.numel()
-    packet.part_count, packet.a, packet.b, packet.c, packet.part_dy, packet.part_dy_xhat = call.scratch(
-        groups, table, table, table, *2 * [call.plan.parts * table if call.plan.parts > 1 else 0]
+def _with_sums(call: _Call, *, returned: bool) -> tuple[Tensor, Tensor] | None:
+    """Make room for the sums of the gradient and its coefficients; return the sums, if somebody reads them."""
+    packet, groups, parts = call.packet, call.plan.groups, call.plan.parts
+    table = groups * call.plan.channels
+    sums = (call.table(), call.table()) if returned else None
+    of_parts = parts * table if parts > 1 else 0
+    packet.part_count, packet.a, packet.b, packet.c, packet.part_dy, packet.part_dy_xhat, *room = call.scratch(
+        parts * groups, table, table, table, of_parts, of_parts, *() if returned else (table, table)
     )
-    if call.plan.parts == 1:
+    packet.sum_dy, packet.sum_dy_xhat = (t.data_ptr() for t in sums) if sums is not None else room
+    if parts == 1:
         packet.part_dy, packet.part_dy_xhat = packet.sum_dy, packet.sum_dy_xhat
-    return sum_dy, sum_dy_xhat
+    return sums
 
 
-def _with_parameters(call: _Call) -> tuple[Tensor, Tensor] | None:
-    """Return tensors for dweight and dbias, `[C]`; None where these are sums over several groups."""
-    if call.plan.groups > 1:
-        return None
+def _with_parameters(call: _Call) -> tuple[Tensor, Tensor]:
+    """Return tensors for dweight and dbias, `[C]`; the kernel fills them for a call with one group."""
     dweight, dbias = (torch.empty(call.plan.channels, dtype=call.real) for _ in range(2))
-    call.packet.dweight, call.packet.dbias = dweight.data_ptr(), dbias.data_ptr()
+    if call.plan.groups == 1:
+        call.packet.dweight, call.packet.dbias = dweight.data_ptr(), dbias.data_ptr()
     return dweight, dbias
 
 
@@ -276,9 +294,10 @@ def backward_reduce(
 ) -> tuple[Tensor, Tensor]:
     """See `interface.Engine.backward_reduce`."""
     call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
-    sums = _with_sums(call)
+    sums = _with_sums(call, returned=True)
+    assert sums is not None
     call.run("backward", measure=True, apply=False)
-    return sums[0], sums[1]
+    return sums
 
 
 def backward_apply(
@@ -321,12 +340,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `interface.Engine.backward`."""
     call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
-    sums = _with_sums(call)
+    sums = _with_sums(call, returned=call.plan.groups > 1)
     call.packet.constant = given
-    parameters = _with_parameters(call)
+    dweight, dbias = _with_parameters(call)
     dx, dresidual = _with_outputs(call, residual)
     call.run("backward", measure=True, apply=True)
-    dweight, dbias = parameters or (sums[1].sum(0).to(call.real), sums[0].sum(0).to(call.real))
+    if sums is not None:
+        dbias, dweight = (table.sum(0).to(call.real) for table in sums)
     return (
         call.returned(dx, x),
         dweight,
@@ -348,33 +368,15 @@ def given(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor
     return mean, rstd
 
 
-def move(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    m2: Tensor,
-    count: int,
-    momentum: float,
-    batches: Tensor | None,
-) -> bool:
-    """See `interface.Engine.move`."""
-    written = [t for t in (running_mean, running_var) if t is not None]
-    real = written[0].dtype
-    if real not in _REALS or not all(_is_plain(t, real) for t in written):
-        return False
-    if batches is not None and not _is_plain(batches, torch.int64):
-        return False
-    packet = Packet()
-    packet.channels, packet.mean, packet.m2 = mean.numel(), mean.data_ptr(), m2.data_ptr()
-    packet.momentum, packet.corrected = momentum, count - 1
-    packet.running_mean = 0 if running_mean is None else running_mean.data_ptr()
-    packet.running_var = 0 if running_var is None else running_var.data_ptr()
-    if batches is not None:
-        packet.batches = batches.data_ptr()
-        written.append(batches)
-    run("move_running", real, True, packet, 0)
-    increment_version(written)
-    return True
+def moves(x: Tensor, running: Running) -> bool:
+    """See `interface.Engine.moves`."""
+    mean, var, batches, _ = running
+    real = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        (mean is None or _is_plain(mean, real))
+        and (var is None or _is_plain(var, real))
+        and (batches is None or _is_plain(batches, torch.int64))
+    )
 
 
 def _is_plain(values: Tensor, dtype: torch.dtype) -> bool:

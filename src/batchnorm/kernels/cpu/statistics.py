@@ -163,9 +163,11 @@ def merge_sums(packet: Any, index: Any, real: Any) -> None:
 @function
 def move_running(packet: Any, real: Any) -> None:
     """Move the running statistics: running = (1 - momentum) running + momentum batch; var is m2 / (n - 1)."""
-    mean, m2 = numbers(packet.mean, packet.channels), numbers(packet.m2, packet.channels)
     if packet.batches:
         take_number(packet.batches)
+    if packet.running_mean == 0 and packet.running_var == 0:
+        return
+    mean, m2 = numbers(packet.mean, packet.channels), numbers(packet.m2, packet.channels)
     for channel in range(packet.channels):
         if packet.running_mean:
             moved = _moved(packet, packet.running_mean, channel, mean[channel], real)
@@ -173,6 +175,11 @@ def move_running(packet: Any, real: Any) -> None:
         if packet.running_var:
             moved = _moved(packet, packet.running_var, channel, m2[channel] / packet.corrected, real)
             set_parameter(packet.running_var, channel, moved, real)
+
+
+@function
+def move_nothing(packet: Any, real: Any) -> None:
+    """Do nothing: a backward moves no running statistics."""
 
 
 @function
