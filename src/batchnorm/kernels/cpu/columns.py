@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .access import size_of
+from .access import size_of, store
 from .llvm import LANES
 from .packet import is_valid
 from .runs import some
@@ -45,31 +45,39 @@ def layout(packet: Any, column: Any, width: Any) -> Any:
 
 
 @function
-def spread(values: Any, packet: Any, column: Any, width: Any, row: Any) -> None:
-    """Write each channel's value to all of its columns, rounded to the row's dtype."""
+def spread(values: Any, packet: Any, column: Any, width: Any, row: Any, real: Any) -> None:
+    """Write each channel's value to all of its columns, rounded; behind `width` the row has room for LANES."""
     _, channels, repeats, apart, step = layout(packet, column, width)
-    for channel in range(channels):
-        value = values[channel]
+    if step == 1:
+        for channel in range(channels):
+            value, address = splat(values[channel], real), row.ctypes.data + channel * apart * size_of(real)
+            for repeat in range(0, repeats, LANES):
+                store(value, address + repeat * size_of(real), real)
+    else:
         for repeat in range(repeats):
-            row[channel * apart + repeat * step] = value
+            columns = row[repeat * step : repeat * step + channels]  # a slice's indices are known as positive
+            for channel in range(channels):
+                columns[channel] = values[channel]
 
 
 @function
 def gather(row: Any, packet: Any, column: Any, width: Any, values: Any, real: Any) -> None:
     """Add up each channel's columns."""
     _, channels, repeats, apart, step = layout(packet, column, width)
-    for channel in range(channels):
-        found = 0.0
-        if step == 1:
+    if step == 1:
+        for channel in range(channels):
             address, lanes = row.ctypes.data + channel * apart * size_of(real), splat(0.0, real)
             for repeat in range(0, repeats, LANES):
                 more = some(address + repeat * size_of(real), repeats - repeat, splat(0.0, real), real)
                 lanes = lanes + more
-            found = total(lanes)
-        else:
-            for repeat in range(repeats):
-                found += np.float64(row[channel * apart + repeat * step])
-        values[channel] = found
+            values[channel] = total(lanes)
+    else:
+        for channel in range(channels):
+            values[channel] = 0.0
+        for repeat in range(repeats):
+            columns = row[repeat * step : repeat * step + channels]
+            for channel in range(channels):
+                values[channel] += np.float64(columns[channel])
 
 
 @function

@@ -20,7 +20,9 @@ from .tasks import run
 
 _PLANE = 128  # values side by side from which a tensor is normalized as it lies in memory, plane by plane
 _PLANES = 2**15  # values of such a task
-_STREAM = 2**19  # values from which y and dx are written past the caches: they would not stay there anyway
+# Values from which y and dx are written past the caches. In training they come back when much else has been
+# through the caches; in evaluation the next layer reads y at once.
+_STREAM, _STREAM_GIVEN = 2**19, 2**22
 
 _REALS = (torch.float32, torch.float64)  # dtypes that running statistics have here
 
@@ -65,7 +67,6 @@ class _Call:
         if self.mask is not None:
             packet.mask = self.mask.data_ptr()
         packet.low = packet.high = packet.low_kink = packet.high_kink = math.nan  # no bounds
-        packet.stream = x.numel() >= _STREAM
 
     def affine(self, weight: Tensor | None, bias: Tensor | None) -> None:
         """Take weight and bias."""
@@ -146,7 +147,9 @@ class _Call:
         merges = plan.groups * math.ceil(plan.channels / CHANNELS) if measure and plan.parts > 1 else 0
         passes = 2 if merges and apply else 1
         family, tasks = plan.family, plan.tasks
-        if half == "forward" and not measure and plan.positions >= _PLANE:
+        is_given = half == "forward" and not measure
+        packet.stream = self.x.numel() >= (_STREAM_GIVEN if is_given else _STREAM)
+        if is_given and plan.positions >= _PLANE:
             family, packet.planes = "planes", max(1, _PLANES // plan.positions)
             tasks = math.ceil(plan.units * plan.channels / packet.planes)
             # Of two planes that share a cache line, neither can write it whole, past the caches.

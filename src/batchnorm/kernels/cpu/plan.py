@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _PLANE = 256  # values of a channel side by side, from which a channel is a task of its own
-_SHORT_PLANE, _FEW = 128, 8  # the same for fewer samples than this, which are too few to be read as rows
 _ROW = 1024  # columns of a row of several units, and of a block of short planes
 _ROWS = 32  # rows that are worth more than wide ones
 _BLOCK = 1024  # columns of a block otherwise: a multiple of a vector
@@ -56,8 +55,7 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_si
     samples, channels, positions = shape[0], shape[1], math.prod(shape[2:])
     group = samples if group_size is None else min(group_size, samples)
     groups = math.ceil(samples / group)
-    plane = _PLANE if group >= _FEW else _SHORT_PLANE
-    if not channels_last and positions > 1 and (positions >= plane or masked):
+    if not channels_last and positions > 1 and (positions >= _PLANE or masked):
         parts = _parts(channels * groups, group * positions)
         tasks = parts * groups * channels
         return Plan(is_dense, "planes", channels, positions, groups, samples, group, parts, 0, 0, tasks)

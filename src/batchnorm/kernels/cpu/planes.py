@@ -25,6 +25,7 @@ from .runs import (
     B,
     C,
     differentiate_run,
+    fill,
     incoming,
     normalize_run,
     some,
@@ -185,13 +186,10 @@ def _set_affine(packet: Any, group: Any, channel: Any, given: Any, real: Any) ->
     """Set center, scale, shift and rstd; return what rounding left of the mean."""
     center, scale, shift, rest = affine(packet, group, channel, real)
     rstd = numbers(packet.rstd, packet.groups * packet.channels)[group * packet.channels + channel]
-    for lane in range(LANES):
-        given[CENTER, lane], given[SCALE, lane], given[SHIFT, lane], given[RSTD, lane] = (
-            center,
-            scale,
-            shift,
-            rstd,
-        )
+    fill(given, CENTER, center, real)
+    fill(given, SCALE, scale, real)
+    fill(given, SHIFT, shift, real)
+    fill(given, RSTD, rstd, real)
     return rest
 
 
@@ -203,6 +201,9 @@ def forward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, rea
     """
     part, group, channel, first, last = _task(packet, index)
     plane, end = index * packet.planes, min((index + 1) * packet.planes, packet.units * packet.channels)
+    sample = 0
+    if packet.planes:
+        sample, channel = divmod(plane, packet.channels)
     given = np.empty((PARAMETERS, LANES), real)
     if measures:
         count, mean, m2 = 0.0, 0.0, math.nan
@@ -221,10 +222,12 @@ def forward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, rea
         _set_affine(packet, group, channel, given, real)
     while applies and (plane < end if packet.planes else first < last):
         if packet.planes:
-            sample, channel = divmod(plane, packet.channels)
-            _set_affine(packet, sample // packet.group_units, channel, given, real)
+            group = sample // packet.group_units if packet.groups > 1 else 0
+            _set_affine(packet, group, channel, given, real)
             place, size, at = plane * packet.positions, packet.positions, sample * packet.positions
-            plane += 1
+            plane, channel = plane + 1, channel + 1
+            if channel == packet.channels:
+                sample, channel = sample + 1, 0
         else:
             place, size = _last_run(packet, channel, first, last)
             last -= size
@@ -301,8 +304,9 @@ def backward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, re
             set_coefficients(packet, group, channel, channel + 1, count, real)
     if applies:
         a, b, c = slopes(packet, group, channel, rest)
-        for lane in range(LANES):
-            given[A, lane], given[B, lane], given[C, lane] = a, b, c
+        fill(given, A, a, real)
+        fill(given, B, b, real)
+        fill(given, C, c, real)
         while first < last:
             place, size = _last_run(packet, channel, first, last)
             last -= size

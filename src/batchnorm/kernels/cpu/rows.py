@@ -70,7 +70,7 @@ def _around(
     """Set the two rows of `found`, per channel, to the sums of x * factor - center and of its square."""
     width, fold, number = end - column, units_in_a_row(packet), size_of(real)
     center, sums = np.zeros(width + LANES, real), np.zeros((2, width + LANES), real)
-    spread(centers, packet, column, width, center)
+    spread(centers, packet, column, width, center, real)
     while (is_simple(how) or not packet.mask) and last - unit >= strips.SUMMED * fold:
         place = place_of(packet, unit, column)
         ahead = strips.distance(packet, unit, last, fold, strips.SUMMED, kind)
@@ -224,12 +224,14 @@ def _set_affine(packet: Any, group: Any, column: Any, width: Any, given: Any, re
             group * packet.channels + first_channel + channel
         ]
     for row in (CENTER, SCALE, SHIFT, RSTD):
-        spread(values[row], packet, column, width, given[row])
+        spread(values[row], packet, column, width, given[row], real)
     return rest
 
 
 @function
-def _set_slopes(packet: Any, group: Any, column: Any, width: Any, rest: Any, given: Any) -> None:
+def _set_slopes(
+    packet: Any, group: Any, column: Any, width: Any, rest: Any, given: Any, real: Any
+) -> None:
     """Set a, b and c of each column."""
     first_channel, channels, _, _, _ = layout(packet, column, width)
     values = np.empty((PARAMETERS, channels), np.float64)
@@ -238,7 +240,7 @@ def _set_slopes(packet: Any, group: Any, column: Any, width: Any, rest: Any, giv
             packet, group, first_channel + channel, rest[channel]
         )
     for row in (A, B, C):
-        spread(values[row], packet, column, width, given[row])
+        spread(values[row], packet, column, width, given[row], real)
 
 
 @function
@@ -316,7 +318,7 @@ def backward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, re
         if packet.parts == 1:
             set_coefficients(packet, group, first_channel, first_channel + channels, count, real)
     if applies:
-        _set_slopes(packet, group, column, width, rest, given)
+        _set_slopes(packet, group, column, width, rest, given, real)
         while is_simple(how) and width >= LANES and last - unit >= strips.WRITTEN * fold:
             ahead = strips.distance(packet, unit, last, fold, strips.WRITTEN, kind) if packet.parts > 1 else 0
             place = place_of(packet, unit, column)

@@ -20,6 +20,12 @@ PARAMETERS = 7
 
 
 @function
+def fill(given: Any, row: Any, value: Any, real: Any) -> None:
+    """Set a parameter of a run of one channel."""
+    store(splat(value, real), given.ctypes.data + row * given.shape[1] * size_of(real), real)
+
+
+@function
 def some(address: Any, count: Any, fill: Any, kind: Any) -> Any:
     """Return the first `count` values at an address, and `fill` behind them where these are few."""
     if count >= LANES:
