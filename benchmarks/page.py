@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import layer_page
+from . import layer_bounds, layer_page
 from .results_file import load
 from .tables import table
 
@@ -112,6 +112,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "layer-time-others": ("layer-time-cpu", layer_page.other_table),
     "reuse-goals": ("layer-time-reuse-memory-cpu", layer_page.reuse_goals_table),
     "layer-time-reuse": ("layer-time-reuse-memory-cpu", layer_page.layer_table),
+    "layer-bounds": ("layer-bounds-cpu", layer_bounds.bounds_table),
     "step-time": ("step-time-cpu", layer_page.step_table),
     "accuracy-keras": ("accuracy-keras-cpu", keras_accuracy_table),
     "step-time-keras": ("step-time-keras-cpu", keras_step_table),

@@ -7,12 +7,24 @@ from typing import Annotated
 
 import typer
 
-from . import accuracy, keras_layer, layer_page, layer_time, page, results_file, roofline, step_time, study
+from . import (
+    accuracy,
+    keras_layer,
+    layer_bounds,
+    layer_page,
+    layer_time,
+    page,
+    results_file,
+    roofline,
+    step_time,
+    study,
+)
 
 MEASUREMENTS = {
     "accuracy-cpu": (accuracy.measure, page.accuracy_table),
     "layer-time-cpu": (layer_time.measure, layer_page.layer_table),
     "layer-time-reuse-memory-cpu": (layer_time.measure_reusing_memory, layer_page.layer_table),
+    "layer-bounds-cpu": (layer_bounds.measure, layer_bounds.bounds_table),
     "step-time-cpu": (step_time.measure, layer_page.step_table),
     "accuracy-keras-cpu": (keras_layer.accuracies, page.keras_accuracy_table),
     "step-time-keras-cpu": (keras_layer.step_times, page.keras_step_table),

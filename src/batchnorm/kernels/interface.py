@@ -61,7 +61,7 @@ class Running(NamedTuple):
 
     Attributes:
         mean, var: None where they are not tracked.
-        batches: number of batches so far, an integer tensor of one value, which grows by 1; None = not counted.
+        batches: number of batches so far, an integer tensor of one value, which grows by 1; or None.
         momentum: 0..1.
     """
 
@@ -176,4 +176,4 @@ class Engine(Protocol):
         """
 
     def given(self, running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
-        """Return mean and rstd = 1 / sqrt(running_var + eps), `[1, C]`, copied; None where they need torch's."""
+        """Return mean and rstd = 1 / sqrt(running_var + eps), `[1, C]`, copied; None as `moves` is False."""

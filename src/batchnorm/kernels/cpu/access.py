@@ -225,7 +225,7 @@ def finished(typingctx: Any, address: Any) -> Any:
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        del signature
+        del context, signature
         return builder.atomic_rmw("add", _address(builder, arguments[0], I64), I64(1), "acq_rel")
 
     return types.int64(address), code

@@ -46,7 +46,7 @@ def layout(packet: Any, column: Any, width: Any) -> Any:
 
 @function
 def spread(values: Any, packet: Any, column: Any, width: Any, row: Any, real: Any) -> None:
-    """Write each channel's value to all of its columns, rounded; behind `width` the row has room for LANES."""
+    """Write each channel's value to all of its columns, rounded; the row has room for LANES after `width`."""
     _, channels, repeats, apart, step = layout(packet, column, width)
     if step == 1:
         for channel in range(channels):

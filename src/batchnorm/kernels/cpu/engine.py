@@ -251,17 +251,17 @@ def _backward_call(
 
 
 def _with_sums(call: _Call, *, returned: bool) -> tuple[Tensor, Tensor] | None:
-    """Make room for the sums of the gradient and its coefficients; return the sums, if somebody reads them."""
+    """Make room for the gradient's sums and coefficients; return the sums where somebody reads them."""
     packet, groups, parts = call.packet, call.plan.groups, call.plan.parts
     table = groups * call.plan.channels
+    packet.part_count, packet.a, packet.b, packet.c = call.scratch(parts * groups, table, table, table)
     sums = (call.table(), call.table()) if returned else None
-    of_parts = parts * table if parts > 1 else 0
-    packet.part_count, packet.a, packet.b, packet.c, packet.part_dy, packet.part_dy_xhat, *room = call.scratch(
-        parts * groups, table, table, table, of_parts, of_parts, *() if returned else (table, table)
+    packet.sum_dy, packet.sum_dy_xhat = (
+        (t.data_ptr() for t in sums) if sums is not None else call.scratch(table, table)
     )
-    packet.sum_dy, packet.sum_dy_xhat = (t.data_ptr() for t in sums) if sums is not None else room
-    if parts == 1:
-        packet.part_dy, packet.part_dy_xhat = packet.sum_dy, packet.sum_dy_xhat
+    packet.part_dy, packet.part_dy_xhat = packet.sum_dy, packet.sum_dy_xhat
+    if parts > 1:
+        packet.part_dy, packet.part_dy_xhat = call.scratch(parts * table, parts * table)
     return sums
 
 

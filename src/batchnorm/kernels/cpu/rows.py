@@ -229,9 +229,7 @@ def _set_affine(packet: Any, group: Any, column: Any, width: Any, given: Any, re
 
 
 @function
-def _set_slopes(
-    packet: Any, group: Any, column: Any, width: Any, rest: Any, given: Any, real: Any
-) -> None:
+def _set_slopes(packet: Any, group: Any, column: Any, width: Any, rest: Any, given: Any, real: Any) -> None:
     """Set a, b and c of each column."""
     first_channel, channels, _, _, _ = layout(packet, column, width)
     values = np.empty((PARAMETERS, channels), np.float64)
