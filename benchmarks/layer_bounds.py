@@ -1,0 +1,96 @@
+"""Where the time of one layer goes: an empty autograd Function, the kernels and their outputs, the rest."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels.choose import engine
+
+from .interleaved import clocked, interleave
+from .layer_cases import LARGE, Case, layouts
+from .layer_rivals import steps, tensors
+from .progress import progress
+from .tables import table
+
+SHAPES = ((32, 64), (256, 512), (4, 1024, 7, 7), (32, 512, 7, 7), (4096, 1024), (32, 64, 56, 56))
+_ROUNDS, _ROUNDS_OF_LARGE, _QUICK_ROUNDS = 301, 61, 15
+Rows = list[dict[str, Any]]
+
+
+def measure(quick: bool = False) -> Rows:
+    """Return a row per shape and layout: medians in seconds of norm → ReLU, forward and backward."""
+    cases = [Case("norm-relu", shape, layout) for shape in SHAPES for layout in layouts(shape)]
+    found = []
+    for case in progress(cases[:2] if quick else cases, "where the time goes"):
+        parts = {**steps(case), "function": _function(case), "kernels": _kernels(case)}
+        rounds = _ROUNDS_OF_LARGE if case.values > LARGE else _ROUNDS
+        times = interleave(
+            {name: clocked(step) for name, step in parts.items()}, _QUICK_ROUNDS if quick else rounds
+        )
+        seconds = {name: statistics.median(taken) for name, taken in times.items()}
+        found.append({"shape": list(case.shape), "layout": case.layout, "seconds": seconds})
+    return found
+
+
+class _Empty(torch.autograd.Function):
+    """Takes and returns what our layer's does, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG004
+        x, weight, bias = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _function(case: Case) -> Callable[[], object]:
+    given = tensors(case)
+    leaves = [given.x.requires_grad_(), *_parameters(case)]
+
+    def step() -> None:
+        torch.autograd.backward(_Empty.apply(*leaves), given.dy)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
+
+
+def _kernels(case: Case) -> Callable[[], object]:
+    given = tensors(case)
+    chosen, (weight, bias) = engine(given.x), (t.detach() for t in _parameters(case))
+
+    def step() -> None:
+        _, found, rstd = chosen.forward(given.x, 1e-5, weight, bias, activation=case.activation)
+        chosen.backward(given.x, given.dy, found.mean, rstd, False, weight, bias, activation=case.activation)
+
+    return step
+
+
+def _parameters(case: Case) -> tuple[Tensor, Tensor]:
+    channels = case.shape[1]
+    return torch.ones(channels, requires_grad=True), torch.zeros(channels, requires_grad=True)
+
+
+def bounds_table(rows: Rows) -> str:
+    """Microseconds of each part; the copy is of one tensor."""
+    columns = ("stock", "ours", "function", "kernels", "copy")
+    header = ("shape", "layout", "stock, µs", "ours, µs", "empty Function, µs", "kernels, µs", "a copy, µs")
+    return table(
+        header,
+        [
+            (
+                str(tuple(row["shape"])),
+                row["layout"],
+                *(f"{row['seconds'][name] * 1e6:.0f}" for name in columns),
+            )
+            for row in rows
+        ],
+    )
