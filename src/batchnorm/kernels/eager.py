@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .interface import Coefficients, Moments, Running, wide_dtype
+from .interface import Coefficients, Moments, RunningStatistics, wide_dtype
 
 # Values per chunk. A GPU launches kernels per chunk, so only memory bounds it: 2**26 values are 512 MB wide.
 _CHUNK_CPU = 2**18
@@ -316,7 +316,7 @@ def forward(
     activation: str | None = None,
     mask: Tensor | None = None,
     group_size: int | None = None,
-    running: Running | None = None,
+    running: RunningStatistics | None = None,
 ) -> tuple[Tensor, Moments, Tensor]:
     """See `interface.Engine.forward`."""
     assert running is None, "it moves none"
@@ -362,6 +362,6 @@ def given(
     return None
 
 
-def moves(x: Tensor, running: Running) -> bool:  # noqa: ARG001
+def moves(x: Tensor, running: RunningStatistics) -> bool:  # noqa: ARG001
     """See `interface.Engine.moves`: always left to the caller."""
     return False

@@ -54,8 +54,8 @@ class Moments(NamedTuple):
     m2: Tensor
 
 
-class Running(NamedTuple):
-    """Running statistics that a batch of x moves in place, `[C]` each: momentum is the batch's fraction.
+class RunningStatistics(NamedTuple):
+    """RunningStatistics statistics that a batch of x moves in place, `[C]` each: momentum is the batch's fraction.
 
         running = (1 - momentum) * running + momentum * batch, where var is m2 / (count - 1)
 
@@ -140,14 +140,14 @@ class Engine(Protocol):
         activation: str | None = None,
         mask: Tensor | None = None,
         group_size: int | None = None,
-        running: Running | None = None,
+        running: RunningStatistics | None = None,
     ) -> tuple[Tensor, Moments, Tensor]:
         """Return y, the moments of x, and rstd: `moments` and `normalize` with nothing between them.
 
         `running`, for which `moves` was true, is moved; for calls of one group, without a mask.
         """
 
-    def moves(self, x: Tensor, running: Running) -> bool:
+    def moves(self, x: Tensor, running: RunningStatistics) -> bool:
         """Whether `forward` of x can move these; else they need the framework's own operations."""
 
     def backward(

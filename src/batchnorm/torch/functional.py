@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from batchnorm.errors import OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.choose import engine
-from batchnorm.kernels.interface import Running, wide_dtype
+from batchnorm.kernels.interface import RunningStatistics, wide_dtype
 from batchnorm.statistics.batch import running_update
 from batchnorm.statistics.moments import PooledMoments
 
@@ -128,7 +128,7 @@ def tracked_batch_norm(
         return y
     running = None
     if training and not isinstance(momentum, Tensor) and not (running_mean is None and running_var is None):
-        running = Running(running_mean, running_var, batches, momentum)
+        running = RunningStatistics(running_mean, running_var, batches, momentum)
     y, mean, m2, moved = _normalize(
         input, running_mean, running_var, weight, bias, training, eps, residual, activation, running
     )
@@ -259,7 +259,7 @@ def _normalize(
     eps: float,
     residual: Tensor | None,
     activation: str | None,
-    running: Running | None = None,
+    running: RunningStatistics | None = None,
 ) -> Normalized:
     """Take the path that this call needs: compiled, transformed, or eager; only this one moves `running`."""
     if residual is not None:

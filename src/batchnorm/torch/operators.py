@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.choose import engine
-from batchnorm.kernels.interface import Engine, Running
+from batchnorm.kernels.interface import Engine, RunningStatistics
 
 from . import differentiable
 
@@ -35,7 +35,7 @@ class _BatchNorm(torch.autograd.Function):
         activation: str | None,
         eps: float,
         given: tuple[Tensor, Tensor] | None,
-        running: Running | None,
+        running: RunningStatistics | None,
         found: list[Tensor],
     ) -> Tensor:
         if given is None:
@@ -128,7 +128,7 @@ def apply(
     activation: str | None,
     eps: float,
     given: tuple[Tensor, Tensor] | None = None,
-    running: Running | None = None,
+    running: RunningStatistics | None = None,
 ) -> differentiable.Normalized:
     """Normalize eagerly, as `differentiable.normalize`; differentiable where an input requires a gradient.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from batchnorm.kernels.interface import Coefficients, Moments, Running
+from batchnorm.kernels.interface import Coefficients, Moments, RunningStatistics
 
 from . import huge_pages
 from .access import LINE
@@ -122,7 +122,7 @@ class _Call:
             free += 8 * size
         return addresses
 
-    def move(self, running: Running) -> None:
+    def move(self, running: RunningStatistics) -> None:
         """Let the kernel move running statistics."""
         packet = self.packet
         packet.momentum, packet.corrected = running.momentum, self.x.numel() // self.plan.channels - 1
@@ -214,7 +214,7 @@ def forward(
     activation: str | None = None,
     mask: Tensor | None = None,
     group_size: int | None = None,
-    running: Running | None = None,
+    running: RunningStatistics | None = None,
 ) -> tuple[Tensor, Moments, Tensor]:
     """See `interface.Engine.forward`."""
     call = _Call(x, mask, group_size)
@@ -371,7 +371,7 @@ def given(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor
     return mean, rstd
 
 
-def moves(x: Tensor, running: Running) -> bool:
+def moves(x: Tensor, running: RunningStatistics) -> bool:
     """See `interface.Engine.moves`."""
     mean, var, batches, _ = running
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
