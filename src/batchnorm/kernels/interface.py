@@ -55,7 +55,7 @@ class Moments(NamedTuple):
 
 
 class RunningStatistics(NamedTuple):
-    """RunningStatistics statistics that a batch of x moves in place, `[C]` each: momentum is the batch's fraction.
+    """Running statistics that a batch of x moves in place, `[C]` each: momentum is the batch's fraction.
 
         running = (1 - momentum) * running + momentum * batch, where var is m2 / (count - 1)
 
