@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from batchnorm.errors import OptionError
+from batchnorm.errors import DataError, OptionError
 from batchnorm.statistics.calibration import CalibrationReport
 
 from .calibration.batches import Forward
@@ -116,9 +116,12 @@ def calibrate(
     _check_agreement(ranks.gather(prepare, 2))
     ((norms, passes),) = prepared
     found = layerwise(model, norms, passes) if method == "layerwise" else in_one_pass(norms, passes)
-    report = _finish(norms, found, method, ranks.size)
-    if passes.file is not None:
-        passes.file.remove()
+    try:
+        report = _finish(norms, found, method, ranks.size)
+    except DataError:
+        passes.forget()  # or the same result would be refused again
+        raise
+    passes.forget()
     if report.unreached:
         names = ", ".join(report.unreached)
         warnings.warn(f"calibrate: no sample reached {names}; left as before", UserWarning, stacklevel=2)

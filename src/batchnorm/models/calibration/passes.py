@@ -100,6 +100,11 @@ class Passes:
         self.number += 1
         return tally
 
+    def forget(self) -> None:
+        """Remove the file: there is nothing left to go on with."""
+        if self.file is not None:
+            self.file.remove()
+
     def _over_data(self, listener: Listener) -> Tally:
         """Return what this rank hears; saved now and then, and when anything is raised."""
         tally, mark, done = Tally.empty(self.layout), 0, 0
