@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from . import accuracy, keras_layer, layer_page, layer_time, page, results_file, roofline, step_time, study
+from . import (
+    accuracy,
+    calibrate,
+    keras_layer,
+    layer_page,
+    layer_time,
+    page,
+    results_file,
+    roofline,
+    step_time,
+    study,
+)
 
 MEASUREMENTS = {
     "accuracy-cpu": (accuracy.measure, page.accuracy_table),
@@ -16,6 +27,8 @@ MEASUREMENTS = {
     "step-time-cpu": (step_time.measure, layer_page.step_table),
     "accuracy-keras-cpu": (keras_layer.accuracies, page.keras_accuracy_table),
     "step-time-keras-cpu": (keras_layer.step_times, page.keras_step_table),
+    "calibrate-cpu": (calibrate.measure, calibrate.table_of_both),
+    "calibration-digits": (calibrate.digits, calibrate.report_table),
     "study-digits": (study.measure, page.study_table),
 }
 
@@ -37,6 +50,7 @@ def main(
         typer.echo(table(rows))
     if not quick and out == results_file.FOLDER:
         roofline.draw(results_file.load("layer-time-cpu")["rows"])
+        calibrate.draw(results_file.load("calibration-digits")["rows"])
         page.write()
 
 
