@@ -207,11 +207,12 @@ def normalize_batch(
         y, and the moments as of `moments`, `[C]`; no gradient flows into these.
     """
     checks.check_activation(activation)
-    checks.check_eps(eps, training=True)
-    checks.check_input(input, training=False)
-    checks.check_parameter("weight", weight, input)
-    checks.check_parameter("bias", bias, input)
-    checks.check_residual(residual, input)
+    if not checks.is_usual(input, (weight, bias), residual, True, eps):
+        checks.check_eps(eps, training=True)
+        checks.check_input(input, training=False)
+        checks.check_parameter("weight", weight, input)
+        checks.check_parameter("bias", bias, input)
+        checks.check_residual(residual, input)
     y, mean, m2 = _normalize(input, None, None, weight, bias, True, eps, residual, activation)
     assert mean is not None
     assert m2 is not None

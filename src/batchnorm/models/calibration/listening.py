@@ -86,7 +86,7 @@ def by_batch(name: str, norm: _BatchNorm, hear: _Hear, *, strict: bool) -> Itera
         activation: Any = norm.activation if is_ours(norm) else None
         try:
             norm._check_input_dim(input)  # type: ignore[no-untyped-call]
-            if strict:
+            if strict and len(input) < 2:
                 check_input(input, training=True)
             y, found = normalize_batch(
                 input, norm.weight, norm.bias, norm.eps, residual=residual, activation=activation

@@ -26,10 +26,10 @@ def running_statistics(name: str, norm: _BatchNorm, found: PooledMoments) -> tup
             "received one value per channel in all of the data: no variance; the model is unchanged", name
         )
     wide = (found.mean, found.m2 / (found.count - 1))
-    if not all(statistic.isfinite().all() for statistic in wide):
-        raise DataError("received NaN or inf; the model is unchanged", name)
     mean, var = (_as_in(norm, place, value) for place, value in zip(RUNNING, wide, strict=True))
     if not (mean.isfinite().all() and var.isfinite().all()):
+        if not all(statistic.isfinite().all() for statistic in wide):
+            raise DataError("received NaN or inf; the model is unchanged", name)
         raise DataError(
             f"its running statistics overflow {mean.dtype}; the model is unchanged: scale the input, or keep "
             "them in a wider dtype",

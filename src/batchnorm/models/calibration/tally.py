@@ -34,15 +34,17 @@ class Layout:
 
     def row(self, heard: Mapping[str, PooledMoments]) -> Tensor:
         """Return counts, means and m2s, `[3, total]` in float64; 0 for a layer that heard nothing."""
-        parts = []
-        for name, channels in self.channels.items():
-            if name in heard:
-                count, mean, m2 = heard[name]
-                mean, m2 = mean.cpu().double(), m2.cpu().double()
-                parts.append(torch.stack((torch.full_like(mean, float(count)), mean, m2)))
-            else:
-                parts.append(torch.zeros(3, channels, dtype=torch.float64))
-        return torch.cat(parts, 1)
+        nothing = PooledMoments(0, None, None)
+        moments = [heard.get(name, nothing) for name in self.channels]
+        channels = torch.tensor(list(self.channels.values()))
+        count = torch.tensor([float(found.count) for found in moments], dtype=torch.float64)
+        rows = [count.repeat_interleave(channels)]
+        for place in ("mean", "m2"):
+            parts = [getattr(found, place) for found in moments]
+            silent = zip(parts, self.channels.values(), strict=True)
+            parts = [torch.zeros(size) if part is None else part.cpu() for part, size in silent]
+            rows.append(torch.cat(parts).double())
+        return torch.stack(rows)
 
     def split(self, row: Tensor) -> dict[str, PooledMoments]:
         """Return the moments of each layer that heard anything."""
