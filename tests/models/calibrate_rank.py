@@ -98,6 +98,17 @@ def scenarios(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
         }
         for name, call in calls.items():
             found[f"{method} {name}"] = attempt(copy.deepcopy(model), call)
+    found["spilled"] = attempt(
+        copy.deepcopy(model), lambda m: batchnorm.calibrate(m, mine, method="layerwise", spill=10**9)
+    )
+    few = 10**9 if rank else 10
+    found["few"] = attempt(
+        copy.deepcopy(model), lambda m: batchnorm.calibrate(m, mine, method="layerwise", spill=few)
+    )
+    where = folder / "not there" if rank == 0 else folder
+    found["folder"] = attempt(
+        copy.deepcopy(model), lambda m: batchnorm.calibrate(m, mine, method="layerwise", spill=where)
+    )
     found["another model"] = attempt(wider, lambda m: batchnorm.calibrate(m, mine))
     path = folder / "progress.safetensors"
     stopped = Failing(mine, OSError("gone")) if rank == 0 else mine

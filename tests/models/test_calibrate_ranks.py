@@ -98,6 +98,18 @@ def test_an_error_on_one_rank_changes_nothing_on_any(
     assert all(outcome["is_unchanged"] for outcome in (first, *others))
 
 
+def test_forwards_stop_together_on_all_ranks(found: Found) -> None:
+    _assert_same_on_all(found, "spilled")
+    of_passes, first = found[0]["layerwise all"], found[0]["spilled"]
+    torch.testing.assert_close(first["running"], of_passes["running"], rtol=1e-6, atol=1e-6)
+    assert first["samples"] == 203
+    assert "bytes are too few" in found[0]["few"]["error"]
+    assert "not there cannot be used" in found[0]["folder"]["error"]
+    for other in found[1:]:
+        assert "rank 0 raised OptionError: spill=10 bytes are too few" in other["few"]["error"]
+        assert "rank 0 raised FileError: spill: " in other["folder"]["error"]
+
+
 def test_ranks_with_another_model_are_told(found: Found) -> None:
     for of_rank in found:
         assert "another model or method on some ranks" in of_rank["another model"]["error"]

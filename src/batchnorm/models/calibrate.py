@@ -24,6 +24,7 @@ from .calibration.outcome import change, running_statistics, write
 from .calibration.passes import Passes, Result, in_one_pass
 from .calibration.progress_file import ProgressFile, fingerprint
 from .calibration.ranks import Ranks
+from .calibration.spilled import spilled
 from .calibration.tally import Layout
 from .norms import tracking_norms
 
@@ -37,6 +38,7 @@ def calibrate(
     forward: Forward | None = None,
     progress: bool = False,
     method: Method = "batch",
+    spill: str | Path | int | None = None,
     samples: int | None = None,
     group: Any = None,
     progress_file: str | Path | None = None,
@@ -66,6 +68,10 @@ def calibrate(
         forward: called as `forward(model, batch)` for batches of any other form.
         progress: show a progress bar (needs rich).
         method: "batch" or "layerwise", as above.
+        spill: with method="layerwise", one forward in total instead: every batch stops at each norm until all
+            have come there, and what its forward holds waits in a file. A folder for the files, or the most
+            bytes that they may take in a temporary one. Every batch must call the same norms in one order,
+            each once. None = passes over the data.
         samples: stop after this many (on each rank); tensors of the last batch are cut. None = all.
         group: of torch.distributed, whose processes call this together, each with its own part of the data,
             of any size, and get the same statistics bit for bit. None = all processes where it is
@@ -99,7 +105,7 @@ def calibrate(
     prepared: list[tuple[dict[str, _BatchNorm], Passes]] = []
 
     def prepare() -> Tensor:
-        _check_options(method, samples, data)
+        _check_options(method, samples, spill, progress_file, data)
         norms = _norms(model)
         layout = Layout.of(norms)
         file = None
@@ -110,12 +116,17 @@ def calibrate(
             file = ProgressFile(path, fingerprint(model, norms, options), save_every)
         passes = Passes(model, data, forward, samples, layout, ranks, file, progress)
         prepared.append((norms, passes))
-        identity = zlib.crc32(json.dumps([method, dict(layout.channels)]).encode())
+        identity = zlib.crc32(json.dumps([method, spill is None, dict(layout.channels)]).encode())
         return torch.tensor([identity, passes.number], dtype=torch.float64)
 
     _check_agreement(ranks.gather(prepare, 2))
     ((norms, passes),) = prepared
-    found = layerwise(model, norms, passes) if method == "layerwise" else in_one_pass(norms, passes)
+    if method == "batch":
+        found = in_one_pass(norms, passes)
+    elif spill is None:
+        found = layerwise(model, norms, passes)
+    else:
+        found = spilled(model, norms, passes, spill)
     try:
         report = _finish(norms, found, method, ranks.size)
     except DataError:
@@ -128,15 +139,23 @@ def calibrate(
     return report
 
 
-def _check_options(method: str, samples: int | None, data: Iterable[Any]) -> None:
+def _check_options(
+    method: str,
+    samples: int | None,
+    spill: str | Path | int | None,
+    progress_file: str | Path | None,
+    data: Iterable[Any],
+) -> None:
     if method not in ("batch", "layerwise"):
         raise OptionError(f"method is 'batch' or 'layerwise'; got {method!r}")
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise OptionError(f"samples is a number of 1 or more, or None for all; got {samples!r}")
-    if method == "layerwise" and isinstance(data, Iterator):
+    if spill is not None and (method != "layerwise" or progress_file is not None):
+        raise OptionError("spill= is for method='layerwise', and without progress_file=")
+    if method == "layerwise" and spill is None and isinstance(data, Iterator):
         raise OptionError(
             f"method='layerwise' goes over data several times, and a {type(data).__name__} is used up by the "
-            "first: pass a list or a DataLoader"
+            "first: pass a list or a DataLoader, or spill="
         )
 
 

@@ -18,7 +18,7 @@ from batchnorm.torch.functional import batch_norm
 # Operators that let data decide what Python does next: it reads a number, or the size of the result.
 _DECIDING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 # Ways out of torch, after which nothing can be followed.
-_LEAVING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr})
+LEAVING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr})
 
 
 class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -95,7 +95,7 @@ class _Leaving(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, dependence = kwargs or {}, self.dependence
-        is_seen = (func is batch_norm or func in _LEAVING) and not dependence.is_paused
+        is_seen = (func is batch_norm or func in LEAVING) and not dependence.is_paused
         if not (is_seen and dependence.is_marked((args, kwargs))):
             return func(*args, **kwargs)
         dependence.is_paused = True  # our kernels take addresses too

@@ -103,7 +103,8 @@ class Passes:
     def forget(self) -> None:
         """Remove the file: there is nothing left to go on with."""
         if self.file is not None:
-            self.file.remove()
+            with contextlib.suppress(OSError):  # all is done: a file that stays costs nobody anything
+                self.file.remove()
 
     def _over_data(self, listener: Listener) -> Tally:
         """Return what this rank hears; saved now and then, and when anything is raised."""
@@ -113,7 +114,7 @@ class Passes:
             done = tally.batches
         elif self.number:
             self._save(tally, mark)
-        batches = iter(_shown(limited(self.data, self.samples), self._bar()))
+        batches = iter(shown(limited(self.data, self.samples), self.bar()))
         try:
             self._skip(batches, done, tally.samples, mark)
             for batch in batches:
@@ -154,7 +155,8 @@ class Passes:
             settled = self.layout.row(self.settled)
             self.file.save(Progress(self.number, settled, tally.numbers(), mark))
 
-    def _bar(self) -> tuple[str, int | None] | None:
+    def bar(self) -> tuple[str, int | None] | None:
+        """Return what the progress bar says and counts up to, None without one."""
         if not self.progress:
             return None
         is_counted = isinstance(self.data, Sized) and self.samples is None
@@ -168,7 +170,8 @@ def in_one_pass(norms: Mapping[str, _BatchNorm], passes: Passes) -> Result:
     return Result(tally.moments, tally.dependent, tally, passes.number)
 
 
-def _shown(batches: Iterable[Any], bar: tuple[str, int | None] | None) -> Iterable[Any]:
+def shown(batches: Iterable[Any], bar: tuple[str, int | None] | None) -> Iterable[Any]:
+    """Return the batches, behind a progress bar if there is one."""
     if bar is None:
         return batches
     try:
