@@ -7,12 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import layer_bounds, layer_page
+from . import calibrate, layer_bounds, layer_page
 from .results_file import load
 from .tables import table
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "study.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "calibrate.md",
+    ROOT / "docs" / "study.md",
+)
 Rows = list[dict[str, Any]]
 
 
@@ -116,6 +121,9 @@ BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "step-time": ("step-time-cpu", layer_page.step_table),
     "accuracy-keras": ("accuracy-keras-cpu", keras_accuracy_table),
     "step-time-keras": ("step-time-keras-cpu", keras_step_table),
+    "calibrate": ("calibrate-cpu", calibrate.time_table),
+    "calibrate-memory": ("calibrate-cpu", calibrate.memory_table),
+    "calibration-report": ("calibration-digits", calibrate.report_table),
     "study": ("study-digits", study_table),
     "study-summary": ("study-digits", study_summary),
 }

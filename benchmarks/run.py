@@ -9,6 +9,7 @@ import typer
 
 from . import (
     accuracy,
+    calibrate,
     keras_layer,
     layer_bounds,
     layer_page,
@@ -28,6 +29,8 @@ MEASUREMENTS = {
     "step-time-cpu": (step_time.measure, layer_page.step_table),
     "accuracy-keras-cpu": (keras_layer.accuracies, page.keras_accuracy_table),
     "step-time-keras-cpu": (keras_layer.step_times, page.keras_step_table),
+    "calibrate-cpu": (calibrate.measure, calibrate.table_of_both),
+    "calibration-digits": (calibrate.digits, calibrate.report_table),
     "study-digits": (study.measure, page.study_table),
 }
 
@@ -49,6 +52,7 @@ def main(
         typer.echo(table(rows))
     if not quick and out == results_file.FOLDER:
         roofline.draw(results_file.load("layer-time-cpu")["rows"])
+        calibrate.draw(results_file.load("calibration-digits")["rows"])
         page.write()
 
 

@@ -47,6 +47,14 @@ class DataError(BatchNormError, ValueError):
     """Data that was handed over cannot be read or has the wrong form."""
 
 
+class FileError(BatchNormError, OSError):
+    """A file cannot be written or read."""
+
+
+class RankError(BatchNormError, RuntimeError):
+    """Another process of torch.distributed raised, so that this one stops too."""
+
+
 class MissingExtraError(BatchNormError, ImportError):
     """A framework that the name needs is not installed."""
 

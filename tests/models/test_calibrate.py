@@ -10,7 +10,7 @@ from torch import nn
 
 import batchnorm
 from batchnorm.errors import DataError, InputShapeError, OptionError
-from batchnorm.models.calibrate import _write
+from batchnorm.models.calibration.outcome import write as _write
 
 LAYERS = [batchnorm.BatchNorm1d, nn.BatchNorm1d]
 SPLITS = {"whole": [203], "ragged": [64, 64, 64, 11], "sevens": [29] * 7, "singles": [1] * 203}

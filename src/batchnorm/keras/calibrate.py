@@ -254,11 +254,8 @@ def _statistics(name: str, layer: Layer, found: PooledMoments, most: float) -> t
 
 
 def _change(name: str, layer: Layer, values: int, mean: Array, var: Array, exact: bool) -> LayerChange:
-    new_std = np.sqrt(var + layer.epsilon)
-    shift = np.max(np.abs(mean - _value(layer.moving_mean)) / new_std)
-    ratio = new_std / np.sqrt(_value(layer.moving_variance) + layer.epsilon)
-    widest = ratio[np.argmax(np.abs(np.log(ratio)))]
-    return LayerChange(name, values, float(shift), float(widest), exact)
+    old = (_value(layer.moving_mean), _value(layer.moving_variance))
+    return LayerChange.between(name, values, old, (mean, var), layer.epsilon, exact)
 
 
 def _value(variable: Any) -> Array:

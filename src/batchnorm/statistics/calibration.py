@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Statistics = tuple[NDArray[Any], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -14,8 +20,10 @@ class LayerChange:
         values: number of values per channel that the statistics rest on.
         mean_shift: largest |new mean - old mean| over the channels, in standard deviations of the data.
         std_ratio: new standard deviation over old, of the channel where they differ most.
-        exact: no other normalization ran before this one, so its statistics do not depend on how the data was
-            split into batches.
+        exact: its statistics do not depend on how the data was split into batches: no other normalization ran
+            before this one, or all that did had their new statistics.
+        mean_shifts: |new mean - old mean| of each channel, in standard deviations of the data.
+        std_ratios: new standard deviation over old of each channel.
     """
 
     name: str
@@ -23,6 +31,27 @@ class LayerChange:
     mean_shift: float
     std_ratio: float
     exact: bool
+    mean_shifts: tuple[float, ...] = field(default=(), repr=False)
+    std_ratios: tuple[float, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def between(
+        cls, name: str, values: int, old: _Statistics, new: _Statistics, eps: float, exact: bool
+    ) -> Self:
+        """Return the change between two (mean, var), `[C]` each; eps is added to var, as the layer does."""
+        new_std = np.sqrt(new[1] + eps)
+        shifts = np.abs(new[0] - old[0]) / new_std
+        ratios = new_std / np.sqrt(old[1] + eps)
+        widest = ratios[np.argmax(np.abs(np.log(ratios)))]
+        return cls(
+            name,
+            values,
+            float(shifts.max()),
+            float(widest),
+            exact,
+            tuple(shifts.tolist()),
+            tuple(ratios.tolist()),
+        )
 
 
 @dataclass(frozen=True)
@@ -30,11 +59,15 @@ class CalibrationReport:
     """What `calibrate` did; `print` shows it as a table.
 
     Attributes:
-        samples: number of samples that went through the model.
-        batches: number of batches.
+        samples: number of samples that went through the model, on all ranks, in each pass.
+        batches: number of batches, on all ranks, in each pass.
         layers: the layers whose running statistics were set, in the order of the model.
         unreached: names of the layers that no sample reached; theirs are as before.
         frozen: names of the layers that are frozen (Keras: `trainable=False`); theirs are as before.
+        method: how layers that others precede got their input: normalized by the "batch", or "layerwise" by
+            the new statistics.
+        passes: number of passes over the data.
+        ranks: number of processes.
     """
 
     samples: int
@@ -42,22 +75,28 @@ class CalibrationReport:
     layers: tuple[LayerChange, ...]
     unreached: tuple[str, ...]
     frozen: tuple[str, ...] = ()
+    method: str = "batch"
+    passes: int = 1
+    ranks: int = 1
 
     def __str__(self) -> str:
-        header = ("layer", "values per channel", "mean moved by", "std became")
+        header = ("layer", "values per channel", "mean moved by", "median", "std became", "median")
         rows = [
             (
                 layer.name + ("" if layer.exact else " *"),
                 f"{layer.values:,}",
                 f"{layer.mean_shift:.3g} std",
+                _median(layer.mean_shifts, " std"),
                 f"{layer.std_ratio:.3g}×",
+                _median(layer.std_ratios, "×"),
             )
             for layer in self.layers
         ]
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            f"Calibrated {len(self.layers)} layers on {self.samples:,} samples in {self.batches:,} batches."
-        ]
+        done = f"{self.samples:,} samples in {self.batches:,} batches"
+        done += f", {self.passes} passes" if self.passes > 1 else ""
+        done += f", {self.ranks} ranks" if self.ranks > 1 else ""
+        lines = [f"Calibrated {len(self.layers)} layers on {done}."]
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in (header, *rows)
@@ -71,3 +110,7 @@ class CalibrationReport:
         if self.frozen:
             lines.append(f"Frozen, left as before: {', '.join(self.frozen)}.")
         return "\n".join(lines)
+
+
+def _median(values: tuple[float, ...], unit: str) -> str:
+    return f"{np.median(values):.3g}{unit}" if values else ""

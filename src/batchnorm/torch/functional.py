@@ -201,6 +201,7 @@ def normalize_batch(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
+    residual: Tensor | None = None,
     activation: str | None = None,
 ) -> tuple[Tensor, PooledMoments]:
     """Normalize each channel by the batch, and return its moments: for layers that track their own.
@@ -211,11 +212,13 @@ def normalize_batch(
         y, and the moments as of `moments`, `[C]`; no gradient flows into these.
     """
     checks.check_activation(activation)
-    checks.check_eps(eps, training=True)
-    checks.check_input(input, training=False)
-    checks.check_parameter("weight", weight, input)
-    checks.check_parameter("bias", bias, input)
-    y, mean, m2, _ = _normalize(input, None, None, weight, bias, True, eps, None, activation)
+    if not checks.is_usual(input, (weight, bias), residual, True, eps):
+        checks.check_eps(eps, training=True)
+        checks.check_input(input, training=False)
+        checks.check_parameter("weight", weight, input)
+        checks.check_parameter("bias", bias, input)
+        checks.check_residual(residual, input)
+    y, mean, m2, _ = _normalize(input, None, None, weight, bias, True, eps, residual, activation)
     assert mean is not None
     assert m2 is not None
     count = input.shape[0] * math.prod(input.shape[2:])

@@ -7,12 +7,16 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from batchnorm.errors import OptionError
 
 # Inches. As wide as a phone's screen less its margins: there, one point of text is about one pixel.
 WIDTH = 4.2
@@ -102,6 +106,21 @@ def draw(
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     return Picture(key, title, alt, _inline(buffer.getvalue(), key, title, alt))
+
+
+def save(picture: Picture, path: Path) -> None:
+    """Write a picture to an SVG file of its own, with the report's colours, light and dark.
+
+    Raises:
+        OptionError: the name of the file does not end in .svg.
+    """
+    if path.suffix.lower() != ".svg":
+        raise OptionError(f"pictures are drawn as SVG: name a file that ends in .svg, not {path.name!r}")
+    palette = files("batchnorm.study").joinpath("templates/palette.css").read_text(encoding="utf-8")
+    style = f"<style>{palette}svg {{ background: var(--page); }}</style>"
+    opening, rest = picture.svg.split(">", 1)
+    opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    path.write_text(f"{opening}>{style}{rest}\n", encoding="utf-8")
 
 
 def shown(name: str, limit: int = 22) -> str:

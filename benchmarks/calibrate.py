@@ -1,0 +1,245 @@
+"""Cost of calibrating: time against plain forwards over the same data, and memory by number of batches."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
+
+import batchnorm
+from batchnorm.statistics.calibration import CalibrationReport, LayerChange
+from batchnorm.study.data import load_digits
+from batchnorm.study.plots import calibration
+
+from . import networks
+from .interleaved import clocked, interleave, ratio
+from .progress import progress
+from .tables import table
+
+Rows = list[dict[str, Any]]
+PICTURE = Path(__file__).parent.parent / "docs" / "calibration.svg"
+ROUNDS, QUICK_ROUNDS = 9, 2
+SPILL = 10**10  # bytes
+LAYERWISE_ROUNDS = 3  # one takes as long as tens of forwards
+NORMS: dict[str, networks.Norm] = {"stock": networks.stock, "ours": networks.ours}
+# What is compared with one forward in evaluation over all of the data.
+ONE_PASS = ("batch", "update_bn", "forward in training")
+LAYERWISE = ("layerwise", "layerwise, spill")
+RIVALS = (*ONE_PASS, *LAYERWISE)
+COUNTS, QUICK_COUNTS = (10, 200), (4, 8)  # batches whose memory is compared
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and its data: `batches` of `batch` images."""
+
+    network: str
+    batch: int
+    side: int
+    batches: int
+
+
+CASES = (Case("ResNet-18", 8, 128, 6), Case("ResNet-50", 8, 128, 6), Case("MobileNetV2", 16, 128, 6))
+QUICK_CASES = (Case("MobileNetV2", 8, 32, 2),)
+
+
+def measure(quick: bool = False) -> Rows:
+    """Return a row per network and maker of its norms: medians in seconds, and multiples of a forward."""
+    cases = [(case, name) for case in (QUICK_CASES if quick else CASES) for name in NORMS]
+    return [_timed(case, name, quick) for case, name in progress(cases, "calibrations")] + [
+        _memory(method, QUICK_COUNTS if quick else COUNTS) for method in ("batch", "layerwise")
+    ]
+
+
+def _timed(case: Case, norm: str, quick: bool) -> dict[str, Any]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = networks.NETWORKS[case.network](NORMS[norm])
+        data = list(torch.randn(case.batches, case.batch, 3, case.side, case.side))
+    passes = batchnorm.calibrate(copy.deepcopy(model), data, method="layerwise").passes
+    steps: dict[str, Callable[[], object]] = {
+        "forward": _forward(copy.deepcopy(model).eval(), data),
+        "forward in training": _forward(copy.deepcopy(model).train(), data),
+        "update_bn": _call(update_bn, data, copy.deepcopy(model)),
+        "batch": _call(batchnorm.calibrate, copy.deepcopy(model), data),
+        "layerwise": _call(batchnorm.calibrate, copy.deepcopy(model), data, method="layerwise"),
+        "layerwise, spill": _call(
+            batchnorm.calibrate, copy.deepcopy(model), data, method="layerwise", spill=SPILL
+        ),
+    }
+    rivals = {name: clocked(step) for name, step in steps.items()}
+    times, over = {}, {}
+    for names, rounds in ((ONE_PASS, ROUNDS), (LAYERWISE, LAYERWISE_ROUNDS)):
+        found = interleave(
+            {name: rivals[name] for name in ("forward", *names)}, QUICK_ROUNDS if quick else rounds, warm_up=1
+        )
+        over |= {name: ratio(found[name], found["forward"]) for name in names}
+        times = found | times
+    return {
+        "network": case.network,
+        "norms": norm,
+        "batch": case.batch,
+        "side": case.side,
+        "batches": case.batches,
+        "passes": passes,
+        "seconds": {name: statistics.median(taken) for name, taken in times.items()},
+        "over_forward": over,
+    }
+
+
+def _forward(model: nn.Module, data: list[Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            for batch in data:
+                model(batch)
+
+    return run
+
+
+def _call(function: Callable[..., object], *args: Any, **options: Any) -> Callable[[], None]:
+    def run() -> None:
+        function(*args, **options)
+
+    return run
+
+
+def _memory(method: str, counts: tuple[int, ...]) -> dict[str, Any]:
+    """Return the most resident memory of a calibration over its start, by number of batches."""
+    model = networks.NETWORKS["MobileNetV2"](networks.stock)
+    stem = nn.Sequential(*list(model)[:6])  # 14 levels
+    most: dict[int, int] = {}
+    for count in (counts[0], *counts):  # once more before, for what is allocated once
+        samples = _Watched(count)
+        before = _resident()
+        batchnorm.calibrate(stem, samples, method=method)  # type: ignore[arg-type]
+        most[count] = samples.most - before
+    return {"method": method, "most_resident_bytes": {str(count): most[count] for count in counts}}
+
+
+class _Watched:
+    """Batches that look at the process's memory as they are asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.most = count, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(self.count):
+            yield torch.randn(8, 3, 64, 64)
+            self.most = max(self.most, _resident())
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def time_table(rows: Rows) -> str:
+    """Multiples of a forward in evaluation, per network."""
+
+    def shown(found: dict[str, Any]) -> str:
+        return "{:.2f} ({:.2f} – {:.2f})".format(found["median"], *found["quartiles"])
+
+    return table(
+        ("network", "norms", "data", "a forward, ms", *(_rival(name) for name in RIVALS), "passes"),
+        [
+            (
+                row["network"],
+                row["norms"],
+                f"{row['batches']} × {row['batch']} × 3 × {row['side']}²",
+                f"{row['seconds']['forward'] * 1e3:.0f}",
+                *(shown(row["over_forward"][name]) for name in RIVALS),
+                str(row["passes"]),
+            )
+            for row in rows
+            if "network" in row
+        ],
+    )
+
+
+def _rival(name: str) -> str:
+    return name if name in ("update_bn", "forward in training") else name
+
+
+def memory_table(rows: Rows) -> str:
+    """Resident memory over that before, by number of batches."""
+    found = [row for row in rows if "most_resident_bytes" in row]
+    counts = list(found[0]["most_resident_bytes"])
+    return table(
+        ("method", *(f"{count} batches, MB" for count in counts)),
+        [
+            (row["method"], *(f"{row['most_resident_bytes'][count] / 1e6:.1f}" for count in counts))
+            for row in found
+        ],
+    )
+
+
+def table_of_both(rows: Rows) -> str:
+    """Both tables."""
+    return f"{time_table(rows)}\n\n{memory_table(rows)}"
+
+
+def digits(quick: bool = False) -> Rows:
+    """Return a row per layer of ResNet-18 after few steps on digits: how far its statistics were off."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = networks.NETWORKS["ResNet-18"](networks.stock)
+        count = 128 if quick else 512
+        found = load_digits()
+        x = torch.tensor(found.x_train)[:count].view(-1, 1, 28, 28).expand(-1, 3, -1, -1)
+        y = torch.tensor(found.y_train)[:count].long()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        for batch in torch.randperm(count).split(64):
+            optimizer.zero_grad()
+            torch.autograd.backward(F.cross_entropy(model(x[batch]), y[batch]))
+            optimizer.step()
+    report = batchnorm.calibrate(model, x.split(64), method="layerwise")
+    return [
+        {
+            "samples": report.samples,
+            "batches": report.batches,
+            "passes": report.passes,
+            "name": layer.name,
+            "values": layer.values,
+            "mean_shifts": [float(f"{shift:.4g}") for shift in layer.mean_shifts],
+            "std_ratios": [float(f"{value:.4g}") for value in layer.std_ratios],
+        }
+        for layer in report.layers
+    ]
+
+
+def report_of(rows: Rows) -> CalibrationReport:
+    """Return the report that rows of `digits` were made of."""
+    layers = tuple(
+        LayerChange(
+            row["name"],
+            row["values"],
+            max(row["mean_shifts"]),
+            max(row["std_ratios"], key=lambda value: max(value, 1 / value)),
+            True,
+            tuple(row["mean_shifts"]),
+            tuple(row["std_ratios"]),
+        )
+        for row in rows
+    )
+    first = rows[0]
+    return CalibrationReport(
+        first["samples"], first["batches"], layers, (), method="layerwise", passes=first["passes"]
+    )
+
+
+def report_table(rows: Rows) -> str:
+    """The report, as it prints."""
+    return f"```\n{report_of(rows)}\n```"
+
+
+def draw(rows: Rows, path: Path = PICTURE) -> None:
+    """Draw the picture of rows of `digits`."""
+    calibration.draw(report_of(rows), path)

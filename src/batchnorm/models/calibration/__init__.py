@@ -1,0 +1,1 @@
+"""The parts of `calibrate`, one idea each."""
