@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.policy import Policy
+
 from .health import health
 from .kinds import is_ours
 from .norms import Found
@@ -126,6 +129,9 @@ def _policy(found: Found) -> str:
         return "running"
     if found.kind.family == "synchronised":
         return "synchronised"
+    policy = getattr(found.module, "statistics", None)
+    if isinstance(policy, Policy) and policy != Batch():
+        return policy.name
     return "batch" if getattr(found.module, "running_mean", None) is not None else "batch, untracked"
 
 
