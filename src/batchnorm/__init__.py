@@ -13,9 +13,11 @@ __version__ = "0.1.0.dev0"
 
 # Public name -> (the module that defines it, its name there; None for the module itself).
 _HOMES: dict[str, tuple[str, str | None]] = {
+    "Batch": ("batchnorm.statistics.batch", "Batch"),
     "BatchNorm1d": ("batchnorm.torch.layers", "BatchNorm1d"),
     "BatchNorm2d": ("batchnorm.torch.layers", "BatchNorm2d"),
     "BatchNorm3d": ("batchnorm.torch.layers", "BatchNorm3d"),
+    "Running": ("batchnorm.statistics.running", "Running"),
     "calibrate": ("batchnorm.models.calibrate", "calibrate"),
     "convert": ("batchnorm.models.convert", "convert"),
     "conventions": ("batchnorm.conventions", None),
@@ -32,9 +34,11 @@ _HOMES: dict[str, tuple[str, str | None]] = {
 _EXTRAS = {"torch": "torch", "keras": "keras", "rich": "study"}
 
 __all__ = [
+    "Batch",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Running",
     "__version__",
     "calibrate",
     "conventions",
@@ -57,6 +61,8 @@ if TYPE_CHECKING:
     from .models.fuse import fuse
     from .models.inspect import inspect
     from .models.revert import revert
+    from .statistics.batch import Batch
+    from .statistics.running import Running
     from .torch import functional
     from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 

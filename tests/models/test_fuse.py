@@ -16,6 +16,7 @@ from batchnorm.models import activations
 from batchnorm.models import fuse as fuse_module
 from batchnorm.models.agreement import AgreementError
 from batchnorm.models.identity import FusedActivation
+from batchnorm.models.kinds import is_ours
 from batchnorm.models.rewrite import FusedForward
 from tests.models import nets
 from tests.models.foreign import timm_norm  # noqa: F401 -- a fixture
@@ -29,12 +30,24 @@ def _input(*shape: int) -> Tensor:
     return torch.randn(shape or X, dtype=torch.float64)
 
 
-def _fused(report: object) -> dict[str, str]:
-    return {row.name: row.done.removeprefix("fused with ") for row in report.rows if row.done}
+def fused(model: nn.Module, example: Tensor | None = None) -> dict[str, str]:
+    """Fuse a model; return what became one layer with each norm, after a look that it did."""
+    norms = {row.name: model.get_submodule(row.name) for row in batchnorm.inspect(model).rows}
+    before = {name: (type(norm), getattr(norm, "activation", None)) for name, norm in norms.items()}
+    planned = {row.name: row.fuses_with for row in batchnorm.inspect(model, example).rows if row.fuses_with}
+    assert batchnorm.fuse(model, example) is model
+    for name, norm in norms.items():
+        if name not in planned:
+            assert (type(norm), getattr(norm, "activation", None)) == before[name], name
+            continue
+        *_, last = planned[name].partition(" (")[0].split(", ")
+        assert is_ours(norm), name
+        assert norm.activation == (None if last == "add" else last), name
+    return planned
 
 
-def _reasons(report: object) -> dict[str, str]:
-    return {row.name: row.reason for row in report.rows if row.reason}
+def _reasons(model: nn.Module, example: Tensor | None = None) -> dict[str, str]:
+    return {row.name: row.reason for row in batchnorm.inspect(model, example).rows if row.reason}
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool, dict[str, str]]] = {
@@ -60,8 +73,8 @@ def test_a_fused_network_trains_as_before(name: str, with_example: bool) -> None
     make, shape, needs_example, expected = NETS[name]
     stock = scrambled(make())
     model, x = copy.deepcopy(stock), _input(*shape)
-    report = batchnorm.fuse(model, x if with_example else None)
-    assert _fused(report) == ({} if needs_example and not with_example else expected)
+    found = fused(model, x if with_example else None)
+    assert found == ({} if needs_example and not with_example else expected)
     assert list(model.state_dict()) == list(stock.state_dict())
     assert_alike(model, stock, x)
 
@@ -73,8 +86,7 @@ def test_every_activation_fuses(activation: str) -> None:
         nn.Sequential(nn.BatchNorm2d(4), copy.deepcopy(MODULES[activation]), nn.Conv2d(4, 4, 1))
     )
     model = copy.deepcopy(stock)
-    report = batchnorm.fuse(model)
-    assert _fused(report) == {"0": activation}
+    assert fused(model) == {"0": activation}
     assert isinstance(model[1], nn.Identity)
     assert model[0].activation == activation
     assert type(MODULES[activation]).__name__ in repr(model[1])
@@ -98,9 +110,9 @@ def test_the_tables_know_every_activation_of_a_layer() -> None:
 )
 def test_what_a_layer_does_not_have_is_left(act: nn.Module) -> None:
     model = nn.Sequential(nn.BatchNorm2d(4), act)
-    report = batchnorm.fuse(model)
+    batchnorm.fuse(model)
     assert type(model[0]) is nn.BatchNorm2d
-    assert _reasons(report) == {"0": f"its output goes to 1 ({type(act).__name__})"}
+    assert _reasons(model) == {"0": f"its output goes to 1 ({type(act).__name__})"}
 
 
 class Twice(nn.Module):
@@ -222,9 +234,9 @@ def test_nets_written_to_be_nasty_are_left_with_a_reason(make: type[nn.Module], 
     stock = scrambled(make())
     for example in (None, _input()):
         model = copy.deepcopy(stock)
-        report = batchnorm.fuse(model, example)
-        assert not _fused(report)
-        assert any(part in report.rows[0].reason for part in reason.split("|")), report.rows[0].reason
+        assert not fused(model, example)
+        (told,) = _reasons(model, example).values()
+        assert any(part in told for part in reason.split("|")), told
         assert type(model.norm) is nn.BatchNorm2d
         assert_alike(model, stock, _input())
 
@@ -235,7 +247,8 @@ def test_in_place_activations_and_shared_modules() -> None:
         nn.Sequential(nn.Conv2d(4, 4, 1), shared, nn.ReLU(inplace=True), shared, nn.ReLU(inplace=True))
     )
     model = copy.deepcopy(stock)
-    assert _reasons(batchnorm.fuse(model)) == {"1": "it is shared: 1, 3"}
+    assert not fused(model)
+    assert _reasons(model) == {"1": "it is shared: 1, 3"}
     assert_alike(model, stock, _input())
 
 
@@ -243,9 +256,9 @@ def test_one_activation_module_behind_two_norms_of_a_sequential() -> None:
     act = nn.ReLU(inplace=True)
     stock = scrambled(nn.Sequential(nn.BatchNorm2d(4), act, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act))
     model, x = copy.deepcopy(stock), _input()
-    report = batchnorm.fuse(model, x)
+    found = fused(model, x)
     assert_alike(model, stock, x)
-    assert set(_fused(report)) | set(_reasons(report)) == {"0", "3"}
+    assert found == {"0": "relu", "3": "relu"}
 
 
 def test_hooks_keep_what_they_see() -> None:
@@ -289,7 +302,7 @@ def test_a_changed_attribute_brings_the_authors_forward_back() -> None:
     stock = scrambled(Scaled(4))
     stock.scale = 1.0
     model = copy.deepcopy(stock)
-    assert _fused(batchnorm.fuse(model)) == {"bn1": "relu", "bn2": "add, relu"}
+    assert fused(model) == {"bn1": "relu", "bn2": "add, relu"}
     for scale in (1.0, 2.0):
         stock.scale = model.scale = scale
         assert_alike(model, stock, _input())
@@ -379,10 +392,11 @@ def test_fewer_bytes_are_kept_for_the_backward() -> None:
 def test_fusing_twice_changes_nothing_more() -> None:
     stock = scrambled(nets.resnet())
     model = copy.deepcopy(stock)
-    first = _fused(batchnorm.fuse(model))
-    report = batchnorm.fuse(model)
-    assert not _fused(report)
-    assert all("itself" in row.reason or "already" in row.reason for row in report.rows if row.name in first)
+    first = fused(model)
+    assert first
+    assert not fused(model)
+    reasons = _reasons(model)
+    assert all("itself" in reasons[name] or "already" in reasons[name] for name in first)
     assert_alike(model, stock, _input(4, 3, 6, 6))
 
 
@@ -390,10 +404,10 @@ def test_converted_layers_fuse_and_fused_models_convert() -> None:
     stock = scrambled(nets.resnet())
     model, x = copy.deepcopy(stock), _input(4, 3, 6, 6)
     batchnorm.convert(model)
-    assert len(_fused(batchnorm.fuse(model, x))) == 5
+    assert len(fused(model, x)) == 5
     other = copy.deepcopy(stock)
-    batchnorm.fuse(other)
-    assert sum(bool(row.done) for row in batchnorm.convert(other, x).rows) == 2
+    batchnorm.convert(batchnorm.fuse(other), example=x)
+    assert all(is_ours(other.get_submodule(row.name)) for row in batchnorm.inspect(other).rows)
     for one in (model, other):
         assert_alike(one, stock, x)
 
@@ -447,7 +461,7 @@ def test_checkpointing_a_fused_block() -> None:
 def test_timms_layer_is_fused_with_what_it_has_inside(timm_norm: type[nn.Module]) -> None:  # noqa: F811
     stock = scrambled(nn.Sequential(timm_norm(4, nn.SiLU()), timm_norm(4), nn.ReLU()))
     model = copy.deepcopy(stock)
-    assert _fused(batchnorm.fuse(model)) == {"0": "silu (inside it)", "1": "relu"}
+    assert fused(model) == {"0": "silu (inside it)", "1": "relu"}
     assert_alike(model, stock, _input())
     batchnorm.revert(model)
     assert [type(part) for part in model] == [timm_norm, timm_norm, nn.ReLU]
@@ -458,7 +472,7 @@ def test_a_subclass_is_left_not_refused() -> None:
         pass
 
     model = nn.Sequential(Loud(4), nn.ReLU())
-    assert "class is not known" in batchnorm.fuse(model).rows[0].reason
+    assert "class is not known" in _reasons(batchnorm.fuse(model))["0"]
     assert type(model[0]) is Loud
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-import types
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from torch.nn.utils import parametrize
 import batchnorm
 from batchnorm.errors import OptionError
 from batchnorm.models.agreement import AgreementError
+from tests.models.foreign import frozen_norm  # noqa: F401 -- a fixture
 
 
 class Residual(nn.Module):
@@ -85,8 +84,9 @@ def picture(model: nn.Module) -> list[Any]:
 def test_converted_models_train_as_stock_ones() -> None:
     model = network()
     stock = copy.deepcopy(model)
-    report = batchnorm.convert(model, torch.randn(4, 3, 8, 8))
-    assert [row.done for row in report.rows].count("converted from torch.nn.BatchNorm2d") == 3
+    assert batchnorm.convert(model, example=torch.randn(4, 3, 8, 8)) is model
+    kinds = [row.kind for row in batchnorm.inspect(model).rows]
+    assert kinds == ["batchnorm.BatchNorm2d"] * 3 + ["batchnorm.BatchNorm1d"]
     assert type(model[1]) is batchnorm.BatchNorm2d
     assert type(model[6]) is batchnorm.BatchNorm1d
     assert_trains_alike(model, stock)
@@ -117,7 +117,7 @@ def test_there_and_back_is_the_same_model_bit_for_bit() -> None:
     stock = copy.deepcopy(model)
     batchnorm.convert(model)
     batchnorm.fuse(model)
-    batchnorm.revert(model)
+    assert batchnorm.revert(model) is model
     assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
     assert [vars(a).keys() for a in model.modules()] == [vars(b).keys() for b in stock.modules()]
     for (name, value), (_, other) in zip(model.state_dict().items(), stock.state_dict().items(), strict=True):
@@ -132,13 +132,9 @@ def test_fused_models_train_as_stock_ones(example: Tensor | None) -> None:
     model = network()
     stock = copy.deepcopy(model)
     parameters = [id(parameter) for parameter in model.parameters()]
-    report = batchnorm.fuse(model, example)
-    assert [row.done for row in report.rows] == [
-        "fused with silu",
-        "fused with relu",
-        "fused with add, relu",
-        "",
-    ]
+    fuses_with = [row.fuses_with for row in batchnorm.inspect(model, example).rows]
+    assert fuses_with == ["silu", "relu", "add, relu", None]
+    assert batchnorm.fuse(model, example) is model
     assert [id(parameter) for parameter in model.parameters()] == parameters
     calls: list[str] = []
     model[3].bn2.register_forward_hook(lambda _module, args, _y: calls.append(f"{len(args)} inputs"))
@@ -159,8 +155,9 @@ def test_an_intermediate_that_somebody_else_reads_is_not_fused() -> None:
 
     model = nn.Sequential(TwoReaders())
     before = picture(model)
-    (row,) = batchnorm.fuse(model, torch.randn(4, 3, 5, 5)).rows
-    assert row.done == ""
+    example = torch.randn(4, 3, 5, 5)
+    (row,) = batchnorm.inspect(batchnorm.fuse(model, example), example).rows
+    assert row.fuses_with is None
     assert row.reason
     assert picture(model) == before
 
@@ -184,8 +181,17 @@ def test_a_change_that_does_not_agree_is_taken_back(verb: str, monkeypatch: pyte
     forward = batchnorm.BatchNorm2d.forward
     monkeypatch.setattr(batchnorm.BatchNorm2d, "forward", lambda self, x, *r: forward(self, x, *r) * 1.3)
     with pytest.raises(AgreementError, match=f"{verb} was taken back: "):
-        getattr(batchnorm, verb)(model, torch.randn(4, 3, 8, 8))
+        getattr(batchnorm, verb)(model, example=torch.randn(4, 3, 8, 8))
     assert picture(model) == before
+
+
+@pytest.mark.parametrize("verb", ["convert", "fuse", "revert"])
+def test_a_model_that_cannot_train_on_the_example_is_compared_in_evaluation_and_said(verb: str) -> None:
+    """One sample is one value per channel behind the linear layer: no variance, so training raises."""
+    model = network()
+    with pytest.warns(UserWarning, match=f"{verb}: not compared in training, where .* ValueError: ") as told:
+        getattr(batchnorm, verb)(model, example=torch.randn(1, 3, 8, 8))
+    assert [warning.filename for warning in told] == [__file__]
 
 
 def test_lazy_parametrized_and_untracked_layers() -> None:
@@ -232,23 +238,19 @@ def test_revert_puts_an_activation_behind_and_refuses_a_residual() -> None:
     assert picture(model) == before
 
 
-def test_frozen_and_synchronised_layers_are_left_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    class FrozenBatchNorm2d(nn.Module):
-        """As torchvision has it: four buffers."""
-
-        def __init__(self, channels: int) -> None:
-            super().__init__()
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                self.register_buffer(name, torch.ones(channels))
-
-    module = types.ModuleType("torchvision.ops.misc")
-    FrozenBatchNorm2d.__module__, FrozenBatchNorm2d.__qualname__ = module.__name__, "FrozenBatchNorm2d"
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    model = nn.Sequential(FrozenBatchNorm2d(3), nn.SyncBatchNorm(3))
+def test_what_convert_leaves_is_said_by_name(frozen_norm: type[nn.Module]) -> None:  # noqa: F811
+    model = nn.Sequential(frozen_norm(3), nn.SyncBatchNorm(3), nn.SyncBatchNorm(3))
     before = picture(model)
-    rows = batchnorm.convert(model).rows
-    assert [row.policy for row in rows] == ["running", "synchronised"]
-    assert all(row.reason and not row.done for row in rows)
+    with pytest.warns(UserWarning, match="convert leaves ") as told:
+        batchnorm.convert(model)
+    said = [str(warning.message) for warning in told]
+    assert [line.partition(" as before: ")[0] for line in said] == ["convert leaves 1, 2", "convert leaves 0"]
+    assert [warning.filename for warning in told] == [__file__] * 2
+    assert [row.policy for row in batchnorm.inspect(model).rows] == [
+        "running",
+        "synchronised",
+        "synchronised",
+    ]
     assert picture(model) == before
 
 

@@ -1,6 +1,7 @@
 """One of two processes of torch.distributed: `python ddp_rank.py RANK FOLDER`.
 
-It trains a network with stock norms and one with ours under DistributedDataParallel, and saves both.
+It trains a network with stock norms and one with ours under DistributedDataParallel, and the same two with
+frozen norms, and saves all four.
 """
 
 from __future__ import annotations
@@ -63,7 +64,15 @@ def main(rank: int, folder: Path) -> None:
     torch.manual_seed(rank)  # DistributedDataParallel hands out the first one's parameters
     stock, ours = Block(ours=False), Block(ours=True)
     ours.load_state_dict(stock.state_dict())
-    torch.save({"stock": train(stock, rank), "ours": train(ours, rank)}, folder / f"found{rank}.pt")
+    found = {"stock": train(stock, rank), "ours": train(ours, rank)}
+    for model in (stock, ours):  # with the statistics that they have by now
+        for norm in (model.first, model.second):
+            if model is ours:
+                norm.statistics = batchnorm.Running()
+            else:
+                norm.eval()
+    found |= {"frozen stock": train(stock, rank), "frozen ours": train(ours, rank)}
+    torch.save(found, folder / f"found{rank}.pt")
     distributed.destroy_process_group()
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 import batchnorm
 from batchnorm import functional, reference
-from tests.support.cases import CASES, Case, Inputs
+from batchnorm.statistics.policy import Policy
+from tests.support.cases import CASES, KINKS, Case, Inputs
 from tests.support.compare import as_array, assert_close, reference_results
+from tests.torch.twins import assert_identical, state
 
 # Masks and groups are arguments of the kernels, tested there; a layer takes the whole batch.
 WHOLE_BATCH = [case for case in CASES if not (case.masked or case.all_masked or case.group_size)]
@@ -96,11 +98,16 @@ def test_average_over_batches(case: Case) -> None:
     assert_close(layer.running_var, running.var, dtype=wide, what="running_var")
 
 
+@pytest.mark.parametrize("policy", [batchnorm.Batch(), batchnorm.Running()], ids=str)
 @GRID
-def test_evaluation(case: Case) -> None:
-    """By given statistics; an activation without kinks, as the case keeps dy off those of the batch's z."""
+def test_given_statistics(case: Case, policy: Policy) -> None:
+    """In evaluation, and in training where the layer is frozen: by the running ones, which do not move.
+
+    An activation without kinks, as the case keeps z off those by the batch's statistics.
+    """
     inputs = case.make()
-    layer = layer_for(case, inputs).eval()
+    layer = layer_for(case, inputs).train(policy == batchnorm.Running())
+    layer.statistics = policy
     if case.activation in ("relu", "relu6", "leaky_relu", "hardswish"):
         layer.activation = "tanh"
         case = Case(**{**case.__dict__, "activation": "tanh"})
@@ -108,6 +115,26 @@ def test_evaluation(case: Case) -> None:
         count, mean, m2 = functional.moments(inputs.x)
         layer.running_mean.copy_(mean + 0.1 * (m2 / count).sqrt())
         layer.running_var.copy_(1.3 * m2 / count)
+    before = state(layer)
+    y, dx, dresidual = backward(layer, inputs)
+    expected = reference_results(case, inputs, mean=layer.running_mean, var=layer.running_var)
+    assert y.dtype is case.dtype
+    assert_close(y, expected.y, dtype=case.dtype, what="y")
+    assert_gradients(layer, case, expected, dx, dresidual)
+    assert_identical(state(layer), before)
+
+
+@pytest.mark.parametrize("activation", KINKS)
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+def test_frozen_in_training_with_activations_that_have_kinks(activation: str, residual: bool) -> None:
+    """Given the batch's own mean and var, z is off the kinks; the gradients are others than a batch's."""
+    case = Case(f"frozen {activation} {residual}", (6, 5, 4, 3), residual=residual, activation=activation)
+    inputs = case.make()
+    layer = layer_for(case, inputs)
+    count, mean, m2 = functional.moments(inputs.x)
+    layer.running_mean.copy_(mean)
+    layer.running_var.copy_(m2 / count)
+    layer.statistics = batchnorm.Running()
     y, dx, dresidual = backward(layer, inputs)
     expected = reference_results(case, inputs, mean=layer.running_mean, var=layer.running_var)
     assert_close(y, expected.y, dtype=case.dtype, what="y")

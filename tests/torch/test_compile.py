@@ -34,7 +34,14 @@ def pair(backend: str = "aot_eager", **options: Any) -> tuple[nn.Module, nn.Modu
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "plain"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"activation": "silu"}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}],
+    [
+        {},
+        {"activation": "silu"},
+        {"momentum": None},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"statistics": batchnorm.Running()},
+    ],
     ids=str,
 )
 def test_row_28_compiled_is_eager(options: dict[str, Any], with_residual: bool, training: bool) -> None:
@@ -43,6 +50,16 @@ def test_row_28_compiled_is_eager(options: dict[str, Any], with_residual: bool, 
     for _ in range(2):
         tensors = [torch.randn(4, 5, 3, 7) + 2 for _ in range(2 + with_residual)]
         assert_same(step(compiled, *tensors), step(eager, *tensors), TOLERANCES[torch.float32])
+
+
+def test_row_28_freezing_a_compiled_layer_is_noticed() -> None:
+    """Row 28: a policy that changes is a guard of the graph, both ways."""
+    compiled, eager = pair(activation="tanh")
+    for policy in (batchnorm.Batch(), batchnorm.Running(), batchnorm.Batch()):
+        compiled.statistics = eager.statistics = policy
+        x, dy = torch.randn(4, 5, 3, 7) + 2, torch.randn(4, 5, 3, 7)
+        assert_same(step(compiled, x, dy), step(eager, x, dy), TOLERANCES[torch.float32])
+    assert eager.num_batches_tracked == 5
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method:DeprecationWarning")  # inductor's own, at import

@@ -25,9 +25,15 @@ def test_two_processes_train_as_with_stock_layers(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     found = [torch.load(tmp_path / f"found{rank}.pt", weights_only=True) for rank in range(2)]
     for of_rank in found:
-        assert of_rank["ours"].keys() == of_rank["stock"].keys()
-        for name, stock in of_rank["stock"].items():
-            torch.testing.assert_close(of_rank["ours"][name], stock, rtol=1e-4, atol=1e-5, msg=name)
+        for kind in ("", "frozen "):
+            ours, stock = (of_rank[f"{kind}{whose}"] for whose in ("ours", "stock"))
+            assert ours.keys() == stock.keys()
+            for name, value in stock.items():
+                torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=f"{kind}{name}")
+        # A frozen norm's statistics stay: those of the first rank, which DistributedDataParallel hands out.
+        for name, value in found[0]["ours"].items():
+            is_statistic = "running_" in name or "num_batches" in name
+            assert torch.equal(of_rank["frozen ours"][name], value) == is_statistic, name
     first, second = found[0]["ours"], found[1]["ours"]
     for name, value in first.items():
         is_local = "running_mean" in name or "running_var" in name

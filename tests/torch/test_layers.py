@@ -53,7 +53,11 @@ def test_signature_is_the_stock_one_and_ours_keyword_only(kind: str) -> None:
     assert described(ours[: len(positional)]) == described(positional)
     rest = {p.name: p for p in ours[len(positional) :]}
     assert all(p.kind is p.KEYWORD_ONLY for p in rest.values())
-    assert {name: p.default for name, p in rest.items()} == {"bias": True, "activation": None}
+    assert {name: p.default for name, p in rest.items()} == {
+        "bias": True,
+        "statistics": batchnorm.Batch(),
+        "activation": None,
+    }
 
 
 def test_function_signatures_begin_with_the_stock_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import BatchNormError, OptionError
+
+from .rollback import untouched_on_error
 
 # Largest |difference| of an output over its largest |value|, by the coarsest dtype in play. What rounds
 # differently in one layer is amplified by those behind it, in training above all: tens of layers with the
@@ -35,6 +38,32 @@ class Behaviour:
 
     values: dict[str, Tensor]
     unchecked: str
+
+
+@contextlib.contextmanager
+def checked_change(model: nn.Module, example: Any, verb: str) -> Iterator[None]:
+    """Let the block change a model: taken back if it raises, or if an example then gives other outputs.
+
+    Args:
+        model: what the block changes.
+        example: as of `call`; None = nothing is compared.
+        verb: who changes it, for messages.
+
+    Raises:
+        AgreementError: the outputs on the example differ.
+
+    Warns:
+        UserWarning: the model cannot run in training on the example; only evaluation was compared.
+    """
+    before = None if example is None else observe(model, example)
+    if before is not None and before.unchecked:  # told before anything changes: a warning may be an error
+        warnings.warn(
+            f"{verb}: {before.unchecked}", UserWarning, stacklevel=4
+        )  # contextlib, the verb, its user
+    with untouched_on_error(model):
+        yield
+        if before is not None:
+            assert_agree(before, model, example, verb)
 
 
 def observe(model: nn.Module, example: Any) -> Behaviour:

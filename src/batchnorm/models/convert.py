@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,12 +10,10 @@ from torch import nn
 
 from batchnorm.errors import OptionError
 
-from .agreement import assert_agree, observe
+from .agreement import checked_change
 from .hooks import is_forward_replaced
 from .kinds import is_ours, rebased
 from .norms import Found, find_norms
-from .report import ModelReport, NormRow, describe
-from .rollback import untouched_on_error
 from .timm_norm import inner_activation
 
 _LEFT = {
@@ -23,7 +22,7 @@ _LEFT = {
 }
 
 
-def convert(model: nn.Module, example: Any = None) -> ModelReport:
+def convert(model: nn.Module, *, example: Any = None) -> nn.Module:
     """Turn the batch normalizations of `model` into layers of this library, in place.
 
     A layer stays the module that it is, and becomes of another class: parameters, buffers, hooks, device,
@@ -37,13 +36,16 @@ def convert(model: nn.Module, example: Any = None) -> ModelReport:
             given, the model's outputs on it are compared before and after, in evaluation and in training.
 
     Returns:
-        A report with one row per norm. `torch.nn.SyncBatchNorm` and torchvision's `FrozenBatchNorm2d` are
-        left as they are, and their rows say why.
+        `model` itself.
 
     Raises:
         OptionError: (a ValueError) a subclass of a stock layer, by its qualified name: what it computes is
             not known; a layer whose `forward` was replaced; a scripted model.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
+
+    Warns:
+        UserWarning: names the layers that are left as they are, and says why: `torch.nn.SyncBatchNorm` and
+            torchvision's `FrozenBatchNorm2d`; or the model cannot run in training on the example.
 
     If it raises, or is interrupted, the model is as it was.
 
@@ -54,19 +56,15 @@ def convert(model: nn.Module, example: Any = None) -> ModelReport:
     """
     norms = find_norms(model)
     check(model, norms, "convert")
-    before = None if example is None else observe(model, example)
-    with untouched_on_error(model):
-        rows = tuple(_converted(found) for found in norms)
-        if before is not None:
-            assert_agree(before, model, example, "convert")
-    count = sum(bool(row.done) for row in rows)
-    title = f"{type(model).__name__}: {count} of {len(rows)} batch normalizations converted"
-    return ModelReport(title, rows, notes(before), "convert")
-
-
-def notes(before: Any) -> tuple[str, ...]:
-    """Return what a comparison on an example could not cover."""
-    return (before.unchecked,) if before is not None and before.unchecked else ()
+    for family, reason in _LEFT.items():  # told before anything changes: a warning may be an error
+        left = [found.name or found.kind.name for found in norms if found.kind.family == family]
+        if left:
+            warnings.warn(f"convert leaves {', '.join(left)} as before: {reason}", UserWarning, stacklevel=2)
+    with checked_change(model, example, "convert"):
+        for found in norms:
+            if found.kind.twin is not None:
+                become_ours(found)
+    return model
 
 
 def check_scripted(model: nn.Module, verb: str) -> None:
@@ -91,16 +89,6 @@ def check(model: nn.Module, norms: list[Found], verb: str) -> None:
                 "take that back first (accelerate: remove_hook_from_module)",
                 str(found),
             )
-
-
-def _converted(found: Found) -> NormRow:
-    kind = found.kind
-    if is_ours(found.module) or kind.family == "ours":
-        return describe(found, reason="it is one of batchnorm's already")
-    if kind.family in _LEFT:
-        return describe(found, reason=_LEFT[kind.family])
-    become_ours(found)
-    return describe(found, done=f"converted from {kind.name}")
 
 
 def become_ours(found: Found) -> None:

@@ -9,18 +9,16 @@ from torch import nn
 from batchnorm.errors import OptionError
 
 from .activations import module_activation
-from .agreement import assert_agree, observe
-from .convert import become_ours, check_scripted, notes
+from .agreement import checked_change
+from .convert import become_ours, check_scripted
 from .fusion_plan import Plan, plan
 from .identity import silence
 from .kinds import is_ours
 from .record import add_recorded
-from .report import ModelReport, describe
 from .rewrite import Rewrite, fused_class
-from .rollback import untouched_on_error
 
 
-def fuse(model: nn.Module, example: Any = None) -> ModelReport:
+def fuse(model: nn.Module, example: Any = None) -> nn.Module:
     """Make one layer of each batch normalization and the addition and activation behind it, in place.
 
         activation(norm(x) + residual)        one pass over memory each way, and less kept for the backward
@@ -40,11 +38,14 @@ def fuse(model: nn.Module, example: Any = None) -> ModelReport:
             given, the model's outputs on it are compared before and after, in evaluation and in training.
 
     Returns:
-        A report with one row per norm: what it was fused with, or why not.
+        `model` itself. `inspect(model, example)` tells what can be fused, and what not and why.
 
     Raises:
         OptionError: (a ValueError) a scripted model, or an example on which nothing can be compared.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
+
+    Warns:
+        UserWarning: the model cannot run in training on the example, so that only evaluation was compared.
 
     If it raises, or is interrupted, the model is as it was.
 
@@ -52,20 +53,9 @@ def fuse(model: nn.Module, example: Any = None) -> ModelReport:
     cannot be traced as a whole.
     """
     check_scripted(model, "fuse")
-    before = None if example is None else observe(model, example)
-    decided = plan_with(model, example)
-    with untouched_on_error(model):
-        _apply(decided)
-        if before is not None:
-            assert_agree(before, model, example, "fuse")
-    rows = tuple(
-        describe(found, done=f"fused with {decided.fuses_with[found.module]}")
-        if found.module in decided.fuses_with
-        else describe(found, reason=decided.reasons[found.module])
-        for found in decided.norms
-    )
-    title = f"{type(model).__name__}: {len(decided.fuses_with)} of {len(rows)} batch normalizations fused"
-    return ModelReport(title, rows, notes(before), "fuse")
+    with checked_change(model, example, "fuse"):
+        _apply(plan_with(model, example))
+    return model
 
 
 def plan_with(model: nn.Module, example: Any) -> Plan:

@@ -1,4 +1,4 @@
-"""What a verb found or did: one row per batch normalization, as data and as a table."""
+"""What `inspect` found: one row per batch normalization, as data and as a table."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.policy import Policy
+
 from .health import health
-from .kinds import is_ours, kind_of
+from .kinds import is_ours
 from .norms import Found
 from .timm_norm import BatchNormAct2d
 
@@ -27,8 +30,7 @@ class NormRow:
         eps: added to var.
         health: what is wrong with its statistics and parameters; () where nothing is.
         fuses_with: what `fuse` makes one layer with it: "relu", "add, relu" or "add"; None where nothing.
-        done: what the verb did with it; "" where nothing.
-        reason: why nothing was done, or nothing fuses with it; "" where something was or does.
+        reason: why nothing fuses with it; "" where something does.
     """
 
     name: str
@@ -40,25 +42,20 @@ class NormRow:
     eps: float
     health: tuple[str, ...]
     fuses_with: str | None = None
-    done: str = ""
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What a verb on a whole model found or did; `print` shows it as a table, in colour by `rich.print`.
+    """The batch normalizations of a model; `print` shows it as a table, in colour by `rich.print`.
 
     Attributes:
         title: one sentence.
         rows: one per batch normalization, in the order of registration.
-        notes: what holds for the model as a whole.
-        verb: inspect, convert, revert or fuse.
     """
 
     title: str
     rows: tuple[NormRow, ...]
-    notes: tuple[str, ...] = ()
-    verb: str = "inspect"
 
     def __str__(self) -> str:
         header, cells = self._table()
@@ -69,11 +66,10 @@ class ModelReport:
                 "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                 for row in (header, *cells)
             ]
-        return "\n".join([*lines, *map(_printable, self.notes)])
+        return "\n".join(lines)
 
     def __rich__(self) -> Any:
         """Return the table for rich, where a program prints by it."""
-        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
@@ -82,19 +78,16 @@ class ModelReport:
         for heading in header:
             table.add_column(heading, overflow="fold")
         for row, line in zip(self.rows, cells, strict=True):
-            is_ill = bool(row.health) and self.verb == "inspect"
             *front, last = (Text(cell) for cell in line)
-            table.add_row(*front, Text(last.plain, style="red") if is_ill else last)
-        return Group(table, *(Text(_printable(note)) for note in self.notes))
+            table.add_row(*front, Text(last.plain, style="red") if row.health else last)
+        return table
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        inspected = ("norm", "kind", "C", "policy", "activation", "momentum", "eps", "fuses with", "health")
-        header = inspected if self.verb == "inspect" else ("norm", "kind", "done", "left because")
-        cells = [_inspected(row) if self.verb == "inspect" else _done(row) for row in self.rows]
-        return header, [tuple(map(_printable, line)) for line in cells]
+        header = ("norm", "kind", "C", "policy", "activation", "momentum", "eps", "fuses with", "health")
+        return header, [tuple(map(_printable, _cells(row))) for row in self.rows]
 
 
-def _inspected(row: NormRow) -> tuple[str, ...]:
+def _cells(row: NormRow) -> tuple[str, ...]:
     return (
         row.name or "(the model)",
         row.kind,
@@ -108,14 +101,10 @@ def _inspected(row: NormRow) -> tuple[str, ...]:
     )
 
 
-def _done(row: NormRow) -> tuple[str, ...]:
-    return (row.name or "(the model)", row.kind, row.done or "-", row.reason)
-
-
-def describe(found: Found, *, fuses_with: str | None = None, done: str = "", reason: str = "") -> NormRow:
+def describe(found: Found, *, fuses_with: str | None = None, reason: str = "") -> NormRow:
     """Return the row of a norm as it is now."""
     norm = found.module
-    kind = kind_of(norm) or found.kind  # as it is now
+    kind = found.kind
     activation = getattr(norm, "activation", None) if is_ours(norm) else None
     act = getattr(norm, "act", None)
     if activation is None and (isinstance(norm, BatchNormAct2d) or kind.family == "timm"):
@@ -131,7 +120,6 @@ def describe(found: Found, *, fuses_with: str | None = None, done: str = "", rea
         float(getattr(norm, "eps", 0.0)),
         health(norm),
         fuses_with,
-        done,
         reason,
     )
 
@@ -141,6 +129,9 @@ def _policy(found: Found) -> str:
         return "running"
     if found.kind.family == "synchronised":
         return "synchronised"
+    policy = getattr(found.module, "statistics", None)
+    if isinstance(policy, Policy) and policy != Batch():
+        return policy.name
     return "batch" if getattr(found.module, "running_mean", None) is not None else "batch, untracked"
 
 

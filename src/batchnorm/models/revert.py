@@ -12,19 +12,17 @@ from batchnorm.errors import OptionError
 from batchnorm.torch.checks import HALVES
 
 from .activations import module_for
-from .agreement import assert_agree, observe
+from .agreement import checked_change
 from .blocks import NotTraceableError
-from .convert import check_scripted, notes
+from .convert import check_scripted
 from .identity import FusedActivation, restore
 from .kinds import STOCK, TIMM, is_ours, origin, rebased
 from .norms import Found, all_names, find_norms
-from .report import ModelReport, describe
 from .rewrite import FusedForward, authors_class, traced_as_written
-from .rollback import untouched_on_error
 from .timm_norm import BatchNormAct2d, inner_activation
 
 
-def revert(model: nn.Module, example: Any = None) -> ModelReport:
+def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
     """Turn the layers of this library in `model` into stock layers, in place: the way back from `convert`.
 
     A layer stays the module that it is, with the same parameters, buffers, hooks and modes. What `fuse` did
@@ -37,12 +35,15 @@ def revert(model: nn.Module, example: Any = None) -> ModelReport:
         example: as of `convert`.
 
     Returns:
-        A report with one row per norm.
+        `model` itself.
 
     Raises:
         OptionError: (a ValueError) a layer that is called with a residual, a user's subclass of one of our
             layers, or a model that is itself a layer with an activation; by name.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
+
+    Warns:
+        UserWarning: the model cannot run in training on the example, so that only evaluation was compared.
 
     If it raises, or is interrupted, the model is as it was.
 
@@ -50,23 +51,12 @@ def revert(model: nn.Module, example: Any = None) -> ModelReport:
     """
     check_scripted(model, "revert")
     norms = [found for found in find_norms(model) if is_ours(found.module) or found.kind.family == "ours"]
-    was = {found.module: found.kind.name for found in norms}
     _check(model, norms)
-    before = None if example is None else observe(model, example)
-    with untouched_on_error(model):
+    with checked_change(model, example, "revert"):
         _undo_fusion(model, norms)
         placed = [found for found in norms if _become_stock(found)]
         _place_behind(model, placed)
-        if before is not None:
-            assert_agree(before, model, example, "revert")
-    rows = tuple(
-        describe(found, done=f"reverted from {was[found.module]}")
-        if found.module in was
-        else describe(found, reason="it is none of batchnorm's")
-        for found in find_norms(model)
-    )
-    title = f"{type(model).__name__}: {len(norms)} of {len(rows)} batch normalizations reverted"
-    return ModelReport(title, rows, notes(before), "revert")
+    return model
 
 
 def _check(model: nn.Module, norms: list[Found]) -> None:

@@ -5,10 +5,32 @@ Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+from .policy import Policy
 
 # An array of any framework, `[C]` or `[G, C]`, wide; or a scalar that broadcasts against one.
 Array = Any
+
+
+@dataclass(frozen=True)
+class Batch(Policy):
+    """The mini-batch's own statistics in training, the running ones in evaluation: the stock layer.
+
+        training:    mean = Σ x / n,  var = Σ (x - mean)² / n;  the running ones move
+        evaluation:  mean = running_mean,  var = running_var;  nothing moves
+
+    In training, gradients flow through mean and var too.
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
+    """
+
+    name = "batch"
+
+    def takes_batch(self, training: bool) -> bool:
+        """Whether the layer is in training."""
+        return training
 
 
 def gradient_coefficients(

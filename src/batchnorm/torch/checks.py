@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputShapeError, InputTypeError, OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.statistics.policy import Policy
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -44,6 +45,17 @@ def check_activation(activation: str | None) -> None:
     if activation is not None and activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise OptionError(f"activation must be None or one of {known}; got {activation!r}")
+
+
+def check_policy(policy: object, tracked: bool) -> None:
+    """Raise OptionError unless `policy` is one that a layer takes; some need running statistics."""
+    if not isinstance(policy, Policy):
+        raise OptionError(f"statistics must be batchnorm.Batch() or batchnorm.Running(); got {policy!r}")
+    if policy.needs_running and not tracked:
+        raise OptionError(
+            f"statistics={policy} uses running statistics, and this layer has none: "
+            "make it with track_running_stats=True"
+        )
 
 
 def check_eps(eps: float, training: bool) -> None:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, InputShapeError, OptionError
 from batchnorm.kernels.interface import wide_dtype
+from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.policy import Policy
 
 from . import functional
-from .checks import HALVES, check_activation
+from .checks import HALVES, check_activation, check_policy
 from .naming import qualified_name
 
 _RUNNING = ("running_mean", "running_var")
@@ -22,7 +24,8 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     """What the three layers share; each also subclasses its stock namesake, so `isinstance` holds."""
 
     _ranks: ClassVar[tuple[int, ...]]
-    activation: str | None
+    activation: str | None = None
+    _statistics: Policy = Batch()
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        statistics: Policy = Batch(),  # noqa: B008 -- frozen
         activation: str | None = None,
     ) -> None:
         check_activation(activation)
@@ -43,6 +47,20 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         if affine and not bias:  # the stock constructor takes `bias` in newer releases only
             self.register_parameter("bias", None)
         self._widen_statistics()
+        self.statistics = statistics
+
+    @property
+    def statistics(self) -> Policy:
+        """Which statistics the layer normalizes by; set it to change that."""
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, policy: Policy) -> None:
+        try:
+            check_policy(policy, self.running_mean is not None and self.running_var is not None)
+        except BatchNormError as error:
+            raise error.at(qualified_name(self)) from None
+        self._statistics = policy
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the running statistics to mean 0, variance 1, no batches."""
@@ -63,8 +81,9 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
 
     def _normalize(self, input: Tensor, residual: Tensor | None) -> Tensor:
         self._check_input_dim(input)
-        tracking = self.training and self.track_running_stats
-        use_running = tracking or not self.training
+        takes_batch = self._statistics.takes_batch(self.training)
+        tracking = takes_batch and self.track_running_stats
+        use_running = tracking or not takes_batch
         batches = self.num_batches_tracked if tracking else None
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.momentum is None and batches is not None:
@@ -77,7 +96,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             batches,
             self.weight,
             self.bias,
-            self.training or (running_mean is None and running_var is None),
+            takes_batch or (running_mean is None and running_var is None),
             momentum,
             self.eps,
             residual,
@@ -94,8 +113,10 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             )
 
     def extra_repr(self) -> str:
-        """As the stock layer's, and the activation where there is one."""
+        """As the stock layer's, and statistics and activation where they are not the stock layer's."""
         shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        if self._statistics != Batch():
+            shown += f", statistics={self._statistics}"
         return shown if self.activation is None else f"{shown}, activation={self.activation}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -130,11 +151,18 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
                 "torch.jit.trace or torch.export, or make the activation a module of its own",
                 type(self).__name__,
             )
+        if self._statistics != Batch():
+            raise OptionError(
+                f"torch.jit.script cannot compile a layer with statistics={self._statistics}: use "
+                "torch.jit.trace or torch.export, or batchnorm.unfreeze a copy in evaluation",
+                type(self).__name__,
+            )
         stock = next(
             kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(self, kind)
         )
         twin = stock.__new__(stock)
-        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name != "activation"})
+        ours = ("activation", "_statistics")
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ours})
         return twin
 
 
@@ -144,7 +172,7 @@ _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
 
     In training, mean and var (biased, ÷ n) are the batch's, over all axes but C, and the running statistics
     move: running = (1 - momentum) * running + momentum * batch, with the unbiased variance, ÷ (n - 1). In
-    evaluation, mean and var are the running ones.
+    evaluation, mean and var are the running ones. `statistics` names another choice.
 
     Args:
         num_features: C, the number of channels.
@@ -155,6 +183,8 @@ _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
         device: where parameters and buffers live.
         dtype: of weight and bias; running statistics are float32 at least.
         bias: learn bias too (keyword only).
+        statistics: which mean and var (keyword only): `batchnorm.Batch()`, as above, or
+            `batchnorm.Running()`, the running ones in training too. An attribute of the layer; it can be set.
         activation: applied in the same pass (keyword only): relu, relu6, leaky_relu (slope 0.01), silu,
             gelu (erf), hardswish, sigmoid, tanh, elu (α = 1), or None.
 
@@ -165,7 +195,8 @@ _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
     Raises:
         InputShapeError: (a ValueError and RuntimeError) wrong rank or channels; one value per channel.
         InputTypeError: (a TypeError and RuntimeError) integer input, mixed dtypes or devices.
-        OptionError: (a ValueError) eps <= 0 in training, or an unknown activation.
+        OptionError: (a ValueError) eps <= 0 in training, an unknown activation, or `Running()` for a layer
+            without running statistics.
 
     Differs from torch: accurate for any |mean|/std, in every layout; running statistics stay float32 under
     `.half()` and `.bfloat16()`; an empty batch counts, but leaves them alone; an error counts nothing.

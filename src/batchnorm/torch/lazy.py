@@ -4,21 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.policy import Policy
+
+from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Layer
 
 
-class LazyBatchNorm1d(nn.LazyBatchNorm1d):
+class _Lazy(nn.modules.batchnorm._BatchNorm):
+    """What the lazy form keeps for the layer that it becomes."""
+
+    activation: str | None = None
+    statistics: Any = _Layer.statistics
+    _statistics: Policy = Batch()
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the layer that it has become: torch takes this method, then lets the hook change the class."""
+        if isinstance(self, _Layer):
+            return self.forward(input, *args, **kwargs)
+        y: Tensor = super().forward(input)  # called past the hook: it raises, as the stock lazy layer does
+        return y
+
+
+class LazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d):
     cls_to_become: Any = BatchNorm1d
-    activation: str | None = None
 
 
-class LazyBatchNorm2d(nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d):
     cls_to_become: Any = BatchNorm2d
-    activation: str | None = None
 
 
-class LazyBatchNorm3d(nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d):
     cls_to_become: Any = BatchNorm3d
-    activation: str | None = None
