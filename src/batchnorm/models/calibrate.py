@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from batchnorm.statistics.calibration import CalibrationReport, LayerChange
 from batchnorm.statistics.moments import PooledMoments, merge
 from batchnorm.torch.functional import moments
 
-from .norms import tracking_norms
+from .norms import split_frozen, tracking_norms
 
 Forward = Callable[[nn.Module, Any], Any]
 _RUNNING = ("running_mean", "running_var")
@@ -34,10 +34,10 @@ def calibrate(
         running_mean = Σ n_b mean_b / Σ n_b
         running_var  = m2 / (n - 1),    n and m2 of all batches merged by Chan's formula
 
-    so that batches of unequal size weigh by their size. Momentum, modes and batch counters are as before. A
-    layer with no normalization before it gets the same statistics however the data is split; a deeper one
-    receives inputs that were normalized batch by batch, so its statistics depend on the split (the report
-    marks it): larger batches come closer.
+    so that batches of unequal size weigh by their size. Momentum, modes and batch counters are as before, and
+    frozen layers use and keep their statistics. A layer with no normalization before it gets the same
+    statistics however the data is split; a deeper one receives inputs that were normalized batch by batch, so
+    its statistics depend on the split (the report marks it): larger batches come closer.
 
     Args:
         model: with layers of torch's or of this library, on any device.
@@ -60,11 +60,10 @@ def calibrate(
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2; Wu & Johnson 2021, arXiv:2105.07576, sec. 3.
     """
-    norms = tracking_norms(model)
+    frozen, norms = split_frozen(tracking_norms(model))
     if not norms:
-        raise OptionError(
-            f"{type(model).__name__} has no batch normalization with running statistics to calibrate"
-        )
+        but = "that is not frozen: batchnorm.unfreeze" if frozen else "with running statistics to calibrate"
+        raise OptionError(f"{type(model).__name__} has no batch normalization {but}")
     collector = _Collector({norm: name for name, norm in norms.items()})
     samples = batches = 0
     with _batch_statistics(model, norms.values()), collector.listening(), torch.no_grad():
@@ -74,7 +73,7 @@ def calibrate(
             batches += 1
     if batches == 0:
         raise DataError("calibrate received no batch: data is empty, or an iterator that was used up before")
-    return _finish(norms, collector, samples, batches)
+    return replace(_finish(norms, collector, samples, batches), frozen=tuple(frozen))
 
 
 @dataclass

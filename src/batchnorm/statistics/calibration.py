@@ -34,7 +34,7 @@ class CalibrationReport:
         batches: number of batches.
         layers: the layers whose running statistics were set, in the order of the model.
         unreached: names of the layers that no sample reached; theirs are as before.
-        frozen: names of the layers that are frozen (Keras: `trainable=False`); theirs are as before.
+        frozen: names of the layers that are frozen (`Running()`; in Keras `trainable=False`): as before.
     """
 
     samples: int
