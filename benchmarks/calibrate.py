@@ -165,7 +165,7 @@ def time_table(rows: Rows) -> str:
 
 
 def _rival(name: str) -> str:
-    return name if name in ("update_bn", "forward in training") else name
+    return name
 
 
 def memory_table(rows: Rows) -> str:

@@ -22,6 +22,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "convert": ("batchnorm.models.convert", "convert"),
     "conventions": ("batchnorm.conventions", None),
     "errors": ("batchnorm.errors", None),
+    "freeze": ("batchnorm.models.freeze", "freeze"),
     "functional": ("batchnorm.torch.functional", None),
     "fuse": ("batchnorm.models.fuse", "fuse"),
     "inspect": ("batchnorm.models.inspect", "inspect"),
@@ -29,6 +30,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "kernels": ("batchnorm.kernels", None),
     "reuse_memory": ("batchnorm.memory", "reuse_memory"),
     "revert": ("batchnorm.models.revert", "revert"),
+    "unfreeze": ("batchnorm.models.freeze", "unfreeze"),
 }
 # Top-level package that a missing import names -> the extra that brings it.
 _EXTRAS = {"torch": "torch", "keras": "keras", "rich": "study"}
@@ -44,6 +46,7 @@ __all__ = [
     "conventions",
     "convert",
     "errors",
+    "freeze",
     "functional",
     "fuse",
     "inspect",
@@ -51,6 +54,7 @@ __all__ = [
     "kernels",
     "reuse_memory",
     "revert",
+    "unfreeze",
 ]
 
 if TYPE_CHECKING:
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
     from .memory import reuse_memory
     from .models.calibrate import calibrate
     from .models.convert import convert
+    from .models.freeze import freeze, unfreeze
     from .models.fuse import fuse
     from .models.inspect import inspect
     from .models.revert import revert

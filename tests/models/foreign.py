@@ -48,11 +48,34 @@ def frozen_norm(monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
     return _placed(FrozenBatchNorm2d, "torchvision.ops.misc", monkeypatch)
 
 
+@pytest.fixture
+def frozen_timm_norm(monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
+    """`timm.layers.norm_act.FrozenBatchNormAct2d`: buffers only, drop and activation behind."""
+
+    class FrozenBatchNormAct2d(nn.Module):
+        def __init__(self, num_features: int, act: nn.Module | None = None) -> None:
+            super().__init__()
+            self.eps = 1e-3
+            for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+                self.register_buffer(name, torch.full((num_features,), value))
+            self.drop = nn.Identity()
+            self.act = nn.Identity() if act is None else act
+
+        def forward(self, x: Tensor) -> Tensor:
+            spread = (1, -1, 1, 1)
+            scale = self.weight.view(spread) * (self.running_var.view(spread) + self.eps).rsqrt()
+            x = x * scale + (self.bias.view(spread) - self.running_mean.view(spread) * scale)
+            return self.act(self.drop(x))
+
+    return _placed(FrozenBatchNormAct2d, "timm.layers.norm_act", monkeypatch)
+
+
 def _placed(cls: type[nn.Module], module: str, monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
     parts = module.split(".")
     for end in range(1, len(parts) + 1):
         name = ".".join(parts[:end])
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        if name not in sys.modules:  # two stand-ins may be of one package
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     cls.__module__, cls.__qualname__ = module, cls.__name__
     setattr(sys.modules[module], cls.__name__, cls)
     return cls

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from tests.torch.twins import assert_same, scramble, state
 
@@ -163,7 +164,7 @@ def anatomy(model: nn.Module) -> list[object]:
             name,
             type(module),
             {k: _frozen(v) for k, v in vars(module).items()},
-            {k: (id(t), None if t is None else t.tolist()) for k, t in _own_tensors(module)},
+            {k: (id(t), None if t is None or is_lazy(t) else t.tolist()) for k, t in _own_tensors(module)},
         )
         for name, module in model.named_modules()
     ]

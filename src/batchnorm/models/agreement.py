@@ -32,12 +32,15 @@ class Behaviour:
     """What a model gives on an example.
 
     Attributes:
-        values: outputs in evaluation, outputs in training, and floating buffers after training; by name.
+        values: outputs in evaluation, outputs in training, and after training what modules keep and do not
+            learn, floating; by name.
         unchecked: why training could not be run; "" where it could.
+        names: of the modules, by which what they keep is named.
     """
 
     values: dict[str, Tensor]
     unchecked: str
+    names: dict[nn.Module, str]
 
 
 @contextlib.contextmanager
@@ -66,13 +69,19 @@ def checked_change(model: nn.Module, example: Any, verb: str) -> Iterator[None]:
             assert_agree(before, model, example, verb)
 
 
-def observe(model: nn.Module, example: Any) -> Behaviour:
+def observe(model: nn.Module, example: Any, names: dict[nn.Module, str] | None = None) -> Behaviour:
     """Run a model on an example in evaluation and in training, and leave it as it was.
+
+    Args:
+        model: what runs.
+        example: as of `call`.
+        names: of its modules; None = as they are now. A verb may move a module, which is still the same one.
 
     Raises:
         OptionError: a layer is not initialized yet, or the output has no floating tensor.
         Exception: what the model itself raises in evaluation.
     """
+    names = names or {module: name for name, module in model.named_modules()}
     values: dict[str, Tensor] = {}
     unchecked = ""
     for training in (False, True):
@@ -90,17 +99,16 @@ def observe(model: nn.Module, example: Any) -> Behaviour:
                 break
             values |= {f"output {path} in {mode}": value for path, value in _tensors(outputs)}
             if training:
-                buffers = model.named_buffers()
-                values |= {f"{n} after training": b.clone() for n, b in buffers if b.is_floating_point()}
+                values |= {f"{name} after training": kept for name, kept in _kept(model, names)}
     if not values:
         raise OptionError("the model's output on the example has no floating tensor: nothing can be compared")
-    return Behaviour(values, unchecked)
+    return Behaviour(values, unchecked, names)
 
 
 def assert_agree(before: Behaviour, model: nn.Module, example: Any, verb: str) -> None:
     """Raise AgreementError unless `model` still gives on the example what it gave before."""
     try:
-        after = observe(model, example)
+        after = observe(model, example, before.names)
     except Exception as error:
         raise AgreementError(
             f"{verb} was taken back: on the example the changed model raises {type(error).__name__}: {error}"
@@ -172,6 +180,14 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 def _is_equal(buffer: Tensor, value: Tensor) -> bool:
     return buffer.is_meta or torch.equal(buffer, value)
+
+
+def _kept(model: nn.Module, names: dict[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
+    for module in model.modules():
+        constants = {n: p for n, p in module._parameters.items() if p is not None and not p.requires_grad}
+        for name, tensor in {**module._buffers, **constants}.items():
+            if module in names and tensor is not None and tensor.is_floating_point():
+                yield f"{names[module]}.{name}".lstrip("."), tensor.detach().clone()
 
 
 def _tensors(outputs: Any) -> list[tuple[str, Tensor]]:

@@ -26,7 +26,7 @@ from .calibration.progress_file import ProgressFile, fingerprint
 from .calibration.ranks import Ranks
 from .calibration.spilled import spilled
 from .calibration.tally import Layout
-from .norms import tracking_norms
+from .norms import split_frozen, tracking_norms
 
 Method = Literal["batch", "layerwise"]
 
@@ -52,7 +52,8 @@ def calibrate(
         running_mean = Σ n_b mean_b / Σ n_b
         running_var  = m2 / (n - 1),    n and m2 of all batches merged by Chan's formula
 
-    so that batches of unequal size weigh by their size. Momentum, modes and batch counters are as before.
+    so that batches of unequal size weigh by their size. Momentum, modes and batch counters are as before,
+    and frozen layers use and keep their statistics.
 
     What a layer receives depends on the layers before it. With method="batch" they normalize by each batch,
     as in training: one pass, but the statistics of deeper layers depend on how the data is split (the report
@@ -102,11 +103,11 @@ def calibrate(
     if isinstance(model, DistributedDataParallel):
         model = model.module  # whose forward waits for no other rank: each has as many batches as it has
     ranks = Ranks(group)
-    prepared: list[tuple[dict[str, _BatchNorm], Passes]] = []
+    prepared: list[tuple[tuple[str, ...], dict[str, _BatchNorm], Passes]] = []
 
     def prepare() -> Tensor:
         _check_options(method, samples, spill, progress_file, data)
-        norms = _norms(model)
+        frozen, norms = _norms(model)
         layout = Layout.of(norms)
         file = None
         if progress_file is not None:
@@ -115,12 +116,12 @@ def calibrate(
             path = path if ranks.size == 1 else path.with_name(f"{path.name}.{ranks.rank}")
             file = ProgressFile(path, fingerprint(model, norms, options), save_every)
         passes = Passes(model, data, forward, samples, layout, ranks, file, progress)
-        prepared.append((norms, passes))
+        prepared.append((frozen, norms, passes))
         identity = zlib.crc32(json.dumps([method, spill is None, dict(layout.channels)]).encode())
         return torch.tensor([identity, passes.number], dtype=torch.float64)
 
     _check_agreement(ranks.gather(prepare, 2))
-    ((norms, passes),) = prepared
+    ((frozen, norms, passes),) = prepared
     if method == "batch":
         found = in_one_pass(norms, passes)
     elif spill is None:
@@ -128,7 +129,7 @@ def calibrate(
     else:
         found = spilled(model, norms, passes, spill)
     try:
-        report = _finish(norms, found, method, ranks.size)
+        report = _finish(norms, found, frozen, method, ranks.size)
     except DataError:
         passes.forget()  # or the same result would be refused again
         raise
@@ -159,16 +160,16 @@ def _check_options(
         )
 
 
-def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    norms = tracking_norms(model)
+def _norms(model: nn.Module) -> tuple[tuple[str, ...], dict[str, _BatchNorm]]:
+    """Return the names of the layers that are frozen, and the others."""
+    frozen, norms = split_frozen(tracking_norms(model))
     if not norms:
-        raise OptionError(
-            f"{type(model).__name__} has no batch normalization with running statistics to calibrate"
-        )
+        but = "that is not frozen: batchnorm.unfreeze" if frozen else "with running statistics to calibrate"
+        raise OptionError(f"{type(model).__name__} has no batch normalization {but}")
     lazy = [name for name, norm in norms.items() if is_lazy(norm._buffers["running_mean"])]  # type: ignore[arg-type]
     if lazy:
         raise OptionError(f"{', '.join(lazy)} are not initialized: run the model once on a batch")
-    return norms
+    return tuple(frozen), norms
 
 
 def _check_agreement(rows: list[Tensor]) -> None:
@@ -182,7 +183,9 @@ def _check_agreement(rows: list[Tensor]) -> None:
         )
 
 
-def _finish(norms: dict[str, _BatchNorm], found: Result, method: str, ranks: int) -> CalibrationReport:
+def _finish(
+    norms: dict[str, _BatchNorm], found: Result, frozen: tuple[str, ...], method: str, ranks: int
+) -> CalibrationReport:
     """Check everything, then write everything."""
     changes, values = [], []
     for name, norm in norms.items():
@@ -197,6 +200,7 @@ def _finish(norms: dict[str, _BatchNorm], found: Result, method: str, ranks: int
         batches=tally.batches,
         layers=tuple(changes),
         unreached=tuple(name for name in norms if name not in found.moments),
+        frozen=frozen,
         method=method,
         passes=found.passes,
         ranks=ranks,

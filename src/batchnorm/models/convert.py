@@ -9,20 +9,19 @@ import torch
 from torch import nn
 
 from batchnorm.errors import OptionError
+from batchnorm.statistics.policy import Policy
+from batchnorm.statistics.running import Running
+from batchnorm.torch.checks import check_policy
 
 from .agreement import checked_change
+from .frozen_norm import complete
 from .hooks import is_forward_replaced
-from .kinds import is_ours, rebased
+from .kinds import is_layer, is_ours, rebased
 from .norms import Found, find_norms
-from .timm_norm import inner_activation
-
-_LEFT = {
-    "synchronised": "its statistics are those of all ranks, which no layer of batchnorm takes yet",
-    "frozen": "it uses its running statistics in training too, which no layer of batchnorm does yet",
-}
+from .timm_norm import BatchNormAct2d, inner_activation
 
 
-def convert(model: nn.Module, *, example: Any = None) -> nn.Module:
+def convert(model: nn.Module, statistics: Policy | None = None, *, example: Any = None) -> nn.Module:
     """Turn the batch normalizations of `model` into layers of this library, in place.
 
     A layer stays the module that it is, and becomes of another class: parameters, buffers, hooks, device,
@@ -30,8 +29,12 @@ def convert(model: nn.Module, *, example: Any = None) -> nn.Module:
     parametrizations go on working. It computes what it did, more accurately.
 
     Args:
-        model: with `torch.nn.BatchNorm1d`, 2d, 3d, their lazy forms, or `timm.layers.BatchNormAct2d` (its
-            activation moves into the layer if it is one that the layer has); or such a layer itself.
+        model: with `torch.nn.BatchNorm1d`, 2d, 3d, their lazy forms, `timm.layers.BatchNormAct2d` (its
+            activation moves into the layer if it is one that the layer has), or frozen layers of torchvision,
+            timm and transformers (their buffers become ours, weight and bias parameters that do not learn);
+            or such a layer itself.
+        statistics: the policy of every layer that is converted or of this library already, such as
+            `batchnorm.Running()`; None = what each does: `Running()` for frozen ones, and no change.
         example: what the model takes: a tensor, a tuple of arguments or a dict of keyword arguments. If
             given, the model's outputs on it are compared before and after, in evaluation and in training.
 
@@ -40,30 +43,36 @@ def convert(model: nn.Module, *, example: Any = None) -> nn.Module:
 
     Raises:
         OptionError: (a ValueError) a subclass of a stock layer, by its qualified name: what it computes is
-            not known; a layer whose `forward` was replaced; a scripted model.
+            not known; a layer whose `forward` was replaced, or that `statistics` does not fit; a scripted
+            model.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:
-        UserWarning: names the layers that are left as they are, and says why: `torch.nn.SyncBatchNorm` and
-            torchvision's `FrozenBatchNorm2d`; or the model cannot run in training on the example.
+        UserWarning: names the layers that are left as they are: `torch.nn.SyncBatchNorm`; or the model cannot
+            run in training on the example.
 
     If it raises, or is interrupted, the model is as it was.
 
     Differs from torch: running statistics of 16 bits become float32. `torch.nn.SyncBatchNorm.
-    convert_sync_batchnorm` takes our layers for stock ones and would drop an activation: `revert` first.
+    convert_sync_batchnorm` takes our layers for stock ones: activation and policy would be lost.
 
     Source: https://github.com/pytorch/pytorch/issues/187298 (subclasses dropped silently).
     """
     norms = find_norms(model)
     check(model, norms, "convert")
-    for family, reason in _LEFT.items():  # told before anything changes: a warning may be an error
-        left = [found.name or found.kind.name for found in norms if found.kind.family == family]
-        if left:
-            warnings.warn(f"convert leaves {', '.join(left)} as before: {reason}", UserWarning, stacklevel=2)
+    if statistics is not None:
+        check_policy_fits(norms, statistics)
+    left = [found.name or found.kind.name for found in norms if found.kind.family == "synchronised"]
+    if left:  # told before anything changes: a warning may be an error
+        warnings.warn(
+            f"convert leaves {', '.join(left)} as before: torch.nn.SyncBatchNorm takes the statistics of all "
+            "ranks, which no layer of batchnorm does yet; batchnorm.revert makes it a plain layer",
+            UserWarning,
+            stacklevel=2,
+        )
     with checked_change(model, example, "convert"):
         for found in norms:
-            if found.kind.twin is not None:
-                become_ours(found)
+            become_ours(found, statistics)
     return model
 
 
@@ -83,7 +92,7 @@ def check(model: nn.Module, norms: list[Found], verb: str) -> None:
                 "make it a layer of torch.nn (or of batchnorm) and what it adds a module of its own",
                 str(found),
             )
-        if found.kind.family in ("stock", "timm", "ours") and is_forward_replaced(found.module):
+        if found.kind.family in ("stock", "timm", "frozen", "ours") and is_forward_replaced(found.module):
             raise OptionError(
                 f"its forward was replaced on the instance, so {verb} leaves the model as it is: "
                 "take that back first (accelerate: remove_hook_from_module)",
@@ -91,16 +100,38 @@ def check(model: nn.Module, norms: list[Found], verb: str) -> None:
             )
 
 
-def become_ours(found: Found) -> None:
-    """Set the class of a norm to our twin of it; the module stays the same object."""
+def check_policy_fits(norms: list[Found], statistics: Policy) -> None:
+    """Raise OptionError, by name, for a layer that cannot have this policy."""
+    for found in norms:
+        if found.kind.twin is not None or is_layer(found.module):
+            try:
+                check_policy(statistics, getattr(found.module, "running_mean", None) is not None)
+            except OptionError as error:
+                raise error.at(str(found)) from None
+
+
+def become_ours(found: Found, statistics: Policy | None = None) -> None:
+    """Set the class of a norm to our twin of it, if it has one; the module stays the same object.
+
+    Args:
+        found: the norm; one of ours stays what it is.
+        statistics: its policy; None = `Running()` for what was frozen, else no change.
+    """
     norm, kind = found.module, found.kind
-    assert kind.twin is not None
-    activation = inner_activation(norm) if kind.family == "timm" else None
-    norm.__class__ = rebased(type(norm), kind.twin)
-    vars(norm)["activation"] = activation
-    if norm.track_running_stats and norm._buffers.get("num_batches_tracked") is None:
-        mean = norm._buffers.get("running_mean")  # a layer of torch < 0.4.1 has no counter
-        if mean is not None:
-            norm._buffers["num_batches_tracked"] = torch.tensor(0, dtype=torch.long, device=mean.device)
-    if is_ours(norm):
-        norm._widen_statistics()  # type: ignore[operator]
+    if kind.twin is not None:
+        if kind.family == "frozen":
+            complete(norm)
+            statistics = statistics or Running()
+            if statistics == Running():
+                vars(norm)["_learned"] = {"weight": True, "bias": True}  # once it is unfrozen
+        activation = inner_activation(norm) if issubclass(kind.twin, BatchNormAct2d) else None
+        norm.__class__ = rebased(type(norm), kind.twin)
+        vars(norm)["activation"] = activation
+        if norm.track_running_stats and norm._buffers.get("num_batches_tracked") is None:
+            mean = norm._buffers.get("running_mean")  # a layer of torch < 0.4.1 has no counter
+            if mean is not None:
+                norm._buffers["num_batches_tracked"] = torch.tensor(0, dtype=torch.long, device=mean.device)
+        if is_ours(norm):
+            norm._widen_statistics()  # type: ignore[operator]
+    if statistics is not None and is_layer(norm):
+        norm.statistics = statistics

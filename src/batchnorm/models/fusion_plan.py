@@ -184,7 +184,7 @@ def unfit(found: Found) -> str:
     if family == "synchronised":
         return "its statistics are those of all ranks: batchnorm has no such layer yet"
     if family == "frozen":
-        return "it is no layer that batchnorm.convert takes yet"
+        return "its class is frozen: batchnorm.convert makes it a layer that can be fused"
     if "Lazy" in found.kind.name:
         return "it is not initialized: run the model once"
     if is_ours(norm) and norm.activation is not None:

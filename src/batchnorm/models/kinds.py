@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.torch import layers, lazy
 
+from .frozen_norm import FROZEN_TIMM, is_frozen
 from .timm_norm import BatchNormAct2d
 
 Family = Literal["stock", "ours", "timm", "synchronised", "frozen", "other"]
@@ -26,7 +27,6 @@ _TWINS: dict[type[nn.Module], type[nn.Module]] = {
 STOCK: dict[type[nn.Module], type[nn.Module]] = {ours: stock for stock, ours in _TWINS.items()}
 # Classes of packages that need not be installed, by qualified name: the public one and where it is defined.
 TIMM = "timm.layers.norm_act.BatchNormAct2d"
-_FROZEN = ("torchvision.ops.misc.FrozenBatchNorm2d", "torchvision.ops.FrozenBatchNorm2d")
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,19 @@ def kind_of(module: nn.Module) -> Kind | None:
         return Kind(name, "synchronised")
     if name == TIMM:
         return Kind(name, "timm", BatchNormAct2d)
-    if name in _FROZEN:
-        return Kind(name, "frozen")
+    if is_frozen(name):
+        return Kind(name, "frozen", BatchNormAct2d if name == FROZEN_TIMM else layers.BatchNorm2d)
     return Kind(name, "other") if issubclass(cls, _BatchNorm) else None
 
 
 def is_ours(module: nn.Module) -> bool:
     """Whether a module is a layer of this library, or of a subclass of one."""
     return isinstance(module, layers._Layer)
+
+
+def is_layer(module: nn.Module) -> TypeGuard[layers._Layer | lazy._Lazy]:
+    """Whether a module is a layer of this library, or the lazy form of one."""
+    return is_ours(module) or isinstance(module, lazy._Lazy)
 
 
 def qualified(cls: type) -> str:

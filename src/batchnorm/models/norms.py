@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .kinds import Kind, kind_of
+from .kinds import Kind, is_layer, kind_of
 
 
 def tracking_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -19,6 +19,12 @@ def tracking_norms(model: nn.Module) -> dict[str, _BatchNorm]:
         and module.running_mean is not None
         and module.running_var is not None
     }
+
+
+def split_frozen(norms: dict[str, _BatchNorm]) -> tuple[dict[str, _BatchNorm], dict[str, _BatchNorm]]:
+    """Return the layers whose statistics no batch moves, and the others."""
+    frozen = [n for n, norm in norms.items() if is_layer(norm) and not norm.statistics.takes_batch(True)]
+    return {n: norms[n] for n in frozen}, {n: norm for n, norm in norms.items() if n not in frozen}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from batchnorm.errors import OptionError
+from batchnorm.statistics.batch import Batch
 from batchnorm.torch.checks import HALVES
 
 from .activations import module_for
@@ -16,9 +17,10 @@ from .agreement import checked_change
 from .blocks import NotTraceableError
 from .convert import check_scripted
 from .identity import FusedActivation, restore
-from .kinds import STOCK, TIMM, is_ours, origin, rebased
+from .kinds import STOCK, TIMM, is_layer, origin, rebased
 from .norms import Found, all_names, find_norms
 from .rewrite import FusedForward, authors_class, traced_as_written
+from .synchronised import plain_classes
 from .timm_norm import BatchNormAct2d, inner_activation
 
 
@@ -30,16 +32,21 @@ def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
     with becomes a module behind it, `nn.Sequential(norm=..., activation=...)` in its place, and the keys of
     its state gain `.norm`.
 
+    `torch.nn.SyncBatchNorm` becomes the plain layer that it stands for, with the same parameters and
+    buffers: the way back from torch's `convert_sync_batchnorm`, which has none. Which one, an example tells,
+    or a layer beside it (a Conv2d before it).
+
     Args:
-        model: with layers of this library.
+        model: with layers of this library, or `torch.nn.SyncBatchNorm`.
         example: as of `convert`.
 
     Returns:
         `model` itself.
 
     Raises:
-        OptionError: (a ValueError) a layer that is called with a residual, a user's subclass of one of our
-            layers, or a model that is itself a layer with an activation; by name.
+        OptionError: (a ValueError) by name: a layer with other statistics than `Batch()` (`unfreeze` first),
+            one that is called with a residual, a user's subclass of one of our layers, a model that is itself
+            a layer with an activation, or a SyncBatchNorm of which nothing tells what it stands for.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:
@@ -50,12 +57,18 @@ def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
     Differs from torch: running statistics that `convert` widened become 16-bit again where the weight is.
     """
     check_scripted(model, "revert")
-    norms = [found for found in find_norms(model) if is_ours(found.module) or found.kind.family == "ours"]
+    found_norms = find_norms(model)
+    norms = [found for found in found_norms if is_layer(found.module)]
+    synchronised = [found for found in found_norms if found.kind.family == "synchronised"]
     _check(model, norms)
+    plain = plain_classes(model, synchronised, example)
     with checked_change(model, example, "revert"):
         _undo_fusion(model, norms)
         placed = [found for found in norms if _become_stock(found)]
         _place_behind(model, placed)
+        for norm, cls in plain.items():
+            vars(norm).pop("process_group", None)
+            norm.__class__ = rebased(type(norm), cls)
     return model
 
 
@@ -66,6 +79,12 @@ def _check(model: nn.Module, norms: list[Found]) -> None:
         cls = origin(type(norm))
         if cls not in STOCK and cls is not BatchNormAct2d:
             raise OptionError("a subclass of a layer of batchnorm: no stock layer computes that", str(found))
+        if norm.statistics != Batch():
+            raise OptionError(
+                f"statistics={norm.statistics}, which no stock layer has: batchnorm.unfreeze(model) first "
+                "(or layer.statistics = batchnorm.Batch())",
+                str(found),
+            )
         for act in vars(norm).get("_activation_at", ()):
             if act not in silenced:
                 raise OptionError(
@@ -133,6 +152,8 @@ def _become_stock(found: Found) -> bool:
         is_placed = norm.activation is not None
         stock = STOCK[cls]
     norm.__class__ = rebased(type(norm), stock)
+    for name in ("_statistics", "_learned"):
+        vars(norm).pop(name, None)
     weight = getattr(norm, "weight", None)
     for name in ("running_mean", "running_var"):
         buffer = norm._buffers.get(name)

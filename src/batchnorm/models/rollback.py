@@ -13,9 +13,10 @@ from torch import nn
 def untouched_on_error(model: nn.Module) -> Iterator[None]:
     """Put every module of `model` back as it was if the block raises, whatever it raises.
 
-    Covers what a verb changes: a module's class, its attributes, and what is registered in it. The values of
-    tensors are not copied; a verb writes none of them in place.
+    Covers what a verb changes: a module's class, its attributes, what is registered in it, and which of its
+    parameters learn. The values of tensors are not copied; a verb writes none of them in place.
     """
+    learning = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     before = [(module, type(module), dict(vars(module)), _contents(module)) for module in model.modules()]
     try:
         yield
@@ -27,6 +28,9 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
             for container, items in contents:  # in place: handles of hooks refer to these very dicts
                 container.clear()
                 container.update(items)
+        for parameter, requires_grad, grad in learning:
+            parameter.requires_grad = requires_grad  # the method is not for lazy layers
+            parameter.grad = grad
         raise
 
 

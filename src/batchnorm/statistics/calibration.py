@@ -63,7 +63,7 @@ class CalibrationReport:
         batches: number of batches, on all ranks, in each pass.
         layers: the layers whose running statistics were set, in the order of the model.
         unreached: names of the layers that no sample reached; theirs are as before.
-        frozen: names of the layers that are frozen (Keras: `trainable=False`); theirs are as before.
+        frozen: names of the layers that are frozen (`Running()`; in Keras `trainable=False`): as before.
         method: how layers that others precede got their input: normalized by the "batch", or "layerwise" by
             the new statistics.
         passes: number of passes over the data.

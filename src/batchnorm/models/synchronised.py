@@ -1,0 +1,113 @@
+"""Which plain layer a `torch.nn.SyncBatchNorm` stands for: it does not say of what rank its input is."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from batchnorm.errors import OptionError
+
+from .activations import call_activation, module_activation
+from .agreement import call, restored, set_mode
+from .blocks import NotTraceableError
+from .norms import Found
+from .rewrite import traced_as_written
+
+_PLAIN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_ADDS = ("add", "iadd", "add_")
+
+
+def plain_classes(model: nn.Module, norms: list[Found], example: Any) -> dict[nn.Module, type[nn.Module]]:
+    """Return BatchNorm1d, 2d or 3d for each SyncBatchNorm, by what it receives on an example.
+
+    Without an example, or where that does not get there, by a layer beside it whose name tells (a Conv2d
+    before it, a MaxPool3d behind it), with activations and additions between, in forwards that are graphs.
+
+    Raises:
+        OptionError: nothing tells, or a layer receives inputs of different kinds; by name.
+    """
+    if not norms:
+        return {}
+    dims: dict[nn.Module, set[int]] = defaultdict(set)
+    if example is not None:
+        _record(model, norms, example, dims)
+    unseen = {found.module for found in norms if not dims[found.module]}
+    if unseen:
+        _read(model, unseen, dims)
+    for found in norms:
+        if len(dims[found.module]) != 1:
+            told = "nothing tells" if not dims[found.module] else "it is called with several of them, as to"
+            raise OptionError(
+                f"{told} the rank of its input, so that it could be a BatchNorm1d, 2d or 3d: "
+                "pass example= that runs it, or set its place in the model to the layer that you want",
+                str(found),
+            )
+    return {norm: _PLAIN[rank] for norm, (rank,) in dims.items()}
+
+
+def _record(model: nn.Module, norms: list[Found], example: Any, dims: dict[nn.Module, set[int]]) -> None:
+    def receive(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        dims[norm].add(max(1, (args[0] if args else kwargs["input"]).dim() - 2))
+
+    handles = [found.module.register_forward_pre_hook(receive, with_kwargs=True) for found in norms]
+    try:
+        with restored(model), torch.no_grad():
+            set_mode(model, False)
+            call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _read(model: nn.Module, norms: set[nn.Module], dims: dict[nn.Module, set[int]]) -> None:
+    for module in model.modules():
+        if not any(part in norms for part in module.modules() if part is not module):
+            continue
+        try:
+            graph = traced_as_written(module).graph
+        except NotTraceableError:
+            continue
+        for node in graph.nodes:
+            called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if called in norms:
+                dims[called] |= _ranks_beside(node, module)
+
+
+def _ranks_beside(start: Node, module: nn.Module) -> set[int]:
+    """Return what the layers tell that are reached through nothing but activations and additions."""
+    ranks: set[int] = set()
+    seen, todo = {start}, [*start.all_input_nodes, *start.users]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        rank = None if called is None else _rank_of(called)
+        if rank is not None:
+            ranks.add(rank)
+        elif _is_elementwise(node, called):
+            todo += [*node.all_input_nodes, *node.users]
+    return ranks
+
+
+def _rank_of(layer: nn.Module) -> int | None:
+    """Return 2 for Conv2d, MaxPool2d, BatchNorm2d and all others of torch whose names end so."""
+    names = [cls.__name__ for cls in type(layer).__mro__ if cls.__module__.startswith("torch.nn.modules.")]
+    if "Linear" in names:
+        return 1
+    found = re.search(r"([123])d$", names[0]) if names else None
+    return None if found is None else int(found[1])
+
+
+def _is_elementwise(node: Node, called: nn.Module | None) -> bool:
+    if called is not None:
+        is_passing = isinstance(called, (nn.Identity, nn.Dropout, nn.SyncBatchNorm))
+        return is_passing or module_activation(called) is not None
+    name = getattr(node.target, "__name__", node.target)
+    return call_activation(node) is not None or (node.op.startswith("call_") and name in _ADDS)
