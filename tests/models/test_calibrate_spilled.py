@@ -58,10 +58,10 @@ class InPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x.mul_(2)
-        kept = x[:, :2]
+        kept, seen = x[:, :2], self.seen.view(1, 1)
         y = self.first(x * self.scale[::2])
         kept += y[:, 1:]
-        self.seen += 1
+        seen += 1
         self.last = y
         return self.second((x + self.scale[1::2]).relu_() + self.seen.sign())
 
@@ -133,6 +133,10 @@ def test_an_error_takes_the_files_away_too(tmp_path: Path) -> None:
         _spilled(model, images(12).split(4), spill=tmp_path)
     assert anatomy(model) == before
     assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_one_tensor_take_their_own_room_only() -> None:
+    assert _spilled(Branches(), images(40).split(1), 100_000).batches == 40  # the whole, each time: 300,000
 
 
 def test_a_budget_that_is_too_small_is_refused() -> None:
