@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 import batchnorm
 from tests.models import nets
@@ -105,6 +106,14 @@ class Kernel(nn.Module):
         return batchnorm.functional.normalize_batch(y + x)[0]
 
 
+class Compiled(nn.Module):
+    """Computes as an extension in C++ does: nothing of it is seen from Python."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return (y + x).exp()
+
+
 def _written(y: Tensor, x: Tensor) -> Tensor:
     found = torch.empty_like(x)
     found[:] = y
@@ -127,6 +136,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a view": lambda y, x: x.clone().flatten().copy_(y.flatten()).view_as(x),
     "a selection": lambda y, x: x * (1 + y[y > 0].numel()),
     "a module with a kernel": Kernel(),
+    "a module in C++": Compiled(),
     "our function": lambda y, x: batchnorm.functional.batch_norm(y, None, None, training=True, eps=0.5) * x,
     "our layer": lambda y, x: batchnorm.BatchNorm2d(3, eps=0.5, track_running_stats=False).to(x)(y) * x,
 }
