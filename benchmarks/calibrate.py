@@ -28,12 +28,10 @@ Rows = list[dict[str, Any]]
 PICTURE = Path(__file__).parent.parent / "docs" / "calibration.svg"
 ROUNDS, QUICK_ROUNDS = 9, 2
 SPILL = 10**10  # bytes
-LAYERWISE_ROUNDS = 3  # one takes as long as tens of forwards
+LAYERWISE_ROUNDS, LAYERWISE_BATCHES = 3, 2  # one takes as long as tens of forwards
 NORMS: dict[str, networks.Norm] = {"stock": networks.stock, "ours": networks.ours}
 # What is compared with one forward in evaluation over all of the data.
-ONE_PASS = ("batch", "update_bn", "forward in training")
-LAYERWISE = ("layerwise", "layerwise, spill")
-RIVALS = (*ONE_PASS, *LAYERWISE)
+RIVALS = ("batch", "update_bn", "forward in training", "layerwise", "layerwise, spill")
 COUNTS, QUICK_COUNTS = (10, 200), (4, 8)  # batches whose memory is compared
 
 
@@ -64,25 +62,25 @@ def _timed(case: Case, norm: str, quick: bool) -> dict[str, Any]:
         torch.manual_seed(0)
         model = networks.NETWORKS[case.network](NORMS[norm])
         data = list(torch.randn(case.batches, case.batch, 3, case.side, case.side))
-    passes = batchnorm.calibrate(copy.deepcopy(model), data, method="layerwise").passes
-    steps: dict[str, Callable[[], object]] = {
+    few = data[:LAYERWISE_BATCHES]
+    passes = batchnorm.calibrate(copy.deepcopy(model), few[:1], method="layerwise").passes
+    layerwise = {
+        "forward": _forward(copy.deepcopy(model).eval(), few),
+        "layerwise": _calibrate(model, few, method="layerwise"),
+        "layerwise, spill": _calibrate(model, few, method="layerwise", spill=SPILL),
+    }
+    one_pass = {
         "forward": _forward(copy.deepcopy(model).eval(), data),
         "forward in training": _forward(copy.deepcopy(model).train(), data),
-        "update_bn": _call(update_bn, data, copy.deepcopy(model)),
-        "batch": _call(batchnorm.calibrate, copy.deepcopy(model), data),
-        "layerwise": _call(batchnorm.calibrate, copy.deepcopy(model), data, method="layerwise"),
-        "layerwise, spill": _call(
-            batchnorm.calibrate, copy.deepcopy(model), data, method="layerwise", spill=SPILL
-        ),
+        "update_bn": _update_bn(model, data),
+        "batch": _calibrate(model, data),
     }
-    rivals = {name: clocked(step) for name, step in steps.items()}
-    times, over = {}, {}
-    for names, rounds in ((ONE_PASS, ROUNDS), (LAYERWISE, LAYERWISE_ROUNDS)):
-        found = interleave(
-            {name: rivals[name] for name in ("forward", *names)}, QUICK_ROUNDS if quick else rounds, warm_up=1
-        )
-        over |= {name: ratio(found[name], found["forward"]) for name in names}
-        times = found | times
+    seconds, over = {}, {}
+    for steps, rounds in ((layerwise, LAYERWISE_ROUNDS), (one_pass, ROUNDS)):
+        clocks = {name: clocked(step) for name, step in steps.items()}
+        times = interleave(clocks, QUICK_ROUNDS if quick else rounds, warm_up=1)
+        over |= {name: ratio(times[name], times["forward"]) for name in steps if name != "forward"}
+        seconds |= {name: statistics.median(taken) for name, taken in times.items()}
     return {
         "network": case.network,
         "norms": norm,
@@ -90,7 +88,8 @@ def _timed(case: Case, norm: str, quick: bool) -> dict[str, Any]:
         "side": case.side,
         "batches": case.batches,
         "passes": passes,
-        "seconds": {name: statistics.median(taken) for name, taken in times.items()},
+        "layerwise_batches": len(few),
+        "seconds": seconds,
         "over_forward": over,
     }
 
@@ -104,11 +103,14 @@ def _forward(model: nn.Module, data: list[Tensor]) -> Callable[[], None]:
     return run
 
 
-def _call(function: Callable[..., object], *args: Any, **options: Any) -> Callable[[], None]:
-    def run() -> None:
-        function(*args, **options)
+def _calibrate(model: nn.Module, data: list[Tensor], **options: Any) -> Callable[[], object]:
+    own = copy.deepcopy(model)
+    return lambda: batchnorm.calibrate(own, data, **options)
 
-    return run
+
+def _update_bn(model: nn.Module, data: list[Tensor]) -> Callable[[], object]:
+    own = copy.deepcopy(model)
+    return lambda: update_bn(data, own)
 
 
 def _memory(method: str, counts: tuple[int, ...]) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def time_table(rows: Rows) -> str:
         return "{:.2f} ({:.2f} – {:.2f})".format(found["median"], *found["quartiles"])
 
     return table(
-        ("network", "norms", "data", "a forward, ms", *(_rival(name) for name in RIVALS), "passes"),
+        ("network", "norms", "data", "a forward, ms", *RIVALS, "passes"),
         [
             (
                 row["network"],
@@ -162,10 +164,6 @@ def time_table(rows: Rows) -> str:
             if "network" in row
         ],
     )
-
-
-def _rival(name: str) -> str:
-    return name
 
 
 def memory_table(rows: Rows) -> str:

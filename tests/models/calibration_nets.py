@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 import batchnorm
 from tests.models import nets
@@ -98,6 +99,21 @@ class Hidden(nn.Module):
         return self.second(self.how(self.first(x), x))
 
 
+class Kernel(nn.Module):
+    """Computes by a kernel that is no operator, and that torch's modes do not see."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return batchnorm.functional.normalize_batch(y + x)[0]
+
+
+class Compiled(nn.Module):
+    """Computes as an extension in C++ does: nothing of it is seen from Python."""
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return (y + x).exp()
+
+
 def _written(y: Tensor, x: Tensor) -> Tensor:
     found = torch.empty_like(x)
     found[:] = y
@@ -119,6 +135,8 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "written by a list of tensors": _added,
     "a view": lambda y, x: x.clone().flatten().copy_(y.flatten()).view_as(x),
     "a selection": lambda y, x: x * (1 + y[y > 0].numel()),
+    "a module with a kernel": Kernel(),
+    "a module in C++": Compiled(),
     "our function": lambda y, x: batchnorm.functional.batch_norm(y, None, None, training=True, eps=0.5) * x,
     "our layer": lambda y, x: batchnorm.BatchNorm2d(3, eps=0.5, track_running_stats=False).to(x)(y) * x,
 }

@@ -243,6 +243,32 @@ def test_moments_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 4 * 2
 
 
+class Fused(nn.Module):
+    """Layers with an activation and a residual, and a norm behind them that receives what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = batchnorm.BatchNorm2d(3, activation="silu")
+        self.second = batchnorm.BatchNorm2d(3, activation="relu")
+        self.third, self.last = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(self.third(self.second(y * x, residual=x)).square())
+
+
+def test_layers_give_what_they_give_in_training() -> None:
+    model, x = Fused().double(), images(24).double()
+    trained = copy.deepcopy(model).train()
+    for norm in trained.children():
+        norm.momentum = 1.0
+    trained(x)
+    batchnorm.calibrate(model, [x])
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(buffer, trained.get_buffer(name), rtol=1e-11, atol=1e-11, msg=name)
+
+
 class Scaled(nn.BatchNorm2d):
     """A class that nobody knows: what its forward does is its own affair."""
 

@@ -33,7 +33,7 @@ class LevelListener(Listener):
         ends_early: end a forward once all that this pass can settle was heard as often as in the first one.
 
     Attributes:
-        heard: moments of the values that each layer received in this batch; only what is final counts.
+        heard: moments of the values that each layer received in this batch; those of dependent ones are void.
         values: number of those that arrived at any norm, settled or not.
         dependent: norms that are not settled and whose input depends on such a norm, in this batch.
     """
@@ -72,7 +72,7 @@ class LevelListener(Listener):
                 arrive = self._arrive(name)
                 stack.callback(norm.register_forward_pre_hook(arrive, with_kwargs=True).remove)
                 if name in self.pending:
-                    stack.enter_context(by_batch(name, norm, self.hear, strict=False))
+                    stack.enter_context(by_batch(name, norm, self.note, strict=False))
                 else:
                     stack.enter_context(in_place_of(name, norm, self.settled[name]))
             for module in self.model.modules():
@@ -80,11 +80,6 @@ class LevelListener(Listener):
                     hook = self._leave(names.get(module))
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
-
-    def hear(self, name: str, found: PooledMoments) -> None:
-        """Note what a layer received, if that is final."""
-        if name not in self.dependent:
-            self.note(name, found)
 
     def _arrive(self, name: str) -> Callable[..., None]:
         def arrive(_norm: nn.Module, args: Any, kwargs: Any) -> None:

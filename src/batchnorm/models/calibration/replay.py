@@ -119,7 +119,6 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
             FileError: it cannot be written.
             OptionError: the budget is used up.
         """
-        self._loaded = {}  # what is alive now is what the forward itself holds
         alive = [slot for slot, ref in enumerate(self._refs) if not ref.expired()]  # type: ignore[no-untyped-call]
         self._saved = {}
         self.budget.take(-self._held)
@@ -157,7 +156,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             if self._place <= len(self._steps):
                 return self._again(self._steps[self._place - 1], name, compute, pytree.tree_leaves(arguments))
-            self._loaded = {}
+            self._loaded = {}  # what is alive from here on is what the forward itself holds
             result = compute()
             self._steps.append(self._note(name, result, pytree.tree_leaves(arguments)))
             return result
