@@ -20,6 +20,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "convert": ("batchnorm.models.convert", "convert"),
     "conventions": ("batchnorm.conventions", None),
     "errors": ("batchnorm.errors", None),
+    "fold": ("batchnorm.models.fold", "fold"),
     "functional": ("batchnorm.torch.functional", None),
     "fuse": ("batchnorm.models.fuse", "fuse"),
     "inspect": ("batchnorm.models.inspect", "inspect"),
@@ -40,6 +41,7 @@ __all__ = [
     "conventions",
     "convert",
     "errors",
+    "fold",
     "functional",
     "fuse",
     "inspect",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from .memory import reuse_memory
     from .models.calibrate import calibrate
     from .models.convert import convert
+    from .models.fold import fold
     from .models.fuse import fuse
     from .models.inspect import inspect
     from .models.revert import revert

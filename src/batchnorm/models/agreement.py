@@ -37,8 +37,8 @@ class Behaviour:
     unchecked: str
 
 
-def observe(model: nn.Module, example: Any) -> Behaviour:
-    """Run a model on an example in evaluation and in training, and leave it as it was.
+def observe(model: nn.Module, example: Any, *, training: bool = True) -> Behaviour:
+    """Run a model on an example in evaluation and, with `training`, in training; leave it as it was.
 
     Raises:
         OptionError: a layer is not initialized yet, or the output has no floating tensor.
@@ -46,21 +46,21 @@ def observe(model: nn.Module, example: Any) -> Behaviour:
     """
     values: dict[str, Tensor] = {}
     unchecked = ""
-    for training in (False, True):
-        mode = "training" if training else "evaluation"
+    for is_training in (False, True) if training else (False,):
+        mode = "training" if is_training else "evaluation"
         with restored(model), torch.no_grad():
-            set_mode(model, training)
+            set_mode(model, is_training)
             try:
                 outputs = call(model, example)
             except Exception as error:
-                if not training:
+                if not is_training:
                     raise
                 unchecked = (
                     f"not compared in training, where the model raises {type(error).__name__}: {error}"
                 )
                 break
             values |= {f"output {path} in {mode}": value for path, value in _tensors(outputs)}
-            if training:
+            if is_training:
                 buffers = model.named_buffers()
                 values |= {f"{n} after training": b.clone() for n, b in buffers if b.is_floating_point()}
     if not values:
@@ -68,10 +68,12 @@ def observe(model: nn.Module, example: Any) -> Behaviour:
     return Behaviour(values, unchecked)
 
 
-def assert_agree(before: Behaviour, model: nn.Module, example: Any, verb: str) -> None:
+def assert_agree(
+    before: Behaviour, model: nn.Module, example: Any, verb: str, *, training: bool = True
+) -> None:
     """Raise AgreementError unless `model` still gives on the example what it gave before."""
     try:
-        after = observe(model, example)
+        after = observe(model, example, training=training)
     except Exception as error:
         raise AgreementError(
             f"{verb} was taken back: on the example the changed model raises {type(error).__name__}: {error}"

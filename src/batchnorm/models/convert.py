@@ -20,6 +20,7 @@ from .timm_norm import inner_activation
 _LEFT = {
     "synchronised": "its statistics are those of all ranks, which no layer of batchnorm takes yet",
     "frozen": "it uses its running statistics in training too, which no layer of batchnorm does yet",
+    "transformers": "it uses its running statistics in training too, which no layer of batchnorm does yet",
 }
 
 

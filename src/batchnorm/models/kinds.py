@@ -13,7 +13,7 @@ from batchnorm.torch import layers, lazy
 
 from .timm_norm import BatchNormAct2d
 
-Family = Literal["stock", "ours", "timm", "synchronised", "frozen", "other"]
+Family = Literal["stock", "ours", "timm", "synchronised", "frozen", "transformers", "other"]
 
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: layers.BatchNorm1d,
@@ -58,6 +58,8 @@ def kind_of(module: nn.Module) -> Kind | None:
         return Kind(name, "timm", BatchNormAct2d)
     if name in _FROZEN:
         return Kind(name, "frozen")
+    if name.startswith("transformers.models.") and name.endswith("FrozenBatchNorm2d"):
+        return Kind(name, "transformers")  # its copies of torchvision's, with a fixed eps
     return Kind(name, "other") if issubclass(cls, _BatchNorm) else None
 
 

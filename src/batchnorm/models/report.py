@@ -29,6 +29,8 @@ class NormRow:
         fuses_with: what `fuse` makes one layer with it: "relu", "add, relu" or "add"; None where nothing.
         done: what the verb did with it; "" where nothing.
         reason: why nothing was done, or nothing fuses with it; "" where something was or does.
+        folds_into: where `fold` puts it: "conv1 (before)", or "fc (after)" it; None where it stays.
+        stays: why it stays; "" where it folds.
     """
 
     name: str
@@ -42,6 +44,8 @@ class NormRow:
     fuses_with: str | None = None
     done: str = ""
     reason: str = ""
+    folds_into: str | None = None
+    stays: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,18 @@ class ModelReport:
         return Group(table, *(Text(_printable(note)) for note in self.notes))
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        inspected = ("norm", "kind", "C", "policy", "activation", "momentum", "eps", "fuses with", "health")
+        inspected = (
+            "norm",
+            "kind",
+            "C",
+            "policy",
+            "activation",
+            "momentum",
+            "eps",
+            "fuses with",
+            "folds into",
+            "health",
+        )
         header = inspected if self.verb == "inspect" else ("norm", "kind", "done", "left because")
         cells = [_inspected(row) if self.verb == "inspect" else _done(row) for row in self.rows]
         return header, [tuple(map(_printable, line)) for line in cells]
@@ -104,6 +119,7 @@ def _inspected(row: NormRow) -> tuple[str, ...]:
         "average" if row.momentum is None else f"{row.momentum:g}",
         f"{row.eps:g}",
         row.fuses_with or f"- ({row.reason})",
+        row.folds_into or f"- ({row.stays})",
         "; ".join(row.health) or "ok",
     )
 
@@ -137,7 +153,7 @@ def describe(found: Found, *, fuses_with: str | None = None, done: str = "", rea
 
 
 def _policy(found: Found) -> str:
-    if found.kind.family == "frozen":
+    if found.kind.family in ("frozen", "transformers"):
         return "running"
     if found.kind.family == "synchronised":
         return "synchronised"

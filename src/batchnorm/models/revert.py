@@ -54,7 +54,7 @@ def revert(model: nn.Module, example: Any = None) -> ModelReport:
     _check(model, norms)
     before = None if example is None else observe(model, example)
     with untouched_on_error(model):
-        _undo_fusion(model, norms)
+        undo_fusion(model, norms)
         placed = [found for found in norms if _become_stock(found)]
         _place_behind(model, placed)
         if before is not None:
@@ -113,7 +113,8 @@ def _check_residuals(model: nn.Module, norms: dict[nn.Module, Found]) -> None:
                 )
 
 
-def _undo_fusion(model: nn.Module, norms: list[Found]) -> None:
+def undo_fusion(model: nn.Module, norms: list[Found]) -> None:
+    """Give activation modules and forwards back to their authors, in place."""
     for found in norms:
         for act in vars(found.module).pop("_activation_at", ()):
             vars(found.module)["activation"] = None
