@@ -191,8 +191,11 @@ def read_weights(module: nn.Module) -> Weights:
     return Weights(weight, _zeros(module, weight) if module.bias is None else _wide(module.bias))
 
 
-def write_weights(module: nn.Module, weights: Weights) -> None:
-    """Give a layer new weights, rounded to its dtype once; if it computed them, it becomes a plain one."""
+def write_weights(module: nn.Module, weights: Weights) -> bool:
+    """Give a layer new weights, rounded to its dtype once; if it computed them, it becomes a plain one.
+
+    Returns whether they are finite in that dtype.
+    """
     old = module.weight
     assert isinstance(old, Tensor)
     absorber = absorber_of(module)
@@ -204,6 +207,7 @@ def write_weights(module: nn.Module, weights: Weights) -> None:
     if has_bias:
         flat = torch.empty(weights.bias.shape, dtype=old.dtype, device=old.device)
         module.bias = nn.Parameter(_rounded(weights.bias, flat), old.requires_grad)
+    return all(bool(tensor.isfinite().all()) for tensor in module.parameters(recurse=False))
 
 
 def become(module: nn.Module, other: nn.Module) -> None:

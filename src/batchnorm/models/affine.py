@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from .absorbers import copied, listeners
 from .hooks import is_forward_replaced
@@ -52,8 +51,6 @@ def why_not_affine(found: Found) -> str:
     mean, var = (getattr(norm, name, None) for name in ("running_mean", "running_var"))
     if mean is None or var is None:
         return "it keeps no running statistics: it normalizes by the batch in evaluation too"
-    if is_lazy(mean) or is_lazy(var):
-        return "it is not initialized: run the model once"
     if mean.is_meta or var.is_meta:
         return "it is on the meta device: no values"
     found_affine = affine(norm)

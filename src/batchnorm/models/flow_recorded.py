@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .agreement import call as call_model
 from .agreement import restored, set_mode
 from .flow import Axes, Call, Flow, Value
-from .hooks import has_hooks
+from .hooks import sees_output
 
 _RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias", "aten::unsqueeze", "aten::squeeze")
 _DIRECT = ("numpy", "tolist", "__array__", "data_ptr", "__dlpack__")  # they read values without an operation
@@ -53,7 +53,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
         self._leaves = leaves
-        self._values: dict[_Key, Value] = {}  # as memory is now
+        self._values: defaultdict[Any, dict[_Key, Value]] = defaultdict(dict)  # storage -> as it is now
         self._in: defaultdict[Any, list[Value]] = defaultdict(list)  # storage -> all that ever lay in it
         self._kept: list[Tensor] = []  # alive, so that no memory is used again
         self._running: list[Call] = []  # leaves
@@ -80,34 +80,30 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = _written(func, args, kwargs)
         result = func(*args, **kwargs)
         outputs = _leaves_of(result)
-        is_alias = bool(outputs) and not written and all(_key(t) in self._values for t in outputs)
+        is_alias = bool(outputs) and not written and all(map(self._is_known, outputs))
         if not is_alias:
             call = Call(str(func._schema.name).removeprefix("aten::"), None, reads)
             call.axes = _axes(func, args, result)
             for tensor in written:
-                self._forget(tensor)
+                self._values[_storage(tensor)].clear()  # what lay there is gone
             self._finish(call, [*outputs, *written])
         return result
 
     def _read(self, tensor: Tensor) -> Value:
         """Return the value of a tensor now."""
-        key = _key(tensor)
-        if key not in self._values:
+        if not self._is_known(tensor):
             before = self._in[_storage(tensor)]
             maker = Call("memory that is also another tensor's", None, list(before)) if before else None
             self._place(tensor, Value(maker, tuple(tensor.shape)))
-        return self._values[key]
+        return self._values[_storage(tensor)][_key(tensor)]
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return _key(tensor) in self._values[_storage(tensor)]
 
     def _place(self, tensor: Tensor, value: Value) -> None:
         self._kept.append(tensor)
-        self._values[_key(tensor)] = value
+        self._values[_storage(tensor)][_key(tensor)] = value
         self._in[_storage(tensor)].append(value)
-
-    def _forget(self, tensor: Tensor) -> None:
-        """Something was written: what lay in this memory is gone."""
-        storage = _storage(tensor)
-        for key in [key for key in self._values if key[0] == storage]:
-            del self._values[key]
 
     def _finish(self, call: Call, outputs: list[Tensor]) -> None:
         self.flow.calls.append(call)
@@ -124,12 +120,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _listening(self) -> Iterator[None]:
         handles = []
         for module in self._model.modules():
-            listens = has_hooks(module)
-            handles.append(module.register_forward_pre_hook(self._begins, with_kwargs=True))
+            own = (bool(module._forward_pre_hooks), sees_output(module))
+            # First of all: torch's older hooks compute a layer's weight before its forward, which is inside.
+            handles.append(module.register_forward_pre_hook(self._begins, prepend=True, with_kwargs=True))
             if module in self._leaves:
                 handles.append(module.register_forward_hook(self._ends))
-            elif listens:
+                continue
+            if own[0]:
                 handles.append(module.register_forward_pre_hook(self._hooked, with_kwargs=True))
+            if own[1]:
                 handles.append(module.register_forward_hook(self._hooked_output))
         try:
             yield
@@ -188,8 +187,8 @@ def _storage(tensor: Tensor) -> Any:
 
 def _key(tensor: Tensor) -> _Key:
     if tensor.layout is not torch.strided:
-        return (_storage(tensor),)
-    return (_storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        return ()
+    return (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def _leaves_of(values: Any) -> list[Tensor]:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import OptionError
 
 from .absorbers import absorber_of, become, copied, is_plain, read_weights, why_not, write_weights
 from .affine import affine, own_activation
-from .agreement import assert_agree, observe, set_mode
+from .agreement import AgreementError, assert_agree, observe, set_mode
 from .blocks import NotTraceableError, traced
 from .convert import check_scripted
 from .flow import Flow, joined
@@ -46,7 +47,7 @@ def fold(model: nn.Module, example: Any = None) -> Any:
     With an example, one run of the model on it, in evaluation, tells instead, whatever its control flow.
 
     The arithmetic is float64, rounded once to each weight's dtype. With an example the outputs of the copy
-    are compared with the model's, in float64 where the model runs in it, and in its own dtype.
+    are compared with the model's, in float64, or in the model's dtype where it does not run in that.
 
     Args:
         model: with layers of torch, of this library, of timm or frozen ones; it is left as it is.
@@ -57,9 +58,10 @@ def fold(model: nn.Module, example: Any = None) -> Any:
         the activation that it applied. A norm that does not fold stays; `inspect` says why.
 
     Raises:
-        OptionError: (a ValueError) a scripted or compiled model, one that cannot be copied, or an example on
-            which nothing can be compared.
-        AgreementError: (an ArithmeticError) the outputs on the example differ by more than rounding.
+        OptionError: (a ValueError) a scripted or compiled model, one that is not initialized or cannot be
+            copied, or an example on which nothing can be compared.
+        AgreementError: (an ArithmeticError) the outputs on the example differ by more than rounding, or a
+            weight would be too large for its dtype.
 
     Differs from `torch.fx.experimental.optimization.fuse`: for models that cannot be traced, with every call
     of a layer checked, and more kinds of layers.
@@ -73,9 +75,10 @@ def fold(model: nn.Module, example: Any = None) -> Any:
         _apply(twin, steps)
         return twin
     before = observe(twin, example, training=False)
-    _check_in_float64(model, twin, steps, example)
+    is_checked = _agrees_in_float64(model, twin, steps, example)
     _apply(twin, steps)
-    assert_agree(before, twin, example, "fold", training=False)
+    if not is_checked:
+        assert_agree(before, twin, example, "fold", training=False)
     return twin
 
 
@@ -87,14 +90,16 @@ def twin_of(model: nn.Module, *, shares_tensors: bool = False) -> Any:
         shares_tensors: the copy has the model's parameters and buffers, to be looked at only.
 
     Raises:
-        OptionError: it is scripted, compiled or cannot be copied.
+        OptionError: it is scripted, compiled, not initialized or cannot be copied.
     """
     check_scripted(model, "fold")
     if hasattr(model, "_orig_mod"):
         raise OptionError("fold takes a model before torch.compile: fold it, then compile the copy")
-    tensors = [*model.parameters(), *model.buffers()] if shares_tensors else []
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(tensor) for tensor in tensors):
+        raise OptionError("the model has layers that are not initialized: run it once")
     try:
-        twin = copied(model, {id(tensor): tensor for tensor in tensors})
+        twin = copied(model, {id(tensor): tensor for tensor in tensors} if shares_tensors else None)
     except Exception as error:
         raise OptionError(
             f"fold works on a copy, and {type(model).__name__} cannot be copied by copy.deepcopy "
@@ -141,7 +146,7 @@ def _traced(twin: nn.Module) -> tuple[dict[nn.Module, Flow], dict[nn.Module, str
 
 def _is_list(module: nn.Module, called: set[nn.Module]) -> bool:
     """Whether a Sequential that was not called serves as a list of the modules that were."""
-    return type(module) is nn.Sequential and any(part in called for part in module.children())
+    return type(module) is nn.Sequential and all(part in called for part in module.children())
 
 
 def _shared(twin: nn.Module, leaves: set[nn.Module]) -> dict[nn.Module, str]:
@@ -176,19 +181,24 @@ def _apply(twin: nn.Module, steps: list[Step]) -> None:
             now = weights[layer] if layer in weights else read_weights(layer)
             weights[layer] = change(now, kind, int(getattr(layer, "groups", 1)), found)
     for layer, changed in weights.items():
-        write_weights(layer, changed)
+        if not write_weights(layer, changed):
+            name = next(name for name, module in twin.named_modules() if module is layer)
+            raise AgreementError("fold was taken back: a weight would be too large for its dtype", name)
     for step in steps:
         become(step.norm, stand_in(own_activation(step.norm), adds=step.adds, rank=step.rank))
 
 
-def _check_in_float64(model: nn.Module, twin: nn.Module, steps: list[Step], example: Any) -> None:
-    """Raise AgreementError if the plan is wrong; in float64 nothing else differs by more than rounding."""
+def _agrees_in_float64(model: nn.Module, twin: nn.Module, steps: list[Step], example: Any) -> bool:
+    """Raise AgreementError if the plan is wrong; return False if the model does not run in float64.
+
+    In float32 a right plan may change an output by much, as a choice among nearly equal values does.
+    """
     wide = twin_of(model).double()
     wide_example = _widened(example)
     try:
         before = observe(wide, wide_example, training=False)
     except Exception:  # a model may insist on its dtype
-        return
+        return False
     twins = dict(zip(twin.modules(), wide.modules(), strict=True))
     _apply(
         wide,
@@ -198,6 +208,7 @@ def _check_in_float64(model: nn.Module, twin: nn.Module, steps: list[Step], exam
         ],
     )
     assert_agree(before, wide, wide_example, "fold", training=False)
+    return True
 
 
 def _widened(example: Any) -> Any:

@@ -225,8 +225,13 @@ def _input(call: Call) -> Value:
 
 def _rank(norm: nn.Module, call: Call, kind: Absorber) -> int | None:
     """Return the rank that a fold rests on where nothing has run and the norm takes others too."""
-    is_fixed = isinstance(norm, (nn.BatchNorm2d, nn.BatchNorm3d))
-    return None if is_fixed or call.gives[0].shape is not None else 2 + kind.axes
+    if call.gives[0].shape is not None:
+        return None
+    rank = 2 + kind.axes  # the layer's input has a batch axis, or else the norm would not take its output
+    fixed = 4 if isinstance(norm, nn.BatchNorm2d) else 5 if isinstance(norm, nn.BatchNorm3d) else None
+    if fixed not in (None, rank):
+        raise _Impossible(f"the layer next to it has its channels on another axis ({type(norm).__name__})")
+    return None if fixed == rank else rank
 
 
 def shown(step: Step, names: dict[nn.Module, str]) -> str:
