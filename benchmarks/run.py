@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from . import accuracy, keras_layer, layer_page, layer_time, page, results_file, roofline, step_time, study
+from . import (
+    accuracy,
+    fold_inference,
+    fold_page,
+    fold_zoo,
+    keras_layer,
+    layer_page,
+    layer_time,
+    page,
+    results_file,
+    roofline,
+    step_time,
+    study,
+)
 
 MEASUREMENTS = {
     "accuracy-cpu": (accuracy.measure, page.accuracy_table),
@@ -16,6 +29,8 @@ MEASUREMENTS = {
     "step-time-cpu": (step_time.measure, layer_page.step_table),
     "accuracy-keras-cpu": (keras_layer.accuracies, page.keras_accuracy_table),
     "step-time-keras-cpu": (keras_layer.step_times, page.keras_step_table),
+    "fold-zoo-cpu": (fold_zoo.measure, fold_page.zoo_table),
+    "fold-inference-cpu": (fold_inference.measure, fold_page.inference_table),
     "study-digits": (study.measure, page.study_table),
 }
 
