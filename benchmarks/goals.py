@@ -10,6 +10,7 @@ from typing import Any
 
 from .layer_cases import HUGE_BYTES, LARGE
 from .reusing_process import REUSING
+from .tables import table
 
 Rows = list[dict[str, Any]]
 
@@ -33,6 +34,24 @@ class Finding:
     worst: float
     number: int
     reached: bool
+
+
+def findings_table(findings: list[Finding]) -> str:
+    """Return goals, what came of them, and the worst single row."""
+    return table(
+        ("", "goal", "found", "worst", "rows", ""),
+        [
+            (
+                found.what,
+                found.asked,
+                f"{found.found:.2f}",
+                f"{found.worst:.2f}",
+                str(found.number),
+                ("reached" if found.reached else "**missed**") if found.asked != "–" else "",
+            )
+            for found in findings
+        ],
+    )
 
 
 def layer_findings(rows: Rows) -> list[Finding]:

@@ -22,29 +22,12 @@ _STEP_GOALS = {"MobileNetV2": 1.25, "DenseNet-121": 1.15, "ResNet-50": 1.10}
 
 def goals_table(rows: Rows) -> str:
     """Each goal, what was found, and the worst single row."""
-    return _findings(goals.layer_findings(rows))
+    return goals.findings_table(goals.layer_findings(rows))
 
 
 def reuse_goals_table(rows: Rows) -> str:
     """The same with `reuse_memory()`."""
-    return _findings(goals.reuse_memory_findings(rows))
-
-
-def _findings(findings: list[goals.Finding]) -> str:
-    return table(
-        ("", "goal", "found", "worst", "rows", ""),
-        [
-            (
-                found.what,
-                found.asked,
-                f"{found.found:.2f}",
-                f"{found.worst:.2f}",
-                str(found.number),
-                ("reached" if found.reached else "**missed**") if found.asked != "–" else "",
-            )
-            for found in findings
-        ],
-    )
+    return goals.findings_table(goals.reuse_memory_findings(rows))
 
 
 def main_table(rows: Rows) -> str:

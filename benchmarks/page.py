@@ -7,16 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import calibrate, layer_bounds, layer_page
+from . import calibrate, fold_page, layer_bounds, layer_page
 from .results_file import load
 from .tables import table
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    ROOT / "docs" / "benchmarks.md",
-    ROOT / "docs" / "calibrate.md",
-    ROOT / "docs" / "study.md",
+    *(ROOT / "docs" / name for name in ("benchmarks.md", "calibrate.md", "fold.md", "study.md")),
 )
 Rows = list[dict[str, Any]]
 
@@ -124,15 +122,21 @@ BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "calibrate": ("calibrate-cpu", calibrate.time_table),
     "calibrate-memory": ("calibrate-cpu", calibrate.memory_table),
     "calibration-report": ("calibration-digits", calibrate.report_table),
+    "fold-zoo-goals": ("fold-zoo-cpu", fold_page.zoo_goals_table),
+    "fold-zoo": ("fold-zoo-cpu", fold_page.zoo_table),
+    "fold-inference": ("fold-inference-cpu", fold_page.inference_table),
     "study": ("study-digits", study_table),
     "study-summary": ("study-digits", study_summary),
 }
 
 
 def block(name: str) -> str:
-    """Return a marked block: the table, and where it comes from."""
+    """Return a marked block: the table, and where it comes from; or that it is still to be measured."""
     file, show = BLOCKS[name]
-    found = load(file)
+    try:
+        found = load(file)
+    except FileNotFoundError:
+        return f"<!-- {name} -->\nNot measured yet: `python -m benchmarks.run {file}`.\n<!-- / -->"
     origin = ", ".join(str(value) for key, value in found["provenance"].items() if key != "command")
     return f"<!-- {name} -->\n{show(found['rows'])}\n\n`benchmarks/results/{file}.json`: {origin}\n<!-- / -->"
 

@@ -10,6 +10,9 @@ import typer
 from . import (
     accuracy,
     calibrate,
+    fold_inference,
+    fold_page,
+    fold_zoo,
     keras_layer,
     layer_bounds,
     layer_page,
@@ -31,6 +34,8 @@ MEASUREMENTS = {
     "step-time-keras-cpu": (keras_layer.step_times, page.keras_step_table),
     "calibrate-cpu": (calibrate.measure, calibrate.table_of_both),
     "calibration-digits": (calibrate.digits, calibrate.report_table),
+    "fold-zoo-cpu": (fold_zoo.measure, fold_page.zoo_table),
+    "fold-inference-cpu": (fold_inference.measure, fold_page.inference_table),
     "study-digits": (study.measure, page.study_table),
 }
 

@@ -22,6 +22,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "convert": ("batchnorm.models.convert", "convert"),
     "conventions": ("batchnorm.conventions", None),
     "errors": ("batchnorm.errors", None),
+    "fold": ("batchnorm.models.fold", "fold"),
     "freeze": ("batchnorm.models.freeze", "freeze"),
     "functional": ("batchnorm.torch.functional", None),
     "fuse": ("batchnorm.models.fuse", "fuse"),
@@ -46,6 +47,7 @@ __all__ = [
     "conventions",
     "convert",
     "errors",
+    "fold",
     "freeze",
     "functional",
     "fuse",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .memory import reuse_memory
     from .models.calibrate import calibrate
     from .models.convert import convert
+    from .models.fold import fold
     from .models.freeze import freeze, unfreeze
     from .models.fuse import fuse
     from .models.inspect import inspect

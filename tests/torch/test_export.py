@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.errors import OptionError
+from tests.support.exported import run_onnx
 from tests.torch.twins import STATISTICS, assert_identical, scramble, state
 
 
@@ -62,24 +62,6 @@ def test_row_29_torch_export(options: dict[str, Any], training: bool) -> None:
         moved = {name.removeprefix("norm."): t for name, t in exported.state_dict().items()}
         for name in STATISTICS:
             torch.testing.assert_close(moved[name], getattr(eager.norm, name), rtol=1e-5, atol=1e-5)
-
-
-def run_onnx(model: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> tuple[Tensor, set[str]]:
-    """Return what onnxruntime makes of the exported model, and the kinds of its nodes."""
-    onnx = pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    with warnings.catch_warnings():
-        # Of the exporter's own dependencies; nothing here is ours to mend.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        program = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
-    path = folder / "model.onnx"
-    program.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    feed = {entry.name: t.numpy() for entry, t in zip(session.get_inputs(), inputs, strict=True)}
-    (y,) = session.run(None, feed)
-    return torch.from_numpy(y), {node.op_type for node in onnx.load(path).graph.node}
 
 
 @pytest.mark.parametrize("activation", ["relu", None])

@@ -69,8 +69,10 @@ def checked_change(model: nn.Module, example: Any, verb: str) -> Iterator[None]:
             assert_agree(before, model, example, verb)
 
 
-def observe(model: nn.Module, example: Any, names: dict[nn.Module, str] | None = None) -> Behaviour:
-    """Run a model on an example in evaluation and in training, and leave it as it was.
+def observe(
+    model: nn.Module, example: Any, names: dict[nn.Module, str] | None = None, *, training: bool = True
+) -> Behaviour:
+    """Run a model on an example in evaluation and, with `training`, in training; leave it as it was.
 
     Args:
         model: what runs.
@@ -84,31 +86,33 @@ def observe(model: nn.Module, example: Any, names: dict[nn.Module, str] | None =
     names = names or {module: name for name, module in model.named_modules()}
     values: dict[str, Tensor] = {}
     unchecked = ""
-    for training in (False, True):
-        mode = "training" if training else "evaluation"
+    for is_training in (False, True) if training else (False,):
+        mode = "training" if is_training else "evaluation"
         with restored(model), torch.no_grad():
-            set_mode(model, training)
+            set_mode(model, is_training)
             try:
                 outputs = call(model, example)
             except Exception as error:
-                if not training:
+                if not is_training:
                     raise
                 unchecked = (
                     f"not compared in training, where the model raises {type(error).__name__}: {error}"
                 )
                 break
             values |= {f"output {path} in {mode}": value for path, value in _tensors(outputs)}
-            if training:
+            if is_training:
                 values |= {f"{name} after training": kept for name, kept in _kept(model, names)}
     if not values:
         raise OptionError("the model's output on the example has no floating tensor: nothing can be compared")
     return Behaviour(values, unchecked, names)
 
 
-def assert_agree(before: Behaviour, model: nn.Module, example: Any, verb: str) -> None:
+def assert_agree(
+    before: Behaviour, model: nn.Module, example: Any, verb: str, *, training: bool = True
+) -> None:
     """Raise AgreementError unless `model` still gives on the example what it gave before."""
     try:
-        after = observe(model, example, before.names)
+        after = observe(model, example, before.names, training=training)
     except Exception as error:
         raise AgreementError(
             f"{verb} was taken back: on the example the changed model raises {type(error).__name__}: {error}"

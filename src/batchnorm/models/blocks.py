@@ -56,12 +56,19 @@ class Block:
     rewritable: str
 
 
-def traced(module: nn.Module, inlined: tuple[str, ...] = ()) -> Block:
+def traced(
+    module: nn.Module, inlined: tuple[str, ...] = (), modes: tuple[bool, ...] = (True, False)
+) -> Block:
     """Return the forward of a module as a graph. Nothing of the module is run or changed.
 
+    Args:
+        module: whose forward.
+        inlined: paths of children whose own calls are to be in the graph.
+        modes: in training, in evaluation or in both, in which it must be the same.
+
     Raises:
-        NotTraceableError: control flow that depends on an input, random numbers, or a forward that is another
-            in training than in evaluation.
+        NotTraceableError: control flow that depends on an input, random numbers, tensors that it keeps in
+            attributes, or a forward that is another in training than in evaluation.
     """
     if isinstance(module, torch.jit.ScriptModule) or is_forward_replaced(module):
         raise NotTraceableError("it is scripted, or its forward was replaced on the instance")
@@ -73,13 +80,13 @@ def traced(module: nn.Module, inlined: tuple[str, ...] = ()) -> Block:
         if has_hooks(child) or is_forward_replaced(child):
             raise NotTraceableError(f"{path} has hooks")
     graphs, reads = [], []
-    for training in (True, False):
+    for training in modes:
         graph, read = _trace(module, inlined, training)
         graphs.append(graph)
-        reads.append(read)
-    if _text(graphs[0]) != _text(graphs[1]):
+        reads += read
+    if _text(graphs[0]) != _text(graphs[-1]):
         raise NotTraceableError("its forward is another in training than in evaluation")
-    constants = {(read.path, read.name): read for read in reads[0] + reads[1]}
+    constants = {(read.path, read.name): read for read in reads}
     why_not = _rewritable(module, constants.values())
     return Block(graphs[0], inlined, tuple(constants.values()), _lists(module, graphs[0]), why_not)
 
@@ -106,7 +113,15 @@ def _trace(module: nn.Module, inlined: tuple[str, ...], training: bool) -> tuple
         raise NotTraceableError(lines[0] if lines else type(error).__name__) from error
     if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes):
         raise NotTraceableError("its forward makes tensors of its own")
+    if any(isinstance(kept, Proxy) for part in vars(shadow).values() for kept in _items(part)):
+        raise NotTraceableError("its forward keeps a tensor in an attribute")
     return graph, reads
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, (list, tuple, set)):
+        return value
+    return value.values() if isinstance(value, dict) else (value,)
 
 
 class _BlockTracer(Tracer):
@@ -172,7 +187,7 @@ def _shadow(
     It notes the plain attributes that are read: those become constants of the graph.
     """
     cls = type(module)
-    attributes = {k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()}
+    attributes = {k: v.copy() if isinstance(v, (dict, set, list)) else v for k, v in vars(module).items()}
     attributes["training"] = training
 
     def noting(self: nn.Module, name: str) -> Any:

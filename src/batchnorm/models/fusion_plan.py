@@ -60,7 +60,7 @@ class _Planner:
         self.untraceable: dict[nn.Module, str] = {}
         self.calls: Counter[nn.Module] = Counter()
         self.tails: dict[nn.Module, str] = {}
-        blocks = [module for module in _inner_first(model) if _is_block(module)]
+        blocks = [module for module in inner_first(model) if is_block(module)]
         for module in blocks:
             self._trace(module)
         for module in blocks:
@@ -196,7 +196,7 @@ def unfit(found: Found) -> str:
     return f"it is shared: {', '.join(found.names)}" if len(found.names) > 1 else ""
 
 
-def _inner_first(module: nn.Module) -> list[nn.Module]:
+def inner_first(module: nn.Module) -> list[nn.Module]:
     """Return the modules of a model, children before their parents."""
     order: dict[nn.Module, None] = {}
 
@@ -211,7 +211,7 @@ def _inner_first(module: nn.Module) -> list[nn.Module]:
     return list(order)
 
 
-def _is_block(module: nn.Module) -> bool:
+def is_block(module: nn.Module) -> bool:
     """Whether a module calls others in a forward of its own or of nn.Sequential."""
     if (
         isinstance(module, (FusedForward, FusedActivation, nn.ModuleList, nn.ModuleDict))

@@ -1,13 +1,20 @@
-"""The batch normalizations of a model: what they are, how they are, and what they fuse with."""
+"""The batch normalizations of a model: what they are, how they are, what they fuse with and fold into."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from batchnorm.errors import OptionError
+
+from .fold import fold_plan, twin_of
+from .fold_plan import shown
 from .fuse import plan_with
+from .norms import all_names
 from .report import ModelReport, describe
 
 
@@ -22,21 +29,45 @@ def inspect(model: nn.Module, example: Any = None) -> ModelReport:
     Returns:
         A report whose `rows` tell of each norm: name, kind, policy, activation, channels, momentum, eps; the
         health of its statistics (never updated, NaN, zero, negative or huge variance, dead weights); what
-        `fuse` would make one layer with it, or why not. `print` shows it as a table.
+        `fuse` would make one layer with it, and where `fold` would put it, or why not. `print` shows it as
+        a table.
     """
     if isinstance(model, torch.jit.ScriptModule):
         return ModelReport(f"{type(model).__name__}: scripted, its layers cannot be told", ())
     decided = plan_with(model, example)
+    folds = _folds(model, example)
     rows = tuple(
-        describe(
-            found,
-            fuses_with=decided.fuses_with.get(found.module),
-            reason=decided.reasons.get(found.module, ""),
+        replace(
+            describe(
+                found,
+                fuses_with=decided.fuses_with.get(found.module),
+                reason=decided.reasons.get(found.module, ""),
+            ),
+            folds_into=folds[found.module][0],
+            stays=folds[found.module][1],
         )
         for found in decided.norms
     )
     ill = sum(bool(row.health) for row in rows)
     title = f"{type(model).__name__}: {len(rows)} batch normalizations"
     if rows:
-        title += f", {len(decided.fuses_with)} can be fused, {ill or 'none'} with something to look at"
+        can_fold = sum(row.folds_into is not None for row in rows)
+        title += (
+            f", {len(decided.fuses_with)} can be fused, {can_fold} folded, "
+            f"{ill or 'none'} with something to look at"
+        )
     return ModelReport(title, rows)
+
+
+def _folds(model: nn.Module, example: Any) -> dict[nn.Module, tuple[str | None, str]]:
+    """Return for each norm where `fold` puts it, or why it stays."""
+    try:
+        twin = twin_of(model, shares_tensors=True)
+    except OptionError as error:
+        why = (None, str(error))
+        return defaultdict(lambda: why)
+    plan = fold_plan(twin, example)
+    names = {module: places[0] for module, places in all_names(twin).items()}
+    into = {step.norm: shown(step, names) for step in plan.steps}
+    modules = zip(model.modules(), twin.modules(), strict=True)
+    return {own: (into.get(copy), plan.reasons.get(copy, "")) for own, copy in modules}

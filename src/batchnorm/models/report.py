@@ -31,6 +31,8 @@ class NormRow:
         health: what is wrong with its statistics and parameters; () where nothing is.
         fuses_with: what `fuse` makes one layer with it: "relu", "add, relu" or "add"; None where nothing.
         reason: why nothing fuses with it; "" where something does.
+        folds_into: where `fold` puts it: "conv1 (before)", or "fc (after)" it; None where it stays.
+        stays: why it stays; "" where it folds.
     """
 
     name: str
@@ -43,6 +45,8 @@ class NormRow:
     health: tuple[str, ...]
     fuses_with: str | None = None
     reason: str = ""
+    folds_into: str | None = None
+    stays: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,18 @@ class ModelReport:
         return table
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        header = ("norm", "kind", "C", "policy", "activation", "momentum", "eps", "fuses with", "health")
+        header = (
+            "norm",
+            "kind",
+            "C",
+            "policy",
+            "activation",
+            "momentum",
+            "eps",
+            "fuses with",
+            "folds into",
+            "health",
+        )
         return header, [tuple(map(_printable, _cells(row))) for row in self.rows]
 
 
@@ -97,6 +112,7 @@ def _cells(row: NormRow) -> tuple[str, ...]:
         "average" if row.momentum is None else f"{row.momentum:g}",
         f"{row.eps:g}",
         row.fuses_with or f"- ({row.reason})",
+        row.folds_into or f"- ({row.stays})",
         "; ".join(row.health) or "ok",
     )
 

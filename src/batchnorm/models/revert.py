@@ -63,7 +63,7 @@ def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
     _check(model, norms)
     plain = plain_classes(model, synchronised, example)
     with checked_change(model, example, "revert"):
-        _undo_fusion(model, norms)
+        undo_fusion(model, norms)
         placed = [found for found in norms if _become_stock(found)]
         _place_behind(model, placed)
         for norm, cls in plain.items():
@@ -122,7 +122,8 @@ def _check_residuals(model: nn.Module, norms: dict[nn.Module, Found]) -> None:
                 )
 
 
-def _undo_fusion(model: nn.Module, norms: list[Found]) -> None:
+def undo_fusion(model: nn.Module, norms: list[Found]) -> None:
+    """Give activation modules and forwards back to their authors, in place."""
     for found in norms:
         for act in vars(found.module).pop("_activation_at", ()):
             vars(found.module)["activation"] = None

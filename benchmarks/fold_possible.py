@@ -1,0 +1,165 @@
+"""Which norms exact arithmetic lets a neighbour absorb: counted on the graph that autograd records.
+
+It knows nothing of how `fold` finds what it folds. What autograd does not see, such as a tensor's use in a
+choice, makes the count too large, never too small, but for norms next to norms.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from batchnorm.models.agreement import call
+from batchnorm.models.norms import find_norms
+
+_LAID_OUT = (
+    "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Transpose", "Permute", "T", "Clone",
+    "Slice",
+)  # fmt: skip
+_PRODUCTS = ("Addmm", "Mm")
+_CONVOLUTION = "Convolution"
+_Edge = tuple[Any, int]
+
+
+class _Mark(torch.autograd.Function):
+    """A node of its own for each side of a norm's call."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return dy
+
+
+def possible(model: nn.Module, example: Any) -> set[str]:
+    """Return the names of the norms that run on an example and that a layer next to them could absorb."""
+    graph = _Graph(model, example)
+    return {name for name in graph.ins if graph.before(name) or graph.after(name)}
+
+
+class _Graph:
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.ins: defaultdict[str, list[Any]] = defaultdict(list)
+        self.outs: defaultdict[str, list[Any]] = defaultdict(list)
+        self.readers: defaultdict[_Edge, list[Any]] = defaultdict(list)
+        names = {found.module: found.name for found in find_norms(model)}
+        self.channels = {name: len(norm.running_mean) for norm, name in names.items()}
+
+        def begin(norm: nn.Module, args: tuple[Any, ...]) -> Any:
+            x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+            marked = _Mark.apply(x)
+            self.ins[names[norm]].append(marked.grad_fn)
+            return (marked, *args[1:])
+
+        def end(norm: nn.Module, _args: Any, y: Tensor) -> Any:
+            marked = _Mark.apply(y)
+            self.outs[names[norm]].append(marked.grad_fn)
+            return marked
+
+        handles = [norm.register_forward_pre_hook(begin) for norm in names]
+        handles += [norm.register_forward_hook(end) for norm in names]
+        needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            model.requires_grad_(True)
+            with torch.enable_grad():
+                outputs = pytree.tree_leaves(call(model.eval(), example))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, value in needed:
+                parameter.requires_grad_(value)
+        ends = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+        for leaf in ends:
+            self.readers[leaf.grad_fn, leaf.output_nr].append("output")
+        self._walk([leaf.grad_fn for leaf in ends] + [n for nodes in self.ins.values() for n in nodes])
+
+    def _walk(self, roots: Iterable[Any]) -> None:
+        waiting, seen = list(roots), set()
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            for other, number in node.next_functions:
+                if other is not None:
+                    self.readers[other, number].append(node)
+                    waiting.append(other)
+
+    def before(self, name: str) -> bool:
+        """Whether all calls of a norm read layers that nothing else reads, whose weights serve them alone."""
+        sources = []
+        for node in self.ins[name]:
+            edge = node.next_functions[0]
+            while edge[0] is not None and len(self.readers[edge]) == 1 and _is(edge[0], _LAID_OUT):
+                edge = edge[0].next_functions[0]
+            if edge[0] is None or len(self.readers[edge]) != 1 or not self._weight(edge[0]):
+                return False
+            if not self._fits(edge[0], self.channels[name], outputs=True):
+                return False
+            sources.append(edge[0])
+        return self._serve_only(sources)
+
+    def after(self, name: str) -> bool:
+        """Whether all that read a norm are layers without padding, whose weights serve them alone."""
+        layers = []
+        waiting = list(self.outs[name])
+        while waiting:
+            node = waiting.pop()
+            readers = self.readers[node, 0]
+            if not readers:
+                return False
+            for reader in readers:
+                if reader != "output" and _is(reader, _LAID_OUT):
+                    waiting.append(reader)
+                elif (
+                    reader == "output"
+                    or not self._weight(reader)
+                    or not _is_unpadded(reader)
+                    or not self._fits(reader, self.channels[name], outputs=False)
+                ):
+                    return False
+                else:
+                    layers.append(reader)
+        return self._serve_only(layers)
+
+    def _weight(self, node: Any) -> Any:
+        """Return the parameter's node that a layer multiplies by, or None for any other node."""
+        if _is(node, (_CONVOLUTION,)):
+            return node.next_functions[1][0]
+        if not _is(node, _PRODUCTS):
+            return None
+        factor = node.next_functions[-1][0]
+        while factor is not None and _is(factor, _LAID_OUT):
+            factor = factor.next_functions[0][0]
+        return factor if factor is not None and type(factor).__name__ == "AccumulateGrad" else None
+
+    def _fits(self, node: Any, channels: int, *, outputs: bool) -> bool:
+        """Whether a product's channels may be the norm's, by their number: those of a convolution are."""
+        weight = self._weight(node)
+        return _is(node, (_CONVOLUTION,)) or weight.variable.shape[0 if outputs else 1] == channels
+
+    def _serve_only(self, layers: list[Any]) -> bool:
+        for layer in layers:
+            waiting = [self._weight(layer)]
+            while waiting:
+                for reader in self.readers[waiting.pop(), 0]:
+                    if reader != "output" and _is(reader, _LAID_OUT):
+                        waiting.append(reader)
+                    elif reader not in layers:
+                        return False
+        return True
+
+
+def _is(node: Any, kinds: tuple[str, ...]) -> bool:
+    return str(node.name()).removesuffix("0").removesuffix("Backward") in kinds
+
+
+def _is_unpadded(node: Any) -> bool:
+    return not _is(node, (_CONVOLUTION,)) or not (any(node._saved_padding) or node._saved_transposed)

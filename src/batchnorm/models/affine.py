@@ -1,0 +1,95 @@
+"""What a batch normalization does in evaluation: y = scale x + shift per channel, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .absorbers import copied, listeners
+from .hooks import is_forward_replaced
+from .kinds import is_ours
+from .norms import Found
+from .timm_norm import BatchNormAct2d
+
+_FIXED_EPS = 1e-5  # of the copies of FrozenBatchNorm2d in transformers, which have it in their code
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Scale and shift, `[C]` each, float64, on the CPU."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+def affine(norm: nn.Module) -> Affine:
+    """Return scale = weight / sqrt(running_var + eps) and shift = bias - scale running_mean."""
+    tensors = {name: getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias")}
+    wide = {name: None if t is None else t.detach().cpu().double() for name, t in tensors.items()}
+    mean, var, weight, bias = wide["running_mean"], wide["running_var"], wide["weight"], wide["bias"]
+    assert mean is not None
+    assert var is not None
+    scale = (var + getattr(norm, "eps", _FIXED_EPS)).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -scale * mean
+    return Affine(scale, shift if bias is None else shift + bias)
+
+
+def why_not_affine(found: Found) -> str:
+    """Return why a norm is no affine map in evaluation, or cannot be taken away; "" if it can."""
+    norm, family = found.module, found.kind.family
+    if family == "other":
+        return "its class is not known: it may compute something else"
+    if listeners(norm):
+        return "it has hooks, which would see other values"
+    if is_forward_replaced(norm):
+        return "its forward was replaced on the instance"
+    mean, var = (getattr(norm, name, None) for name in ("running_mean", "running_var"))
+    if mean is None or var is None:
+        return "it keeps no running statistics: it normalizes by the batch in evaluation too"
+    if mean.is_meta or var.is_meta:
+        return "it is on the meta device: no values"
+    found_affine = affine(norm)
+    if not (found_affine.scale.isfinite().all() and found_affine.shift.isfinite().all()):
+        return "its statistics or parameters give NaN or inf"
+    if family == "frozen" and not _computes(norm, found_affine):
+        return "its forward computes something else than its buffers say"
+    return ""
+
+
+def _computes(norm: nn.Module, wanted: Affine) -> bool:
+    """Whether a norm that is known by its name only computes an affine map on random numbers."""
+    x = torch.randn(
+        2, len(wanted.scale), 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    shape = (1, -1, 1, 1)
+    y = wanted.scale.view(shape) * x + wanted.shift.view(shape)
+    try:
+        with torch.no_grad():
+            given = copied(norm).cpu().double().eval()(x)
+        return bool(torch.allclose(given, y, rtol=1e-10, atol=1e-10 * float(y.abs().max())))
+    except Exception:  # a forward that somebody else wrote may raise anything
+        return False
+
+
+def own_activation(norm: nn.Module) -> nn.Module | str | None:
+    """Return the activation that a norm applies itself: a module of it, its name in our layers, or None."""
+    if is_ours(norm) and norm.activation is not None:
+        return str(norm.activation)
+    if is_timm(norm):
+        drop, act = norm.drop, norm.act
+        assert isinstance(act, nn.Module)
+        assert isinstance(drop, nn.Module)
+        if type(drop) in (nn.Identity, nn.Dropout, nn.Dropout2d) and not listeners(drop):
+            return None if type(act) is nn.Identity and not listeners(act) else act
+        return nn.Sequential(drop, act)
+    return None
+
+
+def is_timm(norm: Any) -> bool:
+    """Whether a norm has timm's `drop` and `act` inside."""
+    return isinstance(norm, BatchNormAct2d) or (hasattr(norm, "drop") and hasattr(norm, "act"))

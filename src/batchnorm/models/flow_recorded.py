@@ -1,0 +1,256 @@
+"""The flow of a model as it runs on an example: for forwards with control flow, which are no graph.
+
+Every operation on tensors is seen, below autograd and within compiled code. A value is told by the memory
+that it lies in and how; once something has written there, whatever lies there is another value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .agreement import call as call_model
+from .agreement import restored, set_mode
+from .flow import Axes, Call, Flow, Value
+from .hooks import sees_output
+
+_RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias", "aten::unsqueeze", "aten::squeeze")
+_DIRECT = ("numpy", "tolist", "__array__", "data_ptr", "__dlpack__")  # they read values without an operation
+_Key = tuple[Any, ...]
+
+
+def recorded_flow(
+    model: nn.Module, example: Any, leaves: Collection[nn.Module]
+) -> tuple[Flow, set[nn.Module]]:
+    """Run a model on an example in evaluation; return its flow and the modules that were called.
+
+    Args:
+        model: it stays as it was, but for plain attributes that its forward sets.
+        example: as of `fold`.
+        leaves: modules of which a call is one call in the flow, whatever they do inside.
+    """
+    recorder = _Recorder(model, leaves)
+    with restored(model), torch.no_grad():
+        set_mode(model, False)
+        recorder.run(example)
+    return recorder.flow, recorder.called
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, model: nn.Module, leaves: Collection[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flow = Flow()
+        self.called: set[nn.Module] = set()
+        self._model = model
+        self._names = {module: name for name, module in model.named_modules()}
+        self._leaves = leaves
+        self._values: defaultdict[Any, dict[_Key, Value]] = defaultdict(dict)  # storage -> as it is now
+        self._in: defaultdict[Any, list[Value]] = defaultdict(list)  # storage -> all that ever lay in it
+        self._kept: list[Tensor] = []  # alive, so that no memory is used again
+        self._running: list[Call] = []  # leaves
+
+    def run(self, example: Any) -> None:
+        own = [*self._model.parameters(), *self._model.buffers()]
+        with self._listening(), self, _Direct(self):
+            outputs = call_model(self._model, example)
+        self._observe("the model's output", _tensors(outputs))
+        known = set(map(id, own))
+        held = [t for module in self._model.modules() for t in _tensors(_attributes(module))]
+        self._observe("an attribute that keeps it", [t for t in held if id(t) not in known])
+        for tensor in own:
+            if any(value.readers for value in self._in.get(_storage(tensor), ())):
+                self.flow.read.add(id(tensor))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._running:
+            return func(*args, **kwargs)
+        reads = [self._read(tensor) for tensor in _leaves_of((args, kwargs))]
+        written = _written(func, args, kwargs)
+        result = func(*args, **kwargs)
+        outputs = _leaves_of(result)
+        is_alias = bool(outputs) and not written and all(map(self._is_known, outputs))
+        if not is_alias:
+            call = Call(str(func._schema.name).removeprefix("aten::"), None, reads)
+            call.axes = _axes(func, args, result)
+            for tensor in written:
+                self._values[_storage(tensor)].clear()  # what lay there is gone
+            self._finish(call, [*outputs, *written])
+        return result
+
+    def _read(self, tensor: Tensor) -> Value:
+        """Return the value of a tensor now."""
+        if not self._is_known(tensor):
+            before = self._in[_storage(tensor)]
+            maker = Call("memory that is also another tensor's", None, list(before)) if before else None
+            self._place(tensor, Value(maker, tuple(tensor.shape)))
+        return self._values[_storage(tensor)][_key(tensor)]
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return _key(tensor) in self._values[_storage(tensor)]
+
+    def _place(self, tensor: Tensor, value: Value) -> None:
+        self._kept.append(tensor)
+        self._values[_storage(tensor)][_key(tensor)] = value
+        self._in[_storage(tensor)].append(value)
+
+    def _finish(self, call: Call, outputs: list[Tensor]) -> None:
+        self.flow.calls.append(call)
+        for tensor in {_key(tensor): tensor for tensor in outputs}.values():
+            self._place(tensor, call.give(tuple(tensor.shape)))
+
+    def _observe(self, who: str, tensors: list[Tensor]) -> None:
+        """Note that somebody reads tensors, if they came from anywhere in the run."""
+        reads = [self._read(tensor) for tensor in tensors if _storage(tensor) in self._in]
+        if reads:
+            self.flow.calls.append(Call(who, None, reads))
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        handles = []
+        for module in self._model.modules():
+            own = (bool(module._forward_pre_hooks), sees_output(module))
+            # First of all: torch's older hooks compute a layer's weight before its forward, which is inside.
+            handles.append(module.register_forward_pre_hook(self._begins, prepend=True, with_kwargs=True))
+            if module in self._leaves:
+                handles.append(module.register_forward_hook(self._ends))
+                continue
+            if own[0]:
+                handles.append(module.register_forward_pre_hook(self._hooked, with_kwargs=True))
+            if own[1]:
+                handles.append(module.register_forward_hook(self._hooked_output))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hooked(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._running:
+            self._observe(f"the hooks of {self._names[module]}", _leaves_of((args, kwargs)))
+
+    def _hooked_output(self, module: nn.Module, _args: Any, result: Any) -> None:
+        if not self._running:
+            self._observe(f"the hooks of {self._names[module]}", _leaves_of(result))
+
+    def _begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.called.add(module)
+        if module not in self._leaves:
+            return
+        rest = dict(kwargs)
+        first = args[0] if args else rest.pop("input", None)
+        others = _leaves_of((args[1:], rest))
+        inputs = [first, *others] if isinstance(first, Tensor) else []
+        what = f"{self._names[module]} ({type(module).__name__})"
+        reads = [] if self._running else [self._read(tensor) for tensor in inputs]
+        self._running.append(Call(what, module, reads))
+
+    def _ends(self, _module: nn.Module, _args: Any, result: Any) -> None:
+        call = self._running.pop()
+        if not self._running:
+            self._finish(call, _leaves_of(result))
+            return
+        self.flow.calls.append(call)  # within another leaf: who reads this is not seen
+        Call(f"something in {self._running[-1].what}", None, [call.give(), call.give()])
+
+
+class _Direct(TorchFunctionMode):
+    """Sees the reads that are no operation."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _DIRECT and not self._recorder._running:
+            self._recorder._observe(name, _leaves_of(args))
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> Any:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else ("id", id(tensor))
+
+
+def _key(tensor: Tensor) -> _Key:
+    if tensor.layout is not torch.strided:
+        return ()
+    return (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _leaves_of(values: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that an operation writes to."""
+    found = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            found += _leaves_of(given)
+    return found
+
+
+def _axes(func: Any, args: tuple[Any, ...], result: Any) -> Axes:
+    """Return which axis of its input each axis of a result is; None unless it is the input, laid out anew."""
+    name = func._schema.name
+    if not args or not isinstance(args[0], Tensor) or not isinstance(result, Tensor):
+        return None
+    old, new = tuple(args[0].shape), tuple(result.shape)
+    rank = len(old)
+    if name in _RESHAPES:
+        return tuple(_same_place(old, new, axis) for axis in range(len(new)))
+    if name == "aten::permute":
+        return tuple(axis % rank for axis in args[1])
+    if name in ("aten::transpose", "aten::t"):
+        order = list(range(rank))
+        one, other = (args[1] % rank, args[2] % rank) if name == "aten::transpose" else (0, rank - 1)
+        order[one], order[other] = order[other], order[one]
+        return tuple(order)
+    if name == "aten::slice":
+        cut = (args[1] if len(args) > 1 else 0) % rank
+        return tuple(None if axis == cut and old != new else axis for axis in range(rank))
+    return tuple(range(rank)) if name == "aten::clone" else None
+
+
+def _same_place(old: tuple[int, ...], new: tuple[int, ...], axis: int) -> int | None:
+    """Return the axis of `old` with the coordinates of `axis` of `new`, values being in the same order."""
+    before = math.prod(new[:axis])
+    for place, size in enumerate(old):
+        if size == new[axis] and math.prod(old[:place]) == before:
+            return place
+    return None
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    own = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules", "_buffers")}
+    return own | {"_buffers": module._buffers}
+
+
+def _tensors(value: Any, depth: int = 6) -> list[Tensor]:
+    """Return the tensors in an object of any kind, as deep as outputs are nested."""
+    if isinstance(value, Tensor):
+        return [value]
+    if depth == 0 or isinstance(value, (nn.Module, type)):
+        return []
+    if isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, (list, tuple, set)):
+        parts = list(value)
+    else:
+        parts = list(vars(value).values()) if hasattr(value, "__dict__") and not callable(value) else []
+    return [tensor for part in parts for tensor in _tensors(part, depth - 1)]

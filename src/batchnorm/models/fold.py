@@ -1,0 +1,219 @@
+"""A copy of a model for inference, its batch normalizations folded into the layers next to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from batchnorm.errors import OptionError
+
+from .absorbers import absorber_of, become, copied, is_plain, read_weights, why_not, write_weights
+from .affine import affine, own_activation
+from .agreement import AgreementError, assert_agree, observe, set_mode
+from .blocks import NotTraceableError, traced
+from .convert import check_scripted
+from .flow import Flow, joined
+from .flow_recorded import recorded_flow
+from .flow_traced import traced_flow
+from .fold_plan import FoldPlan, Step, plan_on
+from .folded import stand_in
+from .folding import scale_inputs, scale_outputs
+from .fusion_plan import inner_first, is_block
+from .kinds import is_ours
+from .norms import all_names, find_norms
+from .revert import undo_fusion
+
+
+def fold(model: nn.Module, example: Any = None) -> Any:
+    """Return a copy of `model` for inference, its batch normalizations folded into the layers next to them.
+
+    In evaluation a normalization is y = s x + t per channel, s = weight / sqrt(running_var + eps) and
+    t = bias - s running_mean. It goes into the layers before it, or else into those after it:
+
+        before:  s (W x + b) + t = (s W) x + (s b + t)
+        after:   W (s x + t) + b = (W s) x + (b + W t)
+
+    These are Conv1d to 3d, ConvTranspose1d to 3d, with groups or depthwise, and Linear; after it only where
+    no zeros are padded in between, or t is zero. What does nothing in evaluation may stand between, and so
+    may transposing, flattening and slicing, seen on the example. Nothing else may read what changes, on any
+    of its calls. What a norm applied itself, an activation or a residual, stays in its place. Layers that
+    compute their weight from constants (parametrized, weight-normalized, weight-standardized) become plain.
+
+    What is next to a norm is read off the forward of each block, symbolically: that holds for every input.
+    With an example, one run of the model on it, in evaluation, tells instead, whatever its control flow.
+
+    The arithmetic is float64, rounded once to each weight's dtype. With an example the outputs of the copy
+    are compared with the model's, in float64, or in the model's dtype where it does not run in that.
+
+    Args:
+        model: with layers of torch, of this library, of timm or frozen ones; it is left as it is.
+        example: what the model takes: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Returns:
+        The copy, in evaluation mode, with parameters of its own. Where a norm was stands an `nn.Identity` or
+        the activation that it applied. A norm that does not fold stays; `inspect` says why.
+
+    Raises:
+        OptionError: (a ValueError) a scripted or compiled model, one that is not initialized or cannot be
+            copied, or an example on which nothing can be compared.
+        AgreementError: (an ArithmeticError) the outputs on the example differ by more than rounding, or a
+            weight would be too large for its dtype.
+
+    Differs from `torch.fx.experimental.optimization.fuse`: for models that cannot be traced, with every call
+    of a layer checked, and more kinds of layers.
+
+    Source: Jacob et al. 2018, arXiv:1712.05877, sec. 3.2; https://github.com/pytorch/pytorch/issues/104593
+    and 197539 (shared convolutions folded silently wrong).
+    """
+    twin = twin_of(model)
+    steps = fold_plan(twin, example).steps
+    if example is None:
+        _apply(twin, steps)
+        return twin
+    before = observe(twin, example, training=False)
+    is_checked = _agrees_in_float64(model, twin, steps, example)
+    _apply(twin, steps)
+    if not is_checked:
+        assert_agree(before, twin, example, "fold", training=False)
+    return twin
+
+
+def twin_of(model: nn.Module, *, shares_tensors: bool = False) -> Any:
+    """Return a copy in evaluation, with what `fuse` did undone.
+
+    Args:
+        model: which is left as it is.
+        shares_tensors: the copy has the model's parameters and buffers, to be looked at only.
+
+    Raises:
+        OptionError: it is scripted, compiled, not initialized or cannot be copied.
+    """
+    check_scripted(model, "fold")
+    if hasattr(model, "_orig_mod"):
+        raise OptionError("fold takes a model before torch.compile: fold it, then compile the copy")
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(tensor) for tensor in tensors):
+        raise OptionError("the model has layers that are not initialized: run it once")
+    try:
+        twin = copied(model, {id(tensor): tensor for tensor in tensors} if shares_tensors else None)
+    except Exception as error:
+        raise OptionError(
+            f"fold works on a copy, and {type(model).__name__} cannot be copied by copy.deepcopy "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    undo_fusion(twin, [found for found in find_norms(twin) if is_ours(found.module)])
+    set_mode(twin, False)
+    return twin
+
+
+def fold_plan(twin: nn.Module, example: Any) -> FoldPlan:
+    """Decide what folds into what in a copy of a model."""
+    norms = find_norms(twin)
+    layers = [module for module in twin.modules() if absorber_of(module) is not None]
+    leaves = {*(found.module for found in norms), *layers}
+    flows, untraceable = _traced(twin)
+    if example is not None:
+        run, called = recorded_flow(twin, example, leaves)
+        others = [f for module, f in flows.items() if module not in called and not _is_list(module, called)]
+        flow = joined([run, *others])
+    else:
+        flow = joined(flows.values())
+    decided = plan_on(flow, norms, _shared(twin, leaves) if example is None else {})
+    folded = {step.norm for step in decided.steps}
+    for found in norms:
+        if found.module not in folded and found.module not in decided.reasons:
+            decided.reasons[found.module] = (
+                _unseen(twin, found.name, untraceable) if example is None else "the example does not reach it"
+            )
+    return decided
+
+
+def _traced(twin: nn.Module) -> tuple[dict[nn.Module, Flow], dict[nn.Module, str]]:
+    """Return the flow of every block whose forward is a graph in evaluation, and why the others' is none."""
+    flows, untraceable = {}, {}
+    for module in inner_first(twin):
+        if is_block(module) and absorber_of(module) is None:
+            try:
+                flows[module] = traced_flow(module, traced(module, modes=(False,)))
+            except NotTraceableError as error:
+                untraceable[module] = str(error)
+    return flows, untraceable
+
+
+def _is_list(module: nn.Module, called: set[nn.Module]) -> bool:
+    """Whether a Sequential that was not called serves as a list of the modules that were."""
+    return type(module) is nn.Sequential and all(part in called for part in module.children())
+
+
+def _shared(twin: nn.Module, leaves: set[nn.Module]) -> dict[nn.Module, str]:
+    """Return the modules in several places: a forward that is no graph may call them too."""
+    names = all_names(twin)
+    return {module: ", ".join(names[module]) for module in leaves if len(names[module]) > 1}
+
+
+def _unseen(twin: nn.Module, name: str, untraceable: dict[nn.Module, str]) -> str:
+    """Return why no forward that is a graph calls a norm."""
+    while name:
+        name = name.rpartition(".")[0]
+        block = twin.get_submodule(name)
+        if block in untraceable:
+            return f"{type(block).__name__}.forward is no graph ({untraceable[block]}): pass example="
+    return "no forward is seen to call it: pass example="
+
+
+def _apply(twin: nn.Module, steps: list[Step]) -> None:
+    """Fold, in place; every layer that computes its weight from constants gets it as a parameter."""
+    weights = {
+        module: read_weights(module)
+        for module in twin.modules()
+        if absorber_of(module) is not None and not is_plain(module) and not why_not(module)
+    }
+    for step in steps:
+        found = affine(step.norm)
+        change = scale_outputs if step.direction == "before" else scale_inputs
+        for layer in step.into:
+            kind = absorber_of(layer)
+            assert kind is not None
+            now = weights[layer] if layer in weights else read_weights(layer)
+            weights[layer] = change(now, kind, int(getattr(layer, "groups", 1)), found)
+    for layer, changed in weights.items():
+        if not write_weights(layer, changed):
+            name = next(name for name, module in twin.named_modules() if module is layer)
+            raise AgreementError("fold was taken back: a weight would be too large for its dtype", name)
+    for step in steps:
+        become(step.norm, stand_in(own_activation(step.norm), adds=step.adds, rank=step.rank))
+
+
+def _agrees_in_float64(model: nn.Module, twin: nn.Module, steps: list[Step], example: Any) -> bool:
+    """Raise AgreementError if the plan is wrong; return False if the model does not run in float64.
+
+    In float32 a right plan may change an output by much, as a choice among nearly equal values does.
+    """
+    wide = twin_of(model).double()
+    wide_example = _widened(example)
+    try:
+        before = observe(wide, wide_example, training=False)
+    except Exception:  # a model may insist on its dtype
+        return False
+    twins = dict(zip(twin.modules(), wide.modules(), strict=True))
+    _apply(
+        wide,
+        [
+            Step(twins[s.norm], tuple(twins[layer] for layer in s.into), s.direction, s.adds, s.rank)
+            for s in steps
+        ],
+    )
+    assert_agree(before, wide, wide_example, "fold", training=False)
+    return True
+
+
+def _widened(example: Any) -> Any:
+    def wide(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    given = dict(example) if isinstance(example, Mapping) else example
+    return pytree.tree_map(wide, given)
