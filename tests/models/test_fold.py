@@ -139,7 +139,9 @@ def test_transposed_flattened_and_cut_in_between() -> None:
 
 
 @pytest.mark.parametrize(
-    "prepare", [lambda m, _: m, batchnorm.convert, batchnorm.fuse], ids=["stock", "ours", "fused"]
+    "prepare",
+    [lambda m, _: m, lambda m, _: batchnorm.convert(m), batchnorm.fuse],
+    ids=["stock", "ours", "fused"],
 )
 @pytest.mark.parametrize("with_example", [False, True])
 def test_a_residual_network_of_stock_of_ours_and_fused_layers(prepare: Any, with_example: bool) -> None:

@@ -50,7 +50,8 @@ def check_activation(activation: str | None) -> None:
 def check_policy(policy: object, tracked: bool) -> None:
     """Raise OptionError unless `policy` is one that a layer takes; some need running statistics."""
     if not isinstance(policy, Policy):
-        raise OptionError(f"statistics must be batchnorm.Batch() or batchnorm.Running(); got {policy!r}")
+        got = f"a {type(policy).__name__}" if isinstance(policy, Tensor) else repr(policy)
+        raise OptionError(f"statistics must be batchnorm.Batch() or batchnorm.Running(); got {got}")
     if policy.needs_running and not tracked:
         raise OptionError(
             f"statistics={policy} uses running statistics, and this layer has none: "
