@@ -52,9 +52,9 @@ QUICK_CASES = (Case("MobileNetV2", 8, 32, 2),)
 def measure(quick: bool = False) -> Rows:
     """Return a row per network and maker of its norms: medians in seconds, and multiples of a forward."""
     cases = [(case, name) for case in (QUICK_CASES if quick else CASES) for name in NORMS]
-    return [_timed(case, name, quick) for case, name in progress(cases, "calibrations")] + [
-        _memory(method, QUICK_COUNTS if quick else COUNTS) for method in ("batch", "layerwise")
-    ]
+    # Memory first: in a process that has freed much, nothing that is allocated shows.
+    memory = [_memory(method, QUICK_COUNTS if quick else COUNTS) for method in ("batch", "layerwise")]
+    return [_timed(case, name, quick) for case, name in progress(cases, "calibrations")] + memory
 
 
 def _timed(case: Case, norm: str, quick: bool) -> dict[str, Any]:
@@ -114,16 +114,16 @@ def _update_bn(model: nn.Module, data: list[Tensor]) -> Callable[[], object]:
 
 
 def _memory(method: str, counts: tuple[int, ...]) -> dict[str, Any]:
-    """Return the most resident memory of a calibration over its start, by number of batches."""
+    """Return the most resident memory of calibrations over that before the first, by number of batches."""
     model = networks.NETWORKS["MobileNetV2"](networks.stock)
     stem = nn.Sequential(*list(model)[:6])  # 14 levels
-    most: dict[int, int] = {}
+    most: dict[str, int] = {}
+    before = _resident()
     for count in (counts[0], *counts):  # once more before, for what is allocated once
         samples = _Watched(count)
-        before = _resident()
         batchnorm.calibrate(stem, samples, method=method)  # type: ignore[arg-type]
-        most[count] = samples.most - before
-    return {"method": method, "most_resident_bytes": {str(count): most[count] for count in counts}}
+        most[str(count)] = samples.most - before
+    return {"method": method, "most_resident_bytes": most}
 
 
 class _Watched:

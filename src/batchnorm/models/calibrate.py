@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import DataError, OptionError
@@ -100,8 +100,8 @@ def calibrate(
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2; Wu & Johnson 2021, arXiv:2105.07576, sec. 3.
     """
-    if isinstance(model, DistributedDataParallel):
-        model = model.module  # whose forward waits for no other rank: each has as many batches as it has
+    if isinstance(model, (DistributedDataParallel, DataParallel)):
+        model = model.module  # its own forward waits for other ranks, or runs on copies
     ranks = Ranks(group)
     prepared: list[tuple[tuple[str, ...], dict[str, _BatchNorm], Passes]] = []
 
