@@ -16,6 +16,7 @@ from batchnorm.models import fold_plan
 from batchnorm.models.agreement import AgreementError
 
 from .foldable import folded, ready, reasons
+from .foreign import frozen_norm  # noqa: F401
 from .nets import Branching, Looping, refuses
 
 
@@ -128,6 +129,52 @@ def read_as_a_list(block: Any, x: Tensor) -> Tensor:
     return block.norm(y) * y.tolist()[0][0][0][0]
 
 
+def norm_read(block: Any, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x)) * block.norm.weight.sum()
+
+
+def forward_past_the_call(block: Any, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x)) + block.norm.forward(x)
+
+
+def conv_past_the_call(block: Any, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x)) + block.conv.forward(x.relu())
+
+
+class Peeking(nn.Conv2d):
+    """It reads a tensor that it was not given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.block.kept[0]
+
+
+class Overwriting(nn.Conv2d):
+    """It writes into a tensor that it was not given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.block.kept[0].relu_()
+        return super().forward(x)
+
+
+def _behind_its_back(block: Any, x: Tensor, kind: type[nn.Conv2d]) -> Tensor:
+    if not hasattr(block, "late"):
+        block.late = kind(4, 4, 1).double().eval()
+        object.__setattr__(block.late, "block", block)
+    y = block.conv(x)
+    object.__setattr__(block, "kept", [y])
+    z = block.late(x)
+    object.__setattr__(block, "kept", [])
+    return block.norm(y) + z
+
+
+def read_inside_another_layer(block: Any, x: Tensor) -> Tensor:
+    return _behind_its_back(block, x, Peeking)
+
+
+def written_inside_another_layer(block: Any, x: Tensor) -> Tensor:
+    return _behind_its_back(block, x, Overwriting)
+
+
 def chosen_by_value(block: Any, x: Tensor) -> Tensor:
     y = block.conv(x)
     return block.norm(y) if y.mean() > 1e3 else block.norm(y) * 2
@@ -155,6 +202,11 @@ LEFT = {  # body -> of which norms a word of the reason is
     kept_in_an_attribute: {"norm": "an attribute that keeps it"},
     read_by_numpy: {"norm": "read 2 times (numpy)"},
     read_as_a_list: {"norm": "read 2 times (tolist)"},
+    norm_read: {"norm": "something else reads its parameters"},
+    forward_past_the_call: {"norm": "something else reads its parameters"},
+    conv_past_the_call: {"norm": "a weight that something else reads"},
+    read_inside_another_layer: {"norm": "read 2 times (something in late"},
+    written_inside_another_layer: {"norm": "before it is memory that is also another tensor's"},
     chosen_by_value: {"norm": "read 2 times (mean)"},
 }
 
@@ -164,11 +216,14 @@ def test_what_something_else_reads_is_left(body: Any) -> None:
     """Row 12: a convolution that is shared or read twice, in every way that a forward may do so."""
     model = ready(Block(body))
     x = torch.randn(X, dtype=torch.float64)
+    model.eval()(x)  # some make a layer on their first call
     found = reasons(model, x)
     for name, words in LEFT[body].items():
         assert words in found[name], found
-    copy, symbolic = batchnorm.fold(model, x), batchnorm.fold(model)
-    for one in (copy, symbolic):
+    copies = [batchnorm.fold(model, x)]
+    if body not in (read_inside_another_layer, written_inside_another_layer):  # no graph shows what is inside
+        copies.append(batchnorm.fold(model))
+    for one in copies:
         assert_all_equal(model, one, x)
         assert_all_equal(model, one, torch.randn(3, 4, 7, 5, dtype=torch.float64))
         assert all(isinstance(getattr(one, name), nn.BatchNorm2d) for name in LEFT[body])
@@ -245,6 +300,23 @@ def test_a_branch_that_the_example_does_not_take_is_read() -> None:
     for example in (x, None):
         folded(model, x, example, left=2)
         assert_all_equal(model, batchnorm.fold(model, example), x[..., :3])
+
+
+def _rescaled(norm: Any, x: Tensor) -> Tensor:
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shape = (1, -1, 1, 1)
+    return x * scale.view(shape) + (norm.bias - norm.running_mean * scale).view(shape)
+
+
+def test_a_norm_that_changes_the_dtype_stays(frozen_norm: Any, monkeypatch: Any) -> None:  # noqa: F811
+    """Buffers of float32 behind a layer of bfloat16: what the norm returns is float32."""
+    monkeypatch.setattr(frozen_norm, "forward", _rescaled)  # as torchvision's own
+    model = nn.Sequential(nn.Conv2d(4, 4, 1).bfloat16(), ready(frozen_norm(4), torch.float32)).eval()
+    x = torch.randn(X).bfloat16()
+    assert model(x).dtype == torch.float32
+    for example, words in ((x, "it turns torch.bfloat16"), (None, "computes in torch.bfloat16")):
+        assert batchnorm.fold(model, example)(x).dtype == torch.float32
+        assert words in reasons(model, example)["1"]
 
 
 @pytest.mark.parametrize(("make", "norms"), [(Branching, 2), (Looping, 2)])

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import nn
 
 Axes = tuple[int | None, ...] | Literal["same"] | None
@@ -19,11 +20,13 @@ class Value:
     Attributes:
         maker: the call that returned it; None for inputs, parameters and constants.
         shape: on the example; None where nothing has run.
+        dtype: likewise.
         readers: one entry for each time that a call reads it.
     """
 
     maker: Call | None = None
     shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
     readers: list[Call] = field(default_factory=list)
 
 
@@ -51,9 +54,9 @@ class Call:
         for value in self.reads:
             value.readers.append(self)
 
-    def give(self, shape: tuple[int, ...] | None = None) -> Value:
+    def give(self, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Value:
         """Return a new value that this call makes."""
-        value = Value(self, shape)
+        value = Value(self, shape, dtype)
         self.gives.append(value)
         return value
 

@@ -74,10 +74,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        written = _written(func, args, kwargs)
         if self._running:
+            self._touch(_leaves_of((args, kwargs)), written)
             return func(*args, **kwargs)
         reads = [self._read(tensor) for tensor in _leaves_of((args, kwargs))]
-        written = _written(func, args, kwargs)
         result = func(*args, **kwargs)
         outputs = _leaves_of(result)
         is_alias = bool(outputs) and not written and all(map(self._is_known, outputs))
@@ -94,11 +95,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._is_known(tensor):
             before = self._in[_storage(tensor)]
             maker = Call("memory that is also another tensor's", None, list(before)) if before else None
-            self._place(tensor, Value(maker, tuple(tensor.shape)))
+            self._place(tensor, Value(maker, tuple(tensor.shape), tensor.dtype))
         return self._values[_storage(tensor)][_key(tensor)]
 
     def _is_known(self, tensor: Tensor) -> bool:
         return _key(tensor) in self._values[_storage(tensor)]
+
+    def _touch(self, tensors: list[Tensor], written: list[Tensor]) -> None:
+        """Note what a leaf reads besides its input, and what it writes to that is not its own."""
+        leaf = self._running[0]
+        known = [self._read(tensor) for tensor in tensors if self._is_known(tensor)]
+        others = [value for value in known if value not in leaf.reads]
+        if others:
+            self.flow.calls.append(Call(f"something in {leaf.what}", None, others))
+        for tensor in written:
+            self._values[_storage(tensor)].clear()
 
     def _place(self, tensor: Tensor, value: Value) -> None:
         self._kept.append(tensor)
@@ -108,7 +119,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _finish(self, call: Call, outputs: list[Tensor]) -> None:
         self.flow.calls.append(call)
         for tensor in {_key(tensor): tensor for tensor in outputs}.values():
-            self._place(tensor, call.give(tuple(tensor.shape)))
+            self._place(tensor, call.give(tuple(tensor.shape), tensor.dtype))
 
     def _observe(self, who: str, tensors: list[Tensor]) -> None:
         """Note that somebody reads tensors, if they came from anywhere in the run."""
@@ -212,6 +223,8 @@ def _axes(func: Any, args: tuple[Any, ...], result: Any) -> Axes:
         return None
     old, new = tuple(args[0].shape), tuple(result.shape)
     rank = len(old)
+    if args[0].dtype != result.dtype:  # the same bits read as other numbers
+        return None
     if name in _RESHAPES:
         return tuple(_same_place(old, new, axis) for axis in range(len(new)))
     if name == "aten::permute":

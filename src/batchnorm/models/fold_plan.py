@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .absorbers import Absorber, absorber_of, inputs_of, outputs_of, why_not
 from .affine import affine, own_activation, why_not_affine
@@ -72,6 +74,8 @@ def plan_on(flow: Flow, norms: list[Found], shared: dict[nn.Module, str]) -> Fol
             reason = f"it is shared ({shared[found.module]}): pass example="
         if reason:
             planner.plan.reasons[found.module] = reason
+        elif any(id(tensor) in flow.read for tensor in found.module.state_dict(keep_vars=True).values()):
+            planner.plan.reasons[found.module] = "something else reads its parameters or statistics"
         elif found.module in planner.calls:
             waiting.append(found.module)
     progress = True
@@ -93,6 +97,10 @@ class _Planner:
 
     def fold(self, norm: nn.Module) -> bool:
         """Add a step for a norm, or note why there is none."""
+        for call in self.calls[norm]:
+            if call.reads and call.reads[0].dtype != call.gives[0].dtype:
+                self.plan.reasons[norm] = f"it turns {call.reads[0].dtype} into {call.gives[0].dtype}"
+                return False
         reasons = []
         for find in (self._before, self._after):
             try:
@@ -116,7 +124,7 @@ class _Planner:
             source, axis = self._source(call)
             layer = source.module
             assert layer is not None
-            kind = self._changeable(source, "before")
+            kind = self._changeable(norm, source, "before")
             made = source.gives[0].shape
             channels = 1 if made is None else len(made) - 1 - kind.axes
             if axis != channels or outputs_of(layer) != len(affine(norm).scale):
@@ -161,7 +169,7 @@ class _Planner:
             for reader, value, axis in self._consumers(call.gives[0], 1):
                 layer = reader.module
                 assert layer is not None
-                kind = self._changeable(reader, "after")
+                kind = self._changeable(norm, reader, "after")
                 shape = value.shape
                 channels = 1 if shape is None else len(shape) - 1 - kind.axes
                 if reader.reads != [value] or axis != channels or inputs_of(layer) != len(shift):
@@ -193,13 +201,15 @@ class _Planner:
             found += self._consumers(reader.gives[0], behind)
         return found
 
-    def _changeable(self, call: Call, where: Direction) -> Absorber:
+    def _changeable(self, norm: nn.Module, call: Call, where: Direction) -> Absorber:
         """Return how a layer takes a map; raise if its weights serve something else or cannot change."""
         layer = call.module
         assert layer is not None
         kind = absorber_of(layer)
         assert kind is not None
         reason = why_not(layer)
+        if not isinstance(norm, _BatchNorm) and _dtype(layer) != _dtype(norm):
+            reason = f"computes in {_dtype(layer)}, the norm in {_dtype(norm)}"
         if layer in self.shared:
             reason = f"is shared ({self.shared[layer]}): pass example="
         if any(id(tensor) in self.flow.read for tensor in layer.parameters()):
@@ -221,6 +231,10 @@ def _input(call: Call) -> Value:
     if not call.reads:
         raise _Impossible(f"what {call.what} reads is not known")
     return call.reads[0]
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(tensor.dtype for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _rank(norm: nn.Module, call: Call, kind: Absorber) -> int | None:
