@@ -1,51 +1,17 @@
-"""The command line: `batchnorm study` and `batchnorm --version`."""
+"""`batchnorm study`."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import batchnorm
+from batchnorm.errors import OptionError
 
-from .errors import BatchNormError, OptionError
-
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-app = typer.Typer(
-    help="Batch normalization for PyTorch and Keras.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+from .one_line import one_clear_line
 
 
-def main() -> None:
-    """Entry point of the `batchnorm` command."""
-    app()
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"batchnorm {batchnorm.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
 def study(
     network: Annotated[
         str, typer.Option(help="Comma-separated: mlp, deep, cnn, or your own as file.py:function.")
@@ -90,10 +56,10 @@ def study(
     Trains each network in each arm, at each learning rate, with each seed, and writes report.html,
     results.json and curves.csv. Ctrl-C keeps every finished run; the same command goes on from there.
     """
-    with _one_clear_line(debug):
-        from .study import StudyOptions, run_study
-        from .study.options import parse_rates, split_list
-        from .study.terminal import TerminalDisplay, print_results
+    with one_clear_line(debug, "every finished run is kept"):
+        from batchnorm.study import StudyOptions, run_study
+        from batchnorm.study.options import parse_rates, split_list
+        from batchnorm.study.terminal import TerminalDisplay, print_results
 
         options = StudyOptions(
             networks=split_list(network),
@@ -121,26 +87,3 @@ def _parse_jobs(text: str) -> int | None:
     if not text.isdecimal():
         raise OptionError(f"--jobs {text!r} is neither a number nor auto")
     return int(text)
-
-
-@contextlib.contextmanager
-def _one_clear_line(debug: bool) -> Iterator[None]:
-    """Turn what a user can cause into one line on stderr and a non-zero exit."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupted:
-        _fail(str(interrupted) or "stopped", _INTERRUPTED)
-    except BatchNormError as error:
-        if debug:
-            typer.echo(getattr(error, "details", None) or traceback.format_exc(), err=True)
-        _fail(f"error: {error}", 2 if isinstance(error, OptionError) else 1)
-    except OSError as error:
-        if debug:
-            typer.echo(traceback.format_exc(), err=True)
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"error: {where}{error.strerror or error}; every finished run is kept", 1)
-
-
-def _fail(line: str, code: int) -> None:
-    typer.echo(" ".join(line.splitlines()), err=True)
-    sys.exit(code)

@@ -1,0 +1,199 @@
+"""What the verbs of the command line read and write: a model, its weights, data, and the result."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from batchnorm.errors import BatchNormError, DataError, OptionError
+from batchnorm.study.data import load_data
+from batchnorm.study.user_code import is_user_code, load_function, naming_the_line, source_of
+
+
+class Run:
+    """One command on one model.
+
+    Args:
+        spec: `file.py:function` or `package.module:function`, which returns the model.
+        weights: a file to load into it; None = as the function made it.
+        data: as of `study`; None = none.
+        data_dir: where MNIST is.
+        samples: how many training examples; None = all.
+        batch_size: examples per batch, and in the example.
+        shape: of an input, as `1x3x224x224`; examples of the data are given it, apart from their number.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        weights: Path | None,
+        data: str | None,
+        data_dir: Path | None,
+        samples: int | None,
+        batch_size: int,
+        shape: str | None,
+    ) -> None:
+        for option, value in (("--samples", samples), ("--batch-size", batch_size)):
+            if value is not None and value < 1:
+                raise OptionError(f"{option} {value} is below 1")
+        self.spec = spec
+        self._shape = None if shape is None else _parse_shape(shape)
+        self._batch_size = batch_size
+        self.model = _build(spec)
+        if weights is not None:
+            load_weights(self.model, weights)
+        self._inputs = None if data is None else self._load(data, data_dir, samples)
+
+    def _load(self, data: str, data_dir: Path | None, samples: int | None) -> Tensor:
+        inputs = torch.from_numpy(load_data(data, data_dir).x_train)[:samples]
+        if self._shape is None:
+            return inputs
+        try:
+            return inputs.reshape(len(inputs), *self._shape[1:])
+        except RuntimeError:
+            raise OptionError(
+                f"--input: an example of {data} has shape {list(inputs.shape[1:])}, which is no "
+                f"{list(self._shape[1:])}"
+            ) from None
+
+    def batches(self) -> tuple[Tensor, ...]:
+        """Return the training examples in batches."""
+        assert self._inputs is not None
+        return torch.split(self._inputs, self._batch_size)
+
+    def example(self, *, needed: bool = False) -> Tensor | None:
+        """Return an input of the model: the first batch of data, else random of the shape, else None."""
+        if self._inputs is not None:
+            return self.batches()[0]
+        if self._shape is not None:
+            return torch.randn(self._shape, generator=torch.Generator().manual_seed(0))
+        if needed:
+            raise OptionError("exporting a model runs it: give --input SHAPE or --data")
+        return None
+
+    def verb(self, verb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a verb on the model; what the model's own code raises becomes a line that names its line."""
+        try:
+            return verb(self.model, *args, **kwargs)
+        except BatchNormError:
+            raise
+        except Exception:
+            with naming_the_line(f"running {self.spec}", source_of(self.spec)):
+                raise
+
+    def write(self, model: nn.Module, out: Path, force: bool, example: Tensor | None = None) -> None:
+        """Write a model or its state, by the suffix of the file: whole, or not at all."""
+        check_out(out, (out.suffix,), force)
+        with _replacing(out) as part:
+            if out.suffix == ".safetensors":
+                save_model(model, str(part), metadata={"format": "pt"})
+            else:
+                assert example is not None
+                with naming_the_line(f"exporting {self.spec}", source_of(self.spec)):
+                    _export(model, example, part, out.suffix)
+        print(f"written: {out}")
+
+
+def _build(spec: str) -> nn.Module:
+    if not is_user_code(spec):
+        raise OptionError(f"{spec!r} is no file.py:function or package.module:function")
+    function = load_function(spec)
+    with naming_the_line(f"building {spec}", source_of(spec)):
+        model = function()
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state into a model: safetensors, or what `torch.save` wrote, of tensors and plain values only.
+
+    Raises:
+        DataError: no such format, code in the file, or another model's state.
+        OSError: the file cannot be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with path.open("rb"):  # an OSError that names the file
+                load_model(model, path, strict=True)
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path} is not read: it is no plain checkpoint, and reading it might run code; where you trust "
+            "it, save its state_dict by torch.save, or as safetensors"
+        ) from error
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path} is no safetensors file: {error}") from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: {_first_lines(error)}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise DataError(f"{path} holds no state: a dict of tensors, or one under the key state_dict")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise DataError(f"{path}: {_first_lines(error)}") from error
+
+
+def check_out(out: Path, suffixes: tuple[str, ...], force: bool) -> None:
+    """Raise OptionError for a file of another kind, or one that is there, unless forced."""
+    if out.suffix not in suffixes:
+        raise OptionError(f"--out {out}: its name must end in {' or '.join(suffixes)}")
+    if out.exists() and not force:
+        raise OptionError(f"--out {out} is there already: --force writes over it")
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """Let the block write a file beside `out`, which becomes `out` at the end and is gone on an error."""
+    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.stem}-", suffix=out.suffix)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o666 & ~_umask())  # as any new file has it, where mkstemp lets nobody else read
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _export(model: nn.Module, example: Tensor, part: Path, suffix: str) -> None:
+    """Write a program of torch.export, or the same as ONNX; the number of examples stays open if it can."""
+    open_batch = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(model.eval(), (example,), dynamic_shapes=open_batch)
+    if suffix == ".pt2":
+        torch.export.save(program, part)
+        return
+    try:
+        torch.onnx.export(program, (), part, external_data=False, verbose=False)
+    except ModuleNotFoundError as missing:
+        raise OptionError(f"an .onnx file needs {missing.name}: pip install onnx onnxscript") from missing
+
+
+def _parse_shape(text: str) -> tuple[int, ...]:
+    parts = text.split("x")
+    if len(parts) < 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise OptionError(f"--input {text!r} is no shape such as 1x3x224x224")
+    return tuple(map(int, parts))
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).strip().splitlines()[:3])

@@ -1,0 +1,60 @@
+"""What a user can cause is one line on stderr and an exit code; a traceback on request only."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+
+import typer
+
+from batchnorm.errors import BatchNormError, OptionError
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+@contextlib.contextmanager
+def one_clear_line(debug: bool, kept: str = "") -> Iterator[None]:
+    """Turn errors into one line and an exit code: 2 for a wrong option, 1 for the rest, 130 for Ctrl-C.
+
+    Args:
+        debug: show the traceback too.
+        kept: what an error of a file leaves behind, in words.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupted:
+        _fail(str(interrupted) or "stopped", _INTERRUPTED)
+    except BatchNormError as error:
+        if debug:
+            typer.echo(getattr(error, "details", None) or traceback.format_exc(), err=True)
+        _fail(f"error: {error}", 2 if isinstance(error, OptionError) else 1)
+    except OSError as error:
+        if debug:
+            typer.echo(traceback.format_exc(), err=True)
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"error: {where}{error.strerror or error}{'; ' if kept else ''}{kept}", 1)
+
+
+@contextlib.contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Show each UserWarning as one line on stderr, without the place in the code before it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", UserWarning)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                if issubclass(warning.category, UserWarning):
+                    typer.echo(f"warning: {_in_one_line(str(warning.message))}", err=True)
+
+
+def _fail(line: str, code: int) -> None:
+    typer.echo(_in_one_line(line), err=True)
+    sys.exit(code)
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.splitlines())
