@@ -25,6 +25,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "inspect": ("batchnorm.models.inspect", "inspect"),
     "keras": ("batchnorm.keras", None),
     "kernels": ("batchnorm.kernels", None),
+    "lean": ("batchnorm.torch.lean", "lean"),
     "reuse_memory": ("batchnorm.memory", "reuse_memory"),
     "revert": ("batchnorm.models.revert", "revert"),
 }
@@ -45,6 +46,7 @@ __all__ = [
     "inspect",
     "keras",
     "kernels",
+    "lean",
     "reuse_memory",
     "revert",
 ]
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from .models.revert import revert
     from .torch import functional
     from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from .torch.lean import lean
 
 
 def __getattr__(name: str) -> object:
