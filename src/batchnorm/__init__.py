@@ -29,6 +29,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "inspect": ("batchnorm.models.inspect", "inspect"),
     "keras": ("batchnorm.keras", None),
     "kernels": ("batchnorm.kernels", None),
+    "lean": ("batchnorm.torch.lean", "lean"),
     "reuse_memory": ("batchnorm.memory", "reuse_memory"),
     "revert": ("batchnorm.models.revert", "revert"),
     "unfreeze": ("batchnorm.models.freeze", "unfreeze"),
@@ -54,6 +55,7 @@ __all__ = [
     "inspect",
     "keras",
     "kernels",
+    "lean",
     "reuse_memory",
     "revert",
     "unfreeze",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from .statistics.running import Running
     from .torch import functional
     from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from .torch.lean import lean
 
 
 def __getattr__(name: str) -> object:
