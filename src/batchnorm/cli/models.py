@@ -98,6 +98,17 @@ def calibrate(
     samples: Samples = None,
     batch_size: BatchSize = 256,
     input: Input = None,
+    method: Annotated[
+        str,
+        typer.Option(help="batch: one pass, as in training; layerwise: of the network as deployed, in more."),
+    ] = "batch",
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Where to note how far it has come; the same command goes on from there."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="SVG to draw: how far off each layer's statistics were.")
+    ] = None,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -106,9 +117,18 @@ def calibrate(
         from .model_files import Run, check_out
 
         check_out(out, (".safetensors",), force)
+        if picture is not None:
+            check_out(picture, (".svg",), force)
         run = Run(model, weights, data, data_dir, samples, batch_size, input)
-        typer.echo(str(run.verb(batchnorm.calibrate, run.batches(), progress=True)))
+        options = {"progress": True, "method": method, "progress_file": resume}
+        report = run.verb(batchnorm.calibrate, run.batches(), **options)
+        typer.echo(str(report))
         run.write(run.model, out, force)
+        if picture is not None:
+            from batchnorm.study.plots.calibration import draw
+
+            draw(report, picture)
+            typer.echo(f"wrote {picture}")
 
 
 def fold(
@@ -134,17 +154,12 @@ def fold(
         run = Run(model, weights, data, data_dir, None, batch_size, input)
         example = run.example(needed=out.suffix != ".safetensors")
         run.model.eval()
-        folded = run.verb(getattr(batchnorm, "fold"), example)  # noqa: B009
+        folded = run.verb(batchnorm.fold, example)
         typer.echo(f"{_count(run.model) - _count(folded)} of {_count(run.model)} batch normalizations folded")
         run.write(folded, out, force, example)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (
-    inspect,
-    convert,
-    calibrate,
-    *((fold,) if "fold" in batchnorm.__all__ else ()),
-)
+COMMANDS: tuple[Callable[..., None], ...] = (inspect, convert, calibrate, fold)
 
 
 @contextlib.contextmanager
