@@ -291,7 +291,6 @@ def test_exported_models_run_without_the_users_code(own: Path, suffix: str) -> N
     assert folder(own) == {"own.py", f"x{suffix}"}
 
 
-@pytest.mark.skipif("fold" not in batchnorm.__all__, reason="there is no batchnorm.fold")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx", ".safetensors"])
 def test_fold_writes_a_model_to_run(own: Path, suffix: str) -> None:

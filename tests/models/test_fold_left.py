@@ -421,6 +421,39 @@ def test_a_wrong_plan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fold was taken back" in refuses(batchnorm.fold, model, x)
 
 
+def amplifying(block: Any, x: Tensor) -> Tensor:
+    """A rounding of float32 turns into another output altogether."""
+    return (block.norm(block.conv(x)) * 1e6).sin()
+
+
+def of_float32_only(block: Any, x: Tensor) -> Tensor:
+    y = block.conv(x)
+    return block.norm(y + torch.zeros(1, dtype=torch.float32).view(y.dtype)) + y.relu()
+
+
+def test_rounding_in_float32_refuses_nothing() -> None:
+    model = ready(Block(amplifying), torch.float32)
+    x = torch.randn(X)
+    copy = batchnorm.fold(model, x)
+    assert isinstance(copy.norm, nn.Identity)
+    with torch.no_grad():
+        assert (copy(x) - model.eval()(x)).abs().max() > 0.01  # or else this tests nothing
+
+
+def test_a_model_of_float32_only_is_compared_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ready(Block(of_float32_only), torch.float32)
+    x = torch.randn(X)
+    assert isinstance(batchnorm.fold(model, x).norm, nn.BatchNorm2d)
+    monkeypatch.setattr(
+        fold_plan._Planner, "_source", lambda planner, _: (planner.calls[_conv_of(planner)][0], 1)
+    )
+    assert "fold was taken back" in refuses(batchnorm.fold, model, x)
+
+
+def _conv_of(planner: Any) -> nn.Module:
+    return next(module for module in planner.calls if type(module) is nn.Conv2d)
+
+
 def test_weights_that_are_too_large_are_refused() -> None:
     model = ready(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), torch.float16)
     model[1].running_var.fill_(1e-4)
