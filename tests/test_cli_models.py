@@ -310,3 +310,26 @@ def test_fold_writes_a_model_to_run(own: Path, suffix: str) -> None:
         load_model(folded, out)
         found = folded.eval()(x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_calibrate_layerwise_draws_and_leaves_no_progress_file(own: Path) -> None:
+    out, picture, note = (own.with_name(name) for name in ("x.safetensors", "x.svg", "note"))
+    options = ("--data", f"{own}:data", "--batch-size", "7", "--method", "layerwise", "--resume", note)
+    done = run("calibrate", f"{own}:net", *options, "--picture", picture, "--out", out)
+    assert done.exit_code == 0, done.output
+    model = built(own, "net")
+    x = torch.from_numpy(built(own, "data")[0]).float()
+    batchnorm.calibrate(model, [x], method="layerwise")
+    found = load_file(out)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+    assert "<svg" in picture.read_text(encoding="utf-8")
+    assert folder(own) == {"own.py", "x.safetensors", "x.svg"}
+
+
+def test_calibrate_refuses_another_method_and_picture(own: Path) -> None:
+    options = ("--data", f"{own}:data", "--out", own.with_name("x.safetensors"))
+    assert_fails(run("calibrate", f"{own}:net", *options, "--method", "guess"), 2, "method", "'guess'")
+    done = run("calibrate", f"{own}:net", *options, "--picture", own.with_name("x.png"))
+    assert_fails(done, 2, "--picture", "x.png", ".svg")
+    assert folder(own) == {"own.py"}

@@ -147,12 +147,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise DataError(f"{path}: {_first_lines(error)}") from error
 
 
-def check_out(out: Path, suffixes: tuple[str, ...], force: bool) -> None:
+def check_out(out: Path, suffixes: tuple[str, ...], force: bool, option: str = "--out") -> None:
     """Raise OptionError for a file of another kind, or one that is there, unless forced."""
     if out.suffix not in suffixes:
-        raise OptionError(f"--out {out}: its name must end in {' or '.join(suffixes)}")
+        raise OptionError(f"{option} {out}: its name must end in {' or '.join(suffixes)}")
     if out.exists() and not force:
-        raise OptionError(f"--out {out} is there already: --force writes over it")
+        raise OptionError(f"{option} {out} is there already: --force writes over it")
 
 
 @contextlib.contextmanager

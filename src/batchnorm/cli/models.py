@@ -118,7 +118,7 @@ def calibrate(
 
         check_out(out, (".safetensors",), force)
         if picture is not None:
-            check_out(picture, (".svg",), force)
+            check_out(picture, (".svg",), force, "--picture")
         run = Run(model, weights, data, data_dir, samples, batch_size, input)
         options = {"progress": True, "method": method, "progress_file": resume}
         report = run.verb(batchnorm.calibrate, run.batches(), **options)
@@ -128,7 +128,7 @@ def calibrate(
             from batchnorm.study.plots.calibration import draw
 
             draw(report, picture)
-            typer.echo(f"wrote {picture}")
+            typer.echo(f"written: {picture}")
 
 
 def fold(
