@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import calibrate, fold_page, layer_bounds, layer_page
+from . import calibrate, fold_page, layer_bounds, layer_page, lean_page
 from .results_file import load
 from .tables import table
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("benchmarks.md", "calibrate.md", "fold.md", "study.md")),
+    *(ROOT / "docs" / name for name in ("benchmarks.md", "calibrate.md", "fold.md", "lean.md", "study.md")),
 )
 Rows = list[dict[str, Any]]
 
@@ -117,6 +117,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "layer-time-reuse": ("layer-time-reuse-memory-cpu", layer_page.layer_table),
     "layer-bounds": ("layer-bounds-cpu", layer_bounds.bounds_table),
     "step-time": ("step-time-cpu", layer_page.step_table),
+    "lean": ("lean-cpu", lean_page.lean_table),
+    "lean-goals": ("lean-cpu", lean_page.goals_table),
     "accuracy-keras": ("accuracy-keras-cpu", keras_accuracy_table),
     "step-time-keras": ("step-time-keras-cpu", keras_step_table),
     "calibrate": ("calibrate-cpu", calibrate.time_table),

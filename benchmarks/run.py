@@ -17,6 +17,8 @@ from . import (
     layer_bounds,
     layer_page,
     layer_time,
+    lean,
+    lean_page,
     page,
     results_file,
     roofline,
@@ -30,6 +32,7 @@ MEASUREMENTS = {
     "layer-time-reuse-memory-cpu": (layer_time.measure_reusing_memory, layer_page.layer_table),
     "layer-bounds-cpu": (layer_bounds.measure, layer_bounds.bounds_table),
     "step-time-cpu": (step_time.measure, layer_page.step_table),
+    "lean-cpu": (lean.measure, lean_page.lean_table),
     "accuracy-keras-cpu": (keras_layer.accuracies, page.keras_accuracy_table),
     "step-time-keras-cpu": (keras_layer.step_times, page.keras_step_table),
     "calibrate-cpu": (calibrate.measure, calibrate.table_of_both),
@@ -58,6 +61,7 @@ def main(
     if not quick and out == results_file.FOLDER:
         roofline.draw(results_file.load("layer-time-cpu")["rows"])
         calibrate.draw(results_file.load("calibration-digits")["rows"])
+        lean_page.draw(results_file.load("lean-cpu")["rows"])
         page.write()
 
 

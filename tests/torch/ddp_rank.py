@@ -1,12 +1,15 @@
 """One of two processes of torch.distributed: `python ddp_rank.py RANK FOLDER`.
 
-It trains a network with stock norms and one with ours under DistributedDataParallel, and the same two with
-frozen norms, and saves all four.
+It trains networks with stock norms, with ours, and with ours within `lean` under DistributedDataParallel, then the
+first two with frozen norms, and saves them all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, distributed, nn
 import batchnorm
 
 STEPS = 3
+Around = Callable[[], AbstractContextManager[object]]
 
 
 class Block(nn.Module):
@@ -42,8 +46,8 @@ class Block(nn.Module):
         return logits
 
 
-def train(model: nn.Module, rank: int) -> dict[str, Tensor]:
-    """Return the state after some steps on this rank's half of the data."""
+def train(model: nn.Module, rank: int, around: Around = contextlib.nullcontext) -> dict[str, Tensor]:
+    """Return the state after some steps on this rank's half of the data, with `around` around forwards."""
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(rank)
@@ -51,20 +55,27 @@ def train(model: nn.Module, rank: int) -> dict[str, Tensor]:
         x = torch.randn(6, 3, 18, 17, generator=generator) + rank
         target = torch.randint(4, (6,), generator=generator)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(parallel(x), target).backward()
+        with around():
+            loss = nn.functional.cross_entropy(parallel(x), target)
+        loss.backward()
         optimizer.step()
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def main(rank: int, folder: Path) -> None:
-    """Train the two networks from one state."""
+    """Train the networks from one state."""
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
     )
     torch.manual_seed(rank)  # DistributedDataParallel hands out the first one's parameters
-    stock, ours = Block(ours=False), Block(ours=True)
-    ours.load_state_dict(stock.state_dict())
-    found = {"stock": train(stock, rank), "ours": train(ours, rank)}
+    stock, ours, lean = Block(ours=False), Block(ours=True), Block(ours=True)
+    for model in (ours, lean):
+        model.load_state_dict(stock.state_dict())
+    found = {
+        "stock": train(stock, rank),
+        "ours": train(ours, rank),
+        "lean": train(lean, rank, batchnorm.lean),
+    }
     for model in (stock, ours):  # with the statistics that they have by now
         for norm in (model.first, model.second):
             if model is ours:

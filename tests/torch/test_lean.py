@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 
 import batchnorm
 from batchnorm.kernels import use
@@ -210,16 +211,17 @@ def test_row_23_a_norm_on_a_part_of_a_norm() -> None:
 
 
 def test_row_23_pooling_keeps_narrow_indices() -> None:
-    """Row 23: max pooling keeps an index per value: 8 bytes, or 2 of them that are not 0."""
+    """Row 23: max pooling keeps an index per value: 8 bytes each, of which 6 are zero."""
     pool, x = nn.MaxPool2d(2), torch.randn(2, 8, 40, 40)
-    found = []
-    for around in (contextlib.nullcontext(), batchnorm.lean()):
-        leaf = x.clone().requires_grad_()
-        with around:
-            y = pool(leaf)
-        kept = y.grad_fn._raw_saved_result1
-        found.append(y.square().sum())
-        found[-1].backward()
-        found[-1] = leaf.grad
-        assert kept is not None
-    assert torch.equal(*found)
+    for wide in (x, torch.randn(1, 2, 400, 400)):
+        found, kept = [], []
+        for around in (contextlib.nullcontext(), batchnorm.lean()):
+            leaf = wide.clone().requires_grad_()
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, around:
+                y = pool(leaf)
+            kept.append(sum(event.self_cpu_memory_usage for event in seen.key_averages()) / y.numel())
+            y.square().sum().backward()
+            found.append(leaf.grad)
+            del y
+        assert torch.equal(*found)
+        assert kept == [4 + 8, 4 + (2 if wide is x else 4)]
