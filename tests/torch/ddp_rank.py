@@ -1,7 +1,7 @@
 """One of two processes of torch.distributed: `python ddp_rank.py RANK FOLDER`.
 
-It trains networks with stock norms, with ours, and with ours within `lean` under DistributedDataParallel, then the
-first two with frozen norms, and saves them all.
+Under DistributedDataParallel it trains networks with stock norms, with ours, and with ours within `lean`;
+then the first two with frozen norms; and saves them all.
 """
 
 from __future__ import annotations
