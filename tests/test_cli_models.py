@@ -50,7 +50,16 @@ def tied():
 
 def plain():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout())
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(3), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.norm(x)) if x.sum() < 1e9 else x
 
 
 class Special(nn.BatchNorm2d):
@@ -144,6 +153,9 @@ def test_inspect_prints_the_table(own: Path) -> None:
         assert done.stdout.strip() == expected.strip()
     assert "never updated" in done.stdout
     assert "relu" in done.stdout
+    for options in (["--input", "4x3x6x6"], ["--data", f"{own}:data"]):
+        done = run("inspect", f"{own}:Branching", *options)
+        assert "silu (as on the example)" in done.stdout, done.output
     assert folder(own) == {"own.py"}
 
 
@@ -280,7 +292,7 @@ def test_exported_models_run_without_the_users_code(own: Path, suffix: str) -> N
     job = Run(f"{own}:plain", None, None, None, None, 4, "4x3x6x6")
     out, x = own.with_name(f"x{suffix}"), torch.randn(3, 3, 6, 6)
     job.write(job.model, out, False, job.example(needed=True))
-    expected = built(own, "plain")(x)
+    expected = built(own, "plain").eval()(x)
     if suffix == ".pt2":
         found = torch.export.load(out).module()(x)
     else:
