@@ -43,9 +43,15 @@ def measure(quick: bool = False) -> Rows:
     ]
 
 
-def measured(case: LeanCase, rounds: int) -> dict[str, Any]:
-    """Return the row of a network."""
-    held = {name: in_new_process(bytes_held, case, name) for name in VARIANTS}
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measured(case: LeanCase, rounds: int, apart: Callable[..., Any] = in_new_process) -> dict[str, Any]:
+    """Return the row of a network; `apart` calls what looks at memory."""
+    held = {name: apart(bytes_held, case, name) for name in VARIANTS}
     same = _are_gradients_same(VARIANTS["ours"](case), VARIANTS["lean"](case))
     steps = {name: _whole(build(case)) for name, build in VARIANTS.items()}
     times = interleave({name: clocked(step) for name, step in steps.items()}, rounds, warm_up=1)
@@ -68,12 +74,6 @@ def measured(case: LeanCase, rounds: int) -> dict[str, Any]:
         },
         "gradients_identical": same,
     }
-
-
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def bytes_held(case: LeanCase, variant: str) -> dict[str, float]:

@@ -56,7 +56,7 @@ def test_row_23_a_write_to_the_output() -> None:
         with around():
             y = layer(leaf * 1)
             first = y[:, 0].clone()
-            y.relu_()
+            y.tanh_()
             loss = (y.sin() + y.square()).sum() + first.sum()
         loss.backward()
         return {"dx": leaf.grad}
@@ -79,6 +79,24 @@ def test_row_23_a_write_to_the_output() -> None:
             y.zero_()
         with outcome:
             loss.backward()
+
+
+def test_row_23_a_residual_that_is_written_to_before_somebody_keeps_it() -> None:
+    """Row 23: a norm without activation does not keep its residual; another operator keeps other values."""
+
+    def run(around: Around) -> dict[str, Tensor]:
+        torch.manual_seed(2)
+        layer = norm(4, None)
+        leaf, other = (torch.randn(X, requires_grad=True) for _ in range(2))
+        with around():
+            residual = other * 1
+            y = layer(leaf * 1, residual)
+            residual.mul_(2)
+            loss = (residual.sin() * 1).sum() + y.sin().sum()
+        loss.backward()
+        return {"dx": leaf.grad, "dresidual": other.grad}
+
+    both(run)
 
 
 def test_row_23_nothing_stays_after_an_error_or_without_a_backward() -> None:
