@@ -85,6 +85,40 @@ def reuse_memory_findings(rows: Rows) -> list[Finding]:
     ]
 
 
+# What `lean` may hold for the backward, as a fraction of what stock does.
+_HELD = {
+    "VGG-11-BN": 0.62,
+    "MobileNetV2": 0.55,
+    "EfficientNet-B0": 0.55,
+    "ResNet-50": 0.62,
+    "pre-activation ResNet-50": 0.60,
+    "DenseNet-121": 0.60,
+}
+_LEAN_TIME = 1.05
+
+
+def lean_findings(rows: Rows) -> list[Finding]:
+    """Return the goals of `lean`: bytes held, time of a step, gradients."""
+    found: list[Finding] = []
+    for row in rows:
+        held, name = row["bytes_held"], row["network"]
+        if name in _HELD:
+            found += _finding(
+                f"{name}: bytes held, lean ÷ stock",
+                _HELD[name],
+                [held["lean"] / held["stock"]],
+                max,
+                max,
+                "≤",
+            )
+    for row in rows:
+        ratio = row["ratios"]["lean / ours"]["median"]
+        found += _finding(f"{row['network']}: time, lean ÷ not lean", _LEAN_TIME, [ratio], max, max, "≤")
+    same = [float(row["gradients_identical"]) for row in rows]
+    found += _finding("gradients identical bit for bit, of networks", 1.0, same, statistics.fmean, min, "≥")
+    return found
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     """Return exp of the mean logarithm."""
     return math.exp(statistics.fmean(math.log(value) for value in values))

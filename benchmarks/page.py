@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import layer_page
-from .results_file import load
+from . import layer_page, lean_page
+from .results_file import is_measured, load
 from .tables import table
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "study.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "lean.md", "study.md")))
 Rows = list[dict[str, Any]]
 
 
@@ -113,6 +113,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "reuse-goals": ("layer-time-reuse-memory-cpu", layer_page.reuse_goals_table),
     "layer-time-reuse": ("layer-time-reuse-memory-cpu", layer_page.layer_table),
     "step-time": ("step-time-cpu", layer_page.step_table),
+    "lean": ("lean-cpu", lean_page.lean_table),
+    "lean-goals": ("lean-cpu", lean_page.goals_table),
     "accuracy-keras": ("accuracy-keras-cpu", keras_accuracy_table),
     "step-time-keras": ("step-time-keras-cpu", keras_step_table),
     "study": ("study-digits", study_table),
@@ -123,6 +125,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
 def block(name: str) -> str:
     """Return a marked block: the table, and where it comes from."""
     file, show = BLOCKS[name]
+    if not is_measured(file):
+        return f"<!-- {name} -->\nNot measured yet: `python -m benchmarks.run {file}`.\n<!-- / -->"
     found = load(file)
     origin = ", ".join(str(value) for key, value in found["provenance"].items() if key != "command")
     return f"<!-- {name} -->\n{show(found['rows'])}\n\n`benchmarks/results/{file}.json`: {origin}\n<!-- / -->"

@@ -55,6 +55,11 @@ def save(name: str, command: str, rows: list[dict[str, Any]], folder: Path = FOL
     return path
 
 
+def is_measured(name: str, folder: Path = FOLDER) -> bool:
+    """Whether there is a result file."""
+    return (folder / f"{name}.json").exists()
+
+
 def load(name: str, folder: Path = FOLDER) -> dict[str, Any]:
     """Return a result file's provenance and rows."""
     found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())

@@ -7,13 +7,26 @@ from typing import Annotated
 
 import typer
 
-from . import accuracy, keras_layer, layer_page, layer_time, page, results_file, roofline, step_time, study
+from . import (
+    accuracy,
+    keras_layer,
+    layer_page,
+    layer_time,
+    lean,
+    lean_page,
+    page,
+    results_file,
+    roofline,
+    step_time,
+    study,
+)
 
 MEASUREMENTS = {
     "accuracy-cpu": (accuracy.measure, page.accuracy_table),
     "layer-time-cpu": (layer_time.measure, layer_page.layer_table),
     "layer-time-reuse-memory-cpu": (layer_time.measure_reusing_memory, layer_page.layer_table),
     "step-time-cpu": (step_time.measure, layer_page.step_table),
+    "lean-cpu": (lean.measure, lean_page.lean_table),
     "accuracy-keras-cpu": (keras_layer.accuracies, page.keras_accuracy_table),
     "step-time-keras-cpu": (keras_layer.step_times, page.keras_step_table),
     "study-digits": (study.measure, page.study_table),
@@ -36,7 +49,9 @@ def main(
             typer.echo(results_file.save(name, f"python -m benchmarks.run {name}", rows, out))
         typer.echo(table(rows))
     if not quick and out == results_file.FOLDER:
-        roofline.draw(results_file.load("layer-time-cpu")["rows"])
+        for name, draw in (("layer-time-cpu", roofline.draw), ("lean-cpu", lean_page.draw)):
+            if results_file.is_measured(name):
+                draw(results_file.load(name)["rows"])
         page.write()
 
 

@@ -1,0 +1,121 @@
+"""What a forward leaves in memory for the backward, and the time of a step: `lean` and its rivals."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from .interleaved import clocked, interleave, ratio
+from .lean_variants import VARIANTS, LeanCase, Step
+from .progress import progress
+
+NETWORKS = (
+    "VGG-11-BN",
+    "ResNet-50",
+    "pre-activation ResNet-50",
+    "MobileNetV2",
+    "EfficientNet-B0",
+    "DenseNet-121",
+    "U-Net",
+)
+CASES = tuple(LeanCase(network, 16, 128) for network in NETWORKS)
+QUICK_CASES = (LeanCase("MobileNetV2", 4, 64),)
+ROUNDS, QUICK_ROUNDS = 7, 1
+TIMES = 3  # that memory is looked at
+Rows = list[dict[str, Any]]
+
+
+def measure(quick: bool = False) -> Rows:
+    """Return a row per network: bytes held, seconds of a step, and whether gradients are the same."""
+    return [
+        measured(case, QUICK_ROUNDS if quick else ROUNDS)
+        for case in progress(QUICK_CASES if quick else CASES, "networks")
+    ]
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measured(case: LeanCase, rounds: int, apart: Callable[..., Any] = in_new_process) -> dict[str, Any]:
+    """Return the row of a network; `apart` calls what looks at memory."""
+    held = {name: apart(bytes_held, case, name) for name in VARIANTS}
+    same = _are_gradients_same(VARIANTS["ours"](case), VARIANTS["lean"](case))
+    steps = {name: _whole(build(case)) for name, build in VARIANTS.items()}
+    times = interleave({name: clocked(step) for name, step in steps.items()}, rounds, warm_up=1)
+    return {
+        "network": case.network,
+        "batch": case.batch,
+        "side": case.side,
+        "bytes_held": {name: found["resident"] for name, found in held.items()},
+        "bytes_allocated": {name: found["allocated"] for name, found in held.items()},
+        "seconds": {name: statistics.median(taken) for name, taken in times.items()},
+        "ratios": {
+            f"{own} / {theirs}": ratio(times[own], times[theirs])
+            for own, theirs in (
+                ("lean", "ours"),
+                ("ours", "stock"),
+                ("lean", "stock"),
+                ("checkpoint", "stock"),
+                ("selective", "stock"),
+            )
+        },
+        "gradients_identical": same,
+    }
+
+
+def bytes_held(case: LeanCase, variant: str) -> dict[str, float]:
+    """Return how many bytes a forward leaves, after a first step: medians.
+
+    Returns:
+        resident: growth of the process's resident memory (Linux), from before the forward to behind it.
+        allocated: bytes of the tensors that were allocated meanwhile and are there still.
+    """
+    step = VARIANTS[variant](case)
+    torch.autograd.backward(step.forward())
+    resident = statistics.median(_growth(step) for _ in range(TIMES))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        loss = step.forward()
+    del loss
+    return {"resident": resident, "allocated": sum(e.self_cpu_memory_usage for e in seen.key_averages())}
+
+
+def _growth(step: Step) -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident()
+    loss = step.forward()
+    ctypes.CDLL(None).malloc_trim(0)
+    grown = _resident() - before
+    torch.autograd.backward(loss)
+    return grown
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _whole(step: Step) -> Callable[[], float]:
+    optimizer = torch.optim.SGD(step.model.parameters(), lr=1e-3, momentum=0.9)
+    return lambda: step.take(optimizer)
+
+
+def _are_gradients_same(*steps: Step) -> bool:
+    found = []
+    for step in steps:
+        torch.autograd.backward(step.forward())
+        found.append([parameter.grad for parameter in step.model.parameters()])
+    return all(map(torch.equal, *found))
