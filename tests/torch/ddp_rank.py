@@ -1,11 +1,14 @@
 """One of two processes of torch.distributed: `python ddp_rank.py RANK FOLDER`.
 
-It trains a network with stock norms and one with ours under DistributedDataParallel, and saves both.
+It trains a network with stock norms, and two with ours, under DistributedDataParallel, and saves them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, distributed, nn
 import batchnorm
 
 STEPS = 3
+Around = Callable[[], AbstractContextManager[object]]
 
 
 class Block(nn.Module):
@@ -41,8 +45,8 @@ class Block(nn.Module):
         return logits
 
 
-def train(model: nn.Module, rank: int) -> dict[str, Tensor]:
-    """Return the state after some steps on this rank's half of the data."""
+def train(model: nn.Module, rank: int, around: Around = contextlib.nullcontext) -> dict[str, Tensor]:
+    """Return the state after some steps on this rank's half of the data, with `around` around forwards."""
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(rank)
@@ -50,20 +54,28 @@ def train(model: nn.Module, rank: int) -> dict[str, Tensor]:
         x = torch.randn(6, 3, 18, 17, generator=generator) + rank
         target = torch.randint(4, (6,), generator=generator)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(parallel(x), target).backward()
+        with around():
+            loss = nn.functional.cross_entropy(parallel(x), target)
+        loss.backward()
         optimizer.step()
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def main(rank: int, folder: Path) -> None:
-    """Train the two networks from one state."""
+    """Train the networks from one state."""
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
     )
     torch.manual_seed(rank)  # DistributedDataParallel hands out the first one's parameters
-    stock, ours = Block(ours=False), Block(ours=True)
-    ours.load_state_dict(stock.state_dict())
-    torch.save({"stock": train(stock, rank), "ours": train(ours, rank)}, folder / f"found{rank}.pt")
+    stock, ours, lean = Block(ours=False), Block(ours=True), Block(ours=True)
+    for model in (ours, lean):
+        model.load_state_dict(stock.state_dict())
+    found = {
+        "stock": train(stock, rank),
+        "ours": train(ours, rank),
+        "lean": train(lean, rank, batchnorm.lean),
+    }
+    torch.save(found, folder / f"found{rank}.pt")
     distributed.destroy_process_group()
 
 
