@@ -1,0 +1,3 @@
+from tests.support.threads import _one_thread
+
+__all__ = ["_one_thread"]
