@@ -345,3 +345,19 @@ def test_calibrate_refuses_another_method_and_picture(own: Path) -> None:
     done = run("calibrate", f"{own}:net", *options, "--picture", own.with_name("x.png"))
     assert_fails(done, 2, "--picture", "x.png", ".svg")
     assert folder(own) == {"own.py"}
+
+
+def test_an_exported_program_does_not_hold_the_data(own: Path) -> None:
+    text = own.read_text().replace("(60, 3, 6, 6)", "(9000, 3, 6, 6)").replace("[:40]", "[:8980]")
+    own.write_text(text.replace("[40:]", "[8980:]").replace("arange(60)", "arange(9000)"))
+    out = own.with_name("x.pt2")
+    done = run("fold", f"{own}:net", "--data", f"{own}:data", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert out.stat().st_size < 1_000_000  # the data are 3.9 MB
+
+
+def test_an_onnx_file_needs_packages_which_are_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchnorm.cli.model_files.find_spec", lambda _: None)
+    done = run("fold", f"{own}:net", "--input", "4x3x6x6", "--out", own.with_name("x.onnx"))
+    assert_fails(done, 2, "pip install onnx onnxscript")
+    assert folder(own) == {"own.py"}

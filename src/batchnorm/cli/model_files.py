@@ -7,6 +7,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ class Run:
     def example(self, *, needed: bool = False) -> Tensor | None:
         """Return an input of the model: the first batch of data, else random of the shape, else None."""
         if self._inputs is not None:
-            return self.batches()[0]
+            return self.batches()[
+                0
+            ].clone()  # an exported program keeps its example, and a view all of the data
         if self._shape is not None:
             return torch.randn(self._shape, generator=torch.Generator().manual_seed(0))
         if needed:
@@ -175,6 +178,13 @@ def _umask() -> int:
     return mask
 
 
+def check_exporter(suffix: str) -> None:
+    """Raise OptionError for a file that needs packages which are not installed."""
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if suffix == ".onnx" and missing:
+        raise OptionError(f"an .onnx file needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
 def _export(model: nn.Module, example: Tensor, part: Path, suffix: str) -> None:
     """Write a program of torch.export, or the same as ONNX; the number of examples stays open if it can."""
     open_batch = ({0: torch.export.Dim.AUTO},)
@@ -182,10 +192,7 @@ def _export(model: nn.Module, example: Tensor, part: Path, suffix: str) -> None:
     if suffix == ".pt2":
         torch.export.save(program, part)
         return
-    try:
-        torch.onnx.export(program, (), part, external_data=False, verbose=False)
-    except ModuleNotFoundError as missing:
-        raise OptionError(f"an .onnx file needs {missing.name}: pip install onnx onnxscript") from missing
+    torch.onnx.export(program, (), part, external_data=False, verbose=False)
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:

@@ -148,9 +148,10 @@ def fold(
     yours; its .safetensors fit the model that `batchnorm.fold(function())` makes.
     """
     with _clearly(debug):
-        from .model_files import Run, check_out
+        from .model_files import Run, check_exporter, check_out
 
         check_out(out, (".safetensors", ".onnx", ".pt2"), force)
+        check_exporter(out.suffix)
         run = Run(model, weights, data, data_dir, None, batch_size, input)
         example = run.example(needed=out.suffix != ".safetensors")
         run.model.eval()
