@@ -75,9 +75,8 @@ class Run:
     def example(self, *, needed: bool = False) -> Tensor | None:
         """Return an input of the model: the first batch of data, else random of the shape, else None."""
         if self._inputs is not None:
-            return self.batches()[
-                0
-            ].clone()  # an exported program keeps its example, and a view all of the data
+            # A copy: an exported program keeps its example, and with a view all of the data.
+            return self.batches()[0].clone()
         if self._shape is not None:
             return torch.randn(self._shape, generator=torch.Generator().manual_seed(0))
         if needed:
