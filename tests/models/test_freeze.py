@@ -214,7 +214,8 @@ def test_row_6_what_cannot_be_frozen_is_refused_by_name(frozen_norm: type[nn.Mod
 
 def test_an_interruption_leaves_what_learned_learning(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nets.resnet()
-    model(torch.randn(X)).sum().backward()
+    y = model(torch.randn(X))
+    y.backward(torch.randn_like(y))
     before, parameters = anatomy(model), list(model.parameters())
     grads = [parameter.grad for parameter in parameters]
     hold = freeze_module._hold

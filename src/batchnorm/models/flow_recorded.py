@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .agreement import call as call_model
 from .agreement import restored, set_mode
 from .flow import Axes, Call, Flow, Value
 from .hooks import sees_output
+from .watching import LEAVING, tensors_in, written
 
 _RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias", "aten::unsqueeze", "aten::squeeze")
-_DIRECT = ("numpy", "tolist", "__array__", "data_ptr", "__dlpack__")  # they read values without an operation
 _Key = tuple[Any, ...]
 
 
@@ -74,20 +73,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        written = _written(func, args, kwargs)
+        changed = written(func, args, kwargs)
         if self._running:
-            self._touch(_leaves_of((args, kwargs)), written)
+            self._touch(tensors_in((args, kwargs)), changed)
             return func(*args, **kwargs)
-        reads = [self._read(tensor) for tensor in _leaves_of((args, kwargs))]
+        reads = [self._read(tensor) for tensor in tensors_in((args, kwargs))]
         result = func(*args, **kwargs)
-        outputs = _leaves_of(result)
-        is_alias = bool(outputs) and not written and all(map(self._is_known, outputs))
+        outputs = tensors_in(result)
+        is_alias = bool(outputs) and not changed and all(map(self._is_known, outputs))
         if not is_alias:
             call = Call(str(func._schema.name).removeprefix("aten::"), None, reads)
             call.axes = _axes(func, args, result)
-            for tensor in written:
+            for tensor in changed:
                 self._values[_storage(tensor)].clear()  # what lay there is gone
-            self._finish(call, [*outputs, *written])
+            self._finish(call, [*outputs, *changed])
         return result
 
     def _read(self, tensor: Tensor) -> Value:
@@ -149,11 +148,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _hooked(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._running:
-            self._observe(f"the hooks of {self._names[module]}", _leaves_of((args, kwargs)))
+            self._observe(f"the hooks of {self._names[module]}", tensors_in((args, kwargs)))
 
     def _hooked_output(self, module: nn.Module, _args: Any, result: Any) -> None:
         if not self._running:
-            self._observe(f"the hooks of {self._names[module]}", _leaves_of(result))
+            self._observe(f"the hooks of {self._names[module]}", tensors_in(result))
 
     def _begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.called.add(module)
@@ -161,7 +160,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         rest = dict(kwargs)
         first = args[0] if args else rest.pop("input", None)
-        others = _leaves_of((args[1:], rest))
+        others = tensors_in((args[1:], rest))
         inputs = [first, *others] if isinstance(first, Tensor) else []
         what = f"{self._names[module]} ({type(module).__name__})"
         reads = [] if self._running else [self._read(tensor) for tensor in inputs]
@@ -170,7 +169,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _ends(self, _module: nn.Module, _args: Any, result: Any) -> None:
         call = self._running.pop()
         if not self._running:
-            self._finish(call, _leaves_of(result))
+            self._finish(call, tensors_in(result))
             return
         self.flow.calls.append(call)  # within another leaf: who reads this is not seen
         Call(f"something in {self._running[-1].what}", None, [call.give(), call.give()])
@@ -186,9 +185,8 @@ class _Direct(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _DIRECT and not self._recorder._running:
-            self._recorder._observe(name, _leaves_of(args))
+        if func in LEAVING and not self._recorder._running:
+            self._recorder._observe(func.__name__, tensors_in(args))
         return func(*args, **(kwargs or {}))
 
 
@@ -200,20 +198,6 @@ def _key(tensor: Tensor) -> _Key:
     if tensor.layout is not torch.strided:
         return ()
     return (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def _leaves_of(values: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that an operation writes to."""
-    found = []
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[place] if place < len(args) else kwargs.get(argument.name)
-            found += _leaves_of(given)
-    return found
 
 
 def _axes(func: Any, args: tuple[Any, ...], result: Any) -> Axes:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batchnorm.models.watching import LEAVING, tensors_in, written
 from batchnorm.torch.functional import batch_norm
 
 # Operators that let data decide what Python does next: it reads a number, or the size of the result.
 _DECIDING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
-# Ways out of torch, after which nothing can be followed.
-LEAVING = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr})
 
 
 class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -51,7 +49,7 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def mark(self, values: Any) -> None:
         """Mark every tensor in `values`, of any nesting."""
-        for tensor in _tensors(values):
+        for tensor in tensors_in(values):
             storage = _storage(tensor)
             if storage is None:
                 self._everything = True
@@ -67,7 +65,7 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._everything:
             return True
         return bool(self._marked) and any(
-            (storage := _storage(tensor)) is None or storage in self._marked for tensor in _tensors(values)
+            (storage := _storage(tensor)) is None or storage in self._marked for tensor in tensors_in(values)
         )
 
     def __torch_dispatch__(
@@ -78,7 +76,7 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if marked:
             self.mark(result)
-            self.mark(_written(func, args, kwargs))
+            self.mark(written(func, args, kwargs))
             if not _DECIDING.isdisjoint(getattr(func, "tags", ())):
                 self._everything = True
         return result
@@ -108,20 +106,6 @@ class _Leaving(TorchFunctionMode):
         else:
             dependence.mark_everything()
         return result
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return the arguments that an operator writes into."""
-    written = []
-    schema = getattr(func, "_schema", None)  # operators of higher order have none, and write into nothing
-    for place, argument in enumerate(schema.arguments if schema else ()):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written.append(args[place] if place < len(args) else kwargs.get(argument.name))
-    return written
-
-
-def _tensors(values: Any) -> Iterable[Tensor]:
-    return (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef | None:

@@ -17,9 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.errors import FileError, OptionError
+from batchnorm.models.watching import LEAVING
 from batchnorm.torch.functional import batch_norm
-
-from .dependence import LEAVING
 
 _WITHOUT = "leave spill out: passes over the data take every model"
 
