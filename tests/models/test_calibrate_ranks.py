@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ import batchnorm
 from batchnorm.errors import OptionError
 from tests.models import calibrate_rank
 from tests.models.calibrate_rank import METHODS, SHARDS, running, shard, whole
+from tests.support.ranks import found_by_ranks
 
 Found = list[dict[str, Any]]
 
@@ -21,17 +20,7 @@ Found = list[dict[str, Any]]
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each rank found in each scenario."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", calibrate_rank.__name__, str(rank), str(request.param), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(request.param)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * request.param, errors
-    return [torch.load(folder / f"found{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return found_by_ranks(calibrate_rank, request.param, folder, request.param)
 
 
 def _assert_same_on_all(found: Found, scenario: str) -> None:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from tests.models import sharded_rank
+from tests.support.ranks import found_by_ranks
 
 
 def test_sharded_models_are_converted_and_frozen(tmp_path: Path) -> None:
     """Classes that torch generates are recognized; the same parameters train as with stock norms. Row 4."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, sharded_rank.__file__, str(rank), str(tmp_path)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
-    for rank in range(2):
-        found = torch.load(tmp_path / f"found{rank}.pt", weights_only=True)
+    for found in found_by_ranks(sharded_rank, 2, tmp_path):
         assert found["ours"].keys() == found["stock"].keys() == found["frozen"].keys()
         for name, value in found["stock"].items():
             torch.testing.assert_close(found["ours"][name], value, rtol=1e-4, atol=1e-5, msg=name)

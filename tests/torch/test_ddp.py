@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
+from tests.support.ranks import found_by_ranks
 from tests.torch import ddp_rank
 from tests.torch.twins import assert_identical
 
@@ -17,17 +16,7 @@ def test_two_processes_train_as_with_stock_layers(tmp_path: Path) -> None:
 
     Row 23: with `lean` around forwards, every bit is as without.
     """
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, ddp_rank.__file__, str(rank), str(tmp_path)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
-    found = [torch.load(tmp_path / f"found{rank}.pt", weights_only=True) for rank in range(2)]
+    found = found_by_ranks(ddp_rank, 2, tmp_path)
     for of_rank in found:
         for kind in ("", "frozen "):
             ours, stock = (of_rank[f"{kind}{whose}"] for whose in ("ours", "stock"))

@@ -131,12 +131,7 @@ class _Planner:
                 raise _Impossible(f"before it, {source.what} has its channels on another axis")
             times[layer] += 1
             ranks.add(_rank(norm, call, kind))
-        for layer, count in times.items():
-            if count != len(self.calls[layer]):
-                raise _Impossible(
-                    f"before it, {self.calls[layer][0].what} is called {len(self.calls[layer])} times, "
-                    f"{count} of them for this norm"
-                )
+        self._check_every_call(times, "before", "for this norm")
         return self._step(norm, times, "before", ranks)
 
     def _source(self, call: Call) -> tuple[Call, int]:
@@ -180,13 +175,17 @@ class _Planner:
                 ranks.add(_rank(norm, call, kind))
         if not times:
             raise _Impossible("nothing reads its output")
-        for layer, count in times.items():
-            if count != len(self.calls[layer]):
-                raise _Impossible(
-                    f"after it, {self.calls[layer][0].what} is called {len(self.calls[layer])} times, "
-                    f"{count} of them on this norm's output"
-                )
+        self._check_every_call(times, "after", "on this norm's output")
         return self._step(norm, times, "after", ranks)
+
+    def _check_every_call(self, times: Counter[nn.Module], where: str, how: str) -> None:
+        """Raise unless every call of a layer is one of those that this norm is next to."""
+        for layer, count in times.items():
+            calls = self.calls[layer]
+            if count != len(calls):
+                raise _Impossible(
+                    f"{where} it, {calls[0].what} is called {len(calls)} times, {count} of them {how}"
+                )
 
     def _consumers(self, value: Value, axis: int) -> list[tuple[Call, Value, int]]:
         """Return the layers that read a value, past what only hands it on, with the channel axis there."""
