@@ -13,14 +13,18 @@ __version__ = "0.1.0.dev0"
 
 # Public name -> (the module that defines it, its name there; None for the module itself).
 _HOMES: dict[str, tuple[str, str | None]] = {
+    "Adapted": ("batchnorm.statistics.adapted", "Adapted"),
     "Batch": ("batchnorm.statistics.batch", "Batch"),
     "BatchNorm1d": ("batchnorm.torch.layers", "BatchNorm1d"),
     "BatchNorm2d": ("batchnorm.torch.layers", "BatchNorm2d"),
     "BatchNorm3d": ("batchnorm.torch.layers", "BatchNorm3d"),
+    "Ghost": ("batchnorm.statistics.ghost", "Ghost"),
+    "Renorm": ("batchnorm.statistics.renorm", "Renorm"),
     "Running": ("batchnorm.statistics.running", "Running"),
+    "Synced": ("batchnorm.statistics.synced", "Synced"),
     "calibrate": ("batchnorm.models.calibrate", "calibrate"),
-    "convert": ("batchnorm.models.convert", "convert"),
     "conventions": ("batchnorm.conventions", None),
+    "convert": ("batchnorm.models.convert", "convert"),
     "errors": ("batchnorm.errors", None),
     "fold": ("batchnorm.models.fold", "fold"),
     "freeze": ("batchnorm.models.freeze", "freeze"),
@@ -38,11 +42,15 @@ _HOMES: dict[str, tuple[str, str | None]] = {
 _EXTRAS = {"torch": "torch", "keras": "keras", "rich": "study"}
 
 __all__ = [
+    "Adapted",
     "Batch",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Ghost",
+    "Renorm",
     "Running",
+    "Synced",
     "__version__",
     "calibrate",
     "conventions",
@@ -71,8 +79,12 @@ if TYPE_CHECKING:
     from .models.fuse import fuse
     from .models.inspect import inspect
     from .models.revert import revert
+    from .statistics.adapted import Adapted
     from .statistics.batch import Batch
+    from .statistics.ghost import Ghost
+    from .statistics.renorm import Renorm
     from .statistics.running import Running
+    from .statistics.synced import Synced
     from .torch import functional
     from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from .torch.lean import lean

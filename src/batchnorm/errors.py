@@ -43,6 +43,10 @@ class OptionError(BatchNormError, ValueError):
     """An option has a value outside its range."""
 
 
+class NonFiniteError(BatchNormError, FloatingPointError):
+    """The input of a layer that refuses it (`nonfinite="raise"`) has inf or NaN."""
+
+
 class DataError(BatchNormError, ValueError):
     """Data that was handed over cannot be read or has the wrong form."""
 

@@ -13,7 +13,8 @@ from batchnorm.kernels import choose, eager
 from batchnorm.kernels.cpu import engine as cpu_engine
 from batchnorm.kernels.cpu import plan
 from batchnorm.kernels.interface import Coefficients, Engine
-from batchnorm.statistics import batch
+from batchnorm.statistics.moments import PooledMoments
+from batchnorm.statistics.policy import by_batch, gradient_coefficients
 from tests.support.cases import Case, Inputs, every_case
 from tests.support.compare import Results, assert_close, reference_results
 
@@ -49,12 +50,11 @@ def _options(case: Case, inputs: Inputs) -> dict[str, object]:
     return {"residual": inputs.residual, "mask": inputs.mask, **case.options}
 
 
-def _coefficients(
-    engine: Engine, case: Case, inputs: Inputs, rstd: torch.Tensor, sums: object
-) -> Coefficients:
+def _coefficients(engine: Engine, case: Case, inputs: Inputs, sums: object) -> Coefficients:
     weight = 1.0 if inputs.weight is None else inputs.weight.double()
     count = engine.moments(inputs.x, mask=inputs.mask, group_size=case.group_size).count.unsqueeze(1)
-    return batch.gradient_coefficients(weight, rstd, *sums, count)
+    found = PooledMoments(count, *engine.moments(inputs.x, mask=inputs.mask, group_size=case.group_size)[1:])
+    return gradient_coefficients(weight, by_batch(found, EPS, torch), found, *sums)
 
 
 def _assert_gradients(
@@ -92,7 +92,7 @@ def test_split_primitives(name: str, case: Case) -> None:
     assert_close(y, expected.y, dtype=case.dtype, what="y")
 
     sums = engine.backward_reduce(x, dy, mean, rstd, weight, bias, **options)
-    coefficients = _coefficients(engine, case, inputs, rstd, sums)
+    coefficients = _coefficients(engine, case, inputs, sums)
     dx, dresidual = engine.backward_apply(x, dy, mean, rstd, coefficients, weight, bias, **options)
     _assert_gradients(case, expected, dx, sums[1].sum(0), sums[0].sum(0), dresidual)
 

@@ -135,11 +135,12 @@ def test_operators_pass_torch_s_own_check(affine: bool, activation: str | None, 
     wide = [vector(dtype=torch.float64).view(1, 5) for _ in range(2)]
     statistics = wide if given else [None, None]
     torch.library.opcheck(
-        torch.ops.batchnorm.normalize.default, (x, weight, bias, residual, *statistics, activation, 1e-5)
+        torch.ops.batchnorm.normalize.default,
+        (x, weight, bias, residual, None, *statistics, activation, 1e-5, None, False),
     )
     tensors = [None if t is None else t.detach() for t in (x, dy, weight, bias, residual)]
     torch.library.opcheck(
-        torch.ops.batchnorm.normalize_backward.default, (*tensors, *wide, activation, given)
+        torch.ops.batchnorm.normalize_backward.default, (*tensors, None, *wide, activation, given, None)
     )
 
 

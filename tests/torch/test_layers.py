@@ -57,6 +57,8 @@ def test_signature_is_the_stock_one_and_ours_keyword_only(kind: str) -> None:
         "bias": True,
         "statistics": batchnorm.Batch(),
         "activation": None,
+        "nonfinite": "propagate",
+        "small_batch": "raise",
     }
 
 

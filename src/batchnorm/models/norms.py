@@ -23,7 +23,7 @@ def tracking_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 def split_frozen(norms: dict[str, _BatchNorm]) -> tuple[dict[str, _BatchNorm], dict[str, _BatchNorm]]:
     """Return the layers whose statistics no batch moves, and the others."""
-    frozen = [n for n, norm in norms.items() if is_layer(norm) and not norm.statistics.takes_batch(True)]
+    frozen = [n for n, norm in norms.items() if is_layer(norm) and not norm.statistics.moves(True)]
     return {n: norms[n] for n in frozen}, {n: norm for n, norm in norms.items() if n not in frozen}
 
 

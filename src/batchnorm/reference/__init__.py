@@ -10,19 +10,23 @@ from .activations import ACTIVATIONS, Activation
 from .backward import Gradients, backward
 from .forward import Normalized, forward
 from .moments import Moments, merge, moments
+from .policies import Corrected, adapted, renorm
 from .running import Running, update_running_keras, update_running_torch
 
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "Corrected",
     "Gradients",
     "Moments",
     "Normalized",
     "Running",
+    "adapted",
     "backward",
     "forward",
     "merge",
     "moments",
+    "renorm",
     "update_running_keras",
     "update_running_torch",
 ]

@@ -1,4 +1,4 @@
-"""The mini-batch's own statistics: how they normalize, differentiate, and move the running ones.
+"""The mini-batch's own statistics, and how they move the running ones.
 
 Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from .policy import Policy
 
-# An array of any framework, `[C]` or `[G, C]`, wide; or a scalar that broadcasts against one.
+# An array of any framework, `[C]`, wide; or a scalar that broadcasts against one.
 Array = Any
 
 
@@ -27,25 +27,6 @@ class Batch(Policy):
     """
 
     name = "batch"
-
-    def takes_batch(self, training: bool) -> bool:
-        """Whether the layer is in training."""
-        return training
-
-
-def gradient_coefficients(
-    weight: Array, rstd: Array, sum_dy: Array, sum_dy_xhat: Array, count: Array
-) -> tuple[Array, Array, Array]:
-    """Return a, b, c of dx = a dy' + b x̂ + c, where mean and var are functions of x.
-
-    With n = count, Σ over the values that share a mean:
-
-        dx = weight * rstd * (dy' - Σdy'/n - x̂ Σ(dy' x̂)/n)
-        a  = weight * rstd,    b = -a Σ(dy' x̂)/n,    c = -a Σdy'/n
-    """
-    a = weight * rstd
-    scale = a / -(count + (count == 0))
-    return a, scale * sum_dy_xhat, scale * sum_dy
 
 
 def running_update(running: Array, batch: Array, momentum: Array) -> Array:

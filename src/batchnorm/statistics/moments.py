@@ -34,3 +34,22 @@ def merge(a: PooledMoments, b: PooledMoments) -> PooledMoments:
     share = b.count / (count + (count == 0))
     delta = b.mean - a.mean
     return PooledMoments(count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share))
+
+
+def pooled(parts: PooledMoments, xp: Any) -> PooledMoments:
+    """Return the moments of the union of all parts along the first axis, any of which may be empty.
+
+    As `merge`, of all at once, around the first one's mean:
+
+        mean = Σ n_k mean_k / n,    m2 = Σ m2_k + Σ n_k (mean_k - mean)²
+
+    Args:
+        parts: count `[K, 1]` (or `[K, 1, ...]`), mean and m2 `[K, ..., C]`.
+        xp: where `sum` is: numpy, torch and keras.ops are such.
+    """
+    count = xp.sum(parts.count, axis=0)
+    center = parts.mean[0]
+    apart = parts.mean - center
+    shift = xp.sum(parts.count / (count + (count == 0)) * apart, axis=0)
+    between = xp.sum(parts.count * (apart - shift) * (apart - shift), axis=0)
+    return PooledMoments(count, center + shift, xp.sum(parts.m2, axis=0) + between)

@@ -1,13 +1,10 @@
-"""Statistics that are given, not computed from the batch: inference, and frozen layers."""
+"""Statistics that are given, not computed from the batch: frozen layers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from .policy import Policy
-
-Array = Any
 
 
 @dataclass(frozen=True)
@@ -26,15 +23,6 @@ class Running(Policy):
     name = "running"
     needs_running = True
 
-    def takes_batch(self, training: bool) -> bool:  # noqa: ARG002
+    def measures(self, training: bool) -> bool:  # noqa: ARG002
         """Never."""
         return False
-
-
-def gradient_coefficients(weight: Array, rstd: Array) -> tuple[Array, Array, Array]:
-    """Return a, b, c of dx = a dy' + b x̂ + c, where mean and var do not depend on x.
-
-    dx = weight * rstd * dy'
-    """
-    a = weight * rstd
-    return a, a * 0, a * 0

@@ -10,6 +10,7 @@ from torch import Tensor
 from batchnorm.errors import InputShapeError, InputTypeError, OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.statistics.policy import Policy
+from batchnorm.statistics.serialized import POLICIES
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -51,7 +52,8 @@ def check_policy(policy: object, tracked: bool) -> None:
     """Raise OptionError unless `policy` is one that a layer takes; some need running statistics."""
     if not isinstance(policy, Policy):
         got = f"a {type(policy).__name__}" if isinstance(policy, Tensor) else repr(policy)
-        raise OptionError(f"statistics must be batchnorm.Batch() or batchnorm.Running(); got {got}")
+        known = ", ".join(f"batchnorm.{name}(...)" for name in POLICIES)
+        raise OptionError(f"statistics must be one of {known}; got {got}")
     if policy.needs_running and not tracked:
         raise OptionError(
             f"statistics={policy} uses running statistics, and this layer has none: "
@@ -69,8 +71,24 @@ def check_eps(eps: float, training: bool) -> None:
         raise OptionError(f"batch_norm eps must be non-negative, but got {eps}: the default is 1e-5")
 
 
-def check_input(input: Tensor, training: bool) -> None:
-    """Raise unless `input` is floating, has channels, and in training more than one value per channel."""
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise OptionError unless an option is one of a few words."""
+    if value not in known:
+        words = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
+        raise OptionError(f"{name} must be {words}; got {value!r}")
+
+
+def check_axis(axis: int, input: Tensor) -> None:
+    """Raise OptionError unless `axis` can be the channels': any but the first."""
+    if not isinstance(axis, int) or not -input.dim() < axis < input.dim() or axis == 0:
+        raise OptionError(
+            f"axis must be one of the input's {input.dim()} dimensions, and not the first, which is the batch; "
+            f"got {axis!r}"
+        )
+
+
+def check_input(input: Tensor, *, needs_two: bool) -> None:
+    """Raise unless `input` is floating and has channels; and more than one value in each, where it needs two."""
     if not input.is_floating_point():
         raise InputTypeError(
             f"expected a floating-point input, got {_dtype(input)}: convert it with .float()"
@@ -82,12 +100,65 @@ def check_input(input: Tensor, training: bool) -> None:
             f"expected an input [N, C, ...] of two or more dimensions, got shape {list(input.shape)}: "
             "add a batch axis with .unsqueeze(0)"
         )
-    if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
+    if needs_two and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise InputShapeError(
             f"Expected more than 1 value per channel when training, got input size {input.size()}: "
             "one value has no variance; use a larger batch, drop the last batch of one "
-            "(DataLoader(drop_last=True)), or call .eval() on this layer"
+            '(DataLoader(drop_last=True)), give the layer small_batch="running", or call .eval() on it'
         )
+
+
+def check_groups(input: Tensor, size: int, smallest: int) -> None:
+    """Raise unless the smallest of the groups of `size` samples has more than one value per channel."""
+    if smallest == 1:
+        raise InputShapeError(
+            f"Expected more than 1 value per channel when training, got input size {input.size()} in ghost "
+            f"batches of {size}, of which the last has one value, and so no variance: use another size, drop the "
+            'last batch (DataLoader(drop_last=True)), or give the layer small_batch="running"'
+        )
+
+
+def check_mask(mask: Tensor | None, input: Tensor) -> None:
+    """Raise unless `mask` is None or bool, `[N, *S]` for an input `[N, C, *S]`, on its device."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = _dtype(mask) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputTypeError(f"mask must be a bool tensor, True = the value counts; got {got}")
+    wanted = (*input.shape[:1], *input.shape[2:])
+    if mask.shape != wanted:
+        raise InputShapeError(
+            f"mask must have shape {list(wanted)} for an input of shape {list(input.shape)}, which is that without "
+            f"the channels; got {list(mask.shape)}"
+        )
+    if mask.device != input.device:
+        raise InputTypeError(f"mask is on {mask.device} and the input on {input.device}: move one of them")
+
+
+def mask_of_lengths(lengths: Tensor, input: Tensor) -> Tensor:
+    """Return the mask `[N, L]` of sequences of `lengths` `[N]`, for an input `[N, C, L]`; or raise."""
+    if input.dim() != 3:
+        raise OptionError(
+            f"lengths are those of sequences, inputs [N, C, L]; got an input of shape {list(input.shape)}: "
+            "pass mask= instead"
+        )
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        got = _dtype(lengths) if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise InputTypeError(f"lengths must be a tensor of integers, [N]; got {got}")
+    if lengths.shape != input.shape[:1]:
+        raise InputShapeError(
+            f"lengths must have one number per sample, [{input.shape[0]}]; got shape {list(lengths.shape)}"
+        )
+    lengths = lengths.to(input.device)
+    if (
+        input.is_cpu and not torch.compiler.is_compiling() and lengths.numel()
+    ):  # a GPU would make the host wait
+        least, most = lengths.min().item(), lengths.max().item()
+        if least < 0 or most > input.shape[2]:
+            raise OptionError(
+                f"lengths must be 0 to {input.shape[2]}, the length of the input; got {least} to {most}"
+            )
+    return torch.arange(input.shape[2], device=input.device) < lengths.unsqueeze(1)
 
 
 def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
@@ -108,10 +179,10 @@ def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
 
 
 def check_running(
-    running_mean: Tensor | None, running_var: Tensor | None, input: Tensor, training: bool
+    running_mean: Tensor | None, running_var: Tensor | None, input: Tensor, *, given: bool
 ) -> None:
-    """Raise unless both running statistics fit the input; outside training both must be there."""
-    if not training and (running_mean is None or running_var is None):
+    """Raise unless both running statistics fit the input, and both are there where they are what is given."""
+    if given and (running_mean is None or running_var is None):
         raise OptionError(
             "expected running_mean and running_var outside training, got None: "
             "pass training=True to normalize by the batch's own statistics"

@@ -7,7 +7,7 @@ differentiation and the transforms of `torch.func`, where a hand-written gradien
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch.autograd import forward_ad
 
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.interface import wide_dtype
+from batchnorm.statistics.moments import PooledMoments
+
+from .plan import Plan
 
 
 class Normalized(NamedTuple):
@@ -22,14 +25,13 @@ class Normalized(NamedTuple):
 
     Attributes:
         y: `[N, C, *S]`, in the dtype of x.
-        mean: `[1, C]`, wide dtype; None where the statistics were given.
-        m2: `[1, C]`, sum of (x - mean)², wide dtype; None where the statistics were given.
+        batch: moments of each group, `[G, C]`, wide; of all ranks, where these share them; None where the
+            statistics were given.
         moved: whether the running statistics have moved already.
     """
 
     y: Tensor
-    mean: Tensor | None
-    m2: Tensor | None
+    batch: PooledMoments | None
     moved: bool = False
 
 
@@ -38,36 +40,122 @@ def is_transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_batch(dy: Tensor) -> bool:
+    """Whether `dy` is a batch of cotangents, of `torch.autograd.grad(is_grads_batched=True)`.
+
+    That vectorizes over the backward alone, by a mechanism older than `torch.func`.
+    """
+    return torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
 def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    activation: str | None,
-    eps: float,
-    given: tuple[Tensor, Tensor] | None = None,
+    plan: Plan,
 ) -> Normalized:
-    """Return y = activation(weight * x̂ + bias + residual), x̂ by the batch's statistics or by `given`.
+    """Return y = activation(weight * x̂ + bias + residual), 0 where masked.
 
     Args:
         x: `[N, C, *S]`.
-        given: mean and rstd, `[1, C]` each; None = the batch's own.
+        plan: by which statistics.
     """
-    spread = (1, -1, *[1] * (x.dim() - 2))
-    wide = x.to(wide_dtype(x.device))
-    mean = m2 = None
-    if given is None:
-        count = max(1, x.shape[0] * math.prod(x.shape[2:]))
-        dims = [0, *range(2, x.dim())]
-        mean = wide.sum(dims) / count
-        centred = wide - mean.view(spread)
-        m2 = centred.square().sum(dims)
-        z = centred * (m2 / count + eps).rsqrt().view(spread)
-        mean, m2 = mean.unsqueeze(0), m2.unsqueeze(0)
+    wide = cleared(x.to(wide_dtype(x.device)), plan.mask)
+    batch = None
+    if plan.given is not None:
+        mean, rstd = plan.given
+        z = (wide - _spread(mean, x)) * _spread(rstd, x)
     else:
-        z = (wide - given[0].view(spread)) * given[1].view(spread)
-    z = z if weight is None else z * weight.view(spread)
-    z = z if bias is None else z + bias.view(spread)
-    z = z if residual is None else z + residual
-    y = z if activation is None else ACTIVATIONS[activation].value(z)
-    return Normalized(y.to(x.dtype), mean, m2)
+        batch, centred, groups = _moments(wide, plan)
+        if plan.choice is None:
+            var = batch.m2 / (batch.count + (batch.count == 0))
+            z = centred * _spread((var + plan.eps).rsqrt(), x, groups)
+        else:
+            chosen = plan.choice.choose(*(shared := plan.choice.share(batch, differentiable=True)))
+            batch = shared[0]
+            z = (wide - _spread(chosen.mean, x, groups)) * _spread(chosen.rstd, x, groups)
+    z = z if weight is None else z * _spread(weight, x)
+    z = z if bias is None else z + _spread(bias, x)
+    z = z if residual is None else z + cleared(residual, plan.mask)
+    y = z if plan.activation is None else ACTIVATIONS[plan.activation].value(z)
+    return Normalized(cleared(y.to(x.dtype), plan.mask), batch)
+
+
+def cleared(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return values `[N, C, *S]` with 0 where the mask leaves them out, whatever was there."""
+    return values if mask is None else torch.where(mask.unsqueeze(1), values, 0.0).to(values.dtype)
+
+
+def _spread(values: Tensor, x: Tensor, groups: Tensor | None = None) -> Tensor:
+    """Return `[C]`, `[1, C]`, or `[G, C]` with each sample's group, shaped to broadcast against x."""
+    if groups is not None:
+        values = values.index_select(0, groups)
+    return values.view(*(values.shape if values.dim() > 1 else (1, -1)), *[1] * (x.dim() - 2))
+
+
+def _moments(wide: Tensor, plan: Plan) -> tuple[PooledMoments, Tensor, Tensor | None]:
+    """Return the moments of each group, x - mean (0 where masked), and each sample's group where there are several."""
+    samples, positions = wide.shape[0], math.prod(wide.shape[2:])
+    size = plan.group_size
+    groups, number = None, 1
+    if size is not None and size < samples:
+        number = -(-samples // size)
+        groups = torch.arange(samples, device=wide.device) // size
+    counted = plan.mask
+    if counted is None and groups is None:
+        count: float | Tensor = float(samples * positions)
+    else:
+        per_sample = wide.new_full((samples, 1), float(positions))
+        if counted is not None:
+            per_sample = counted.reshape(samples, -1).sum(1, keepdim=True).to(wide.dtype)
+        count = _total(per_sample, groups, number)
+    divisor = max(1.0, count) if isinstance(count, float) else count.clamp(min=1)
+    spatial = list(range(2, wide.dim()))
+
+    def total(values: Tensor) -> Tensor:
+        return _total(values.sum(spatial) if spatial else values, groups, number)
+
+    mean = total(wide) / divisor
+    centred = cleared(wide - _spread(mean, wide, groups), counted)
+    return PooledMoments(count, mean, total(centred.square())), centred, groups
+
+
+def _total(per_sample: Tensor, groups: Tensor | None, number: int) -> Tensor:
+    """Return the sums `[N, C]` of samples, added up within each group: `[G, C]`."""
+    if groups is None:
+        return per_sample.sum(0, keepdim=True)
+    return per_sample.new_zeros(number, per_sample.shape[1]).index_add(0, groups, per_sample)
+
+
+def gradients(
+    ctx: Any,
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    plan: Plan,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients by operations that torch can differentiate and transform in their turn.
+
+    That is for double backward; and for a backward in a `vmap` or in forward mode, of a forward outside it.
+
+    Args:
+        ctx: of an autograd Function whose inputs 1 to 4 are x, weight, bias and residual; `dtypes` of the last
+            three are in it.
+    """
+    if bias is None and ctx.dtypes[1] is not None:
+        # Not kept, as no activation follows: any value gives the same gradient.
+        bias = torch.zeros(x.shape[1], dtype=ctx.dtypes[1], device=x.device, requires_grad=True)
+    with torch.enable_grad():
+        y = normalize(x, weight, bias, residual, plan).y
+    inputs = [x, weight, bias, residual]
+    wanted = {
+        index: tensor
+        for index, (tensor, need) in enumerate(zip(inputs, ctx.needs_input_grad[1:5], strict=True))
+        if need and tensor is not None
+    }
+    found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=torch.is_grad_enabled())
+    by_index = dict(zip(wanted, found, strict=True))
+    return tuple(by_index.get(index) for index in range(4))

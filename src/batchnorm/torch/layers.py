@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, InputShapeError, OptionError
-from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 
-from . import functional
-from .checks import HALVES, check_activation, check_policy
+from . import paths
+from .checks import HALVES, check_activation, check_choice, check_policy, mask_of_lengths
+from .moving import NONFINITE
 from .naming import qualified_name
+from .settings import Settings, Tracked
 
 _RUNNING = ("running_mean", "running_var")
+_BATCH = Batch()
 
 
 class _Layer(nn.modules.batchnorm._BatchNorm):
@@ -25,7 +27,13 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
 
     _ranks: ClassVar[tuple[int, ...]]
     activation: str | None = None
+    small_batch: str = "raise"
+    skipped: Tensor | None = None
     _statistics: Policy = Batch()
+    _nonfinite: str = "propagate"
+    _label: str | None = None
+    _memory: Any = None
+    _pool: Any = None
 
     def __init__(
         self,
@@ -40,14 +48,20 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         statistics: Policy = Batch(),  # noqa: B008 -- frozen
         activation: str | None = None,
+        nonfinite: str = "propagate",
+        small_batch: str = "raise",
     ) -> None:
         check_activation(activation)
+        check_choice("small_batch", small_batch, ("raise", "running"))
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.activation = activation
         if affine and not bias:  # the stock constructor takes `bias` in newer releases only
             self.register_parameter("bias", None)
         self._widen_statistics()
         self.statistics = statistics
+        self.nonfinite = nonfinite
+        if small_batch != "raise":
+            self.small_batch = small_batch
 
     @property
     def statistics(self) -> Policy:
@@ -61,6 +75,28 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         except BatchNormError as error:
             raise error.at(qualified_name(self)) from None
         self._statistics = policy
+        vars(self).pop("_label", None)
+
+    @property
+    def nonfinite(self) -> str:
+        """What a batch with inf or NaN does to the running statistics: "propagate", "skip" or "raise"."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: str) -> None:
+        try:
+            check_choice("nonfinite", value, NONFINITE)
+        except BatchNormError as error:
+            raise error.at(qualified_name(self)) from None
+        if value != self._nonfinite:
+            self._nonfinite = value
+        if value == "skip" and self.skipped is None:
+            parameter = next(iter(self.parameters()), self.running_mean)
+            device = None if parameter is None else parameter.device
+            vars(self).pop("skipped", None)
+            self.register_buffer(
+                "skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False
+            )
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the running statistics to mean 0, variance 1, no batches."""
@@ -70,38 +106,46 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Return activation(norm(input) + residual), `[N, C, *S]`; see the class."""
         try:
-            return self._normalize(input, residual)
+            if lengths is not None:
+                if mask is not None:
+                    raise OptionError("mask and lengths say the same thing twice: pass one of them")
+                mask = mask_of_lengths(lengths, input)
+            return self._normalize(input, residual, mask)
         except BatchNormError as error:
             if torch.compiler.is_compiling():
                 raise  # torch then runs the call eagerly, and it comes here again
             raise error.at(qualified_name(self)) from None
 
-    def _normalize(self, input: Tensor, residual: Tensor | None) -> Tensor:
+    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
-        takes_batch = self._statistics.takes_batch(self.training)
-        tracking = takes_batch and self.track_running_stats
-        use_running = tracking or not takes_batch
-        batches = self.num_batches_tracked if tracking else None
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and batches is not None:
-            momentum = 1.0 / (batches + 1).to(wide_dtype(batches.device))  # stays on the device
-        running_mean, running_var = self.running_mean, self.running_var
-        return functional.tracked_batch_norm(
-            input,
-            running_mean if use_running else None,
-            running_var if use_running else None,
-            batches,
-            self.weight,
-            self.bias,
-            takes_batch or (running_mean is None and running_var is None),
-            momentum,
-            self.eps,
-            residual,
-            self.activation,
+        policy, training = self._statistics, self.training
+        mean, var = self.running_mean, self.running_var
+        tracked = Tracked()
+        if not training and mean is None and var is None:
+            policy, training = _BATCH, True  # as torch.nn: without running statistics, always the batch's
+        elif self.track_running_stats or not policy.measures(training):
+            tracked = Tracked(
+                mean,
+                var,
+                self.num_batches_tracked if self.track_running_stats else None,
+                self.momentum,
+                self.skipped,
+                self._memory,
+                self._pool,
+            )
+        settings = Settings(
+            training, self.eps, self.activation, policy, self._nonfinite, self.small_batch, self._label
         )
+        return paths.tracked_batch_norm(input, tracked, self.weight, self.bias, residual, mask, settings)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._ranks:

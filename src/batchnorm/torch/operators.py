@@ -1,4 +1,4 @@
-"""The forward and its gradient over the kernels, as an autograd Function: the path of every eager call.
+"""The forward and its gradient over the kernels, as an autograd Function: the path of most eager calls.
 
 Kept for the backward: x, and per channel mean and rstd; the residual only behind an activation, whose
 derivative needs it. No running buffer is ever kept, so updating one between two forwards is safe.
@@ -6,6 +6,7 @@ derivative needs it. No running buffer is ever kept, so updating one between two
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from torch import Tensor
 
 from batchnorm.kernels.choose import engine
 from batchnorm.kernels.interface import Engine, RunningStatistics
+from batchnorm.statistics.moments import PooledMoments
 
 from . import differentiable, recipes
+from .moving import check_finite, of_groups
+from .plan import Plan
 
 
 class _BatchNorm(torch.autograd.Function):
-    """(engine, x, weight, bias, residual, activation, eps, given, running, found) -> y; see `apply`.
+    """(engine, x, weight, bias, residual, plan, running, found) -> y; see `apply`.
 
-    The batch's mean, m2 and rstd are appended to the list `found`: as further outputs they would cost a
+    The batch's count, mean, m2 and rstd are appended to the list `found`: as further outputs they would cost a
     quarter of the time of a whole small stock layer.
     """
 
@@ -32,23 +36,33 @@ class _BatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        activation: str | None,
-        eps: float,
-        given: tuple[Tensor, Tensor] | None,
+        plan: Plan,
         running: RunningStatistics | None,
         found: list[Tensor],
     ) -> Tensor:
+        eps, activation, mask, group_size, given, _ = plan
         if given is None:
-            y, (_, mean, m2), rstd = engine.forward(
-                x, eps, weight, bias, residual=residual, activation=activation, running=running
+            y, moments, rstd = engine.forward(
+                x,
+                eps,
+                weight,
+                bias,
+                residual=residual,
+                activation=activation,
+                mask=mask,
+                group_size=group_size,
+                running=running,
             )
-            found += (mean, m2, rstd)
+            mean = moments.mean
+            found += (*moments, rstd)
         else:
             mean, rstd = given
-            y = engine.normalize(x, mean, rstd, weight, bias, residual=residual, activation=activation)
+            y = engine.normalize(
+                x, mean, rstd, weight, bias, residual=residual, activation=activation, mask=mask
+            )
         behind = (bias, residual) if activation is not None else (None, None)
-        ctx.save_for_backward(x, weight, *behind, mean, rstd)
-        ctx.settings = (engine, activation, eps, given is not None)
+        ctx.save_for_backward(x, weight, *behind, mean, rstd, mask)
+        ctx.settings = (engine, eps, activation, group_size, given is not None)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias, residual))
         ctx.set_materialize_grads(False)
         return y
@@ -57,68 +71,38 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         recipes.settle(ctx)
         if dy is None:
-            return (None,) * 10
-        x, weight, bias, residual, mean, rstd = ctx.saved_tensors
-        engine, activation, _, given = ctx.settings
-        if torch.is_grad_enabled() or differentiable.is_transforming() or _is_batch(dy):
-            gradients = _differentiable_gradients(ctx, x, dy, weight, bias, residual, mean, rstd)
+            return (None,) * 8
+        x, weight, bias, residual, mean, rstd, mask = ctx.saved_tensors
+        engine, eps, activation, group_size, given = ctx.settings
+        if torch.is_grad_enabled() or differentiable.is_transforming() or differentiable.is_batch(dy):
+            plan = Plan(eps, activation, mask, group_size, (mean, rstd) if given else None)
+            gradients = differentiable.gradients(ctx, x, dy, weight, bias, residual, plan)
         else:
             gradients = engine.backward(
-                x, dy, mean, rstd, given, weight, bias, residual=residual, activation=activation
+                x,
+                dy,
+                mean,
+                rstd,
+                given,
+                weight,
+                bias,
+                residual=residual,
+                activation=activation,
+                mask=mask,
+                group_size=group_size,
             )
         dx, dweight, dbias, dresidual = gradients
-        if activation is None:
-            dresidual = dy
         needed, dtypes = ctx.needs_input_grad, ctx.dtypes
+        if activation is None and needed[4]:
+            dresidual = differentiable.cleared(dy, mask)
         return (
             None,
             dx if needed[1] else None,
             dweight.to(dtypes[0]) if needed[2] and dweight is not None else None,
             dbias.to(dtypes[1]) if needed[3] and dbias is not None else None,
             dresidual.to(dtypes[2]) if needed[4] and dresidual is not None else None,
-            *(None,) * 5,
+            *(None,) * 3,
         )
-
-
-def _is_batch(dy: Tensor) -> bool:
-    """Whether `dy` is a batch of cotangents, of `torch.autograd.grad(is_grads_batched=True)`.
-
-    That vectorizes over the backward alone, by a mechanism older than `torch.func`.
-    """
-    return torch._C._functorch.is_legacy_batchedtensor(dy)
-
-
-def _differentiable_gradients(
-    ctx: Any,
-    x: Tensor,
-    dy: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients by operations that torch can differentiate and transform in their turn.
-
-    That is for double backward; and for a backward in a `vmap` or in forward mode, of a forward outside it.
-    """
-    _, activation, eps, given = ctx.settings
-    if bias is None and ctx.dtypes[1] is not None:
-        # Not kept, as no activation follows: any value gives the same gradient.
-        bias = torch.zeros(x.shape[1], dtype=ctx.dtypes[1], device=x.device, requires_grad=True)
-    with torch.enable_grad():
-        y = differentiable.normalize(
-            x, weight, bias, residual, activation, eps, (mean, rstd) if given else None
-        ).y
-    inputs = [x, weight, bias, residual]
-    wanted = {
-        index: tensor
-        for index, (tensor, need) in enumerate(zip(inputs, ctx.needs_input_grad[1:5], strict=True))
-        if need and tensor is not None
-    }
-    found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=torch.is_grad_enabled())
-    gradients = dict(zip(wanted, found, strict=True))
-    return tuple(gradients.get(index) for index in range(4))
 
 
 def apply(
@@ -126,33 +110,44 @@ def apply(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    activation: str | None,
-    eps: float,
-    given: tuple[Tensor, Tensor] | None = None,
+    plan: Plan,
     running: RunningStatistics | None = None,
+    *,
+    strict: bool = False,
 ) -> differentiable.Normalized:
     """Normalize eagerly, as `differentiable.normalize`; differentiable where an input requires a gradient.
 
     Args:
+        plan: without a choice: by the moments of each group, or by given statistics.
         running: running statistics, which the engine moves if it can.
+        strict: raise NonFiniteError where moments are not finite; with `running` None.
     """
     chosen = engine(x)
     if running is not None and not chosen.moves(x, running):
         running = None
     moved = running is not None
     if not torch.is_grad_enabled():
-        if given is not None:
-            y = chosen.normalize(x, *given, weight, bias, residual=residual, activation=activation)
-            return differentiable.Normalized(y, None, None)
+        if plan.given is not None:
+            y = chosen.normalize(x, *plan.given, weight, bias, residual=residual, **plan.options)
+            return differentiable.Normalized(y, None)
         y, moments, _ = chosen.forward(
-            x, eps, weight, bias, residual=residual, activation=activation, running=running
+            x, plan.eps, weight, bias, residual=residual, running=running, **plan.options
         )
-        return differentiable.Normalized(y, moments.mean, moments.m2, moved)
+        return differentiable.Normalized(y, _batch(x, plan, *moments, strict=strict), moved)
     found: list[Tensor] = []
-    y = _BatchNorm.apply(chosen, x, weight, bias, residual, activation, eps, given, running, found)  # type: ignore[no-untyped-call]
-    if given is not None:
-        recipes.record(y, chosen, x, residual, given, (weight, bias), activation)
-        return differentiable.Normalized(y, None, None)
-    mean, m2, rstd = found
-    recipes.record(y, chosen, x, residual, (mean, rstd), (weight, bias), activation)
-    return differentiable.Normalized(y, mean, m2, moved)
+    y = _BatchNorm.apply(chosen, x, weight, bias, residual, plan, running, found)  # type: ignore[no-untyped-call]
+    if plan.given is not None:
+        recipes.record(y, chosen, x, residual, plan.given, (weight, bias), plan)
+        return differentiable.Normalized(y, None)
+    count, mean, m2, rstd = found
+    batch = _batch(x, plan, count, mean, m2, strict=strict)
+    recipes.record(y, chosen, x, residual, (mean, rstd), (weight, bias), plan)
+    return differentiable.Normalized(y, batch, moved)
+
+
+def _batch(x: Tensor, plan: Plan, count: Tensor, mean: Tensor, m2: Tensor, *, strict: bool) -> PooledMoments:
+    if strict:
+        check_finite(mean, m2)
+    if plan.mask is None and len(mean) == 1:  # known here: no operation on a tensor need find it out
+        return PooledMoments(float(x.shape[0] * math.prod(x.shape[2:])), mean, m2)
+    return of_groups(count, mean, m2)

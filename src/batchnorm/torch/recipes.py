@@ -23,6 +23,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from batchnorm.kernels.interface import Engine
 
+from .plan import Plan
+
 SEGMENT = 4  # links of a chain; the outputs of a whole segment can be in memory at once in the backward
 
 _RECIPES: weakref.WeakValueDictionary[int, Recipe] = weakref.WeakValueDictionary()  # by the output's storage
@@ -126,12 +128,13 @@ class Recipe:
         residual: Kept | Reading | Other | None,
         statistics: tuple[Tensor, Tensor],
         parameters: tuple[Tensor | None, Tensor | None],
-        activation: str | None,
+        plan: Plan,
     ) -> None:
         self.storage = _reference(y)
         self.version, self.dtype, self.offset = y._version, y.dtype, y.storage_offset()
         self.device = y.device
-        self.engine, self.statistics, self.activation = engine, statistics, activation
+        self.engine, self.statistics, self.plan = engine, statistics, plan
+        self.mask = None if plan.mask is None else Kept(plan.mask)
         # Copies: an optimizer's step is no reason to have other values, or none.
         self.parameters = tuple(None if p is None else p.detach().clone() for p in parameters)
         self.x: Kept | Reading | None = x
@@ -177,7 +180,13 @@ class Recipe:
         assert self.x is not None
         residual = None if self.residual is None else self.residual.take()
         y = self.engine.normalize(
-            self.x.take(), *self.statistics, *self.parameters, residual=residual, activation=self.activation
+            self.x.take(),
+            *self.statistics,
+            *self.parameters,
+            residual=residual,
+            activation=self.plan.activation,
+            mask=None if self.mask is None else self.mask.take(),
+            group_size=self.plan.group_size,
         )
         assert y.storage_offset() == self.offset, "a fresh output begins where the first one did"
         return y
@@ -251,14 +260,14 @@ def record(
     residual: Tensor | None,
     statistics: tuple[Tensor, Tensor],
     parameters: tuple[Tensor | None, Tensor | None],
-    activation: str | None,
+    plan: Plan,
 ) -> None:
     """Make the recipe of an output, where `lean` has kept what its norm keeps.
 
     Args:
         y: the output, with its graph.
         engine: what computed it.
-        x, residual, activation: of the call.
+        x, residual, plan: of the call.
         statistics: mean and rstd, those that the norm keeps for its gradient.
         parameters: weight and bias.
     """
@@ -273,9 +282,7 @@ def record(
         or (residual is not None and _key(residual) is None)
     ):
         return
-    recipe = Recipe(
-        y, engine, _source(x), _residual(residual, activation), statistics, parameters, activation
-    )
+    recipe = Recipe(y, engine, _source(x), _residual(residual, plan.activation), statistics, parameters, plan)
     if recipe.links > SEGMENT:
         return
     own.recipe = recipe

@@ -12,8 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.models.watching import LEAVING, tensors_in, written
-from batchnorm.torch.functional import batch_norm
+from batchnorm.models.watching import LEAVING, OURS, tensors_in, written
 
 # Operators that let data decide what Python does next: it reads a number, or the size of the result.
 _DECIDING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
@@ -93,7 +92,7 @@ class _Leaving(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, dependence = kwargs or {}, self.dependence
-        is_seen = (func is batch_norm or func in LEAVING) and not dependence.is_paused
+        is_seen = (func in OURS or func in LEAVING) and not dependence.is_paused
         if not (is_seen and dependence.is_marked((args, kwargs))):
             return func(*args, **kwargs)
         dependence.is_paused = True  # our kernels take addresses too
@@ -101,7 +100,7 @@ class _Leaving(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             dependence.is_paused = False
-        if func is batch_norm:
+        if func in OURS:
             dependence.mark(result)
         else:
             dependence.mark_everything()

@@ -82,14 +82,14 @@ def by_batch(name: str, norm: _BatchNorm, hear: _Hear, *, strict: bool) -> Itera
             norms of unknown classes use the statistics that they have: their output is not needed.
     """
 
-    def normalized(input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def normalized(input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         activation: Any = norm.activation if is_ours(norm) else None
         try:
             norm._check_input_dim(input)  # type: ignore[no-untyped-call]
             if strict and len(input) < 2:
-                check_input(input, training=True)
+                check_input(input, needs_two=True)
             y, found = normalize_batch(
-                input, norm.weight, norm.bias, norm.eps, residual=residual, activation=activation
+                input, norm.weight, norm.bias, norm.eps, residual=residual, activation=activation, mask=mask
             )
         except BatchNormError as error:
             raise error.at(f"{name} ({type(norm).__name__})" if name else type(norm).__name__) from None

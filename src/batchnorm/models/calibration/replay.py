@@ -17,8 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.errors import FileError, OptionError
-from batchnorm.models.watching import LEAVING
-from batchnorm.torch.functional import batch_norm
+from batchnorm.models.watching import LEAVING, OURS
 
 _WITHOUT = "leave spill out: passes over the data take every model"
 
@@ -245,7 +244,7 @@ class _Leaving(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, replay = kwargs or {}, self.replay
-        if replay.is_paused or (func is not batch_norm and func not in LEAVING):
+        if replay.is_paused or (func not in OURS and func not in LEAVING):
             return func(*args, **kwargs)
         if func in LEAVING:
             raise OptionError(f"spill: the forward leaves torch by {func.__name__}: {_WITHOUT}")

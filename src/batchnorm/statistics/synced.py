@@ -1,0 +1,95 @@
+"""Statistics of all ranks of a process group.
+
+Source: Peng et al. 2018 (MegDet), arXiv:1711.07240.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from batchnorm.errors import OptionError
+
+from .batch import Batch
+from .moments import PooledMoments
+from .policy import Chosen, Known, Namespace, Policy, check_number
+
+
+@dataclass(frozen=True)
+class Synced(Policy):
+    """Statistics of the batches of all ranks together, as if one process had them all.
+
+        training:    n = Σ_r n_r,  mean = Σ_r n_r mean_r / n,  m2 = Σ_r (m2_r + n_r (mean_r - mean)²) over ranks r;
+                     the running ones move by these, bit for bit the same on all ranks
+        evaluation:  as by `over`: for `Batch()`, the running ones, and no rank waits for another
+
+    Ranks may have batches of different size, masks, or none at all. One collective forward and one backward.
+
+    Args:
+        group: global ranks of those who share statistics, such as (0, 1); None = all. Never a process group,
+            which cannot be stored: `torch.distributed.get_process_group_ranks` tells the ranks of one.
+        over: what is done with the shared moments (keyword only): `Batch()`, `Ghost(size)` (ghost batch g of
+            all ranks shares statistics; ranks must have equally many), `Renorm()` or `Adapted()`.
+        timeout: seconds to wait for other ranks before an error names those that are missing (keyword only).
+
+    Source: Peng et al. 2018, arXiv:1711.07240, section 3.2.
+    """
+
+    group: tuple[int, ...] | None = None
+    over: Policy = field(default=Batch(), kw_only=True)
+    timeout: float = field(default=600.0, kw_only=True)
+
+    name = "synced"
+
+    def __post_init__(self) -> None:
+        if self.group is not None:
+            object.__setattr__(self, "group", _ranks(self.group))
+        object.__setattr__(self, "timeout", check_number("Synced: timeout, in seconds,", self.timeout, 1e-3))
+        over: object = self.over
+        if not isinstance(over, Policy) or isinstance(over, Synced) or not over.measures(training=True):
+            raise OptionError(
+                "Synced: over must be Batch(), Ghost(...), Renorm(...) or Adapted(...), which take moments of a "
+                f"batch; got {over!r}"
+            )
+        super().__post_init__()
+
+    @property
+    def needs_running(self) -> bool:  # type: ignore[override]
+        """As of the policy that takes the shared moments."""
+        return self.over.needs_running
+
+    @property
+    def group_size(self) -> int | None:  # type: ignore[override]
+        """Samples that share statistics on a rank; None = all of its batch."""
+        return self.over.group_size
+
+    @property
+    def is_sequential(self) -> bool:  # type: ignore[override]
+        """As of the policy that takes the shared moments."""
+        return self.over.is_sequential
+
+    def measures(self, training: bool) -> bool:
+        """As the policy that takes the shared moments."""
+        return self.over.measures(training)
+
+    def moves(self, training: bool) -> bool:
+        """As the policy that takes the shared moments."""
+        return self.over.moves(training)
+
+    def is_plain(self, training: bool) -> bool:
+        """As of the policy that takes the shared moments: true of a rank that shares with nobody."""
+        return self.over.is_plain(training)
+
+    def choose(self, batch: PooledMoments, known: Known, training: bool, xp: Namespace) -> Chosen:
+        """Return what the policy chooses by the moments of all ranks."""
+        return self.over.choose(batch, known, training, xp)
+
+
+def _ranks(group: object) -> tuple[int, ...]:
+    ranks = tuple(group) if isinstance(group, list | tuple | range | set | frozenset) else ()
+    is_whole = all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 for rank in ranks)
+    if not ranks or not is_whole or len(set(ranks)) != len(ranks):
+        raise OptionError(
+            f"Synced: group must be the global ranks of those who share statistics, such as (0, 1); got {group!r}. "
+            "Of a process group, torch.distributed.get_process_group_ranks(group) tells them"
+        )
+    return tuple(sorted(ranks))

@@ -1,0 +1,211 @@
+"""As `compiled.py`, for calls with a policy between their halves: one operator each way, collectives included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels.choose import engine
+from batchnorm.kernels.interface import wide_dtype
+from batchnorm.statistics.moments import PooledMoments
+from batchnorm.statistics.policy import Chosen, Known
+from batchnorm.statistics.serialized import from_text
+from batchnorm.statistics.synced import Synced
+
+from . import halves
+from .choice import Choice
+from .collectives import Ranks
+from .differentiable import Normalized, cleared
+from .plan import Plan
+
+# The tensors that a choice knows, per channel or one number each.
+_NONE = (None,) * 4
+
+
+def _plan(
+    x: Tensor,
+    mask: Tensor | None,
+    known: tuple[Tensor | None, ...],
+    policy: str,
+    training: bool,
+    shares: bool,
+    is_lenient: bool,
+    label: str,
+    activation: str | None,
+    eps: float,
+) -> Plan:
+    """Return the plan of a call, put together again from what an operator's arguments can be."""
+    found = from_text(policy)
+    mean, var, batches, samples = known
+    ranks = Ranks(found.group, found.timeout) if shares and isinstance(found, Synced) else None
+    choice = Choice(
+        found,
+        training,
+        Known(mean, var, batches, float(x.shape[0]) if samples is None else samples, eps),
+        ranks,
+        label,
+        is_lenient,
+    )
+    return Plan(eps, activation, mask, found.groups(training), None, choice)
+
+
+@torch.library.custom_op("batchnorm::normalize_chosen", mutates_args=())
+def _normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    known_mean: Tensor | None,
+    known_var: Tensor | None,
+    batches: Tensor | None,
+    samples: Tensor | None,
+    policy: str,
+    training: bool,
+    shares: bool,
+    is_lenient: bool,
+    label: str,
+    activation: str | None,
+    eps: float,
+    strict: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    known = (known_mean, known_var, batches, samples)
+    plan = _plan(x, mask, known, policy, training, shares, is_lenient, label, activation, eps)
+    batch, chosen = halves.measured(engine(x), x, plan, strict=strict)
+    y = engine(x).normalize(x, chosen.mean, chosen.rstd, weight, bias, residual=residual, **plan.options)
+    count = torch.zeros_like(batch.mean[:, :1]) + batch.count
+    return y, count, torch.stack([batch.mean, batch.m2, *chosen])
+
+
+@_normalize.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    residual: Tensor | None,  # noqa: ARG001
+    mask: Tensor | None,  # noqa: ARG001
+    known_mean: Tensor | None,  # noqa: ARG001
+    known_var: Tensor | None,  # noqa: ARG001
+    batches: Tensor | None,  # noqa: ARG001
+    samples: Tensor | None,  # noqa: ARG001
+    policy: str,
+    training: bool,
+    shares: bool,  # noqa: ARG001
+    is_lenient: bool,  # noqa: ARG001
+    label: str,  # noqa: ARG001
+    activation: str | None,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+    strict: bool,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = from_text(policy).groups(training)
+    groups = 1 if size is None else torch.sym_max(1, (x.shape[0] + size - 1) // size)
+    wide = wide_dtype(x.device)
+    tables = x.new_empty(7, groups, x.shape[1], dtype=wide)
+    return torch.empty_like(x), x.new_empty(groups, 1, dtype=wide), tables
+
+
+@torch.library.custom_op("batchnorm::normalize_chosen_backward", mutates_args=())
+def _normalize_backward(
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    count: Tensor,
+    tables: Tensor,
+    policy: str,
+    training: bool,
+    shares: bool,
+    label: str,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan = _plan(x, mask, _NONE, policy, training, shares, False, label, activation, 0.0)
+    mean, m2, *chosen = tables.unbind()
+    batch = PooledMoments(count, mean, m2)
+    dx, dweight, dbias, dresidual = halves.gradients_of(
+        engine(x), x, dy, weight, bias, residual, plan, batch, Chosen(*chosen)
+    )
+    assert dx is not None
+    return dx, dweight, dbias, dx.new_empty(0) if dresidual is None else dresidual
+
+
+@_normalize_backward.register_fake
+def _(
+    x: Tensor,
+    dy: Tensor,  # noqa: ARG001
+    weight: Tensor | None,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    residual: Tensor | None,
+    mask: Tensor | None,  # noqa: ARG001
+    count: Tensor,  # noqa: ARG001
+    tables: Tensor,  # noqa: ARG001
+    policy: str,  # noqa: ARG001
+    training: bool,  # noqa: ARG001
+    shares: bool,  # noqa: ARG001
+    label: str,  # noqa: ARG001
+    activation: str | None,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dresidual = x.new_empty(0) if residual is None else torch.empty_like(residual)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dweight, dbias = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
+    return torch.empty_like(x), dweight, dbias, dresidual
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, residual, mask, _, _, _, _, policy, training, shares, _, label, activation, _, _ = inputs
+    _, count, tables = output
+    behind = (bias, residual) if activation is not None else (None, None)
+    ctx.save_for_backward(x, weight, *behind, mask, count, tables)
+    ctx.settings = (policy, training, shares, label, activation)
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias, residual))
+    ctx.mark_non_differentiable(count, tables)
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, bias, residual, mask, count, tables = ctx.saved_tensors
+    dx, *parameters = _normalize_backward(x, dy, weight, bias, residual, mask, count, tables, *ctx.settings)
+    if ctx.settings[-1] is None:
+        parameters[2] = cleared(dy, mask)
+    cast = (None if dtype is None else g.to(dtype) for g, dtype in zip(parameters, ctx.dtypes, strict=True))
+    return dx, *cast, *(None,) * 13
+
+
+_normalize.register_autograd(_backward, setup_context=_setup_context)
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    plan: Plan,
+    *,
+    strict: bool,
+) -> Normalized:
+    """Normalize under `torch.compile` by what the plan's choice takes; as `halves.apply`."""
+    choice = plan.choice
+    assert choice is not None
+    mean, var, batches, samples, eps = choice.known
+    y, count, tables = _normalize(
+        x,
+        weight,
+        bias,
+        residual,
+        plan.mask,
+        mean,
+        var,
+        batches,
+        samples if isinstance(samples, Tensor) else None,
+        choice.policy.text,
+        choice.training,
+        choice.ranks is not None,
+        choice.is_lenient,
+        choice.label,
+        plan.activation,
+        eps,
+        strict,
+    )
+    return Normalized(y, PooledMoments(count, tables[0], tables[1]))

@@ -1,0 +1,135 @@
+"""How the running statistics of a layer move, where no kernel did it along the way."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import NonFiniteError, OptionError
+from batchnorm.statistics.batch import running_update
+from batchnorm.statistics.moments import PooledMoments, pooled
+
+from . import differentiable
+from .settings import Tracked
+
+NONFINITE = ("propagate", "skip", "raise")
+
+
+class Moved(NamedTuple):
+    """The running statistics after a batch, wide, and what it adds to the counts."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    batches: int | Tensor
+    skipped: Tensor | None
+
+
+def of_groups(count: float | Tensor, mean: Tensor, m2: Tensor) -> PooledMoments:
+    """Return moments `[G, C]` with a count that broadcasts against them: a number, or `[G, 1]`."""
+    spread = count.unsqueeze(1) if isinstance(count, Tensor) else count
+    return PooledMoments(spread, mean, m2)
+
+
+def pooled_groups(batch: PooledMoments) -> PooledMoments:
+    """Return the moments of all groups together, `[C]`."""
+    if batch.mean.shape[0] > 1:
+        return pooled(batch, torch)
+    count = batch.count[0] if isinstance(batch.count, Tensor) else batch.count
+    return PooledMoments(count, batch.mean[0], batch.m2[0])
+
+
+def is_finite(batch: PooledMoments) -> Tensor:
+    """Return whether all moments are finite, as a tensor: the host does not wait for it."""
+    return torch.isfinite(batch.mean).all() & torch.isfinite(batch.m2).all()
+
+
+def check_finite(mean: Tensor, m2: Tensor) -> None:
+    """Raise NonFiniteError unless all moments are finite; the host waits for a device here."""
+    if not bool(torch.isfinite(mean).all() & torch.isfinite(m2).all()):
+        channels = (~(torch.isfinite(mean) & torch.isfinite(m2))).any(0).nonzero().flatten().tolist()
+        first = ", ".join(map(str, channels[:5])) + (", ..." if len(channels) > 5 else "")
+        raise NonFiniteError(
+            f"the input has inf or NaN in channel {first} ({len(channels)} of {mean.shape[1]}): look at what comes "
+            'before this layer, or let it pass such batches over with nonfinite="skip"'
+        )
+
+
+def moved(tracked: Tracked, batch: PooledMoments, *, sequential: bool, skip: bool) -> Moved:
+    """Return the running statistics after a batch; nothing is written.
+
+        running = (1 - momentum) * running + momentum * batch,    with var = m2 / (n - 1)
+
+    Fewer than two values, which have no variance, leave them as they are.
+
+    Args:
+        tracked: running statistics, or None each.
+        batch: its moments, `[G, C]`.
+        sequential: each group is a batch of its own; else they are pooled.
+        skip: a batch with inf or NaN leaves all as it is, and counts as skipped.
+    """
+    batch = PooledMoments(batch.count, batch.mean.detach(), batch.m2.detach())
+    parts = [pooled_groups(batch)]
+    if sequential:
+        counts = batch.count if isinstance(batch.count, Tensor) else [batch.count] * len(batch.mean)
+        parts = [PooledMoments(*part) for part in zip(counts, batch.mean, batch.m2, strict=True)]
+    mean, var = (None if t is None else t.detach().to(batch.mean.dtype) for t in (tracked.mean, tracked.var))
+    for number, part in enumerate(parts):
+        momentum = _momentum(tracked, number, batch.mean)
+        known = not isinstance(part.count, Tensor)
+        if known and part.count < 2:
+            continue
+        others = part.count - 1 if known else (part.count - 1).clamp(min=1)
+        news = [
+            None if old is None else running_update(old, new, momentum)
+            for old, new in ((mean, part.mean), (var, part.m2 / others))
+        ]
+        if not known:
+            news = [
+                None if new is None else torch.where(part.count >= 2, new, old)
+                for old, new in zip((mean, var), news, strict=True)
+            ]
+        mean, var = news
+    if not skip:
+        return Moved(mean, var, len(parts), None)
+    fine = is_finite(batch)
+    mean, var = (
+        None if old is None or new is None else torch.where(fine, new, old.detach().to(new.dtype))
+        for old, new in ((tracked.mean, mean), (tracked.var, var))
+    )
+    return Moved(mean, var, fine * len(parts), ~fine)
+
+
+def _momentum(tracked: Tracked, number: int, like: Tensor) -> float | Tensor:
+    if tracked.momentum is not None:
+        return tracked.momentum
+    if tracked.batches is None:
+        return 0.0  # as torch.nn does, which then has nothing to average over
+    return 1.0 / (tracked.batches + (number + 1)).to(like.dtype)  # stays on the device
+
+
+def move(tracked: Tracked, batch: PooledMoments, *, sequential: bool = False, skip: bool = False) -> None:
+    """Move the running statistics, and then the counts, in place: all of them, or none on an error."""
+    after = moved(tracked, batch, sequential=sequential, skip=skip)
+    written: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for old, new in ((tracked.mean, after.mean), (tracked.var, after.var)):
+                if old is not None and new is not None:
+                    before = old.clone()
+                    old.copy_(new)
+                    written.append((old, before))
+            if tracked.batches is not None:
+                tracked.batches.add_(after.batches)
+            if tracked.skipped is not None and after.skipped is not None:
+                tracked.skipped.add_(after.skipped)
+    except RuntimeError as error:
+        for old, before in written:
+            old.copy_(before)
+        if not differentiable.is_transforming():
+            raise
+        raise OptionError(
+            "torch.func cannot write to running statistics that it does not transform: pass the buffers as "
+            "arguments (functional_call), use functional.pure_batch_norm, or track_running_stats=False"
+        ) from error
