@@ -16,9 +16,15 @@ class BatchNormAct2d(BatchNorm2d):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Return act(drop(norm(input) + residual))."""
-        y = super().forward(input, residual)
+        y = super().forward(input, residual, mask, lengths)
         if self.activation is None:
             y = self.act(self.drop(y))
         return y

@@ -46,12 +46,13 @@ def renorm(
     """Return batch renormalization, one group.
 
         xhat = (x - mean) / std,    std = sqrt(var + eps)
-        r = std / running_std within [1 / r_max, r_max],    d = (mean - running_mean) / running_std within ±d_max
+        r = std / running_std                      within [1 / r_max, r_max]
+        d = (mean - running_mean) / running_std    within [-d_max, d_max]
         y = activation(weight * (xhat r + d) + bias + residual)
 
     r and d are constants to the gradient. With them, weight * (xhat r + d) + bias = (weight r) xhat +
-    (weight d + bias): plain batch normalization of weight' = weight r and bias' = weight d + bias. Its gradient
-    is known, and by the chain rule dweight = r dweight' + d dbias', dbias = dbias'.
+    (weight d + bias): plain batch normalization, with weight' = weight r and bias' = weight d + bias. Its
+    gradient is known, and by the chain rule dweight = r dweight' + d dbias', dbias = dbias'.
 
     Args:
         x, dy, weight, bias, eps: as in `backward`; so are the options residual, activation and mask.

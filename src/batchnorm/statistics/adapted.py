@@ -25,7 +25,7 @@ class Adapted(Policy):
     Args:
         prior: N of the paper, in samples, 0 or more.
 
-    Source: Schneider et al. 2020, arXiv:2006.16971, equation 3; 16 is near its best for batches of 8 and more.
+    Source: Schneider et al. 2020, arXiv:2006.16971, equation 3; 16 is near its best for batches from 8.
     """
 
     prior: float = 16.0

@@ -14,8 +14,8 @@ from .policy import Policy, check_count
 class Ghost(Policy):
     """Ghost batches: in training, each `size` samples that follow each other have statistics of their own.
 
-        training:    mean_g, var_g over samples [g size, (g + 1) size) and all positions; the last group may be
-                     smaller; the running ones move once, by the pooled mean and var of the whole batch
+        training:    mean_g, var_g over samples [g size, (g + 1) size) and all positions; the last group may
+                     be smaller; the running ones move once, by the pooled mean and var of the whole batch
         evaluation:  mean = running_mean,  var = running_var;  nothing moves
 
     All groups are one call of a kernel. A large batch trains as noisily as small ones do. What ghost batches

@@ -28,8 +28,8 @@ class Renorm(Policy):
 
     Gradients flow through mean and std; r and d are constants. For small batches, and for batches whose
     samples depend on each other. The bounds open with the number of batches, as the running statistics learn
-    what the data are: until `start`, r = 1 and d = 0, which is `Batch()`; from `end` on they are r_max, d_max;
-    linear between.
+    what the data are: until `start`, r = 1 and d = 0, which is `Batch()`; from `end` on they are r_max and
+    d_max; linear between.
 
     Args:
         r_max: largest r, at least 1.
@@ -80,6 +80,8 @@ class Renorm(Policy):
 
     def corrections(self, mean: Array, std: Array, known: Known, xp: Namespace) -> tuple[Array, Array]:
         """Return r and d, `[G, C]`."""
+        assert known.mean is not None
+        assert known.var is not None
         running_std = xp.sqrt(known.var + known.eps)
         r_max = 1.0 + (self.r_max - 1.0) * _opened(self.r_steps, known.batches, mean, xp)
         d_max = self.d_max * _opened(self.d_steps, known.batches, mean, xp)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import Any
 
 from batchnorm.errors import OptionError
 

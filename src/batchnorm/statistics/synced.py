@@ -18,7 +18,7 @@ from .policy import Chosen, Known, Namespace, Policy, check_number
 class Synced(Policy):
     """Statistics of the batches of all ranks together, as if one process had them all.
 
-        training:    n = Σ_r n_r,  mean = Σ_r n_r mean_r / n,  m2 = Σ_r (m2_r + n_r (mean_r - mean)²) over ranks r;
+        training:    n = Σ n_r,  mean = Σ n_r mean_r / n,  m2 = Σ (m2_r + n_r (mean_r - mean)²) over ranks r;
                      the running ones move by these, bit for bit the same on all ranks
         evaluation:  as by `over`: for `Batch()`, the running ones, and no rank waits for another
 
@@ -47,8 +47,8 @@ class Synced(Policy):
         over: object = self.over
         if not isinstance(over, Policy) or isinstance(over, Synced) or not over.measures(training=True):
             raise OptionError(
-                "Synced: over must be Batch(), Ghost(...), Renorm(...) or Adapted(...), which take moments of a "
-                f"batch; got {over!r}"
+                "Synced: over must be Batch(), Ghost(...), Renorm(...) or Adapted(...), which take moments "
+                f"of a batch; got {over!r}"
             )
         super().__post_init__()
 
@@ -89,7 +89,7 @@ def _ranks(group: object) -> tuple[int, ...]:
     is_whole = all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 for rank in ranks)
     if not ranks or not is_whole or len(set(ranks)) != len(ranks):
         raise OptionError(
-            f"Synced: group must be the global ranks of those who share statistics, such as (0, 1); got {group!r}. "
-            "Of a process group, torch.distributed.get_process_group_ranks(group) tells them"
+            "Synced: group must be the global ranks of those who share statistics, such as (0, 1); "
+            f"got {group!r}. Of a process group, torch.distributed.get_process_group_ranks(group) tells them"
         )
     return tuple(sorted(ranks))

@@ -82,13 +82,13 @@ def check_axis(axis: int, input: Tensor) -> None:
     """Raise OptionError unless `axis` can be the channels': any but the first."""
     if not isinstance(axis, int) or not -input.dim() < axis < input.dim() or axis == 0:
         raise OptionError(
-            f"axis must be one of the input's {input.dim()} dimensions, and not the first, which is the batch; "
-            f"got {axis!r}"
+            f"axis must be one of the input's {input.dim()} dimensions, and not the first, which is the "
+            f"batch; got {axis!r}"
         )
 
 
 def check_input(input: Tensor, *, needs_two: bool) -> None:
-    """Raise unless `input` is floating and has channels; and more than one value in each, where it needs two."""
+    """Raise unless `input` is floating and has channels; and two values in each, where it needs two."""
     if not input.is_floating_point():
         raise InputTypeError(
             f"expected a floating-point input, got {_dtype(input)}: convert it with .float()"
@@ -113,8 +113,8 @@ def check_groups(input: Tensor, size: int, smallest: int) -> None:
     if smallest == 1:
         raise InputShapeError(
             f"Expected more than 1 value per channel when training, got input size {input.size()} in ghost "
-            f"batches of {size}, of which the last has one value, and so no variance: use another size, drop the "
-            'last batch (DataLoader(drop_last=True)), or give the layer small_batch="running"'
+            f"batches of {size}, of which the last has one value, and so no variance: use another size, drop "
+            'the last batch (DataLoader(drop_last=True)), or give the layer small_batch="running"'
         )
 
 
@@ -128,8 +128,8 @@ def check_mask(mask: Tensor | None, input: Tensor) -> None:
     wanted = (*input.shape[:1], *input.shape[2:])
     if mask.shape != wanted:
         raise InputShapeError(
-            f"mask must have shape {list(wanted)} for an input of shape {list(input.shape)}, which is that without "
-            f"the channels; got {list(mask.shape)}"
+            f"mask must have shape {list(wanted)} for an input of shape {list(input.shape)}, which is that "
+            f"without the channels; got {list(mask.shape)}"
         )
     if mask.device != input.device:
         raise InputTypeError(f"mask is on {mask.device} and the input on {input.device}: move one of them")

@@ -89,13 +89,15 @@ class Choice(NamedTuple):
 
 def _table(value: Any, like: Tensor) -> Tensor:
     """Return a number or tensor as `[G, C]`."""
-    if isinstance(value, Tensor) and value.shape == like.shape:
-        return value
-    return torch.zeros_like(like) + value
+    is_table = isinstance(value, Tensor) and value.shape == like.shape
+    table: Tensor = value if is_table else torch.zeros_like(like) + value
+    return table
 
 
 def _lenient(chosen: Chosen, batch: PooledMoments, known: Known) -> Chosen:
     """Take the running statistics where a group has fewer than two values."""
+    assert known.mean is not None
+    assert known.var is not None
     enough = torch.as_tensor(batch.count >= 2, device=batch.mean.device)
     nothing = torch.zeros_like(batch.mean)
     given = (

@@ -17,6 +17,7 @@ from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments
 
 from . import compiled_choice
+from .compiled_groups import groups_of
 from .differentiable import Normalized, cleared
 from .moving import check_finite, of_groups
 from .plan import Plan
@@ -52,13 +53,6 @@ def _normalize(
     y = engine(x).normalize(x, given_mean, given_rstd, weight, bias, **options)  # type: ignore[arg-type]
     nothing = torch.zeros_like(given_mean)
     return y, nothing[:, 0].clone(), given_mean.clone(), nothing, given_rstd.clone()
-
-
-def groups_of(x: Tensor, group_size: int | None) -> int:
-    """Return the number of statistics groups, at least 1; x may have a symbolic number of samples."""
-    if group_size is None:
-        return 1
-    return torch.sym_max(1, (x.shape[0] + group_size - 1) // group_size)
 
 
 @_normalize.register_fake

@@ -1,4 +1,4 @@
-"""As `compiled.py`, for calls with a policy between their halves: one operator each way, collectives included."""
+"""As `compiled.py`, for calls with a policy between their halves: one operator each way."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from batchnorm.statistics.synced import Synced
 from . import halves
 from .choice import Choice
 from .collectives import Ranks
+from .compiled_groups import groups_of
 from .differentiable import Normalized, cleared
 from .plan import Plan
 
@@ -100,7 +101,7 @@ def _(
     strict: bool,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = from_text(policy).groups(training)
-    groups = 1 if size is None else torch.sym_max(1, (x.shape[0] + size - 1) // size)
+    groups = groups_of(x, size)
     wide = wide_dtype(x.device)
     tables = x.new_empty(7, groups, x.shape[1], dtype=wide)
     return torch.empty_like(x), x.new_empty(groups, 1, dtype=wide), tables

@@ -95,7 +95,7 @@ def _spread(values: Tensor, x: Tensor, groups: Tensor | None = None) -> Tensor:
 
 
 def _moments(wide: Tensor, plan: Plan) -> tuple[PooledMoments, Tensor, Tensor | None]:
-    """Return the moments of each group, x - mean (0 where masked), and each sample's group where there are several."""
+    """Return the moments of each group; x - mean, 0 where masked; each sample's group if there are many."""
     samples, positions = wide.shape[0], math.prod(wide.shape[2:])
     size = plan.group_size
     groups, number = None, 1
@@ -142,8 +142,8 @@ def gradients(
     That is for double backward; and for a backward in a `vmap` or in forward mode, of a forward outside it.
 
     Args:
-        ctx: of an autograd Function whose inputs 1 to 4 are x, weight, bias and residual; `dtypes` of the last
-            three are in it.
+        ctx: of an autograd Function whose inputs 1 to 4 are x, weight, bias and residual; it has `dtypes` of
+            the last three.
     """
     if bias is None and ctx.dtypes[1] is not None:
         # Not kept, as no activation follows: any value gives the same gradient.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm.kernels.choose import engine
@@ -12,7 +10,7 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Policy
 
-from . import checks, paths
+from . import checks, exported, paths
 from .moving import moved, pooled_groups
 from .settings import Settings, Tracked
 
@@ -133,13 +131,18 @@ def pure_batch_norm(
     checks.check_policy(statistics, running_mean is not None and running_var is not None)
     settings = Settings(training, eps, activation, statistics)
     tracked = Tracked(running_mean, running_var, None, momentum)
-    mode = paths.mode_of(input, tracked, settings, mask)
-    paths.check(input, tracked, weight, bias, residual, mask, settings, mode)
-    if paths.is_exported_as_stock(settings, mode, mask):
+    mode, exporting = paths.mode_of(input, tracked, settings, mask), exported.is_exporting()
+    paths.check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
+    if exporting and paths.is_exported_as_stock(settings, mode, mask):
         new_mean, new_var = (None if t is None else t.clone() for t in (running_mean, running_var))
         copies = tracked._replace(mean=new_mean, var=new_var)
-        return paths.stock(input, copies, weight, bias, residual, settings, mode), new_mean, new_var
-    y, batch, _ = paths.normalize(input, tracked, weight, bias, residual, mask, settings, mode)
+        y = exported.stock(
+            input, copies, weight, bias, residual, settings, measures=mode.measures, moves=mode.moves
+        )
+        return y, new_mean, new_var
+    y, batch, _ = paths.normalize(
+        input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting
+    )
     if batch is None or not mode.moves:
         return y, running_mean, running_var
     after = moved(tracked, batch, sequential=statistics.is_sequential, skip=False)
@@ -188,8 +191,11 @@ def normalize_batch(
     """
     settings, tracked = Settings(True, eps, activation), Tracked()
     mode = paths.Mode(measures=True, moves=False, needs_two=False)
-    paths.check(input, tracked, weight, bias, residual, mask, settings, mode)
-    y, batch, _ = paths.normalize(input, tracked, weight, bias, residual, mask, settings, mode)
+    exporting = exported.is_exporting()
+    paths.check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
+    y, batch, _ = paths.normalize(
+        input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting
+    )
     assert batch is not None
     count, mean, m2 = pooled_groups(batch)
     return y, PooledMoments(count, mean.detach(), m2.detach())

@@ -1,7 +1,7 @@
 """The two halves of a call, with a policy between them: moments, then normalization; sums, then gradient.
 
-`operators.py` has the calls that need nothing between, which are one launch each way. Kept for the backward: x,
-and per channel what was chosen and the moments that it followed; the residual only behind an activation.
+`operators.py` has the calls that need nothing between, which are one launch each way. Kept for the backward:
+x, and per channel what was chosen and the moments that it followed; the residual only behind an activation.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ def check_finite(mean: Tensor, m2: Tensor) -> None:
         channels = (~(torch.isfinite(mean) & torch.isfinite(m2))).any(0).nonzero().flatten().tolist()
         first = ", ".join(map(str, channels[:5])) + (", ..." if len(channels) > 5 else "")
         raise NonFiniteError(
-            f"the input has inf or NaN in channel {first} ({len(channels)} of {mean.shape[1]}): look at what comes "
-            'before this layer, or let it pass such batches over with nonfinite="skip"'
+            f"the input has inf or NaN in channel {first} ({len(channels)} of {mean.shape[1]}): look at what "
+            'comes before this layer, or let it pass such batches over with nonfinite="skip"'
         )
 
 
@@ -77,20 +77,8 @@ def moved(tracked: Tracked, batch: PooledMoments, *, sequential: bool, skip: boo
     mean, var = (None if t is None else t.detach().to(batch.mean.dtype) for t in (tracked.mean, tracked.var))
     for number, part in enumerate(parts):
         momentum = _momentum(tracked, number, batch.mean)
-        known = not isinstance(part.count, Tensor)
-        if known and part.count < 2:
-            continue
-        others = part.count - 1 if known else (part.count - 1).clamp(min=1)
-        news = [
-            None if old is None else running_update(old, new, momentum)
-            for old, new in ((mean, part.mean), (var, part.m2 / others))
-        ]
-        if not known:
-            news = [
-                None if new is None else torch.where(part.count >= 2, new, old)
-                for old, new in zip((mean, var), news, strict=True)
-            ]
-        mean, var = news
+        mean = _update(mean, part.mean, part.count, momentum)
+        var = _update(var, part.m2, part.count, momentum, corrected=True)
     if not skip:
         return Moved(mean, var, len(parts), None)
     fine = is_finite(batch)
@@ -99,6 +87,23 @@ def moved(tracked: Tracked, batch: PooledMoments, *, sequential: bool, skip: boo
         for old, new in ((tracked.mean, mean), (tracked.var, var))
     )
     return Moved(mean, var, fine * len(parts), ~fine)
+
+
+def _update(
+    old: Tensor | None,
+    new: Tensor,
+    count: float | Tensor,
+    momentum: float | Tensor,
+    *,
+    corrected: bool = False,
+) -> Tensor | None:
+    """Return a moved running statistic; `corrected`: `new` is a sum, ÷ (count - 1)."""
+    if old is None:
+        return None
+    if not isinstance(count, Tensor):  # known on the host
+        return running_update(old, new / (count - 1) if corrected else new, momentum) if count >= 2 else old
+    new = new / (count - 1).clamp(min=1) if corrected else new
+    return torch.where(count >= 2, running_update(old, new, momentum), old)
 
 
 def _momentum(tracked: Tracked, number: int, like: Tensor) -> float | Tensor:

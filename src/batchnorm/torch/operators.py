@@ -24,8 +24,8 @@ from .plan import Plan
 class _BatchNorm(torch.autograd.Function):
     """(engine, x, weight, bias, residual, plan, running, found) -> y; see `apply`.
 
-    The batch's count, mean, m2 and rstd are appended to the list `found`: as further outputs they would cost a
-    quarter of the time of a whole small stock layer.
+    The batch's count, mean, m2 and rstd are appended to the list `found`: as further outputs they would cost
+    a quarter of the time of a whole small stock layer.
     """
 
     @staticmethod

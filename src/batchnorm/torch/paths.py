@@ -7,19 +7,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm.errors import OptionError
-from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.choose import engine
 from batchnorm.kernels.interface import RunningStatistics, wide_dtype
-from batchnorm.statistics.batch import Batch, running_update
+from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.synced import Synced
 
 from . import checks, collectives, compiled, differentiable, halves, operators
 from .choice import Choice, known_to, samples_of
 from .differentiable import Normalized
+from .exported import behind, is_exporting, stock
 from .moving import move
 from .plan import Plan
 from .settings import Settings, Tracked
@@ -52,11 +51,11 @@ def mode_of(input: Tensor, tracked: Tracked, settings: Settings, mask: Tensor | 
     """Return what a call does with its batch."""
     policy, training = settings.statistics, settings.training
     is_tracked = tracked.mean is not None or tracked.var is not None or tracked.batches is not None
+    if type(policy) is Batch and settings.small_batch == "raise":  # most calls, in a hurry
+        return _USUAL[is_tracked and not is_recomputed()] if training else _GIVEN
     if not policy.measures(training):
         return _GIVEN
     moves = is_tracked and policy.moves(training) and not is_recomputed()
-    if type(policy) is Batch and settings.small_batch == "raise":
-        return _USUAL[moves]
     ranks = None
     if isinstance(policy, Synced) and training:
         everyone = collectives.Ranks(policy.group, policy.timeout)
@@ -113,31 +112,39 @@ def tracked_batch_norm(
             tracked_batch_norm, tensors, input, tracked, weight, bias, residual, mask, settings
         )
         return found
-    mode = mode_of(input, tracked, settings, mask)
-    check(input, tracked, weight, bias, residual, mask, settings, mode)
-    if is_exported_as_stock(settings, mode, mask):
-        y = stock(input, tracked, weight, bias, residual, settings, mode)
+    mode, exporting = mode_of(input, tracked, settings, mask), is_exporting()
+    check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
+    if exporting and is_exported_as_stock(settings, mode, mask):
+        y = stock(input, tracked, weight, bias, residual, settings, measures=mode.measures, moves=mode.moves)
         if mode.moves and tracked.batches is not None:
             tracked.batches.add_(1)
         return y
-    running = None
-    policy, nonfinite = settings.statistics, settings.nonfinite
-    if (
-        mode.moves
-        and tracked.pool is None
-        and nonfinite == "propagate"
-        and mask is None
-        and policy.group_size is None
-        and isinstance(tracked.momentum, float | int)
-    ):
-        running = RunningStatistics(tracked.mean, tracked.var, tracked.batches, tracked.momentum)
-    y, batch, has_moved = normalize(input, tracked, weight, bias, residual, mask, settings, mode, running)
+    running = _for_kernels(tracked, settings, mask) if mode.moves else None
+    y, batch, has_moved = normalize(
+        input, tracked, weight, bias, residual, mask, settings, mode, running, exporting=exporting
+    )
     if mode.moves and not has_moved and batch is not None:
+        skip = settings.nonfinite == "skip"
         if tracked.pool is not None:
-            tracked.pool.add(batch, skip=nonfinite == "skip", tracked=tracked)
+            tracked.pool.add(batch, skip=skip, tracked=tracked)
         else:
-            move(tracked, batch, sequential=policy.is_sequential, skip=nonfinite == "skip")
+            move(tracked, batch, sequential=settings.statistics.is_sequential, skip=skip)
     return y
+
+
+def _for_kernels(tracked: Tracked, settings: Settings, mask: Tensor | None) -> RunningStatistics | None:
+    """Return what a kernel can move along the way, None where the statistics move apart from it."""
+    mean, var, batches, momentum, _, _, pool = tracked
+    if (
+        pool is not None
+        or mask is not None
+        or settings.nonfinite != "propagate"
+        or settings.statistics.group_size is not None
+        or momentum is None
+        or isinstance(momentum, Tensor)
+    ):
+        return None
+    return RunningStatistics(mean, var, batches, momentum)
 
 
 def check(
@@ -149,13 +156,15 @@ def check(
     mask: Tensor | None,
     settings: Settings,
     mode: Mode,
+    *,
+    exporting: bool,
 ) -> None:
     """Raise unless a call can be computed; nothing has changed then."""
     checks.check_activation(settings.activation)
-    size = settings.statistics.groups(settings.training) if mode.needs_two else None
-    is_tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    policy = settings.statistics
+    size = policy.groups(settings.training) if mode.needs_two and type(policy) is not Batch else None
     if (
-        not is_tracing
+        not exporting
         and mask is None
         and size is None
         and checks.is_usual(
@@ -164,7 +173,7 @@ def check(
     ):
         return
     checks.check_eps(settings.eps, settings.training)
-    if is_tracing:
+    if exporting and torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         return  # sizes are recorded values there, and torch's own operator checks them
     checks.check_input(input, needs_two=mode.needs_two)
     if size is not None:
@@ -186,15 +195,17 @@ def normalize(
     settings: Settings,
     mode: Mode,
     running: RunningStatistics | None = None,
+    *,
+    exporting: bool,
 ) -> Normalized:
     """Take the path that this call needs: compiled, transformed, or eager; only this one moves `running`."""
     if residual is not None:
         input = input.to(torch.promote_types(input.dtype, residual.dtype))
     if input.dim() < 2:
-        return Normalized(_behind(input.clone(), residual, settings.activation), None)
+        return Normalized(behind(input.clone(), residual, settings.activation), None)
     plan = _plan(input, tracked, mask, settings, mode)
-    strict = settings.nonfinite == "raise" and mode.measures and settings.training
-    if differentiable.is_transforming() or _is_exporting():
+    strict = settings.nonfinite == "raise" and mode.moves
+    if exporting or differentiable.is_transforming():
         return differentiable.normalize(input, weight, bias, residual, plan)
     if torch.compiler.is_compiling():
         return compiled.apply(input, weight, bias, residual, plan, strict=strict)
@@ -235,14 +246,8 @@ def _given(running_mean: Tensor, running_var: Tensor, eps: float, input: Tensor)
     return mean.unsqueeze(0), (running_var.detach().to(wide) + eps).rsqrt().unsqueeze(0)
 
 
-def _is_exporting() -> bool:
-    return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
-
-
 def is_exported_as_stock(settings: Settings, mode: Mode, mask: Tensor | None) -> bool:
-    """Whether a call is being exported, and torch's own operator says all of it."""
-    if not _is_exporting():
-        return False
+    """Whether a call that is being exported is one of torch's own operator."""
     if mode.ranks is not None:
         raise OptionError(
             "statistics of several ranks cannot be exported: export in evaluation (model.eval())"
@@ -250,39 +255,3 @@ def is_exported_as_stock(settings: Settings, mode: Mode, mask: Tensor | None) ->
     policy, training = settings.statistics, settings.training
     is_plain = policy.is_plain(training) and policy.groups(training) is None and not mode.is_lenient
     return mask is None and (not mode.measures or is_plain)
-
-
-def stock(
-    input: Tensor,
-    tracked: Tracked,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    settings: Settings,
-    mode: Mode,
-) -> Tensor:
-    """Emit torch's own operators, which every exporter knows."""
-    running_mean, running_var, batches, momentum, *_ = tracked
-    if (
-        running_mean is not None and running_mean.dtype != input.dtype
-    ):  # its 16-bit form wants float32 parameters
-        weight, bias = (None if t is None else t.to(running_mean.dtype) for t in (weight, bias))
-    if momentum is None:
-        momentum = 0.0 if batches is None else 1.0 / (batches + 1).to(wide_dtype(batches.device))
-    used = (running_mean, running_var) if mode.moves or not mode.measures else (None, None)
-    if isinstance(momentum, Tensor) and mode.moves:
-        # torch's operator takes a number: read the batch off it, and move by hand
-        found = [None if t is None else torch.zeros_like(t) for t in used]
-        y = F.batch_norm(input, *found, weight, bias, mode.measures, 1.0, settings.eps)
-        for old, new in zip(used, found, strict=True):
-            if old is not None and new is not None:
-                old.copy_(running_update(old, new, momentum))
-    else:
-        number = 0.0 if isinstance(momentum, Tensor) else momentum
-        y = F.batch_norm(input, *used, weight, bias, mode.measures, number, settings.eps)
-    return _behind(y, residual, settings.activation)
-
-
-def _behind(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    y = y if residual is None else y + residual
-    return y if activation is None else ACTIVATIONS[activation].value(y)
