@@ -21,6 +21,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "Ghost": ("batchnorm.statistics.ghost", "Ghost"),
     "Renorm": ("batchnorm.statistics.renorm", "Renorm"),
     "Running": ("batchnorm.statistics.running", "Running"),
+    "SyncBatchNorm": ("batchnorm.torch.sync", "SyncBatchNorm"),
     "Synced": ("batchnorm.statistics.synced", "Synced"),
     "calibrate": ("batchnorm.models.calibrate", "calibrate"),
     "conventions": ("batchnorm.conventions", None),
@@ -50,6 +51,7 @@ __all__ = [
     "Ghost",
     "Renorm",
     "Running",
+    "SyncBatchNorm",
     "Synced",
     "__version__",
     "calibrate",
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     from .torch import functional
     from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from .torch.lean import lean
+    from .torch.sync import SyncBatchNorm
 
 
 def __getattr__(name: str) -> object:

@@ -195,7 +195,6 @@ def test_row_6_what_cannot_be_frozen_is_refused_by_name(frozen_norm: type[nn.Mod
     for norm, reason in (
         (Special(4), r"1 \(.*Special\): a subclass"),
         (nn.BatchNorm2d(4, track_running_stats=False), r"1 \(torch.nn.BatchNorm2d\): .*has none"),
-        (nn.SyncBatchNorm(4), r"1 \(torch.nn.SyncBatchNorm\): .*revert\(model, example"),
     ):
         model = nn.Sequential(nn.BatchNorm2d(4), norm)
         before = anatomy(model)
@@ -285,11 +284,9 @@ def test_convert_sets_a_policy_on_every_layer() -> None:
     model = nn.Sequential(
         nn.BatchNorm2d(4), batchnorm.BatchNorm2d(4), nn.LazyBatchNorm2d(), nn.SyncBatchNorm(4), nn.Flatten()
     )
-    with pytest.warns(UserWarning, match="convert leaves 3 as before"):
-        batchnorm.convert(model, batchnorm.Running(), example=None)
-    assert [m.statistics for m in model if is_layer(m)] == [batchnorm.Running()] * 3
-    with pytest.warns(UserWarning, match="convert leaves 3 as before"):
-        batchnorm.convert(model)  # no policy: no change
+    batchnorm.convert(model, batchnorm.Running(), example=None)
+    assert [m.statistics for m in model if is_layer(m)] == [batchnorm.Running()] * 4
+    batchnorm.convert(model)  # no policy: no change
     assert model[0].statistics == batchnorm.Running()
     del model[3]
     batchnorm.convert(model, statistics=batchnorm.Batch())

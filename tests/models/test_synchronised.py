@@ -10,10 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm
+from batchnorm.errors import OptionError
 from tests.models import nets
 from tests.models.nets import assert_alike, refuses, scrambled
 
 synchronised = nn.SyncBatchNorm.convert_sync_batchnorm
+SYNCHRONISED = {
+    "stock": synchronised,
+    "ours": batchnorm.SyncBatchNorm.convert_sync_batchnorm,
+    "stock then ours": lambda model: batchnorm.convert(synchronised(model)),
+    "policy": lambda model: batchnorm.convert(model, batchnorm.Synced()),
+}
 
 
 class Volumes(nn.Module):
@@ -37,23 +44,25 @@ def _assert_back(model: nn.Module, stock: nn.Module, x: Tensor) -> None:
     assert_alike(model, stock, x)
 
 
+@pytest.mark.parametrize("how", SYNCHRONISED)
 @pytest.mark.parametrize("with_example", [True, False], ids=["example", "graph"])
 @pytest.mark.parametrize(
     ("make", "shape"), [(nets.resnet, (4, 3, 6, 6)), (Volumes, (5, 4, 4, 4, 4))], ids=["resnet", "volumes"]
 )
-def test_row_7_there_and_back(make: type[nn.Module], shape: tuple[int, ...], with_example: bool) -> None:
+def test_row_7_there_and_back(
+    make: type[nn.Module], shape: tuple[int, ...], with_example: bool, how: str
+) -> None:
     """Row 7: the plain layers that they were, with the parameters and buffers that they are."""
     stock = scrambled(make())
     x = torch.randn(shape, dtype=torch.float64)
-    model = synchronised(copy.deepcopy(stock))
+    model = SYNCHRONISED[how](copy.deepcopy(stock))
     model.register_forward_hook(lambda *_: None)
-    norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
-    assert len(norms) == len(batchnorm.inspect(model).rows)
+    policies = [row.policy for row in batchnorm.inspect(model).rows]
+    assert policies == ["synchronised" if how == "stock" else "synced"] * len(policies)
     tensors = [*model.parameters(), *model.buffers(), *model.modules()]
     assert batchnorm.revert(model, example=x if with_example else None) is model
     after = [*model.parameters(), *model.buffers(), *model.modules()]
     assert all(a is b for a, b in zip(tensors, after, strict=True))
-    assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
     _assert_back(model, stock, x)
 
 
@@ -77,6 +86,46 @@ def test_row_7_what_nothing_tells_is_refused_by_name() -> None:
     assert "nothing tells" in refuses(batchnorm.revert, nn.SyncBatchNorm(4))
     norm = batchnorm.revert(nn.SyncBatchNorm(4), example=torch.randn(3, 4, 2))
     assert type(norm) is nn.BatchNorm1d
+
+
+def test_row_6_stock_synchronised_layers_become_ours() -> None:
+    """Row 6: the same module, parameters, hooks and mode; a subclass is refused, and nothing has changed."""
+    stock = nn.SyncBatchNorm(4, momentum=None, eps=1e-3).half()
+    heard: list[object] = []
+    stock.register_forward_hook(lambda *_: heard.append(1))
+    tensors = [*stock.parameters()]
+    assert batchnorm.convert(stock) is stock
+    assert type(stock) is batchnorm.SyncBatchNorm
+    assert stock.statistics == batchnorm.Synced()
+    assert all(a is b for a, b in zip(tensors, stock.parameters(), strict=True))
+    assert stock.running_mean.dtype == torch.float32
+    assert "process_group" not in vars(stock)
+    assert stock(torch.randn(3, 4).half()).shape == (3, 4)  # alone, it is a plain layer
+    assert heard
+
+    class Special(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(nn.BatchNorm2d(4), Special(4))
+    convert = batchnorm.SyncBatchNorm.convert_sync_batchnorm
+    with pytest.raises(OptionError, match=r"^1 \(.*Special\): a subclass"):
+        convert(model)
+    assert type(model[0]) is nn.BatchNorm2d
+    with pytest.raises(OptionError, match="not initialized"):
+        convert(model[0], process_group=object())
+    assert type(convert(model[0], process_group=[0, 3])) is batchnorm.SyncBatchNorm
+    assert model[0].statistics == batchnorm.Synced((0, 3))
+
+
+def test_freezing_a_synchronised_layer_and_back() -> None:
+    model = nn.Sequential(nn.SyncBatchNorm(4))
+    batchnorm.freeze(model)
+    assert model[0].statistics == batchnorm.Running()
+
+
+def test_a_policy_over_shared_statistics_has_no_way_back() -> None:
+    model = batchnorm.convert(nn.Sequential(nn.BatchNorm2d(4)), batchnorm.Synced(over=batchnorm.Ghost(2)))
+    assert "which no stock layer has" in refuses(batchnorm.revert, model)
 
 
 def test_a_norm_that_receives_two_ranks_has_no_plain_layer() -> None:

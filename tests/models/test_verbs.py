@@ -237,18 +237,6 @@ def test_revert_puts_an_activation_behind_and_refuses_a_residual() -> None:
     assert picture(model) == before
 
 
-def test_what_convert_leaves_is_said_by_name() -> None:
-    model = nn.Sequential(nn.SyncBatchNorm(3), nn.Sequential(nn.SyncBatchNorm(3)))
-    before = picture(model)
-    with pytest.warns(
-        UserWarning, match=r"^convert leaves 0, 1\.0 as before: torch.nn.SyncBatchNorm "
-    ) as told:
-        batchnorm.convert(model)
-    assert [warning.filename for warning in told] == [__file__]
-    assert [row.policy for row in batchnorm.inspect(model).rows] == ["synchronised"] * 2
-    assert picture(model) == before
-
-
 def test_inspect_tells_of_health_and_changes_nothing() -> None:
     model = network()
     model[1].running_var[2] = -1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from torch import nn
 from batchnorm.errors import OptionError
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.running import Running
+from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import check_policy
+from batchnorm.torch.sync import ranks_of
 
 from .agreement import checked_change
 from .frozen_norm import complete
@@ -30,11 +31,12 @@ def convert(model: nn.Module, statistics: Policy | None = None, *, example: Any 
 
     Args:
         model: with `torch.nn.BatchNorm1d`, 2d, 3d, their lazy forms, `timm.layers.BatchNormAct2d` (its
-            activation moves into the layer if it is one that the layer has), or frozen layers of torchvision,
-            timm and transformers (their buffers become ours, weight and bias parameters that do not learn);
-            or such a layer itself.
+            activation moves into the layer if it is one that the layer has), `torch.nn.SyncBatchNorm`, or
+            frozen layers of torchvision, timm and transformers (their buffers become ours, weight and bias
+            parameters that do not learn); or such a layer itself.
         statistics: the policy of every layer that is converted or of this library already, such as
-            `batchnorm.Running()`; None = what each does: `Running()` for frozen ones, and no change.
+            `batchnorm.Synced()`; None = what each does: `Running()` for frozen ones, `Synced()` of its
+            process group for a SyncBatchNorm, and no change for the others.
         example: what the model takes: a tensor, a tuple of arguments or a dict of keyword arguments. If
             given, the model's outputs on it are compared before and after, in evaluation and in training.
 
@@ -48,8 +50,7 @@ def convert(model: nn.Module, statistics: Policy | None = None, *, example: Any 
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:
-        UserWarning: names the layers that are left as they are: `torch.nn.SyncBatchNorm`; or the model cannot
-            run in training on the example.
+        UserWarning: the model cannot run in training on the example, so that only evaluation was compared.
 
     If it raises, or is interrupted, the model is as it was.
 
@@ -62,14 +63,6 @@ def convert(model: nn.Module, statistics: Policy | None = None, *, example: Any 
     check(model, norms, "convert")
     if statistics is not None:
         check_policy_fits(norms, statistics)
-    left = [found.name or found.kind.name for found in norms if found.kind.family == "synchronised"]
-    if left:  # told before anything changes: a warning may be an error
-        warnings.warn(
-            f"convert leaves {', '.join(left)} as before: torch.nn.SyncBatchNorm takes the statistics of all "
-            "ranks, which no layer of batchnorm does yet; batchnorm.revert makes it a plain layer",
-            UserWarning,
-            stacklevel=2,
-        )
     with checked_change(model, example, "convert"):
         for found in norms:
             become_ours(found, statistics)
@@ -124,6 +117,8 @@ def become_ours(found: Found, statistics: Policy | None = None) -> None:
             statistics = statistics or Running()
             if statistics == Running():
                 vars(norm)["_learned"] = {"weight": True, "bias": True}  # once it is unfrozen
+        if kind.family == "synchronised":
+            vars(norm)["_statistics"] = Synced(ranks_of(vars(norm).pop("process_group", None)))
         activation = inner_activation(norm) if issubclass(kind.twin, BatchNormAct2d) else None
         norm.__class__ = rebased(type(norm), kind.twin)
         vars(norm)["activation"] = activation

@@ -34,7 +34,7 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
 
     Raises:
         OptionError: (a ValueError) no batch normalization at all; and by name: a subclass of a stock layer, a
-            layer without running statistics, or `torch.nn.SyncBatchNorm`.
+            layer without running statistics.
 
     If it raises, or is interrupted, the model is as it was.
 
@@ -44,13 +44,6 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
     """
     norms = [found for found in _norms(model, "freeze") if found.kind.family != "frozen"]
     check(model, norms, "freeze")
-    for found in norms:
-        if found.kind.family == "synchronised":
-            raise OptionError(
-                "torch.nn.SyncBatchNorm does not tell the rank of its input, which a layer of batchnorm has: "
-                "batchnorm.revert(model, example=...) makes it a plain one first",
-                str(found),
-            )
     check_policy_fits(norms, Running())
     with untouched_on_error(model):
         for found in norms:

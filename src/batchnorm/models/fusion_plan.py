@@ -181,8 +181,6 @@ def unfit(found: Found) -> str:
     norm, family = found.module, found.kind.family
     if family == "other" and not is_ours(norm):
         return "its class is not known: it may compute something else"
-    if family == "synchronised":
-        return "its statistics are those of all ranks: batchnorm has no such layer yet"
     if family == "frozen":
         return "its class is frozen: batchnorm.convert makes it a layer that can be fused"
     if "Lazy" in found.kind.name:

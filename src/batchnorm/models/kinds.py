@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.torch import layers, lazy
+from batchnorm.torch.sync import SyncBatchNorm
 
 from .frozen_norm import FROZEN_TIMM, is_frozen
 from .timm_norm import BatchNormAct2d
@@ -50,10 +51,10 @@ def kind_of(module: nn.Module) -> Kind | None:
     name = qualified(cls)
     if cls in _TWINS:
         return Kind(name, "stock", _TWINS[cls])
-    if cls in STOCK or cls is BatchNormAct2d:
+    if cls in STOCK or cls is BatchNormAct2d or cls is SyncBatchNorm:
         return Kind(name, "ours")
     if cls is nn.SyncBatchNorm:
-        return Kind(name, "synchronised")
+        return Kind(name, "synchronised", SyncBatchNorm)
     if name == TIMM:
         return Kind(name, "timm", BatchNormAct2d)
     if is_frozen(name):
@@ -71,9 +72,14 @@ def is_layer(module: nn.Module) -> TypeGuard[layers._Layer | lazy._Lazy]:
     return is_ours(module) or isinstance(module, lazy._Lazy)
 
 
+def is_synchronised(module: nn.Module) -> bool:
+    """Whether a module is a SyncBatchNorm, torch's or ours, which does not tell the rank of its input."""
+    return origin(type(module)) in (nn.SyncBatchNorm, SyncBatchNorm)
+
+
 def qualified(cls: type) -> str:
     """Return `torch.nn.BatchNorm2d`, `batchnorm.BatchNorm2d`, else module and name of a class."""
-    if cls in STOCK:
+    if cls in STOCK or cls is SyncBatchNorm:
         return f"batchnorm.{cls.__name__}"
     module = cls.__module__
     return f"{'torch.nn' if module.startswith('torch.nn.modules.') else module}.{cls.__qualname__}"

@@ -10,14 +10,16 @@ from torch import nn
 
 from batchnorm.errors import OptionError
 from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import HALVES
+from batchnorm.torch.sync import SyncBatchNorm
 
 from .activations import module_for
 from .agreement import checked_change
 from .blocks import NotTraceableError
 from .convert import check_scripted
 from .identity import FusedActivation, restore
-from .kinds import STOCK, TIMM, is_layer, origin, rebased
+from .kinds import STOCK, TIMM, is_layer, is_synchronised, origin, rebased
 from .norms import Found, all_names, find_norms
 from .rewrite import FusedForward, authors_class, traced_as_written
 from .synchronised import plain_classes
@@ -32,9 +34,9 @@ def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
     with becomes a module behind it, `nn.Sequential(norm=..., activation=...)` in its place, and the keys of
     its state gain `.norm`.
 
-    `torch.nn.SyncBatchNorm` becomes the plain layer that it stands for, with the same parameters and
-    buffers: the way back from torch's `convert_sync_batchnorm`, which has none. Which one, an example tells,
-    or a layer beside it (a Conv2d before it).
+    `torch.nn.SyncBatchNorm` and ours become the plain layer that they stand for, with the same parameters
+    and buffers: the way back from torch's `convert_sync_batchnorm`, which has none. Which one, an example
+    tells, or a layer beside it (a Conv2d before it). So does a layer with `statistics=Synced()`.
 
     Args:
         model: with layers of this library, or `torch.nn.SyncBatchNorm`.
@@ -59,16 +61,16 @@ def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
     check_scripted(model, "revert")
     found_norms = find_norms(model)
     norms = [found for found in found_norms if is_layer(found.module)]
-    synchronised = [found for found in found_norms if found.kind.family == "synchronised"]
+    synchronised = [found for found in found_norms if is_synchronised(found.module)]
     _check(model, norms)
     plain = plain_classes(model, synchronised, example)
     with checked_change(model, example, "revert"):
         undo_fusion(model, norms)
-        placed = [found for found in norms if _become_stock(found)]
+        placed = [found for found in norms if _become_stock(found, plain.get(found.module))]
         _place_behind(model, placed)
-        for norm, cls in plain.items():
+        for norm in plain.keys() - {found.module for found in norms}:
             vars(norm).pop("process_group", None)
-            norm.__class__ = rebased(type(norm), cls)
+            norm.__class__ = rebased(type(norm), plain[norm])
     return model
 
 
@@ -77,9 +79,11 @@ def _check(model: nn.Module, norms: list[Found]) -> None:
     for found in norms:
         norm = found.module
         cls = origin(type(norm))
-        if cls not in STOCK and cls is not BatchNormAct2d:
+        if cls not in STOCK and cls not in (BatchNormAct2d, SyncBatchNorm):
             raise OptionError("a subclass of a layer of batchnorm: no stock layer computes that", str(found))
-        if norm.statistics != Batch():
+        policy = norm.statistics
+        shared = policy.over if isinstance(policy, Synced) else policy  # on one rank it is no more than that
+        if shared != Batch():
             raise OptionError(
                 f"statistics={norm.statistics}, which no stock layer has: batchnorm.unfreeze(model) first "
                 "(or layer.statistics = batchnorm.Batch())",
@@ -141,8 +145,12 @@ def rebased_block(cls: type, onto: type) -> Any:
     return onto if FusedForward in cls.__bases__ else rebased(cls, onto)
 
 
-def _become_stock(found: Found) -> bool:
-    """Set the class of a layer to stock; return whether it applied an activation, which is left to place."""
+def _become_stock(found: Found, plain: type[nn.Module] | None = None) -> bool:
+    """Set the class of a layer to stock; return whether it applied an activation, which is left to place.
+
+    Args:
+        plain: what a SyncBatchNorm becomes.
+    """
     norm = found.module
     cls = origin(type(norm))
     if cls is BatchNormAct2d:
@@ -151,9 +159,9 @@ def _become_stock(found: Found) -> bool:
         stock = getattr(importlib.import_module(module), name)
     else:
         is_placed = norm.activation is not None
-        stock = STOCK[cls]
+        stock = plain or STOCK[cls]
     norm.__class__ = rebased(type(norm), stock)
-    for name in ("_statistics", "_learned"):
+    for name in ("_statistics", "_learned", "_label"):
         vars(norm).pop(name, None)
     weight = getattr(norm, "weight", None)
     for name in ("running_mean", "running_var"):

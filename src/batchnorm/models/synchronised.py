@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from batchnorm.errors import OptionError
+from batchnorm.torch.sync import SyncBatchNorm
 
 from .activations import call_activation, module_activation
 from .agreement import call, restored, set_mode
@@ -107,7 +108,7 @@ def _rank_of(layer: nn.Module) -> int | None:
 
 def _is_elementwise(node: Node, called: nn.Module | None) -> bool:
     if called is not None:
-        is_passing = isinstance(called, (nn.Identity, nn.Dropout, nn.SyncBatchNorm))
+        is_passing = isinstance(called, (nn.Identity, nn.Dropout, nn.SyncBatchNorm, SyncBatchNorm))
         return is_passing or module_activation(called) is not None
     name = getattr(node.target, "__name__", node.target)
     return call_activation(node) is not None or (node.op.startswith("call_") and name in _ADDS)
