@@ -28,7 +28,6 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     _ranks: ClassVar[tuple[int, ...]]
     activation: str | None = None
     small_batch: str = "raise"
-    skipped: Tensor | None = None
     _statistics: Policy = Batch()
     _nonfinite: str = "propagate"
     _label: str | None = None
@@ -91,12 +90,16 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         if value != self._nonfinite:
             self._nonfinite = value
         if value == "skip" and self.skipped is None:
-            parameter = next(iter(self.parameters()), self.running_mean)
-            device = None if parameter is None else parameter.device
-            vars(self).pop("skipped", None)
-            self.register_buffer(
-                "skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False
-            )
+            place = next(iter(self.parameters()), self.running_mean)
+            device = None if place is None else place.device
+            # Not by `register_buffer`, for which the property is in the way; not part of the state.
+            self._buffers["skipped"] = torch.zeros((), dtype=torch.long, device=device)
+            self._non_persistent_buffers_set.add("skipped")
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """How many batches with inf or NaN were skipped, an integer tensor; None where none are."""
+        return self._buffers.get("skipped")
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the running statistics to mean 0, variance 1, no batches."""
