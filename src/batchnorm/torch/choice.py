@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from batchnorm.statistics.moments import PooledMoments, pooled
 from batchnorm.statistics.policy import Chosen, Known, Policy
 
 from . import collectives
+
+if TYPE_CHECKING:
+    from .recomputed import Memory
 
 
 class Namespace:
@@ -43,7 +46,7 @@ class Choice(NamedTuple):
     ranks: collectives.Ranks | None = None
     label: str = ""
     is_lenient: bool = False
-    memory: Any = None
+    memory: Memory | None = None
 
     def share(
         self, batch: PooledMoments, *, differentiable: bool = False
@@ -79,10 +82,15 @@ class Choice(NamedTuple):
         )
         return total[0], total[1]
 
+    def recalled(self, batch: PooledMoments) -> Choice:
+        """Return the choice with what was known in the first pass, if this one is computed again."""
+        if self.memory is None:
+            return self
+        return self._replace(known=self.memory.known(self.known, batch, self.training))
+
     def choose(self, batch: PooledMoments, samples: float | Tensor) -> Chosen:
         """Return what the call normalizes by, `[G, C]` each, given what `share` returned."""
-        known = self.known if self.memory is None else self.memory.known(self.known, batch)
-        known = known._replace(samples=samples)
+        known = self.known._replace(samples=samples)
         chosen = self.policy.choose(batch, known, self.training, Namespace)
         chosen = Chosen(*(_table(value, batch.mean) for value in chosen))
         return _lenient(chosen, batch, known) if self.is_lenient else chosen

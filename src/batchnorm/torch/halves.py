@@ -118,7 +118,7 @@ def measured(engine: Engine, x: Tensor, plan: Plan, *, strict: bool) -> tuple[Po
         batch, samples = plan.choice.share(of_groups(found.count, found.mean, found.m2))
         if strict:
             check_finite(batch.mean, batch.m2)
-        return batch, plan.choice.choose(batch, samples)
+        return batch, plan.choice.recalled(batch).choose(batch, samples)
 
 
 def apply(
