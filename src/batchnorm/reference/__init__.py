@@ -10,7 +10,13 @@ from .activations import ACTIVATIONS, Activation
 from .backward import Gradients, backward
 from .forward import Normalized, forward
 from .moments import Moments, merge, moments
-from .running import Running, update_running_keras, update_running_torch
+from .running import (
+    Running,
+    update_running_keras,
+    update_running_pooled,
+    update_running_sequential,
+    update_running_torch,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -24,5 +30,7 @@ __all__ = [
     "merge",
     "moments",
     "update_running_keras",
+    "update_running_pooled",
+    "update_running_sequential",
     "update_running_torch",
 ]
