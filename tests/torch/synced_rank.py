@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm.torch import collectives
+from tests.torch import synced_scenarios
 from tests.torch.synced_cases import CASES, Case
 
 STEPS = 3
@@ -249,6 +250,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             "two forwards": two_forwards(rank),
             "penalty": penalty(rank),
             "counted": counted(rank),
+            "scenarios": synced_scenarios.on_rank(rank),
         }
     torch.save(found, folder / f"found{rank}.pt")
     distributed.barrier()

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import batchnorm
 from tests.support.compare import as_array, assert_close
 from tests.support.ranks import found_by_ranks
-from tests.torch import synced_cases, synced_rank
+from tests.torch import synced_cases, synced_rank, synced_scenarios
 from tests.torch.synced_cases import CASES, CHANNELS, Case, Expected
 from tests.torch.synced_rank import STEPS, batch, net, train
+from tests.torch.synced_scenarios import SCENARIOS, Scenario
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,30 @@ def test_row_15_one_collective_each_way(of_two: list[Any]) -> None:
             "backward": 1,
             "none": 0,
         }
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_row_5_torchs_own_scenarios_on_cpus(of_two: list[Any], scenario: Scenario) -> None:
+    """Row 5: what torch tests on GPUs: the weights and statistics of one process with the whole batch."""
+    expected = synced_scenarios.train(synced_scenarios.initial(scenario), *scenario.data())
+    for of_rank in of_two:
+        found = of_rank["scenarios"][scenario.name]
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_row_5_torchs_scenarios_of_other_sizes_and_16_bits(of_two: list[Any]) -> None:
+    """Row 5: ranks of 20 and 200 values; a model in float16."""
+    inputs = [synced_scenarios.sizes_of(rank).movedim(1, 0).reshape(2, -1) for rank in range(2)]
+    together = torch.cat(inputs, dim=1)
+    for of_rank in of_two:
+        running = of_rank["scenarios"]["Diff_Input_Sizes_Running_Value"]
+        torch.testing.assert_close(running["mean"], together.mean(1))
+        torch.testing.assert_close(running["var"], together.var(1))
+        half = of_rank["scenarios"]["half"]
+        assert half["y"].dtype == half["gradient"].dtype == torch.float16
+        assert half["gradient"].isfinite().all()
 
 
 def test_without_processes_it_is_the_plain_layer() -> None:

@@ -119,7 +119,7 @@ def tracked_batch_norm(
         if mode.moves and tracked.batches is not None:
             tracked.batches.add_(1)
         return y
-    running = _for_kernels(tracked, settings, mask) if mode.moves else None
+    running = _for_kernels(tracked, settings) if mode.moves else None
     y, batch, has_moved = normalize(
         input, tracked, weight, bias, residual, mask, settings, mode, running, exporting=exporting
     )
@@ -132,19 +132,17 @@ def tracked_batch_norm(
     return y
 
 
-def _for_kernels(tracked: Tracked, settings: Settings, mask: Tensor | None) -> RunningStatistics | None:
+def _for_kernels(tracked: Tracked, settings: Settings) -> RunningStatistics | None:
     """Return what a kernel can move along the way, None where the statistics move apart from it."""
-    mean, var, batches, momentum, _, _, pool = tracked
-    if (
-        pool is not None
-        or mask is not None
-        or settings.nonfinite != "propagate"
-        or settings.statistics.group_size is not None
-        or momentum is None
-        or isinstance(momentum, Tensor)
-    ):
+    mean, var, batches, momentum, skipped, _, pool = tracked
+    nonfinite = settings.nonfinite
+    if pool is not None or nonfinite == "raise" or momentum is None or isinstance(momentum, Tensor):
         return None
-    return RunningStatistics(mean, var, batches, momentum)
+    if nonfinite == "propagate":
+        skipped = None
+    elif skipped is None:
+        return None
+    return RunningStatistics(mean, var, batches, momentum, skipped, settings.statistics.is_sequential)
 
 
 def check(
