@@ -77,7 +77,8 @@ def _normalize(
     batch, chosen = halves.measured(engine(x), x, plan, strict=strict)
     y = engine(x).normalize(x, chosen.mean, chosen.rstd, weight, bias, residual=residual, **plan.options)
     count = torch.zeros_like(batch.mean[:, :1]) + batch.count
-    return y, count, torch.stack([batch.mean, batch.m2, *chosen])
+    tables = [value + torch.zeros_like(batch.mean) for value in chosen]  # some may be numbers
+    return y, count, torch.stack([batch.mean, batch.m2, *tables])
 
 
 @_normalize.register_fake
