@@ -1,4 +1,4 @@
-"""Renormalization and adaptation in the reference: values by their formula, gradients by finite differences."""
+"""Renormalization and adaptation in the reference: values by formula, gradients by finite differences."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What the reference says of a layer's call under any policy: output, gradients, and how its state moves.
 
-It puts the pieces of `batchnorm.reference` together as the documentation of layers and policies says, group by
-group and value by value, and shares no code with what it is compared with.
+It puts the pieces of `batchnorm.reference` together as the documentation of layers and policies says, group
+by group, and shares no code with what it is compared with.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Past(NamedTuple):
 class Options:
     """The options of a layer and its mode."""
 
-    policy: Policy = Batch()
+    policy: Policy
     training: bool = True
     eps: float = 1e-5
     momentum: float | None = 0.1
