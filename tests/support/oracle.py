@@ -116,7 +116,7 @@ def expected_of(values: Values, past: Past, options: Options) -> Expected:
 
     gradients = [part.gradients for part in parts]
     lengths = [min(size, len(x) - start) for start in range(0, max(1, len(x)), size)]
-    spread = (-1, x.shape[1], *[1] * (x.ndim - 2))
+    spread = (len(x), x.shape[1], *[1] * (x.ndim - 2))
     std = [np.broadcast_to(1 / p.rstd, (n, x.shape[1])) for p, n in zip(parts, lengths, strict=True)]
     dresidual = None if values.residual is None else along([g.dresidual for g in gradients])  # type: ignore[misc]
     is_tracked = past.running is not None or past.batches is not None
@@ -175,7 +175,7 @@ def _part(
         found = reference.adapted(x, dy, weight, bias, **mixed, **given, **act)
         z = reference.adapted(x, dy, weight, bias, **mixed, **given).y
         xhat = reference.adapted(x, dy, None, None, **mixed, eps=options.eps, mask=mask).y
-        n = float(len(x) if mask is None else mask.reshape(len(mask), -1).any(axis=1).sum())
+        n = float(len(x) if mask is None else mask.any(axis=tuple(range(1, mask.ndim))).sum())
         s = n / (n + policy.prior) if n + policy.prior > 0 else 0.0
         var = (1 - s) * np.asarray(past.running.var) + s * found.var  # type: ignore[union-attr]
         return _Part(found.y, z, xhat, ((var + options.eps) ** -0.5)[None], found.gradients)

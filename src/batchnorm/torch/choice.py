@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments, pooled
 from batchnorm.statistics.policy import Chosen, Known, Policy
 
@@ -141,7 +142,7 @@ def known_to(
 
 
 def samples_of(x: Tensor, mask: Tensor | None) -> float | Tensor:
-    """Return the number of samples with a value that counts."""
-    return (
-        float(x.shape[0]) if mask is None else mask.flatten(1).any(1).sum() if mask.dim() > 1 else mask.sum()
-    )
+    """Return the number of samples with a value that counts, wide: of an integer, shares would be float32."""
+    if mask is None:
+        return float(x.shape[0])
+    return mask.unsqueeze(1).flatten(1).any(1).sum(dtype=wide_dtype(x.device))

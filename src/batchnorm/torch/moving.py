@@ -107,6 +107,8 @@ def _update(
 
 
 def _momentum(tracked: Tracked, number: int, like: Tensor) -> float | Tensor:
+    if isinstance(tracked.momentum, Tensor):
+        return tracked.momentum.to(like.dtype)  # before 1 - momentum, which float32 would round
     if tracked.momentum is not None:
         return tracked.momentum
     if tracked.batches is None:

@@ -69,8 +69,6 @@ def mode_of(input: Tensor, tracked: Tracked, settings: Settings, mask: Tensor | 
         and tracked.var is not None
     ):
         smallest = _smallest_group(input, policy.groups(training))
-        if smallest == 1 and smallest == _values(input):
-            return _GIVEN
         is_lenient = smallest == 1 or mask is not None
         needs_two = False
     return Mode(True, moves, needs_two, ranks, is_lenient)
@@ -82,10 +80,6 @@ def is_recomputed() -> bool:
     Its batch has moved the running statistics already, in the first pass.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _values(input: Tensor) -> int:
-    return input.shape[0] * math.prod(input.shape[2:]) if input.dim() > 1 else 0
 
 
 def _smallest_group(input: Tensor, size: int | None) -> int:

@@ -63,11 +63,13 @@ def set_coefficients(packet: Any, group: Any, first: Any, last: Any, count: Any,
         numbers(packet.rstd, size),
     )
     a, b, c = numbers(packet.a, size), numbers(packet.b, size), numbers(packet.c, size)
-    share = 0.0 if packet.constant else -1.0 / max(count, 1.0)
+    share = -1.0 / max(count, 1.0)
     for channel in range(first, last):
         here = group * packet.channels + channel
         slope = parameter(packet.weight, channel, 1.0, real) * rstd[here]
-        a[here], b[here], c[here] = slope, slope * share * products[here], slope * share * sums[here]
+        a[here], b[here], c[here] = slope, 0.0, 0.0
+        if not packet.constant:  # 0 times a sum that is not finite would be NaN, for all of the channel
+            b[here], c[here] = slope * share * products[here], slope * share * sums[here]
         set_parameter(packet.dweight, channel, products[here], real)
         set_parameter(packet.dbias, channel, sums[here], real)
 
