@@ -23,9 +23,11 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "Running": ("batchnorm.statistics.running", "Running"),
     "SyncBatchNorm": ("batchnorm.torch.sync", "SyncBatchNorm"),
     "Synced": ("batchnorm.statistics.synced", "Synced"),
+    "accumulate": ("batchnorm.models.accumulate", "accumulate"),
     "calibrate": ("batchnorm.models.calibrate", "calibrate"),
     "conventions": ("batchnorm.conventions", None),
     "convert": ("batchnorm.models.convert", "convert"),
+    "domain": ("batchnorm.models.domain", "domain"),
     "errors": ("batchnorm.errors", None),
     "fold": ("batchnorm.models.fold", "fold"),
     "freeze": ("batchnorm.models.freeze", "freeze"),
@@ -35,6 +37,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "keras": ("batchnorm.keras", None),
     "kernels": ("batchnorm.kernels", None),
     "lean": ("batchnorm.torch.lean", "lean"),
+    "mask": ("batchnorm.models.mask", "mask"),
     "reuse_memory": ("batchnorm.memory", "reuse_memory"),
     "revert": ("batchnorm.models.revert", "revert"),
     "unfreeze": ("batchnorm.models.freeze", "unfreeze"),
@@ -54,9 +57,11 @@ __all__ = [
     "SyncBatchNorm",
     "Synced",
     "__version__",
+    "accumulate",
     "calibrate",
     "conventions",
     "convert",
+    "domain",
     "errors",
     "fold",
     "freeze",
@@ -66,6 +71,7 @@ __all__ = [
     "keras",
     "kernels",
     "lean",
+    "mask",
     "reuse_memory",
     "revert",
     "unfreeze",
@@ -74,12 +80,15 @@ __all__ = [
 if TYPE_CHECKING:
     from . import conventions, errors, keras, kernels
     from .memory import reuse_memory
+    from .models.accumulate import accumulate
     from .models.calibrate import calibrate
     from .models.convert import convert
+    from .models.domain import domain
     from .models.fold import fold
     from .models.freeze import freeze, unfreeze
     from .models.fuse import fuse
     from .models.inspect import inspect
+    from .models.mask import mask
     from .models.revert import revert
     from .statistics.adapted import Adapted
     from .statistics.batch import Batch

@@ -59,6 +59,10 @@ class RankError(BatchNormError, RuntimeError):
     """Another process of torch.distributed raised, so that this one stops too."""
 
 
+class RecomputeError(BatchNormError, RuntimeError):
+    """Activation checkpointing computes a forward again, and what it was the first time is not known."""
+
+
 class MissingExtraError(BatchNormError, ImportError):
     """A framework that the name needs is not installed."""
 

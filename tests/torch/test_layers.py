@@ -59,6 +59,7 @@ def test_signature_is_the_stock_one_and_ours_keyword_only(kind: str) -> None:
         "activation": None,
         "nonfinite": "propagate",
         "small_batch": "raise",
+        "domains": 1,
     }
 
 

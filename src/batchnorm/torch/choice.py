@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from batchnorm.statistics.moments import PooledMoments, pooled
 from batchnorm.statistics.policy import Chosen, Known, Policy
 
 from . import collectives
+
+if TYPE_CHECKING:
+    from .recomputed import Memory
 
 
 class OfTorch:
@@ -58,7 +61,7 @@ class Choice(NamedTuple):
     ranks: collectives.Ranks | None = None
     label: str = ""
     is_lenient: bool = False
-    memory: Any = None
+    memory: Memory | None = None
 
     def share(
         self, batch: PooledMoments, *, differentiable: bool = False
@@ -94,14 +97,19 @@ class Choice(NamedTuple):
         )
         return total[0], total[1]
 
+    def recalled(self, batch: PooledMoments) -> Choice:
+        """Return the choice with what was known in the first pass, if this one is computed again."""
+        if self.memory is None:
+            return self
+        return self._replace(known=self.memory.known(self.known, batch, self.training))
+
     def choose(self, batch: PooledMoments, samples: float | Tensor, *, plain: bool = False) -> Chosen:
         """Return what the call normalizes by, `[G, C]` each or a number, given what `share` returned.
 
         Args:
             plain: of plain tensors, without a graph or a transform.
         """
-        known = self.known if self.memory is None else self.memory.known(self.known, batch)
-        known = known._replace(samples=samples)
+        known = self.known._replace(samples=samples)
         if not (plain and batch.mean.is_cpu):
             return self._choose(batch, known, OfTorch)
         found = self._choose(PooledMoments(*map(array, batch)), Known(*map(array, known)), OfNumPy)
@@ -113,8 +121,10 @@ class Choice(NamedTuple):
             return chosen
         assert known.mean is not None
         assert known.var is not None
-        enough = batch.count + 0 * batch.mean >= 2
+        enough = batch.count >= 2
         given = (known.mean, 1.0 / xp.sqrt(known.var + known.eps), 0.0, 0.0, 0.0)
+        if isinstance(enough, bool):  # counted on the host
+            return chosen if enough else Chosen(*given)
         return Chosen(*(xp.where(enough, own, other) for own, other in zip(chosen, given, strict=True)))
 
 

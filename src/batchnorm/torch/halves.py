@@ -140,7 +140,7 @@ def measured(engine: Engine, x: Tensor, plan: Plan, *, strict: bool) -> tuple[Po
         batch, samples = plan.choice.share(of_groups(found.count, found.mean, found.m2))
         if strict:
             check_finite(batch.mean, batch.m2)
-        return batch, plan.choice.choose(batch, samples, plain=True)
+        return batch, plan.choice.recalled(batch).choose(batch, samples, plain=True)
 
 
 def apply(

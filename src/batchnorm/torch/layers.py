@@ -14,12 +14,17 @@ from batchnorm.statistics.policy import Policy
 
 from . import paths
 from .checks import HALVES, check_activation, check_choice, check_policy, mask_of_lengths
+from .domains import add_domains, check_domains, fill, running_names, select, selected
 from .moving import NONFINITE
 from .naming import qualified_name
+from .pool import Pool
+from .recomputed import Memory, may_be_recomputed
+from .scope import Scope
 from .settings import Settings, Tracked
 
-_RUNNING = ("running_mean", "running_var")
 _BATCH = Batch()
+# What a layer has for as long as it is in a context, or has a backward before it.
+PASSING = ("_memory", "_pool", "_scope", "_domain")
 
 
 class _Layer(nn.modules.batchnorm._BatchNorm):
@@ -28,11 +33,14 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     _ranks: ClassVar[tuple[int, ...]]
     activation: str | None = None
     small_batch: str = "raise"
+    domains: int = 1
     _statistics: Policy = Batch()
     _nonfinite: str = "propagate"
     _label: str | None = None
-    _memory: Any = None
-    _pool: Any = None
+    _memory: Memory | None = None
+    _pool: Pool | None = None
+    _scope: Scope | None = None
+    _domain: int | None = None  # whose statistics are in use; None = of 0, in no context
 
     def __init__(
         self,
@@ -49,9 +57,14 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
         nonfinite: str = "propagate",
         small_batch: str = "raise",
+        domains: int = 1,
     ) -> None:
         check_activation(activation)
         check_choice("small_batch", small_batch, ("raise", "running"))
+        try:
+            check_domains(domains, track_running_stats)
+        except BatchNormError as error:
+            raise error.at(type(self).__name__) from None
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.activation = activation
         if affine and not bias:  # the stock constructor takes `bias` in newer releases only
@@ -61,6 +74,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         self.nonfinite = nonfinite
         if small_batch != "raise":
             self.small_batch = small_batch
+        self._add_domains(domains)
 
     @property
     def statistics(self) -> Policy:
@@ -75,6 +89,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             raise error.at(qualified_name(self)) from None
         self._statistics = policy
         vars(self).pop("_label", None)
+        vars(self).pop("_thawed", None)  # what `unfreeze` would give back
 
     @property
     def nonfinite(self) -> str:
@@ -101,6 +116,20 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         """How many batches with inf or NaN were skipped, an integer tensor; None where none are."""
         return self._buffers.get("skipped")
 
+    def _add_domains(self, domains: int) -> None:
+        """Have several running statistics; each starts as those that are there."""
+        if domains > 1:
+            add_domains(self, domains)
+            self.domains = domains
+
+    def reset_running_stats(self) -> None:
+        """Set running statistics to mean 0, variance 1, no batches; within `batchnorm.domain` that one's."""
+        super().reset_running_stats()
+        if self._domain is None:
+            for k in range(1, self.domains):
+                with selected(self, k):
+                    super().reset_running_stats()
+
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the running statistics to mean 0, variance 1, no batches."""
         self.reset_running_stats()
@@ -122,11 +151,22 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
                 if mask is not None:
                     raise OptionError("mask and lengths say the same thing twice: pass one of them")
                 mask = mask_of_lengths(lengths, input)
+            if self._scope is not None:
+                return self._scope.call(self, input, residual, mask)
             return self._normalize(input, residual, mask)
         except BatchNormError as error:
             if torch.compiler.is_compiling():
                 raise  # torch then runs the call eagerly, and it comes here again
             raise error.at(qualified_name(self)) from None
+
+    def mask_for(
+        self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the mask that a call with these arguments would heed, `[N, *S]`: for those who listen."""
+        if lengths is not None:
+            return mask_of_lengths(lengths, input)
+        masked = None if self._scope is None else self._scope.masked
+        return masked.of(input) if mask is None and masked is not None else mask
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
@@ -136,19 +176,34 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         if not training and mean is None and var is None:
             policy, training = _BATCH, True  # as torch.nn: without running statistics, always the batch's
         elif self.track_running_stats or not policy.measures(training):
-            tracked = Tracked(
-                mean,
-                var,
-                self.num_batches_tracked if self.track_running_stats else None,
-                self.momentum,
-                self.skipped,
-                self._memory,
-                self._pool,
-            )
+            tracked = self._tracked()
+            if training and (type(policy) is not Batch or self.small_batch != "raise"):
+                tracked = tracked._replace(memory=self._recall(policy))
         settings = Settings(
             training, self.eps, self.activation, policy, self._nonfinite, self.small_batch, self._label
         )
         return paths.tracked_batch_norm(input, tracked, self.weight, self.bias, residual, mask, settings)
+
+    def _tracked(self) -> Tracked:
+        """Return the running statistics that are in use, and what goes with them."""
+        return Tracked(
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked if self.track_running_stats else None,
+            self.momentum,
+            self.skipped,
+            None,
+            self._pool,
+        )
+
+    def _recall(self, policy: Policy) -> Memory | None:
+        """Return what remembers the running statistics, if training normalizes by them while they move."""
+        is_needed = policy.needs_running or self.small_batch == "running"
+        if not is_needed or not policy.measures(training=True) or torch.compiler.is_compiling():
+            return None
+        if self._memory is None and may_be_recomputed(training=True):
+            self._memory = Memory()
+        return self._memory
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._ranks:
@@ -164,11 +219,13 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
         if self._statistics != Batch():
             shown += f", statistics={self._statistics}"
+        if self.domains > 1:
+            shown += f", domains={self.domains}"
         return shown if self.activation is None else f"{shown}, activation={self.activation}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As `torch.nn.Module._apply`, but running statistics never become 16-bit: they stay float32."""
-        before = {name: self._buffers[name] for name in _RUNNING}
+        before = {name: self._buffers[name] for name in running_names(self.domains)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
@@ -176,16 +233,36 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
                 self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """As `torch.nn.Module._load_from_state_dict`; 16-bit statistics that it assigned become float32."""
-        super()._load_from_state_dict(*args, **kwargs)
-        self._widen_statistics()
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As `torch.nn.Module._save_to_state_dict`: the same within a domain's context as outside."""
+        with selected(self, 0):
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As `torch.nn.Module._load_from_state_dict`; 16-bit statistics that it assigned become float32.
+
+        Domains that the state does not have start from its domain 0.
+        """
+        fill(state_dict, prefix, self)
+        with selected(self, 0):
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            self._widen_statistics()
 
     def _widen_statistics(self) -> None:
-        for name in _RUNNING:
+        for name in running_names(self.domains):
             buffer = self._buffers[name]
             if buffer is not None and buffer.dtype in HALVES:
                 self._buffers[name] = buffer.float()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a file has of the layer: contexts that it is in are this one's alone."""
+        state = {name: value for name, value in vars(self).items() if name not in PASSING}
+        if self._domain:
+            state["_buffers"] = dict(self._buffers)
+            select(state["_buffers"], self._domain, 0)
+        return state
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the stock layer that `torch.jit.script` compiles in place of this one: the same tensors.
@@ -204,11 +281,17 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
                 "torch.jit.trace or torch.export, or batchnorm.unfreeze a copy in evaluation",
                 type(self).__name__,
             )
+        if self.domains > 1:
+            raise OptionError(
+                f"torch.jit.script cannot compile a layer with domains={self.domains}: use torch.jit.trace "
+                "or torch.export within batchnorm.domain",
+                type(self).__name__,
+            )
         stock = next(
             kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(self, kind)
         )
         twin = stock.__new__(stock)
-        ours = ("activation", "_statistics")
+        ours = ("activation", "_statistics", *PASSING)
         twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ours})
         return twin
 
@@ -230,20 +313,32 @@ _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
         device: where parameters and buffers live.
         dtype: of weight and bias; running statistics are float32 at least.
         bias: learn bias too (keyword only).
-        statistics: which mean and var (keyword only): `batchnorm.Batch()`, as above, or
-            `batchnorm.Running()`, the running ones in training too. An attribute of the layer; it can be set.
+        statistics: which mean and var (keyword only): `batchnorm.Batch()`, as above, or another policy:
+            `Ghost`, `Synced`, `Renorm`, `Running`, `Adapted`. An attribute of the layer; it can be set.
         activation: applied in the same pass (keyword only): relu, relu6, leaky_relu (slope 0.01), silu,
             gelu (erf), hardswish, sigmoid, tanh, elu (α = 1), or None.
 
+        nonfinite: what a batch with inf or NaN does (keyword only): "propagate", as in torch; "skip": the
+            running statistics stay, and `skipped` counts it; "raise": NonFiniteError. It can be set.
+        small_batch: what one value per channel, or per ghost batch, does in training (keyword only):
+            "raise", or "running": it is normalized by the running statistics. It can be set.
+        domains: how many running statistics there are (keyword only), one for each domain of the data;
+            weight and bias are shared. `batchnorm.domain` says whose are in use; outside of it, those of
+            domain 0. They are further buffers, `running_mean_1` and so on. A state that does not have them,
+            such as a stock layer's, loads (strict too): they then start from its domain 0.
+
     Shapes:
         input {shapes}, output the same; `layer(x, residual)` adds a residual of the same shape before the
-        activation.
+        activation. `layer(x, mask=)`, without the channels, bool, True = the value counts: the others are in
+        no statistic, and come out as 0 with gradient 0, whatever is there. `layer(x, lengths=)`, `[N]`, says
+        the same of sequences `[N, C, L]`.
 
     Raises:
         InputShapeError: (a ValueError and RuntimeError) wrong rank or channels; one value per channel.
         InputTypeError: (a TypeError and RuntimeError) integer input, mixed dtypes or devices.
-        OptionError: (a ValueError) eps <= 0 in training, an unknown activation, or `Running()` for a layer
-            without running statistics.
+        OptionError: (a ValueError) eps <= 0 in training, an unknown activation or option, or a policy or
+            several domains for a layer without running statistics.
+        NonFiniteError: (a FloatingPointError) inf or NaN in training with nonfinite="raise".
 
     Differs from torch: accurate for any |mean|/std, in every layout; running statistics stay float32 under
     `.half()` and `.bfloat16()`; an empty batch counts, but leaves them alone; an error counts nothing.

@@ -16,8 +16,11 @@ class _Lazy(nn.modules.batchnorm._BatchNorm):
     """What the lazy form keeps for the layer that it becomes."""
 
     activation: str | None = None
+    domains: int = 1
     statistics: Any = _Layer.statistics
     _statistics: Policy = Batch()
+    _pool: Any = None
+    _scope: Any = None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the layer that it has become: torch takes this method, then lets the hook change the class."""

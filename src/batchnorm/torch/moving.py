@@ -117,8 +117,12 @@ def _momentum(tracked: Tracked, number: int, like: Tensor) -> float | Tensor:
 
 
 def move(tracked: Tracked, batch: PooledMoments, *, sequential: bool = False, skip: bool = False) -> None:
-    """Move the running statistics, and then the counts, in place: all of them, or none on an error."""
-    after = moved(tracked, batch, sequential=sequential, skip=skip)
+    """Move the running statistics and the counts in place, as `moved` says."""
+    write(tracked, moved(tracked, batch, sequential=sequential, skip=skip))
+
+
+def write(tracked: Tracked, after: Moved) -> None:
+    """Write the running statistics, and then the counts, in place: all of them, or none on an error."""
     written: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():

@@ -21,6 +21,7 @@ from .differentiable import Normalized
 from .exported import behind, is_exporting, stock
 from .moving import move
 from .plan import Plan
+from .recomputed import is_recomputed
 from .settings import Settings, Tracked
 
 
@@ -74,12 +75,6 @@ def mode_of(input: Tensor, tracked: Tracked, settings: Settings, mask: Tensor | 
     return Mode(True, moves, needs_two, ranks, is_lenient)
 
 
-def is_recomputed() -> bool:
-    """Whether this forward runs within a backward: activation checkpointing computes it again.
-
-    Its batch has moved the running statistics already, in the first pass.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _smallest_group(input: Tensor, size: int | None) -> int:
@@ -211,7 +206,10 @@ def _plan(input: Tensor, tracked: Tracked, mask: Tensor | None, settings: Settin
     if not mode.measures:
         assert tracked.mean is not None
         assert tracked.var is not None
-        given = _given(tracked.mean, tracked.var, eps, input)
+        mean, var = tracked.mean, tracked.var
+        if tracked.memory is not None:
+            mean, var = tracked.memory.given(input, mean, var, training)
+        given = _given(mean, var, eps, input)
         return Plan(eps, settings.activation, mask, None, given)
     if type(policy) is Batch and not mode.is_lenient:  # most calls
         return Plan(eps, settings.activation, mask)

@@ -34,7 +34,7 @@ class SyncBatchNorm(_Layer):
         track_running_stats: keep running statistics; without them, evaluation uses the rank's own batch.
         process_group: who shares statistics: a group of torch.distributed, or global ranks; None = all ranks.
             Only its ranks are kept, so that the layer can be copied and stored.
-        device, dtype, bias, activation, nonfinite, small_batch: as of `batchnorm.BatchNorm2d`.
+        device, dtype, bias, activation, nonfinite, small_batch, domains: as of `batchnorm.BatchNorm2d`.
 
     Shapes:
         input `[N, C, *S]`, output the same; ranks may have different N and S, and none at all.
@@ -67,6 +67,7 @@ class SyncBatchNorm(_Layer):
         activation: str | None = None,
         nonfinite: str = "propagate",
         small_batch: str = "raise",
+        domains: int = 1,
     ) -> None:
         super().__init__(
             num_features,
@@ -81,6 +82,7 @@ class SyncBatchNorm(_Layer):
             activation=activation,
             nonfinite=nonfinite,
             small_batch=small_batch,
+            domains=domains,
         )
 
     def _check_input_dim(self, input: Tensor) -> None:

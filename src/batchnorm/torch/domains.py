@@ -1,0 +1,103 @@
+"""Running statistics of several domains in one layer, of which one at a time is in use.
+
+Those of domain 0 are the stock buffers; those of domain k have the same names and `_k` behind. To use domain
+k, the two change places: whoever reads `layer.running_mean` reads that of the domain in use, so that every
+verb and every path knows nothing of domains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from batchnorm.errors import OptionError
+
+if TYPE_CHECKING:
+    from .layers import _Layer
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def check_domains(domains: object, tracked: bool) -> int:
+    """Return the number of domains of a layer, or raise OptionError; several need running statistics."""
+    if not isinstance(domains, int) or isinstance(domains, bool) or domains < 1:
+        raise OptionError(f"domains must be a whole number of 1 or more; got {domains!r}")
+    if domains > 1 and not tracked:
+        raise OptionError(
+            f"domains={domains} are as many running statistics, and this layer has none: make it with "
+            "track_running_stats=True"
+        )
+    return domains
+
+
+def add_domains(layer: _Layer, domains: int) -> None:
+    """Give a layer of one domain the buffers of several; each starts as the statistics that are there."""
+    for k in range(1, domains):
+        for name in STATISTICS:
+            buffer = layer._buffers[name]
+            layer._buffers[f"{name}_{k}"] = None if buffer is None else buffer.detach().clone()
+
+
+def running_names(domains: int) -> list[str]:
+    """Return the names of the running means and variances of all domains."""
+    return [f"{name}{end}" for end in ("", *(f"_{k}" for k in range(1, domains))) for name in STATISTICS[:2]]
+
+
+def select(buffers: dict[str, Tensor | None], before: int, k: int) -> None:
+    """Put the statistics of domain `k` in place of those of domain `before`, which are in use.
+
+    Args:
+        buffers: of a layer, by name.
+    """
+    for number in (before, k) if before != k else ():
+        if number:  # 0 is in use, or becomes so in between
+            for name in STATISTICS:
+                other = f"{name}_{number}"
+                buffers[name], buffers[other] = buffers[other], buffers[name]
+
+
+def domain_of(layer: _Layer) -> int:
+    """Return the domain that is in use."""
+    return layer._domain or 0
+
+
+@contextlib.contextmanager
+def selected(layer: _Layer, k: int) -> Iterator[None]:
+    """Use the statistics of domain `k` within the block, whatever is used around it."""
+    earlier, before = layer._domain, domain_of(layer)
+    select(layer._buffers, before, k)
+    layer._domain = k
+    try:
+        yield
+    finally:
+        select(layer._buffers, k, before)
+        if earlier is None:
+            vars(layer).pop("_domain", None)
+        else:
+            layer._domain = earlier
+
+
+def keep_one(layer: _Layer, k: int) -> None:
+    """Make a layer of one domain of it, which has the statistics of domain `k`."""
+    select(layer._buffers, domain_of(layer), k)
+    vars(layer).pop("_domain", None)
+    for number in range(1, layer.domains):
+        for name in STATISTICS:
+            del layer._buffers[f"{name}_{number}"]
+    layer.domains = 1
+
+
+def fill(state_dict: dict[str, Any], prefix: str, layer: _Layer) -> None:
+    """Add to a state what it lacks of a layer's further domains: copies of what it has of domain 0."""
+    if f"{prefix}running_mean" not in state_dict:
+        return
+    for k in range(1, layer.domains):
+        for name in STATISTICS:
+            found = state_dict.get(f"{prefix}{name}")
+            if found is None:  # a counter, which states of torch < 0.4.1 do not have
+                found = layer._buffers[f"{name}_{k}"]
+            if found is not None:
+                state_dict.setdefault(f"{prefix}{name}_{k}", found.detach().clone())
