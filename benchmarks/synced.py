@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import batchnorm
-from batchnorm.torch import collectives
+from batchnorm.torch.ranks import collectives
 
 from .interleaved import clocked, interleave, ratio
 from .progress import progress

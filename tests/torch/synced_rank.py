@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
-from batchnorm.torch import collectives
+from batchnorm.torch.ranks import collectives
+from batchnorm.torch.ranks.sharing import Sharing
 from tests.torch import synced_scenarios
 from tests.torch.synced_cases import CASES, Case
 
@@ -200,25 +201,18 @@ def penalty(rank: int) -> Found:
 
 
 def counted(rank: int) -> Found:
-    """Row 15: how many collectives a forward and a backward take; none in evaluation, or within one rank."""
+    """Row 15: how many exchanges a forward and a backward take; none in evaluation, or within one rank."""
     calls: list[str] = []
-    real = {
-        name: getattr(distributed, name) for name in dir(distributed) if name.startswith(("all_", "_all"))
-    }
+    real = Sharing.exchange
 
-    def spy(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return real[name](*args, **kwargs)
-
-        return call
+    def spy(self: Sharing, act: Any, packet: Tensor, label: str) -> Tensor:
+        calls.append(act)
+        return real(self, act, packet, label)
 
     case, counts = CASES[0], {}
     layer, part = case.layer(), case.part(rank)
-    layer(part.x)  # the group is there
     alone = case.layer(group=(rank,))
-    for name in real:
-        setattr(distributed, name, spy(name))
+    Sharing.exchange = spy  # type: ignore[method-assign]
     try:
         y = layer(part.x.requires_grad_())
         counts["forward"] = len(calls)
@@ -229,8 +223,7 @@ def counted(rank: int) -> Found:
         alone(part.x).backward(part.dy)
         counts["none"] = len(calls) - before
     finally:
-        for name, function in real.items():
-            setattr(distributed, name, function)
+        Sharing.exchange = real  # type: ignore[method-assign]
     return {name: torch.tensor(count) for name, count in counts.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import batchnorm
 from tests.support.compare import as_array, assert_close
 from tests.support.ranks import found_by_ranks
-from tests.torch import synced_cases, synced_rank, synced_scenarios
+from tests.torch import synced_cases, synced_lost_rank, synced_rank, synced_scenarios
 from tests.torch.synced_cases import CASES, CHANNELS, Case, Expected
 from tests.torch.synced_rank import STEPS, batch, net, train
 from tests.torch.synced_scenarios import SCENARIOS, Scenario
@@ -157,6 +158,22 @@ def test_row_5_torchs_scenarios_of_other_sizes_and_16_bits(of_two: list[Any]) ->
         half = of_rank["scenarios"]["half"]
         assert half["y"].dtype == half["gradient"].dtype == torch.float16
         assert half["gradient"].isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["skips", "killed", "asleep"])
+def test_row_16_a_rank_that_does_not_come_is_found_out(how: str, tmp_path: Path) -> None:
+    """Row 16: an error in time that names the layer and the rank; nothing has moved."""
+    lost = {1} if how == "killed" else set()
+    first, second = found_by_ranks(synced_lost_rank, 2, tmp_path, how, lost=lost)
+    assert first["error"].startswith("first (BatchNorm1d) forward"), first
+    assert "rank 1" in first["error"]
+    assert first["unchanged"]
+    assert first["seconds"] < 3 * synced_lost_rank.TIMEOUT
+    if how == "skips":
+        assert "second (BatchNorm1d) forward" in first["error"]
+        assert second["error"].startswith("second (BatchNorm1d) forward")
+        assert "rank 0 sent something else, 'first (BatchNorm1d) forward" in second["error"]
+        assert second["unchanged"]
 
 
 def test_without_processes_it_is_the_plain_layer() -> None:

@@ -12,7 +12,7 @@ from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments, pooled
 from batchnorm.statistics.policy import Chosen, Known, Policy
 
-from . import collectives
+from .ranks import collectives
 
 if TYPE_CHECKING:
     from .recomputed import Memory
@@ -78,7 +78,9 @@ class Choice(NamedTuple):
         packet = torch.cat([samples, count, batch.mean.reshape(-1), batch.m2.reshape(-1)])
         gather = collectives.differentiable_gather if differentiable else collectives.gather
         everyone = gather(packet, self.ranks, f"{self.label} forward, {groups} x {channels}")
-        samples, count, mean, m2 = everyone.split([1, groups, groups * channels, groups * channels], dim=1)
+        samples, count, mean, m2 = torch.split(
+            everyone, [1, groups, groups * channels, groups * channels], dim=1
+        )
         size = len(everyone)
         parts = PooledMoments(
             count.reshape(size, groups, 1),

@@ -16,10 +16,10 @@ from batchnorm.statistics.synced import Synced
 
 from . import halves
 from .choice import Choice
-from .collectives import Ranks
 from .compiled_groups import groups_of
 from .differentiable import Normalized, cleared
 from .plan import Plan
+from .ranks.collectives import Ranks
 
 # The tensors that a choice knows, per channel or one number each.
 _NONE = (None,) * 4

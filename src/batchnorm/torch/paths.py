@@ -15,12 +15,13 @@ from batchnorm.kernels.interface import RunningStatistics, wide_dtype
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.synced import Synced
 
-from . import checks, collectives, compiled, differentiable, halves, operators
+from . import checks, compiled, differentiable, halves, operators
 from .choice import Choice, known_to, samples_of
 from .differentiable import Normalized
 from .exported import behind, is_exporting, stock
 from .moving import move
 from .plan import Plan
+from .ranks import collectives
 from .recomputed import is_recomputed
 from .settings import Settings, Tracked
 
@@ -73,8 +74,6 @@ def mode_of(input: Tensor, tracked: Tracked, settings: Settings, mask: Tensor | 
         is_lenient = smallest == 1 or mask is not None
         needs_two = False
     return Mode(True, moves, needs_two, ranks, is_lenient)
-
-
 
 
 def _smallest_group(input: Tensor, size: int | None) -> int:
@@ -219,9 +218,8 @@ def _plan(input: Tensor, tracked: Tracked, mask: Tensor | None, settings: Settin
     known = known_to(
         tracked.mean, tracked.var, tracked.batches, samples_of(input, mask), eps, wide_dtype(input.device)
     )
-    choice = Choice(
-        policy, training, known, mode.ranks, settings.label or "batch_norm", mode.is_lenient, tracked.memory
-    )
+    label = "batch_norm" if mode.ranks is None or settings.label is None else settings.label()
+    choice = Choice(policy, training, known, mode.ranks, label, mode.is_lenient, tracked.memory)
     return Plan(eps, settings.activation, mask, size, None, choice)
 
 
