@@ -70,7 +70,7 @@ def accumulate(model: nn.Module, steps: int) -> Iterator[None]:
         return
     pools = [Pool(layer) for layer in layers]
     count = _Count(pools, steps)
-    begin, end = (_eager(hook) for hook in (count.begin, count.end))
+    begin, end = _Hook(count.begin), _Hook(count.end)
     handles = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
     try:
         for layer, pool in zip(layers, pools, strict=True):
@@ -85,10 +85,24 @@ def accumulate(model: nn.Module, steps: int) -> Iterator[None]:
             vars(layer).pop("_pool", None)
 
 
-def _eager(hook: Callable[..., None]) -> Callable[..., None]:
-    """Return a hook that no compiler traces: it counts in Python."""
-    found: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return found
+class _Hook:
+    """A hook that no compiler traces, as it counts in Python; in a copy of the model it does nothing."""
+
+    def __init__(self, work: Callable[[nn.Module], None]) -> None:
+        self.work: Callable[[nn.Module], None] = torch.compiler.disable(work)  # type: ignore[no-untyped-call]
+
+    def __call__(self, model: nn.Module, *_: Any) -> None:
+        self.work(model)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> _Hook:
+        return _Hook(_nothing)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(_: nn.Module) -> None:
+    """Do nothing."""
 
 
 class _Count:
@@ -98,13 +112,13 @@ class _Count:
         self.pools, self.steps = pools, steps
         self.done = 0
 
-    def begin(self, model: nn.Module, _: Any) -> None:
+    def begin(self, model: nn.Module) -> None:
         """Begin a forward."""
         if model.training and not is_recomputed():
             for pool in self.pools:
                 pool.begin()
 
-    def end(self, model: nn.Module, _: Any, __: Any) -> None:
+    def end(self, model: nn.Module) -> None:
         """End a forward."""
         if not model.training or is_recomputed():
             return

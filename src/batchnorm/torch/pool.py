@@ -101,7 +101,9 @@ def _move(layer: _Layer, one: _Pooled) -> None:
     device = None if tracked.mean is None else tracked.mean.device
     count, mean, m2 = one.moments
     batch = PooledMoments(
-        count.to(device) if isinstance(count, Tensor) else count, mean[None].to(device), m2[None].to(device)
+        count.reshape(1, 1).to(device) if isinstance(count, Tensor) else count,
+        mean[None].to(device),
+        m2[None].to(device),
     )
     after = moved(tracked, batch, sequential=False, skip=False)
     if isinstance(one.counted, Tensor):  # it may be that no micro-batch counts: then there was no batch
