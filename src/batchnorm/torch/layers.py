@@ -127,6 +127,10 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             if torch.compiler.is_compiling():
                 raise  # torch then runs the call eagerly, and it comes here again
             raise error.at(qualified_name(self)) from None
+        except Exception as error:  # of torch, for what no check looks at: a state that somebody broke
+            if not torch.compiler.is_compiling():
+                error.add_note(f"This was raised in the layer {qualified_name(self)}.")
+            raise
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
