@@ -8,6 +8,8 @@ import torch
 
 import batchnorm
 from batchnorm import functional, kernels, reference
+from batchnorm.errors import InputShapeError, OptionError
+from batchnorm.statistics.policy import Policy
 from tests.torch.twins import assert_identical, scramble, state
 
 ENGINES = pytest.mark.parametrize("engine", ["cpu", "eager"])
@@ -79,3 +81,49 @@ def test_the_reference_takes_an_empty_mask_and_masks_what_is_not_finite() -> Non
     with np.errstate(invalid="ignore"):
         gradients = reference.backward(x, x * 0 + 1, residual=x, activation="silu", mask=mask)
     assert gradients.dx[1] == gradients.dresidual[1] == 0
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@ENGINES
+def test_a_vector_in_another_shape_is_refused(name: str, engine: str) -> None:
+    """Of two channels and two samples, eager operations would have spread a column along the samples."""
+    layer = scramble(batchnorm.BatchNorm1d(2))
+    tensors = layer._buffers if name.startswith("running") else layer._parameters
+    tensors[name] = tensors[name].detach().unsqueeze(1).clone()
+    with (
+        kernels.use(engine),
+        pytest.raises(InputShapeError, match=rf"BatchNorm1d: {name} has shape \[2, 1\]"),
+    ):
+        layer(torch.randn(2, 2))
+
+
+@pytest.mark.parametrize("policy", [batchnorm.Renorm(), batchnorm.Running(), batchnorm.Adapted()], ids=str)
+def test_a_policy_whose_statistics_have_gone_is_refused(policy: Policy) -> None:
+    layer = batchnorm.BatchNorm1d(2, statistics=policy)
+    layer.running_var = None
+    with pytest.raises(OptionError, match=r"BatchNorm1d: statistics=.* uses running statistics"):
+        layer(torch.randn(4, 2))
+
+
+def test_counters_move_with_the_statistics_or_not_at_all() -> None:
+    """The last to be written cannot be; what torch raises names the layer."""
+    layer = scramble(batchnorm.BatchNorm1d(2, nonfinite="skip"))
+    layer._buffers["skipped"] = layer.skipped.expand(2)
+    before = state(layer)
+    with pytest.raises(RuntimeError, match="single memory location") as caught:
+        layer(torch.randn(4, 2))
+    assert "the layer BatchNorm1d" in caught.value.__notes__[0]
+    assert_identical(state(layer), before)
+
+
+def test_statistics_of_inference_mode_are_refused_before_torch_writes_to_them() -> None:
+    with torch.inference_mode():
+        layer = scramble(batchnorm.BatchNorm1d(2, momentum=None, affine=False))
+    x, before = torch.randn(4, 2), state(layer)
+    for _ in range(2):
+        with pytest.raises(OptionError, match=r"BatchNorm1d: .*made under torch\.inference_mode"):
+            layer(x)
+        assert_identical(state(layer), before)
+    with torch.inference_mode():
+        layer(x)
+    assert layer.num_batches_tracked == 4

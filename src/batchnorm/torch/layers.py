@@ -158,6 +158,10 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             if torch.compiler.is_compiling():
                 raise  # torch then runs the call eagerly, and it comes here again
             raise error.at(qualified_name(self)) from None
+        except Exception as error:  # of torch, for what no check looks at: a state that somebody broke
+            if not torch.compiler.is_compiling():
+                error.add_note(f"This was raised in the layer {qualified_name(self)}.")
+            raise
 
     def mask_for(
         self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None

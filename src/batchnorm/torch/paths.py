@@ -55,6 +55,8 @@ def mode_of(input: Tensor, tracked: Tracked, settings: Settings, mask: Tensor | 
     is_tracked = tracked.mean is not None or tracked.var is not None or tracked.batches is not None
     if type(policy) is Batch and settings.small_batch == "raise":  # most calls, in a hurry
         return _USUAL[is_tracked and not is_recomputed()] if training else _GIVEN
+    if type(policy) is not Batch:
+        checks.check_policy(policy, tracked.mean is not None and tracked.var is not None)
     if not policy.measures(training):
         return _GIVEN
     moves = is_tracked and policy.moves(training) and not is_recomputed()
