@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .absorbers import copied, listeners
 from .hooks import is_forward_replaced
-from .kinds import is_ours
+from .kinds import is_layer, is_ours
 from .norms import Found
 from .timm_norm import BatchNormAct2d
 
@@ -48,6 +48,8 @@ def why_not_affine(found: Found) -> str:
         return "it has hooks, which would see other values"
     if is_forward_replaced(norm):
         return "its forward was replaced on the instance"
+    if False:
+        return f"statistics={norm.statistics} adapts to each batch: it is no affine map in evaluation"
     mean, var = (getattr(norm, name, None) for name in ("running_mean", "running_var"))
     if mean is None or var is None:
         return "it keeps no running statistics: it normalizes by the batch in evaluation too"

@@ -12,6 +12,7 @@ from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import check_policy
+from batchnorm.torch.domains import check_domains
 from batchnorm.torch.sync import ranks_of
 
 from .agreement import checked_change
@@ -22,7 +23,9 @@ from .norms import Found, find_norms
 from .timm_norm import BatchNormAct2d, inner_activation
 
 
-def convert(model: nn.Module, statistics: Policy | None = None, *, example: Any = None) -> nn.Module:
+def convert(
+    model: nn.Module, statistics: Policy | None = None, *, domains: int | None = None, example: Any = None
+) -> nn.Module:
     """Turn the batch normalizations of `model` into layers of this library, in place.
 
     A layer stays the module that it is, and becomes of another class: parameters, buffers, hooks, device,
@@ -37,6 +40,8 @@ def convert(model: nn.Module, statistics: Policy | None = None, *, example: Any 
         statistics: the policy of every layer that is converted or of this library already, such as
             `batchnorm.Synced()`; None = what each does: `Running()` for frozen ones, `Synced()` of its
             process group for a SyncBatchNorm, and no change for the others.
+        domains: how many running statistics every layer has (`batchnorm.domain`), each of which starts as
+            those that are there; None = as many as there are.
         example: what the model takes: a tensor, a tuple of arguments or a dict of keyword arguments. If
             given, the model's outputs on it are compared before and after, in evaluation and in training.
 
@@ -45,8 +50,8 @@ def convert(model: nn.Module, statistics: Policy | None = None, *, example: Any 
 
     Raises:
         OptionError: (a ValueError) a subclass of a stock layer, by its qualified name: what it computes is
-            not known; a layer whose `forward` was replaced, or that `statistics` does not fit; a scripted
-            model.
+            not known; a layer whose `forward` was replaced, or that `statistics` or `domains` does not fit; a
+            scripted model.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:
@@ -63,9 +68,13 @@ def convert(model: nn.Module, statistics: Policy | None = None, *, example: Any 
     check(model, norms, "convert")
     if statistics is not None:
         check_policy_fits(norms, statistics)
+    if domains is not None:
+        _check_domains_fit(norms, domains)
     with checked_change(model, example, "convert"):
         for found in norms:
             become_ours(found, statistics)
+            if domains is not None and found.module.domains == 1:
+                found.module._add_domains(domains)  # type: ignore[operator]
     return model
 
 
@@ -101,6 +110,20 @@ def check_policy_fits(norms: list[Found], statistics: Policy) -> None:
                 check_policy(statistics, getattr(found.module, "running_mean", None) is not None)
             except OptionError as error:
                 raise error.at(str(found)) from None
+
+
+def _check_domains_fit(norms: list[Found], domains: int) -> None:
+    """Raise OptionError, by name, for a layer that cannot have so many domains."""
+    for found in norms:
+        try:
+            check_domains(domains, getattr(found.module, "running_mean", None) is not None)
+        except OptionError as error:
+            raise error.at(str(found)) from None
+        has = getattr(found.module, "domains", 1)
+        if has not in (1, domains):
+            raise OptionError(f"it has {has} domains, which cannot become {domains}", str(found))
+        if domains > 1 and "Lazy" in found.kind.name:
+            raise OptionError("it is not initialized: run the model once, then give it domains", str(found))
 
 
 def become_ours(found: Found, statistics: Policy | None = None) -> None:

@@ -10,6 +10,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import OptionError
+from batchnorm.torch.domains import domain_of, keep_one
+from batchnorm.torch.layers import _Layer
 
 from .absorbers import absorber_of, become, copied, is_plain, read_weights, why_not, write_weights
 from .affine import affine, own_activation
@@ -46,11 +48,16 @@ def fold(model: nn.Module, example: Any = None) -> Any:
     What is next to a norm is read off the forward of each block, symbolically: that holds for every input.
     With an example, one run of the model on it, in evaluation, tells instead, whatever its control flow.
 
+    Layers with `statistics=Adapted()` stay, as they adapt to each batch; all others have the running
+    statistics in evaluation, whatever their policy. What is folded heeds no mask: it has no statistics, and
+    does not set to zero what a mask leaves out.
+
     The arithmetic is float64, rounded once to each weight's dtype. With an example the outputs of the copy
     are compared with the model's, in float64, or in the model's dtype where it does not run in that.
 
     Args:
-        model: with layers of torch, of this library, of timm or frozen ones; it is left as it is.
+        model: with layers of torch, of this library, of timm or frozen ones; it is left as it is. Of layers
+            with several domains, the copy has the one that is in use (`batchnorm.domain`).
         example: what the model takes: a tensor, a tuple of arguments or a dict of keyword arguments.
 
     Returns:
@@ -105,6 +112,9 @@ def twin_of(model: nn.Module, *, shares_tensors: bool = False) -> Any:
             f"fold works on a copy, and {type(model).__name__} cannot be copied by copy.deepcopy "
             f"({type(error).__name__}: {error})"
         ) from error
+    for own, copy in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(own, _Layer) and own.domains > 1:
+            keep_one(copy, domain_of(own))
     undo_fusion(twin, [found for found in find_norms(twin) if is_ours(found.module)])
     set_mode(twin, False)
     return twin

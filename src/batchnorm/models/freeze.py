@@ -47,17 +47,23 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
     check_policy_fits(norms, Running())
     with untouched_on_error(model):
         for found in norms:
-            become_ours(found, Running())
+            become_ours(found)
+            norm = found.module
+            assert is_layer(norm)
+            if norm.statistics != Running():
+                before, norm.statistics = norm.statistics, Running()
+                vars(norm)["_thawed"] = before
         if parameters:
             _hold(norms)
     return model
 
 
 def unfreeze(model: nn.Module) -> nn.Module:
-    """Undo `freeze`: every batch normalization uses the batch's statistics in training, and moves its own.
+    """Undo `freeze`: every batch normalization uses and moves the statistics in training that it did before.
 
-    In place. Layers get `statistics=Batch()`, and weight and bias learn again where `freeze` or `convert`
-    stopped them. Layers stay of this library: `revert` makes them stock ones.
+    In place. Layers get the policy that they had before `freeze`, copies and pickled ones too, or `Batch()`
+    where none is known; weight and bias learn again where `freeze` or `convert` stopped them. Layers stay of
+    this library: `revert` makes them stock ones.
 
     Args:
         model: a model or a layer; layers that are not frozen are left as they are.
@@ -79,7 +85,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
         for found in norms:
             norm = found.module
             if is_layer(norm) and norm.statistics == Running():
-                norm.statistics = Batch()
+                norm.statistics = vars(norm).get("_thawed", Batch())
                 learned = vars(norm).pop("_learned", {})
                 for name, parameter in _affine(norm).items():
                     parameter.requires_grad = learned.get(name, parameter.requires_grad)

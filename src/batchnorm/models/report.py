@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 
-from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
+from batchnorm.torch.domains import domain_of
+from batchnorm.torch.layers import _Layer
 
 from .health import health
 from .kinds import is_ours
@@ -23,7 +24,8 @@ class NormRow:
     Attributes:
         name: qualified name in the model; "" for the model itself.
         kind: its class, such as torch.nn.BatchNorm2d.
-        policy: which statistics it uses in training: "batch", "batch, untracked", "synchronised", "running".
+        policy: which statistics it uses in training: "batch", "batch, untracked", "synchronised", "running",
+            "ghost(size=32)"; and what it does in trouble and for which domain, where that is not the usual.
         activation: what it applies itself, or None.
         channels: C; 0 where no input has told it yet.
         momentum: fraction 0..1 of a batch in the running statistics; None = plain average.
@@ -145,10 +147,29 @@ def _policy(found: Found) -> str:
         return "running"
     if found.kind.family == "synchronised":
         return "synchronised"
-    policy = getattr(found.module, "statistics", None)
-    if isinstance(policy, Policy) and policy != Batch():
-        return policy.name
-    return "batch" if getattr(found.module, "running_mean", None) is not None else "batch, untracked"
+    norm = found.module
+    policy = getattr(norm, "statistics", None)
+    words = [_in_brief(policy) if isinstance(policy, Policy) else "batch"]
+    if getattr(norm, "running_mean", None) is None:
+        words.append("untracked")
+    if is_ours(norm):
+        if norm.nonfinite != "propagate":
+            words.append(f"nonfinite={norm.nonfinite}")
+        if norm.small_batch != "raise":
+            words.append(f"small_batch={norm.small_batch}")
+        if isinstance(norm, _Layer) and norm.domains > 1:
+            words.append(f"domain {domain_of(norm)} of {norm.domains}")
+    return ", ".join(words)
+
+
+def _in_brief(policy: Policy) -> str:
+    """Return `ghost(size=32)`: the name of a policy, and the parameters that are not the usual ones."""
+    shown = []
+    for field in fields(policy):  # type: ignore[arg-type]  # every policy is a dataclass
+        value = getattr(policy, field.name)
+        if value != field.default:
+            shown.append(f"{field.name}={_in_brief(value) if isinstance(value, Policy) else value}")
+    return f"{policy.name}({', '.join(shown)})" if shown else policy.name
 
 
 def _channels(norm: nn.Module) -> int:

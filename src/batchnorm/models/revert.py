@@ -12,6 +12,7 @@ from batchnorm.errors import OptionError
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import HALVES
+from batchnorm.torch.layers import PASSING
 from batchnorm.torch.sync import SyncBatchNorm
 
 from .activations import module_for
@@ -47,8 +48,9 @@ def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
 
     Raises:
         OptionError: (a ValueError) by name: a layer with other statistics than `Batch()` (`unfreeze` first),
-            one that is called with a residual, a user's subclass of one of our layers, a model that is itself
-            a layer with an activation, or a SyncBatchNorm of which nothing tells what it stands for.
+            or options that no stock layer has (nonfinite, small_batch, domains); one that is called with a
+            residual, a user's subclass of one of our layers, a model that is itself a layer with an
+            activation, or a SyncBatchNorm of which nothing tells what it stands for.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:
@@ -89,6 +91,7 @@ def _check(model: nn.Module, norms: list[Found]) -> None:
                 "(or layer.statistics = batchnorm.Batch())",
                 str(found),
             )
+        _check_options(found)
         for act in vars(norm).get("_activation_at", ()):
             if act not in silenced:
                 raise OptionError(
@@ -105,6 +108,20 @@ def _check(model: nn.Module, norms: list[Found]) -> None:
         name = next(name for name, module in model.named_modules() if module in silenced)
         raise OptionError("the layer that applies it is outside of this part: revert the whole model", name)
     _check_residuals(model, {found.module: found for found in norms})
+
+
+def _check_options(found: Found) -> None:
+    """Refuse a layer with options that no stock layer has."""
+    norm, usual = found.module, {"nonfinite": "propagate", "small_batch": "raise", "domains": 1}
+    for name, stock in usual.items():
+        value = getattr(norm, name, stock)
+        if value != stock:
+            remedy = (
+                "copy what you want to keep into a layer of one domain"
+                if name == "domains"
+                else f"layer.{name} = {stock!r} first"
+            )
+            raise OptionError(f"{name}={value!r}, which no stock layer has: {remedy}", str(found))
 
 
 def _check_residuals(model: nn.Module, norms: dict[nn.Module, Found]) -> None:
@@ -161,8 +178,10 @@ def _become_stock(found: Found, plain: type[nn.Module] | None = None) -> bool:
         is_placed = norm.activation is not None
         stock = plain or STOCK[cls]
     norm.__class__ = rebased(type(norm), stock)
-    for name in ("_statistics", "_learned", "_label"):
+    for name in ("_statistics", "_learned", "_label", "_thawed", "_nonfinite", "small_batch", *PASSING):
         vars(norm).pop(name, None)
+    norm._buffers.pop("skipped", None)
+    norm._non_persistent_buffers_set.discard("skipped")
     weight = getattr(norm, "weight", None)
     for name in ("running_mean", "running_var"):
         buffer = norm._buffers.get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from batchnorm.torch.differentiable import cleared
 from batchnorm.torch.layers import BatchNorm2d
 
 from .activations import module_activation
@@ -23,11 +24,13 @@ class BatchNormAct2d(BatchNorm2d):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Return act(drop(norm(input) + residual))."""
+        """Return act(drop(norm(input) + residual)), 0 where masked."""
         y = super().forward(input, residual, mask, lengths)
-        if self.activation is None:
-            y = self.act(self.drop(y))
-        return y
+        if self.activation is not None:
+            return y
+        y = self.act(self.drop(y))
+        used = self.mask_for(input, mask, lengths) if self._scope is None else self._scope.used
+        return cleared(y, used)
 
 
 def inner_activation(norm: nn.Module) -> str | None:

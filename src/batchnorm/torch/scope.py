@@ -53,10 +53,12 @@ class Scope:
 
     Attributes:
         masked: of the innermost `batchnorm.mask`; None = all values count.
+        used: the mask of the latest call.
     """
 
     def __init__(self) -> None:
         self.masked: Masked | None = None
+        self.used: Tensor | None = None
         self._passes: deque[_Pass] = deque()  # the newest first
         self._has_forgotten = False
 
@@ -74,13 +76,12 @@ class Scope:
     def call(self, layer: _Layer, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """Call the layer in its contexts; a mask that it was given itself comes first."""
         if torch.compiler.is_compiling():  # contexts are those of now: the compiler itself knows a recompute
-            masked = self.masked
-            return layer._normalize(
-                input, residual, masked.of(input) if mask is None and masked is not None else mask
-            )
+            self.used = self.masked.of(input) if mask is None and self.masked is not None else mask
+            return layer._normalize(input, residual, self.used)
         within = self._within(layer, input)
         if mask is None and within.masked is not None:
             mask = within.masked.of(input)
+        self.used = mask
         if within.domain == domain_of(layer):
             return layer._normalize(input, residual, mask)
         with selected(layer, within.domain):

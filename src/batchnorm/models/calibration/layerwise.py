@@ -14,7 +14,7 @@ from batchnorm.errors import OptionError
 from batchnorm.statistics.moments import PooledMoments
 
 from .dependence import Dependence
-from .listening import Listener, by_batch, input_of, values_per_channel
+from .listening import Listener, by_batch, received, values_per_channel
 from .outcome import in_place_of
 from .passes import Passes, Result
 
@@ -82,10 +82,10 @@ class LevelListener(Listener):
             yield
 
     def _arrive(self, name: str) -> Callable[..., None]:
-        def arrive(_norm: nn.Module, args: Any, kwargs: Any) -> None:
-            received = input_of(args, kwargs)
-            self.values[name] += values_per_channel(received)
-            if name in self.pending and self.dependence.is_marked(received):
+        def arrive(norm: nn.Module, args: Any, kwargs: Any) -> None:
+            input, mask = received(norm, args, kwargs)
+            self.values[name] += values_per_channel(input, mask)
+            if name in self.pending and self.dependence.is_marked(input):
                 self.dependent.add(name)
                 self.postponed.add(name)
             self.dependence.is_paused = name in self.pending  # what it returns is marked as a whole

@@ -18,6 +18,7 @@ from batchnorm.models.kinds import is_ours, kind_of
 from batchnorm.statistics.moments import PooledMoments, merge
 from batchnorm.torch.checks import check_input
 from batchnorm.torch.functional import moments, normalize_batch
+from batchnorm.torch.layers import _Layer
 
 _RUNNING = ("running_mean", "running_var")
 _Hear = Callable[[str, PooledMoments], None]
@@ -107,7 +108,7 @@ def by_batch(name: str, norm: _BatchNorm, hear: _Hear, *, strict: bool) -> Itera
     else:
         hidden = _hidden_statistics(norm) if strict else contextlib.nullcontext()
         handle = norm.register_forward_pre_hook(
-            lambda _norm, args, kwargs: hear(name, moments(input_of(args, kwargs))), with_kwargs=True
+            lambda _norm, args, kwargs: hear(name, moments(*received(norm, args, kwargs))), with_kwargs=True
         )
         try:
             with hidden:
@@ -122,9 +123,18 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
-def values_per_channel(input: Tensor) -> int:
-    """Return the number of values per channel of an input `[N, C, *S]`."""
-    return input.shape[0] * math.prod(input.shape[2:])
+def received(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Return the input of a norm and the mask that it heeds, from the arguments that it is called with."""
+    input = input_of(args, kwargs)
+    if not isinstance(norm, _Layer):
+        return input, None
+    given = dict(zip(("input", "residual", "mask", "lengths"), args, strict=False)) | kwargs
+    return input, norm.mask_for(input, given.get("mask"), given.get("lengths"))
+
+
+def values_per_channel(input: Tensor, mask: Tensor | None = None) -> int:
+    """Return the number of values per channel of an input `[N, C, *S]` that count."""
+    return input.shape[0] * math.prod(input.shape[2:]) if mask is None else int(mask.sum())
 
 
 @contextlib.contextmanager

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import DataError
+from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.calibration import LayerChange
 from batchnorm.statistics.moments import PooledMoments
+from batchnorm.statistics.policy import Policy
 
 RUNNING = ("running_mean", "running_var")
 
@@ -51,13 +53,22 @@ def change(name: str, norm: _BatchNorm, found: PooledMoments, exact: bool) -> La
 
 @contextlib.contextmanager
 def in_place_of(name: str, norm: _BatchNorm, found: PooledMoments) -> Iterator[None]:
-    """Have a norm use what was found for its running statistics; after the block it has its own again."""
+    """Have a norm use what was found for its running statistics; after the block it has its own again.
+
+    It uses them alone, also where its policy adapts them to each batch.
+    """
     own = {place: norm._buffers[place] for place in RUNNING}
+    policy = getattr(norm, "_statistics", None)
+    adapts = isinstance(policy, Policy) and policy.measures(training=False)
     norm._buffers.update(zip(RUNNING, running_statistics(name, norm, found), strict=True))
     try:
+        if adapts:
+            vars(norm)["_statistics"] = Batch()
         yield
     finally:
         norm._buffers.update(own)
+        if adapts:
+            vars(norm)["_statistics"] = policy
 
 
 def write(values: list[tuple[Tensor | None, Tensor]]) -> None:

@@ -19,7 +19,7 @@ from batchnorm.statistics.moments import PooledMoments
 from batchnorm.torch.functional import moments
 
 from .batches import limited, run, samples_in
-from .listening import evaluation, input_of
+from .listening import evaluation, received
 from .outcome import in_place_of
 from .passes import Passes, Result, shown
 from .replay import Budget, Replay
@@ -159,10 +159,10 @@ class Spilled:
             yield
 
     def _arrive(self, name: str) -> Any:
-        def arrive(_norm: nn.Module, args: Any, kwargs: Any) -> None:
+        def arrive(norm: nn.Module, args: Any, kwargs: Any) -> None:
             one = self.running
             if one is None:  # the check at the end
-                self.heard[name] = moments(input_of(args, kwargs))
+                self.heard[name] = moments(*received(norm, args, kwargs))
                 return
             if name in self.called:
                 raise OptionError(f"spill: {name} is called several times in a forward: {_WITHOUT}")
@@ -170,7 +170,7 @@ class Spilled:
             if name in self.settled:
                 return
             one.replay.is_paused = True
-            self.heard[name] = moments(input_of(args, kwargs))
+            self.heard[name] = moments(*received(norm, args, kwargs))
             one.replay.stop()
             raise _Stop
 
