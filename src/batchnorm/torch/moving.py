@@ -117,15 +117,15 @@ def _momentum(tracked: Tracked, number: int, like: Tensor) -> float | Tensor:
 
 
 def _check_writable(tracked: Tracked) -> None:
-    """Raise OptionError for tensors of `torch.inference_mode`: torch writes to them first, and then raises."""
+    """Raise OptionError for tensors of `torch.inference_mode`: torch writes to them, then raises."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
     for name in ("mean", "var", "batches", "skipped"):
         tensor = getattr(tracked, name)
         if tensor is not None and tensor.is_inference():
             raise OptionError(
-                f"running statistics ({name}) were made under torch.inference_mode(), and cannot move outside "
-                "of it: make or load the model outside, or give it clones of its buffers"
+                f"running statistics ({name}) were made under torch.inference_mode(), and cannot move "
+                "outside of it: make or load the model outside, or give it clones of its buffers"
             )
 
 
@@ -146,10 +146,10 @@ def write(tracked: Tracked, after: Moved) -> None:
     written: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
-            for write, old, new in changes:
+            for change, old, new in changes:
                 if old is not None and new is not None:
                     before = old.clone()
-                    write(old, new)
+                    change(old, new)
                     written.append((old, before))
     except RuntimeError as error:
         with torch.no_grad():
