@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: study test lint format bench clean help
+.PHONY: study test fuzz lint format bench clean help
 
 help:
 	@echo "make study   train networks with and without batch normalization on real digits, write a report"
 	@echo "make test    the whole test suite"
+	@echo "make fuzz    any call of any layer against the reference: FUZZ_CASES of them (20000), by FUZZ_SEED"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   the measurements behind the figures in README and docs"
 	@echo "make format  let ruff format the code"
@@ -36,6 +37,14 @@ ifeq ($(ARGS),)
 	KERAS_BACKEND=tensorflow $(BIN)/pytest -n auto tests/keras
 	KERAS_BACKEND=jax $(BIN)/pytest -n auto tests/keras
 endif
+
+# What a seed finds, `make fuzz FUZZ_SEED=...` finds again, as long as FUZZ_CASES is the same.
+FUZZ_CASES ?= 20000
+FUZZ_SEED  ?= $(shell date +%s)
+
+fuzz: $(VENV)/.dev
+	@echo "make fuzz FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED)"
+	HYPOTHESIS_PROFILE=fuzz FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest -n auto tests/fuzz $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import calibrate, fold_page, layer_bounds, layer_page, lean_page
+from . import calibrate, fold_page, layer_bounds, layer_page, lean_page, policies, synced, synced_model
 from .results_file import load
 from .tables import table
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("benchmarks.md", "calibrate.md", "fold.md", "lean.md", "study.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("benchmarks.md", "calibrate.md", "fold.md", "lean.md", "statistics.md", "study.md")
+    ),
 )
 Rows = list[dict[str, Any]]
 
@@ -127,6 +130,11 @@ BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "fold-zoo-goals": ("fold-zoo-cpu", fold_page.zoo_goals_table),
     "fold-zoo": ("fold-zoo-cpu", fold_page.zoo_table),
     "fold-inference": ("fold-inference-cpu", fold_page.inference_table),
+    "policies": ("policies-cpu", policies.policies_table),
+    "policies-goals": ("policies-cpu", policies.goals_table),
+    "synced": ("synced-cpu", synced.layers_table),
+    "synced-model": ("synced-cpu", synced_model.fitted_table),
+    "synced-packets": ("synced-cpu", synced.packets_table),
     "study": ("study-digits", study_table),
     "study-summary": ("study-digits", study_summary),
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import batchnorm
 
+from .goals import Finding, findings_table
 from .interleaved import clocked, interleave, ratio
 from .progress import progress
 from .tables import table
@@ -129,3 +130,24 @@ def policies_table(rows: Rows) -> str:
         ("forward and backward", *names),
         [(f"`{name}`", *(shown(row, name) for row in rows)) for name in VARIANTS],
     )
+
+
+GHOST_GOAL, FROZEN_GOAL = 1.15, 1.02
+
+
+def goals_table(rows: Rows) -> str:
+    """The goals of policies, and what was found."""
+    found = [
+        _finding(f"{name} ÷ Batch()", GHOST_GOAL, [r["over_batch"][name]["median"] for r in rows])
+        for name in ("Ghost(8)", "Ghost(16)")
+    ]
+    frozen = [
+        row["over_batch"]["Running(), training"]["median"] / row["over_batch"]["evaluation"]["median"]
+        for row in rows
+    ]
+    return findings_table([*found, _finding("Running() in training ÷ evaluation", FROZEN_GOAL, frozen)])
+
+
+def _finding(what: str, goal: float, ratios: list[float]) -> Finding:
+    found = statistics.median(ratios)
+    return Finding(what, f"≤ {goal:g}", found, max(ratios), len(ratios), found <= goal)

@@ -20,10 +20,12 @@ from . import (
     lean,
     lean_page,
     page,
+    policies,
     results_file,
     roofline,
     step_time,
     study,
+    synced,
 )
 
 MEASUREMENTS = {
@@ -39,6 +41,8 @@ MEASUREMENTS = {
     "calibration-digits": (calibrate.digits, calibrate.report_table),
     "fold-zoo-cpu": (fold_zoo.measure, fold_page.zoo_table),
     "fold-inference-cpu": (fold_inference.measure, fold_page.inference_table),
+    "policies-cpu": (policies.measure, policies.policies_table),
+    "synced-cpu": (synced.measure, synced.layers_table),
     "study-digits": (study.measure, page.study_table),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The same examples in every run, and no limit in seconds: a busy machine is not a bug.
+# The same examples in every run, others for `make fuzz`; no limit in seconds: a busy machine is not a bug.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.load_profile("repeatable")
+settings.register_profile("fuzz", derandomize=False, deadline=None, database=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(autouse=True)

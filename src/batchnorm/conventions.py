@@ -9,6 +9,7 @@ momentum 0.99 (0.01 to torch) and epsilon 1e-3 in Keras.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from decimal import Decimal
 from numbers import Integral
@@ -63,9 +64,9 @@ def keras_to_torch(layer: Any, *, samples: int | None = None) -> tuple[dict[str,
 
     Returns:
         settings: arguments of `batchnorm.BatchNorm1d/2d/3d`, and of the stock layers where the layer has no
-            activation. `dtype` is that of the layer's variables.
+            activation and statistics is `Batch()`. `dtype` is that of the layer's variables.
         state: for a strict `load_state_dict`: tensors `[C]` on the CPU that share no memory with the layer,
-            and num_batches_tracked, which is 0: Keras does not count.
+            and num_batches_tracked, which is 0 where the layer does not count: it does for `Renorm(...)`.
 
     Raises:
         OptionError: (a ValueError) no such layer, or not built; renorm, synchronized, a regularizer, a
@@ -101,6 +102,8 @@ def keras_to_torch(layer: Any, *, samples: int | None = None) -> tuple[dict[str,
         settings["bias"] = False
     if activation is not None:
         settings["activation"] = activation
+    if (policy := _policy(layer)) is not None:
+        settings["statistics"] = policy
 
     var = _float64(layer.moving_variance)
     values = {"running_mean": mean, "running_var": var if samples is None else var * samples / (samples - 1)}
@@ -111,7 +114,9 @@ def keras_to_torch(layer: Any, *, samples: int | None = None) -> tuple[dict[str,
     state = {name: torch.tensor(value, dtype=dtype) for name, value in values.items()}
     if layer.center and not layer.scale:
         state["weight"] = torch.ones_like(state["bias"])
-    return settings, state | {"num_batches_tracked": torch.tensor(0)}
+    batches = getattr(layer, "batches", None)  # ours alone has it, if its policy goes by it
+    counted = 0 if batches is None else int(_float64(batches))
+    return settings, state | {"num_batches_tracked": torch.tensor(counted)}
 
 
 def torch_to_keras(
@@ -136,18 +141,19 @@ def torch_to_keras(
 
     Returns:
         settings: arguments of `batchnorm.keras.BatchNormalization`, and of the stock layer where the layer
-            has no activation. `dtype` is that of weight and bias; where those are 16-bit and the running
-            statistics wider, Keras's mixed policy, which keeps all variables float32.
+            has no activation and statistics is `Batch()`. `dtype` is that of weight and bias; where those are
+            16-bit and the running statistics wider, Keras's mixed policy, which keeps all variables float32.
         weights: for `set_weights`, in Keras's order gamma, beta, moving_mean, moving_variance, those that
-            the layer has: NumPy arrays `[C]`, float32 or float64, that share no memory with the layer.
+            the layer has: NumPy arrays `[C]`, float32 or float64, that share no memory with the layer; and
+            the number of batches for `Renorm(...)` with bounds that open by it.
 
     Raises:
         OptionError: (a ValueError) no such layer, or one without values (lazy, or on the meta device);
             momentum=None, track_running_stats=False, a process group, or an activation that Keras lacks;
             samples below 2.
 
-    Differs from torch: num_batches_tracked has no place in Keras. Whether the layer trains (`.train()`,
-    `requires_grad`) is not carried over: Keras has `trainable`.
+    Differs from torch: num_batches_tracked has no place in Keras but for `Renorm(...)`. Whether the layer
+    trains (`.train()`, `requires_grad`) is not carried over: Keras has `trainable`.
 
     Source: PyTorch issues 4253, 19902, 19916 (biased or unbiased variance).
     """
@@ -164,7 +170,10 @@ def torch_to_keras(
     # Only where they are not the default: these are arguments of our layer, or of some backends, alone.
     if getattr(layer, "activation", None) is not None:
         settings["activation"] = _ACTIVATIONS[layer.activation]
-    if _is_synchronized(layer):
+    policy = _policy(layer)
+    if policy is not None:
+        settings["statistics"] = policy
+    elif _is_synchronized(layer):
         settings["synchronized"] = True
 
     values = {
@@ -175,7 +184,10 @@ def torch_to_keras(
     if samples is not None:
         values["running_var"] = values["running_var"] * (samples - 1) / samples
     wide = "float64" if settings["dtype"] == "float64" else "float32"  # NumPy has no bfloat16
-    return settings, [value.astype(wide) for value in values.values()]
+    weights = [value.astype(wide) for value in values.values()]
+    if policy is not None and policy.counts_batches:
+        weights.append(layer.num_batches_tracked.cpu().numpy().astype("int32"))
+    return settings, weights
 
 
 def _check_samples(samples: object) -> None:
@@ -245,6 +257,15 @@ def _check_torch_layer(layer: Any) -> None:
             "and convert again",
             where,
         )
+    policy = _policy(layer)
+    if policy is not None and policy.name == "synced":
+        plain = dataclasses.replace(policy, group=None, timeout=type(policy).timeout)
+        if policy != plain:
+            raise OptionError(
+                "Keras synchronizes over all replicas, with a timeout of the backend's: set layer.statistics "
+                f"= {plain} in place of {policy} and convert again",
+                where,
+            )
     activation = getattr(layer, "activation", None)  # the stock layer has none
     if activation is not None and activation not in _ACTIVATIONS:
         slope = " (keras.layers.LeakyReLU(0.01))" if activation == "leaky_relu" else ""
@@ -270,6 +291,12 @@ def _torch_name(layer: Any) -> str | None:
         "layer.activation = keras.activations.linear, convert again, and put the activation behind the layer",
         _keras_name(layer),
     )
+
+
+def _policy(layer: Any) -> Any:
+    """The statistics policy of a layer of either framework; None for the batch's, as of a stock layer."""
+    policy = getattr(layer, "statistics", None)
+    return None if policy is None or policy.name == "batch" else policy
 
 
 def _is_synchronized(layer: Any) -> bool:

@@ -56,7 +56,7 @@ class FileError(BatchNormError, OSError):
 
 
 class RankError(BatchNormError, RuntimeError):
-    """Another process of torch.distributed raised, so that this one stops too."""
+    """Another process of torch.distributed raised, is missing or went astray, so that this one stops too."""
 
 
 class RecomputeError(BatchNormError, RuntimeError):

@@ -27,7 +27,7 @@ def results(layer: Any, x: Array, dy: Array, *, compiled: bool = False, **call: 
     Args:
         layer: a built layer.
         x: input.
-        dy: cotangent of the output.
+        dy: cotangent of the output, in whose dtype it is taken.
         compiled: by XLA on TensorFlow and JAX; on torch, the layer's `call` by torch.compile's tracer.
         call: further arguments of the layer's call.
     """
@@ -45,7 +45,7 @@ def _tensorflow(layer: Any, x: Array, dy: Array, compiled: bool, call: dict[str,
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x, **call)
-        return [y, *tape.gradient(y, [x, *weights], dy)]
+        return [y, *tape.gradient(y, [x, *weights], tf.cast(dy, y.dtype))]
 
     function = tf.function(run, jit_compile=True) if compiled else run
     return [tensor.numpy() for tensor in function(tf.constant(x), tf.constant(dy))]
@@ -59,7 +59,7 @@ def _jax(layer: Any, x: Array, dy: Array, compiled: bool, call: dict[str, Any]) 
             return layer.stateless_call(weights, state, x, **call)
 
         y, pull_back, moved = jax.vjp(forward, x, weights, has_aux=True)
-        dx, dweights = pull_back(dy)
+        dx, dweights = pull_back(dy.astype(y.dtype))
         return [y, dx, *dweights], moved
 
     weights = [variable.value for variable in layer.trainable_variables]
@@ -79,7 +79,8 @@ def _torch(layer: Any, x: Array, dy: Array, compiled: bool, call: dict[str, Any]
     function = torch.compile(layer.call, backend="eager") if compiled else layer
     y = function(tensor, **call)
     gradients = torch.autograd.grad(y, [tensor, *weights], torch.tensor(dy).to(y.dtype))
-    return [value.detach().numpy() for value in (y, *gradients)]
+    found = [value.detach() for value in (y, *gradients)]
+    return [(value.float() if value.dtype == torch.bfloat16 else value).numpy() for value in found]
 
 
 _RUNS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def main(rank: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
     )
     given = np.load(folder / f"given{rank}.npz")
-    layer = BatchNormalization(momentum=0.9, synchronized=True)
+    options = json.loads(str(given["options"])) if "options" in given else {"synchronized": True}
+    layer = BatchNormalization(momentum=0.9, **options)
     layer.build(given["x"].shape)
     layer.set_weights([given[name] for name in ("gamma", "beta", "mean", "var")])
     x = torch.tensor(given["x"], requires_grad=True)

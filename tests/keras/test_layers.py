@@ -18,7 +18,13 @@ from .gradients import Array
 from .test_numbers import draw, made
 
 Stock = keras.layers.BatchNormalization
-OURS_ONLY = {"activation": "linear", "frozen": False}
+OURS_ONLY = {
+    "activation": "linear",
+    "frozen": False,
+    "statistics": {"policy": "Batch"},
+    "nonfinite": "propagate",
+    "small_batch": "allow",
+}
 
 
 def test_signature_is_the_stock_one_and_then_keyword_only() -> None:

@@ -28,6 +28,7 @@ SHAPES = [
     pytest.param((6, 4, 3, 1), -1, id="one-channel"),
     pytest.param((3, 20), 0, id="channels-on-axis-0"),
     pytest.param((1, 5), -1, id="one-value"),
+    pytest.param((1, 6, 5, 4), -1, id="one-sample"),
 ]
 
 
@@ -41,7 +42,7 @@ def made(channels: int, axis: int, ndim: int, **options: Any) -> BatchNormalizat
     shape: list[int | None] = [None] * ndim
     shape[axis] = channels
     layer.build(tuple(shape))
-    for number, weight in enumerate(layer.weights):
+    for number, weight in enumerate(weight for weight in layer.weights if weight.shape):  # no counts
         weight.assign(np.abs(draw((channels,), 10 + number)) + 0.5)
     if layer.scale:
         layer.gamma.assign(np.resize([1.7, -0.6, 0.4], channels))

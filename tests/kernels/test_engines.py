@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from batchnorm.kernels import choose, eager
-from batchnorm.kernels.cpu import engine as cpu_engine
-from batchnorm.kernels.cpu import plan
 from batchnorm.kernels.interface import Coefficients, Engine
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import by_batch, gradient_coefficients
@@ -21,24 +18,6 @@ from tests.support.compare import Results, assert_close, reference_results
 EPS = 1e-5
 NAMES = ("eager", "cpu")
 every_engine = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(params=["default", "small"])
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The engines' chunks and parts: as they are, and so small that every case has many."""
-    if request.param == "small":
-        monkeypatch.setattr(eager, "_CHUNK_CPU", 40)
-        monkeypatch.setattr(eager, "_ROW", 4)
-        monkeypatch.setattr(cpu_engine, "_PLANE", 2)
-        monkeypatch.setattr(cpu_engine, "_PLANES", 60)
-        monkeypatch.setattr(plan, "_PLANE", 12)
-        monkeypatch.setattr(plan, "_ROW", 12)
-        monkeypatch.setattr(plan, "_ROWS", 1)
-        monkeypatch.setattr(plan, "_BLOCK", 16)
-        monkeypatch.setattr(plan, "_PART", 5)
-        plan.plan.cache_clear()
-    yield str(request.param)
-    plan.plan.cache_clear()
 
 
 def load(name: str, case: Case) -> Engine:

@@ -241,6 +241,29 @@ def test_nets_written_to_be_nasty_are_left_with_a_reason(make: type[nn.Module], 
         assert_alike(model, stock, _input())
 
 
+@pytest.mark.parametrize("with_example", [True, False])
+@pytest.mark.parametrize("names", [("left", "right"), ("right", "left")], ids=str)
+def test_a_residual_that_another_norm_has_activated(names: tuple[str, str], with_example: bool) -> None:
+    """Two branches, one of them norm → relu, and their sum: the sum is of what became one layer."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in names:  # sites are found in the order of modules
+                self.add_module(name, nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.left(x.sin()) + self.right(x * 2).relu()
+
+    stock, x = scrambled(Branches()), torch.randn(5, 4, 3, 3, dtype=torch.float64)
+    model = batchnorm.fuse(batchnorm.convert(copy.deepcopy(stock)), example=x if with_example else None)
+    assert {row.name: row.activation for row in batchnorm.inspect(model).rows} == {
+        "left": None,
+        "right": "relu",
+    }
+    assert_alike(model, stock, x)
+
+
 def test_in_place_activations_and_shared_modules() -> None:
     shared = nn.BatchNorm2d(4)
     stock = scrambled(

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from batchnorm.reference import Running, moments, update_running_keras, update_running_torch
+from batchnorm.reference import (
+    Running,
+    moments,
+    update_running_keras,
+    update_running_pooled,
+    update_running_sequential,
+    update_running_torch,
+)
 
 START = Running(np.array([0.5, -1.0, 2.0]), np.array([1.5, 0.3, 2.5]))
 SIZES = (6, 2, 0, 9)
@@ -56,6 +63,39 @@ def test_an_empty_batch_leaves_them_alone() -> None:
         assert update(START, empty.mean[0], empty.var[0], 0) is START
 
 
-def test_one_value_has_no_variance() -> None:
-    running = update_running_torch(START, np.ones(3), np.zeros(3), 1, momentum=1.0)
-    np.testing.assert_array_equal(running.var, np.zeros(3))
+def test_one_value_has_no_variance_and_moves_nothing() -> None:
+    assert update_running_torch(START, np.ones(3), np.zeros(3), 1, momentum=1.0) is START
+
+
+MASKS = [None, np.array([1, 1, 0, 0, 0, 1, 1, 1, 0], dtype=np.bool_)]  # of one group all, of one all but one
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["all", "masked"])
+def test_pooled_groups_are_one_batch(mask: np.ndarray | None) -> None:
+    x = batch_of(9)
+    whole = moments(x, mask)
+    expected = update_running_torch(START, whole.mean[0], whole.var[0], float(whole.count[0]), momentum=0.3)
+    running = update_running_pooled(START, moments(x, mask, group_size=2), momentum=0.3)
+    np.testing.assert_allclose(running.mean, expected.mean, rtol=1e-13)
+    np.testing.assert_allclose(running.var, expected.var, rtol=1e-13)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["all", "masked"])
+def test_groups_in_turn_are_torchs_batches_one_after_the_other(mask: np.ndarray | None) -> None:
+    x = batch_of(9)
+    layer = torch.nn.BatchNorm1d(3, momentum=0.3, dtype=torch.float64)
+    layer.running_mean.copy_(torch.from_numpy(START.mean))
+    layer.running_var.copy_(torch.from_numpy(START.var))
+    for first in range(0, 9, 2):
+        group = x[first : first + 2] if mask is None else x[first : first + 2][mask[first : first + 2]]
+        if len(group) > 1:
+            layer(torch.from_numpy(group))
+    running = update_running_sequential(START, moments(x, mask, group_size=2), momentum=0.3)
+    np.testing.assert_allclose(running.mean, layer.running_mean.numpy(), rtol=1e-13)
+    np.testing.assert_allclose(running.var, layer.running_var.numpy(), rtol=1e-13)
+
+
+def test_no_group_with_two_values_moves_anything_in_turn() -> None:
+    ones = moments(batch_of(4), group_size=1)
+    assert update_running_sequential(START, ones) is START
+    assert update_running_pooled(START, ones) is not START

@@ -305,6 +305,8 @@ def _masks_and_groups() -> list[Case]:
         Case("group-larger-than-batch", (4, 3, 5, 5), group_size=9),
         Case("groups-masked", (7, 3, 5, 5), group_size=3, masked=True),
         Case("groups-masked-fused", (11, 4, 6), group_size=4, masked=True, residual=True, activation="elu"),
+        Case("groups-2d-wide", (11, 517), group_size=4),
+        Case("groups-wide-masked", (5, 300, 4), group_size=2, masked=True),
         Case("groups-all-masked", (7, 3, 5, 5), group_size=3, all_masked=True),
     ]
 

@@ -14,7 +14,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.statistics.moments import PooledMoments
 
 from .masks import valid_values
-from .moments import moments
+from .moments import moments, wide
 
 Tensor = Any
 Layer = Any
@@ -108,7 +108,7 @@ def _received(name: str, layer: Layer, inputs: Tensor, mask: Tensor | None) -> T
         valid = None if mask is None else valid_values(mask, inputs, axis)
     except BatchNormError as error:  # Keras raises it anew with its message alone, so the name goes in there
         raise type(error)(f"{name} ({type(layer).__name__}): {error.message}") from None
-    x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+    x = wide(inputs)
     axes = tuple(dim for dim in range(len(x.shape)) if dim != axis)
     return ops.stack([ops.reshape(value, (-1,)) for value in moments(x, axes, valid)])
 

@@ -20,6 +20,7 @@ from batchnorm.statistics.moments import PooledMoments, merge
 from .batch_moments import BatchMoments
 from .batches import batches, samples
 from .norms import norms_within
+from .policies import is_frozen
 
 Layer = Any
 Verbose = Literal["auto", 0, 1, 2]
@@ -48,9 +49,10 @@ def calibrate(
 
     A layer with no normalization before it gets the same statistics however the data is split; a deeper one
     receives inputs that were normalized batch by batch, so its statistics depend on the split (the report
-    marks it): larger batches come closer. A frozen layer (`trainable=False`) uses and keeps its own moving
-    statistics. To keep those of layers that the model calls with training=False, as in transfer learning,
-    freeze them.
+    marks it): larger batches come closer. A frozen layer (`trainable=False`, or `statistics=Running()`)
+    uses and keeps its own moving statistics. To keep those of layers that the model calls with
+    training=False, as in transfer learning, freeze them. What else `statistics` may be, it is calibrated by
+    whole batches.
 
     Args:
         model: of any kind, with layers of Keras's or of this library at any nesting. One that has never been
@@ -106,13 +108,14 @@ def live_norms(model: Layer) -> list[tuple[str, Layer]]:
         OptionError: there is none.
     """
     every = list(norms_within(model))
-    live = [(name, layer) for name, layer in every if layer.trainable]
+    live = [(name, layer) for name, layer in every if not is_frozen(layer)]
     if not every:
         raise OptionError(f"{type(model).__name__} has no batch normalization to calibrate")
     if not live:
         raise OptionError(
-            f"every batch normalization of {type(model).__name__} is frozen (trainable=False), {every[0][0]} "
-            "for one: set trainable=True on those to calibrate"
+            f"every batch normalization of {type(model).__name__} is frozen (trainable=False, or "
+            "statistics=Running()), "
+            f"{every[0][0]} for one: set trainable=True, or statistics=Batch(), on those to calibrate"
         )
     return live
 
@@ -219,7 +222,7 @@ def _finish(model: Layer, live: Sequence[tuple[str, Layer]], tally: _Tally) -> C
             writes += [(layer.moving_mean, mean), (layer.moving_variance, var)]
             if layer.renorm:
                 writes.append((layer.moving_stddev, np.sqrt(var + layer.epsilon)))
-    frozen = tuple(name for name, layer in norms_within(model) if not layer.trainable)
+    frozen = tuple(name for name, layer in norms_within(model) if is_frozen(layer))
     unreached = tuple(name for number, (name, _) in enumerate(live) if number not in tally.pooled)
     _write(writes)
     return CalibrationReport(tally.samples, tally.batches, tuple(changes), unreached, frozen)

@@ -14,6 +14,7 @@ from .folding import KINDS
 from .graph import Call, Graph, Value, graph
 from .layers import BatchNormalization
 from .norms import norms_within
+from .policies import measures
 
 _NORMS = (keras.layers.BatchNormalization, BatchNormalization)
 
@@ -111,8 +112,10 @@ class _Planner:
             return f"of a class of its own, {type(norm).__name__}"
         if times > 1 or id(norm) in self.graph.held:
             return f"shared: called {times} times" if times > 1 else "shared: held by another layer too"
-        if call.trains:
+        if call.trains and measures(norm, training=True):
             return "called with training=True: it normalizes by the batch"
+        if measures(norm, training=False):
+            return f"statistics={norm.statistics}: it normalizes by the batch at inference too"
         if call.reads[0].dtype != call.gives[0].dtype:
             return f"it turns {call.reads[0].dtype} into {call.gives[0].dtype}"
         activation = _activation(norm)

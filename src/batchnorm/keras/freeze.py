@@ -23,6 +23,9 @@ def freeze(model: Any) -> Any:
     `model.trainable = True` undoes without a word: freeze again after it, or use
     `batchnorm.keras.BatchNormalization`.
 
+    A frozen layer does in training what it does in inference: with `statistics=Adapted(...)` it goes on
+    mixing its moving statistics with the batch's.
+
     Call `compile()` again after it: Keras fixes what is trained when a model is compiled.
 
     Args:
@@ -48,7 +51,8 @@ def unfreeze(model: Any) -> Any:
     """Undo `freeze`: every batch normalization learns, and moves its statistics in training, again.
 
     In place. `trainable` becomes True on every stock layer, because Keras does not record who had set it to
-    False, and on those of this library that were frozen. Call `compile()` again after it.
+    False, and on those of this library that were frozen; one with `statistics=Running()` keeps its moving
+    statistics, as it did before. Call `compile()` again after it.
 
     Args:
         model: a Keras model or layer.

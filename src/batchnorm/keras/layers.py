@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
-from batchnorm.errors import BatchNormError
-from batchnorm.statistics.batch import running_update
+from batchnorm.errors import BatchNormError, OptionError
+from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.policy import Policy
+from batchnorm.statistics.synced import Synced
 
+from . import everywhere, policies
+from .groups import fewest
 from .masks import valid_values
-from .moments import Moments, moments, normalize
-from .synchronized import pooled
 
 Tensor = Any
 Activation = str | dict[str, Any] | Callable[[Tensor], Tensor] | None
@@ -48,6 +51,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
             strategies, over torch.distributed's default group, and on JAX, where a batch is global anyway.
         activation: applied to the output (keyword only): what every Keras layer takes. On the torch backend
             it runs in the same pass where batchnorm's kernels have it.
+        frozen: `trainable` stays False whatever it is set to (keyword only).
+        statistics: which mean and var (keyword only): `batchnorm.Batch()`, as above, `Ghost(size)`,
+            `Renorm()`, `Running()`, `Adapted()` or `Synced(over=...)`, the objects of the torch layers; or
+            such a one's config. An attribute of the layer; it can be set, and `compile` called again.
+        nonfinite: what a batch with inf or NaN does to the moving statistics (keyword only): "propagate", as
+            in Keras, or "skip": they stay, and `skipped`, a weight, counts it.
+        small_batch: what a batch, or ghost batch, of one value per channel is normalized by (keyword only):
+            "allow", as in Keras, by itself, which makes it beta; "running": by the moving statistics, which
+            stay.
         **kwargs: of `keras.layers.Layer`: name, dtype, trainable.
 
     Call arguments:
@@ -59,12 +71,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     Raises:
         InputShapeError: (a ValueError) a mask that does not fit.
+        OptionError: (a ValueError) a policy or option that Keras cannot keep to, or two that contradict.
         ValueError: as the stock layer, for wrong options.
 
     Differs from Keras: accurate for |mean|/std up to 1e6, where the stock layer loses float32 to
     cancellation; masks are right for channels-first data and for one channel; a batch with no valid value
     leaves the moving statistics alone; `synchronized` works on every backend and counts masked values
-    right; `frozen`.
+    right; `frozen`; `statistics`, `nonfinite` and `small_batch`. A `Renorm` whose bounds open with time has
+    one weight more, `batches`.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; Ioffe 2017, arXiv:1702.03275.
     """
@@ -91,6 +105,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         *,
         activation: Activation = None,
         frozen: bool = False,
+        statistics: Policy | dict[str, Any] = Batch(),  # noqa: B008 -- frozen
+        nonfinite: str = "propagate",
+        small_batch: str = "allow",
         **kwargs: Any,
     ) -> None:
         self._frozen = False  # read by `trainable`, which the base class sets
@@ -116,6 +133,33 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.synchronized = synchronized  # the stock layer refuses it on all backends but one
         self.activation = keras.activations.get(activation)
         self.frozen = frozen
+        self.batches: Any = None
+        self.skipped: Any = None
+        self.statistics = statistics
+        try:
+            self.nonfinite = policies.checked_nonfinite(nonfinite)
+            self.small_batch = policies.checked_small_batch(small_batch)
+        except BatchNormError as error:
+            raise error.at(self._label) from None
+
+    @property
+    def statistics(self) -> Policy:
+        """Which statistics the layer normalizes by; set it to change that, and compile the model again."""
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, policy: Policy | dict[str, Any]) -> None:
+        try:
+            found = policies.checked_policy(policy, renorm=self.renorm, synchronized=self.synchronized)
+            if self.built and found.counts_batches != (self.batches is not None):
+                raise OptionError(
+                    f"statistics={found} {'needs a' if self.batches is None else 'has no'} count of "
+                    "batches, and a layer that is built keeps its weights: make a new one from its config, "
+                    "with the other policy, and set its weights"
+                )
+        except BatchNormError as error:
+            raise error.at(self._label) from None
+        self._statistics = found
 
     @property
     def frozen(self) -> bool:
@@ -142,8 +186,26 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Create the weights; an activation's too, where it is a layer, before a compiled step needs them."""
         super().build(input_shape)
+        if self.statistics.counts_batches:
+            self.batches = self._counter("batches")
+        if self.nonfinite == "skip":
+            self.skipped = self._counter("skipped")
         if isinstance(self.activation, keras.layers.Layer) and not self.activation.built:
             self.activation.build(input_shape)
+
+    def _counter(self, name: str) -> keras.Variable:
+        return self.add_weight(
+            shape=(),
+            name=name,
+            dtype="int32",
+            initializer="zeros",
+            trainable=False,
+            aggregation="only_first_replica",
+        )
+
+    @property
+    def _label(self) -> str:
+        return f"{self.name} ({type(self).__name__})"
 
     def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the normalized inputs; see the class."""
@@ -153,43 +215,27 @@ class BatchNormalization(keras.layers.BatchNormalization):
             valid = None if mask is None else valid_values(mask, x, axis)
         except BatchNormError as error:
             # In the message itself: Keras raises it anew, with the call's arguments behind it.
-            raise type(error)(f"{self.name} ({type(self).__name__}): {error.message}") from None
+            raise type(error)(f"{self._label}: {error.message}") from None
         by_batch = bool(training) and self.trainable
-        if self._runs_on_kernels(valid, by_batch):
+        if self._runs_on_kernels(x, axis, valid, by_batch):
             from .torch_backend import call
 
             return call(self, x, axis, by_batch)
-        x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
-        axes = tuple(dim for dim in range(len(x.shape)) if dim != axis)
-        shape = [1] * len(x.shape)
-        shape[axis] = -1
+        return everywhere.call(self, x, axis, by_batch, valid)
 
-        def per_channel(values: Tensor) -> Tensor:
-            return ops.reshape(ops.cast(values, x.dtype), shape)
-
-        if by_batch:
-            found = moments(x, axes, valid)
-            if self.synchronized:
-                found = pooled(found)
-        else:
-            shift, var = per_channel(self.moving_mean), per_channel(self.moving_variance)
-            found = Moments(ops.ones_like(var), shift, ops.zeros_like(shift), var)
-        gamma = per_channel(self.gamma) if self.scale else ops.ones_like(found.var)
-        beta = per_channel(self.beta) if self.center else ops.zeros_like(found.var)
-        if by_batch:
-            mean, var, count = (ops.reshape(value, (-1,)) for value in (found.mean, found.var, found.count))
-            if self.renorm:
-                r, d = (per_channel(value) for value in self._renormalization(mean, var))
-                gamma, beta = gamma * r, gamma * d + beta
-            self._move(mean, var, count)
-        scale = gamma * ops.rsqrt(found.var + self.epsilon)
-        y = self.activation(normalize(x, found, scale, beta, axes))
-        return ops.cast(y, self.compute_dtype)
-
-    def _runs_on_kernels(self, valid: Tensor | None, by_batch: bool) -> bool:
+    def _runs_on_kernels(self, x: Tensor, axis: int, valid: Tensor | None, by_batch: bool) -> bool:
         """Whether batchnorm's own kernels, which take torch tensors, do all of this call."""
-        return keras.backend.backend() == "torch" and not (
-            by_batch and (valid is not None or self.synchronized)
+        if keras.backend.backend() != "torch":
+            return False
+        policy = self.statistics
+        if not policy.measures(by_batch):
+            return True
+        is_shared = by_batch and (self.synchronized or isinstance(policy, Synced))
+        may_be_small = by_batch and self.small_batch == "running"
+        return (
+            valid is None
+            and not is_shared
+            and not (may_be_small and fewest(x, axis, policy.groups(by_batch)) < 2)
         )
 
     def _renormalization(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,34 +252,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
             d = ops.clip(d, -bounds["dmax"], bounds["dmax"])
         return ops.stop_gradient(r), ops.stop_gradient(d)
 
-    def _move(self, mean: Tensor, var: Tensor, count: Tensor | None = None) -> None:
-        """Move the moving statistics towards the batch's, `[C]`; where a count is 0, they stay."""
-
-        def assign(moving: Any, moved: Tensor) -> Tensor:
-            if count is not None:
-                moved = ops.where(count > 0, moved, ops.cast(moving, moved.dtype))
-            moving.assign(moved)
-            return moved
-
-        def move(moving: Any, batch: Tensor, momentum: float) -> Tensor:
-            return assign(moving, running_update(ops.cast(moving, batch.dtype), batch, 1 - momentum))
-
-        move(self.moving_mean, mean, self.momentum)
-        if not self.renorm:
-            move(self.moving_variance, var, self.momentum)
-            return
-        std = ops.sqrt(var + self.epsilon)
-        move(self.renorm_mean, mean, self.renorm_momentum)
-        move(self.renorm_stddev, std, self.renorm_momentum)
-        moved_std = move(self.moving_stddev, std, self.momentum)
-        assign(self.moving_variance, ops.relu(moved_std * moved_std - self.epsilon))
-
     def get_config(self) -> dict[str, Any]:
-        """As the stock layer's, with `activation` and `frozen`."""
+        """As the stock layer's, with what else there is, as plain data."""
         config: dict[str, Any] = super().get_config()
         return {
             **config,
             "synchronized": self.synchronized,
             "activation": keras.activations.serialize(self.activation),
             "frozen": self.frozen,
+            "statistics": json.loads(self.statistics.text),  # tuples are lists there
+            "nonfinite": self.nonfinite,
+            "small_batch": self.small_batch,
         }

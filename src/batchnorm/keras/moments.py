@@ -26,7 +26,7 @@ _ADDS_IN_ORDER = keras.backend.backend() == "tensorflow"
 
 
 class Moments(NamedTuple):
-    """Moments per channel; each has the rank of x, with 1 for every reduced axis.
+    """Moments per channel; each has the rank of x, with 1 for every reduced axis, or is a table `[G, C]`.
 
     Attributes:
         count: number of values; inexact beyond 2²⁴.
@@ -44,6 +44,13 @@ class Moments(NamedTuple):
     def mean(self) -> Tensor:
         """The mean, rounded to the dtype."""
         return self.shift + self.delta
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return x in the dtype that moments are taken in: float32, or its own float64."""
+    if keras.backend.standardize_dtype(x.dtype) == "float64":  # which Keras's `result_type` forgets on torch
+        return x
+    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
 
 
 def moments(x: Tensor, axes: tuple[int, ...], valid: Tensor | None = None) -> Moments:
@@ -72,7 +79,27 @@ def moments(x: Tensor, axes: tuple[int, ...], valid: Tensor | None = None) -> Mo
     deviation = x - shift
     delta = mean(deviation)
     var = mean(ops.square(deviation)) - ops.square(delta)
-    return Moments(count + ops.zeros_like(shift), shift, delta, ops.maximum(var, 0.0))
+    # Not `maximum`: on torch, Keras's makes float32 of float64.
+    return Moments(count + ops.zeros_like(shift), shift, delta, ops.relu(var))
+
+
+def union(parts: Moments) -> Moments:
+    """Return the moments of the union of all parts along the first axis, any of which may have count 0.
+
+    With n = Σ n_k, and each mean_k = shift_k + delta_k kept as a pair:
+
+        mean = Σ n_k mean_k / n        var = Σ n_k (var_k + (mean_k - mean)²) / n
+
+    Source: Chan, Golub & LeVeque, The American Statistician 37 (1983).
+    """
+    count, shift, delta, var = parts
+    total = ops.sum(count, axis=0)
+    share = count / ops.where(total > 0, total, ops.ones_like(total))
+    center = ops.stop_gradient(ops.sum(share * shift, axis=0))
+    apart = (shift - center) + delta
+    delta = ops.sum(share * apart, axis=0)
+    var = ops.sum(share * (var + ops.square(apart - delta)), axis=0)
+    return Moments(total, center, delta, var)
 
 
 def normalize(x: Tensor, found: Moments, scale: Tensor, bias: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -88,7 +115,7 @@ def spread(values: Tensor, x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """
     if not _ADDS_IN_ORDER:
         return values
-    shape = list(values.shape)
+    shape = list(ops.shape(values))
     for axis in axes[:-1]:
         shape[axis] = ops.shape(x)[axis]
         values = ops.broadcast_to(values * 0.5, shape) * 2.0
@@ -100,14 +127,18 @@ def _mean(x: Tensor, axes: tuple[int, ...], share: Tensor) -> Tensor:
 
     The last step divides first and adds then. A compiler may compute a quotient anew wherever it is used, and
     round it differently there (by a fused multiply-add, say); a sum is computed once. Two uses of a `shift`
-    that differ in its last bit would cost all that it is for.
+    that differ in its last bit would cost all that it is for. A sum of one value is none, so it is over an
+    axis that has more: a batch may be one sample.
     """
-    first, *others = axes
+    first = next((axis for axis in axes if x.shape[axis] != 1), axes[0])
+    others = [axis for axis in axes if axis != first]
     if _ADDS_IN_ORDER:
         for axis in reversed(others):
             x = ops.mean(x, axis=axis, keepdims=True)
     elif others:
-        x = ops.mean(x, axis=tuple(others), keepdims=True)
+        # Not `mean`: on torch, Keras's takes float64 for float32.
+        size = ops.cast(math.prod(ops.shape(x)[axis] for axis in others), x.dtype)
+        x = ops.sum(x, axis=tuple(others), keepdims=True) / size
     return ops.sum(x / (ops.cast(ops.shape(x)[first], x.dtype) * share), axis=first, keepdims=True)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from .moments import Moments
+from .moments import Moments, union
 
 Tensor = Any
 
@@ -18,26 +18,13 @@ Tensor = Any
 def pooled(local: Moments) -> Moments:
     """Return the moments of the union of all replicas' values; differentiable, one collective each way.
 
-    With n = Σ n_r over replicas r, and each mean_r = shift_r + delta_r kept as a pair:
+    A replica may have any count, 0 included. Of groups of samples, group g of all replicas is one: they must
+    have equally many.
 
-        mean = Σ n_r mean_r / n        var = Σ n_r (var_r + (mean_r - mean)²) / n
-
-    A replica may have any count, 0 included.
-
-    Source: Chan, Golub & LeVeque, The American Statistician 37 (1983); Peng et al. 2018, arXiv:1711.07240.
+    Source: Peng et al. 2018, arXiv:1711.07240.
     """
-    packed = ops.stack(local)
-    everyone = _gathered(packed)
-    if everyone is None:
-        return local
-    count, shift, delta, var = ops.unstack(everyone, 4, axis=1)
-    total = ops.sum(count, axis=0)
-    share = count / ops.maximum(total, 1.0)
-    center = ops.stop_gradient(ops.sum(share * shift, axis=0))
-    apart = (shift - center) + delta
-    delta = ops.sum(share * apart, axis=0)
-    var = ops.sum(share * (var + ops.square(apart - delta)), axis=0)
-    return Moments(total, center, delta, var)
+    everyone = _gathered(ops.stack(local))
+    return local if everyone is None else union(Moments(*ops.unstack(everyone, 4, axis=1)))
 
 
 def _gathered(values: Tensor) -> Tensor | None:

@@ -8,7 +8,11 @@ import keras
 import torch
 from keras import ops
 
+from batchnorm.statistics.moments import PooledMoments
 from batchnorm.torch import functional
+
+from .moments import Moments
+from .moving import move
 
 if TYPE_CHECKING:
     from .layers import BatchNormalization
@@ -28,27 +32,47 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def call(layer: BatchNormalization, inputs: torch.Tensor, axis: int, by_batch: bool) -> torch.Tensor:
-    """Return the layer's output; `by_batch`: by the batch's statistics, which the moving ones follow."""
+    """Return the layer's output; `by_batch`: in training, with all that follows from it."""
     x = inputs.movedim(axis, 1) if inputs.dim() > 1 else inputs.unsqueeze(0)
     if x.dtype not in _HALVES:  # those go in as they are: kernels compute in a wide dtype
         x = x.to(torch.promote_types(x.dtype, torch.float32))
     weight = _parameter(layer.gamma, x) if layer.scale else None
     bias = _parameter(layer.beta, x) if layer.center else None
     activation = _FUSED.get(layer.activation)
-    if by_batch:
-        if layer.renorm:
+    policy = layer.statistics
+    running = {"running_mean": layer.moving_mean.value, "running_var": layer.moving_variance.value}
+    if policy.measures(by_batch):
+        if by_batch and layer.renorm:
             weight, bias = _renormalized(layer, x, weight, bias)
-        y, found = functional.normalize_batch(x, weight, bias, layer.epsilon, activation=activation)
-        if found.count:
-            layer._move(found.mean, found.m2 / found.count)
+        y, found = functional.normalize_batch(
+            x,
+            weight,
+            bias,
+            layer.epsilon,
+            activation=activation,
+            statistics=policy,
+            training=by_batch,
+            batches=None if layer.batches is None else layer.batches.value,
+            **running,
+        )
+        if policy.moves(by_batch):
+            move(layer, _of_groups(found))
     else:
-        running = (layer.moving_mean.value, layer.moving_variance.value)
-        y = functional.batch_norm(x, *running, weight, bias, eps=layer.epsilon, activation=activation)
+        y = functional.batch_norm(
+            x, weight=weight, bias=bias, eps=layer.epsilon, activation=activation, **running
+        )
     y = y.movedim(1, axis) if inputs.dim() > 1 else y.squeeze(0)
     if activation is None:  # in the inputs' own layout: softmax and PReLU, for two, are not elementwise
         y = layer.activation(y)
     output: torch.Tensor = ops.cast(y, layer.compute_dtype)
     return output
+
+
+def _of_groups(found: PooledMoments) -> Moments:
+    """Return moments `[C]` or `[G, C]` as `[G, C]`."""
+    mean, m2 = (values.reshape(-1, values.shape[-1]) for values in (found.mean, found.m2))
+    count = torch.zeros_like(mean) + found.count
+    return Moments(count, mean, torch.zeros_like(mean), m2 / count.clamp(min=1))
 
 
 def _parameter(variable: keras.Variable, x: torch.Tensor) -> torch.Tensor:

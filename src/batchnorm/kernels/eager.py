@@ -347,8 +347,12 @@ def backward(
     step = _Pass(chunks, weight, bias, residual, activation).given(mean, rstd)
     sum_dy, sum_dy_xhat = step.reduce(dy)
     a = rstd if weight is None else rstd * weight
-    share = torch.zeros_like(a) if given else -a / chunks.count().clamp(min=1).unsqueeze(1)
-    dx, dresidual = step.apply(dy, (a, share * sum_dy_xhat, share * sum_dy))
+    if given:
+        b = c = torch.zeros_like(a)
+    else:
+        share = -a / chunks.count().clamp(min=1).unsqueeze(1)
+        b, c = share * sum_dy_xhat, share * sum_dy
+    dx, dresidual = step.apply(dy, (a, b, c))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return dx, sum_dy_xhat.sum(0).to(dtype), sum_dy.sum(0).to(dtype), dresidual
 

@@ -59,16 +59,27 @@ class RunningStatistics(NamedTuple):
 
         running = (1 - momentum) * running + momentum * batch, where var is m2 / (count - 1)
 
+    The batch is what the mask leaves in of all groups together: their moments are merged in order, by Chan's
+    formula. Fewer than two values have no variance, and leave mean and var as they are.
+
     Attributes:
         mean, var: None where they are not tracked.
-        batches: number of batches so far, an integer tensor of one value, which grows by 1; or None.
+        batches: number of batches so far, an integer tensor of one value, which grows by 1, whatever the
+            count; or None.
         momentum: 0..1.
+        skipped: number of batches that were skipped, an integer tensor of one value. Where it is given, a
+            batch whose mean or m2 is inf or NaN, in any group and channel, adds 1 to it and leaves all the
+            others alone. None = such a batch moves them as any other does.
+        sequential: whether each group moves them as a batch of its own, in order, a group of fewer than two
+            values being passed over; `batches` grows by G then. A batch is skipped all the same as a whole.
     """
 
     mean: Tensor | None
     var: Tensor | None
     batches: Tensor | None
     momentum: float
+    skipped: Tensor | None = None
+    sequential: bool = False
 
 
 class Engine(Protocol):
@@ -144,7 +155,7 @@ class Engine(Protocol):
     ) -> tuple[Tensor, Moments, Tensor]:
         """Return y, the moments of x, and rstd: `moments` and `normalize` with nothing between them.
 
-        `running`, for which `moves` was true, is moved; for calls of one group, without a mask.
+        `running`, for which `moves` was true, is moved.
         """
 
     def moves(self, x: Tensor, running: RunningStatistics) -> bool:

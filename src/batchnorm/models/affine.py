@@ -48,7 +48,7 @@ def why_not_affine(found: Found) -> str:
         return "it has hooks, which would see other values"
     if is_forward_replaced(norm):
         return "its forward was replaced on the instance"
-    if is_layer(norm) and norm.statistics.measures(False):
+    if is_layer(norm) and norm.statistics.measures(training=False):
         return f"statistics={norm.statistics} adapts to each batch: it is no affine map in evaluation"
     mean, var = (getattr(norm, name, None) for name in ("running_mean", "running_var"))
     if mean is None or var is None:

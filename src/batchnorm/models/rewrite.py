@@ -183,12 +183,13 @@ def _make(module: nn.Module, spec: Spec) -> _Made:
                 path,
             )
         sites[path] = site
+    replaced: dict[Node, Node] = {}
     bypassed = [(path, type(module.get_submodule(path))) for path in spec.inlined]
     for site in sites.values():
         for node in (*site.passed, site.act):
             if node is not None and node.op == "call_module":
                 bypassed.append((str(node.target), type(module.get_submodule(str(node.target)))))
-        _fuse(block.graph, site)
+        _fuse(block.graph, site, replaced)
     return _Made(_compiled(block.graph), block, tuple(dict.fromkeys(bypassed)))
 
 
@@ -207,7 +208,12 @@ def call_of(graph: Graph, path: str) -> Node | None:
     return calls[0] if len(calls) == 1 else None
 
 
-def _fuse(graph: Graph, site: Site) -> None:
+def _fuse(graph: Graph, site: Site, replaced: dict[Node, Node]) -> None:
+    """Rewrite one site.
+
+    Args:
+        replaced: what stands for outputs of sites that were rewritten before: one may be another's residual.
+    """
     last = site.act or site.add
     assert last is not None
     if site.add is None:
@@ -215,10 +221,12 @@ def _fuse(graph: Graph, site: Site) -> None:
     else:
         with graph.inserting_before(site.add):
             norm = graph.create_node("get_attr", site.path)
-            arguments = (norm, site.norm.args[0], site.residual, site.in_place)
+            residual = site.residual if site.residual is None else replaced.get(site.residual, site.residual)
+            arguments = (norm, site.norm.args[0], residual, site.in_place)
             end = graph.call_function(normalize_and_add, arguments)
     skipped = [node for node in (*site.passed, site.add, site.act) if node is not None]
     last.replace_all_uses_with(end)
+    replaced[last] = end
     for node in sorted(skipped, reverse=True):
         graph.erase_node(node)
     if site.add is not None:

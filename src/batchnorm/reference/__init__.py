@@ -11,7 +11,13 @@ from .backward import Gradients, backward
 from .forward import Normalized, forward
 from .moments import Moments, merge, moments
 from .policies import Corrected, adapted, renorm
-from .running import Running, update_running_keras, update_running_torch
+from .running import (
+    Running,
+    update_running_keras,
+    update_running_pooled,
+    update_running_sequential,
+    update_running_torch,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,5 +34,7 @@ __all__ = [
     "moments",
     "renorm",
     "update_running_keras",
+    "update_running_pooled",
+    "update_running_sequential",
     "update_running_torch",
 ]

@@ -87,8 +87,7 @@ def backward(
         mean=mean,
         var=var,
     )
-    dy = np.where(s.keep, np.asarray(dy, dtype=np.float64), 0.0)
-    dz = dy * ACTIVATIONS[activation].derivative(s.z)
+    dz = np.where(s.keep, np.asarray(dy, dtype=np.float64) * ACTIVATIONS[activation].derivative(s.z), 0.0)
     positions = (0, *range(2, dz.ndim))
     dbias = dz.sum(axis=positions)
     dweight = (dz * s.xhat).sum(axis=positions)

@@ -108,7 +108,7 @@ def adapted(
     """
     own = forward(x, eps=eps, mask=mask)
     k, m, v = float(own.count[0]), own.mean[0], own.var[0]
-    n = float(len(x) if mask is None else mask.reshape(len(mask), -1).any(axis=1).sum())
+    n = float(len(x) if mask is None else mask.any(axis=tuple(range(1, mask.ndim))).sum())
     s = n / (n + prior) if n + prior > 0 else 0.0
     mean = (1.0 - s) * np.asarray(running.mean) + s * m
     var = (1.0 - s) * np.asarray(running.var) + s * v
@@ -117,7 +117,7 @@ def adapted(
     )
     y = np.where(z.keep, ACTIVATIONS[activation].value(z.z), 0.0)
 
-    dz = np.where(z.keep, np.asarray(dy, dtype=np.float64), 0.0) * ACTIVATIONS[activation].derivative(z.z)
+    dz = np.where(z.keep, np.asarray(dy, dtype=np.float64) * ACTIVATIONS[activation].derivative(z.z), 0.0)
     positions = (0, *range(2, dz.ndim))
     dxhat = per_channel(weight, dz.ndim, default=1.0) * dz
     rstd = z.rstd[0]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .groups import Array
+from .moments import Moments, merge
 
 
 class Running(NamedTuple):
@@ -47,7 +48,7 @@ def update_running_torch(
         running: statistics before the batch, each `[C]`.
         mean: `[C]`, the batch's mean.
         var: `[C]`, the batch's biased variance.
-        count: number of values per channel. With 0 the statistics stay; with 1 the batch's variance is 0.
+        count: number of values per channel. With fewer than 2 the statistics stay: one value has no variance.
         momentum: weight of the new value, 0..1; None = cumulative average.
         batches: number of batches seen, this one and empty ones included: what torch calls
             num_batches_tracked. Used for momentum=None.
@@ -55,14 +56,54 @@ def update_running_torch(
     Source: torch.nn.BatchNorm2d; the unbiased variance is that of Ioffe & Szegedy 2015, arXiv:1502.03167,
     algorithm 2.
     """
-    if count == 0:
+    if count < 2:
         return running
     weight = 1.0 / batches if momentum is None else momentum
-    var_unbiased = np.asarray(var) * (count / max(count - 1.0, 1.0))
+    var_unbiased = np.asarray(var) * (count / (count - 1.0))
     return Running(
         (1.0 - weight) * np.asarray(running.mean) + weight * np.asarray(mean),
         (1.0 - weight) * np.asarray(running.var) + weight * var_unbiased,
     )
+
+
+def update_running_pooled(running: Running, groups: Moments, *, momentum: float = 0.1) -> Running:
+    """Return the running statistics after a batch in groups, as torch moves them by all its values together.
+
+    The values of all groups are one set: its moments are those of the groups merged (`moments.merge`).
+
+    Args:
+        running: statistics before the batch, each `[C]`.
+        groups: moments of its groups.
+        momentum: weight of the new value, 0..1.
+    """
+    count, mean, m2 = (values[:1] for values in groups)
+    pooled = Moments(count, mean, m2)
+    for group in range(1, len(groups.count)):
+        pooled = merge(pooled, Moments(*(values[group : group + 1] for values in groups)))
+    return update_running_torch(
+        running, pooled.mean[0], pooled.var[0], float(pooled.count[0]), momentum=momentum
+    )
+
+
+def update_running_sequential(running: Running, groups: Moments, *, momentum: float = 0.1) -> Running:
+    """Return the running statistics after a batch whose groups move them one after the other, as batches.
+
+    With R for the running statistics, B for a group's own and α for momentum:
+
+        R_g = (1 - α) R_(g-1) + α B_g        R_G = (1 - α)^G R_0 + Σ_g α (1 - α)^(G-g) B_g
+
+    A group of fewer than two values is passed over, in the products too.
+
+    Args:
+        running: statistics before the batch, each `[C]`.
+        groups: moments of its groups.
+        momentum: weight of each group's value, 0..1.
+
+    Source: Hoffer et al. 2017, arXiv:1705.08741, algorithm 1.
+    """
+    for count, mean, var in zip(groups.count, groups.mean, groups.var, strict=True):
+        running = update_running_torch(running, mean, var, float(count), momentum=momentum)
+    return running
 
 
 def update_running_keras(

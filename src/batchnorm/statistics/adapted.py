@@ -54,7 +54,8 @@ class Adapted(Policy):
         if training:
             return by_batch(batch, known.eps, xp)
         samples = known.samples
-        share = samples / (samples + self.prior + (samples + self.prior == 0))
+        # Not 0 / 0 where there is no sample; beside a sample, so little is nothing.
+        share = samples / (samples + max(self.prior, 1e-30))
         mean = (1.0 - share) * known.mean + share * batch.mean
         rstd = 1.0 / xp.sqrt((1.0 - share) * known.var + share * biased_var(batch) + known.eps)
         return Chosen(mean, rstd, share, 0.0, -0.5 * share * rstd * rstd * rstd)

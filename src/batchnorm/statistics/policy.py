@@ -60,6 +60,7 @@ class Policy:
         name: in a word, as tables show it.
         needs_running: it makes no sense for a layer that tracks no running statistics.
         group_size: samples that share statistics in training; None = all of the batch.
+        counts_batches: what it chooses changes with the number of batches that the layer has seen.
         text: the policy as JSON.
         is_sequential: each such group moves the running statistics as a batch of its own, in order, instead
             of all together as one.
@@ -69,6 +70,7 @@ class Policy:
     needs_running: ClassVar[bool] = False
     group_size: int | None = None
     is_sequential: bool = False
+    counts_batches: bool = False
     text: str
 
     def __post_init__(self) -> None:

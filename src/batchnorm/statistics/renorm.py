@@ -56,6 +56,11 @@ class Renorm(Policy):
             object.__setattr__(self, field, _steps(field, getattr(self, field)))
         super().__post_init__()
 
+    @property
+    def counts_batches(self) -> bool:  # type: ignore[override]
+        """Whether a bound opens with time."""
+        return max(*self.r_steps, *self.d_steps) > 0
+
     def is_plain(self, training: bool) -> bool:  # noqa: ARG002
         """Never: how far the bounds are open only the device knows."""
         return False

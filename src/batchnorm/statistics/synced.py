@@ -67,6 +67,11 @@ class Synced(Policy):
         """As of the policy that takes the shared moments."""
         return self.over.is_sequential
 
+    @property
+    def counts_batches(self) -> bool:  # type: ignore[override]
+        """As of the policy that takes the shared moments."""
+        return self.over.counts_batches
+
     def measures(self, training: bool) -> bool:
         """As the policy that takes the shared moments."""
         return self.over.measures(training)

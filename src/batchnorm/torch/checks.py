@@ -27,13 +27,14 @@ def is_usual(
     One look in place of a dozen calls, which took longer than the kernel of a small layer.
     """
     shape = input.shape
+    vectors_shape = shape[1:2]
     if len(shape) < 2 or input.dtype is not torch.float32 or not input.is_cpu or eps <= 0.0:
         return False
     if (shape[0] < 2) if training else (vectors[0] is None or vectors[1] is None):
         return False
     for vector in vectors:
         if vector is not None and not (
-            vector.dtype is torch.float32 and vector.is_cpu and vector.numel() == shape[1]
+            vector.dtype is torch.float32 and vector.is_cpu and vector.shape == vectors_shape
         ):
             return False
     return residual is None or (
@@ -162,7 +163,7 @@ def mask_of_lengths(lengths: Tensor, input: Tensor) -> Tensor:
 
 
 def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
-    """Raise unless `vector` is None or one floating value per channel of `input`, on the same device."""
+    """Raise unless `vector` is None or one value per channel of `input`, `[C]`, on the same device."""
     if vector is None:
         return
     channels = input.shape[1] if input.dim() > 1 else 0
@@ -170,6 +171,10 @@ def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
         raise InputShapeError(
             f"{name} should contain {channels} elements not {vector.numel()}: the input of shape "
             f"{list(input.shape)} has {channels} channels (axis 1)"
+        )
+    if vector.dim() != 1:  # as many values side by side in another shape would broadcast elsewhere
+        raise InputShapeError(
+            f"{name} has shape {list(vector.shape)}, and must have one axis, of {channels}: .flatten() it"
         )
     if vector.device != input.device:
         raise InputTypeError(

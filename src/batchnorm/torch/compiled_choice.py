@@ -16,10 +16,10 @@ from batchnorm.statistics.synced import Synced
 
 from . import halves
 from .choice import Choice
-from .collectives import Ranks
 from .compiled_groups import groups_of
 from .differentiable import Normalized, cleared
 from .plan import Plan
+from .ranks.collectives import Ranks
 
 # The tensors that a choice knows, per channel or one number each.
 _NONE = (None,) * 4
@@ -77,7 +77,8 @@ def _normalize(
     batch, chosen = halves.measured(engine(x), x, plan, strict=strict)
     y = engine(x).normalize(x, chosen.mean, chosen.rstd, weight, bias, residual=residual, **plan.options)
     count = torch.zeros_like(batch.mean[:, :1]) + batch.count
-    return y, count, torch.stack([batch.mean, batch.m2, *chosen])
+    tables = [value + torch.zeros_like(batch.mean) for value in chosen]  # some may be numbers
+    return y, count, torch.stack([batch.mean, batch.m2, *tables])
 
 
 @_normalize.register_fake

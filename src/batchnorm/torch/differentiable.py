@@ -108,7 +108,7 @@ def _moments(wide: Tensor, plan: Plan) -> tuple[PooledMoments, Tensor, Tensor | 
     else:
         per_sample = wide.new_full((samples, 1), float(positions))
         if counted is not None:
-            per_sample = counted.reshape(samples, -1).sum(1, keepdim=True).to(wide.dtype)
+            per_sample = counted.unsqueeze(1).flatten(1).sum(1, keepdim=True).to(wide.dtype)
         count = _total(per_sample, groups, number)
     divisor = max(1.0, count) if isinstance(count, float) else count.clamp(min=1)
     spatial = list(range(2, wide.dim()))

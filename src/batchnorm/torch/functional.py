@@ -181,15 +181,28 @@ def normalize_batch(
     residual: Tensor | None = None,
     activation: str | None = None,
     mask: Tensor | None = None,
+    statistics: Policy = Batch(),  # noqa: B008 -- frozen
+    training: bool = True,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    batches: Tensor | None = None,
 ) -> tuple[Tensor, PooledMoments]:
     """Normalize each channel by the batch, and return its moments: for layers that track their own.
 
-    As `batch_norm` in training, without running statistics, and one value per channel is allowed (var = 0).
+    As `batch_norm`, but it moves nothing, and one value per channel is allowed (var = 0).
+
+    Args:
+        statistics: a policy that takes the moments of this process's batch, in this mode.
+        training: the mode.
+        running_mean, running_var: `[C]`, for a policy that looks at them.
+        batches: how many have moved them, one integer; None = many.
 
     Returns:
-        y, and the moments as of `moments`, `[C]`; no gradient flows into these.
+        y, and the moments as of `moments`, `[C]`; with a policy that has groups of samples those of each
+        group, `[G, C]`, and count `[G, 1]` or a number. No gradient flows into these.
     """
-    settings, tracked = Settings(True, eps, activation), Tracked()
+    settings = Settings(training, eps, activation, statistics)
+    tracked = Tracked(running_mean, running_var, batches)
     mode = paths.Mode(measures=True, moves=False, needs_two=False)
     exporting = exported.is_exporting()
     paths.check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
@@ -197,5 +210,5 @@ def normalize_batch(
         input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting
     )
     assert batch is not None
-    count, mean, m2 = pooled_groups(batch)
+    count, mean, m2 = batch if statistics.groups(training) is not None else pooled_groups(batch)
     return y, PooledMoments(count, mean.detach(), m2.detach())

@@ -17,6 +17,7 @@ from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Chosen, gradient_coefficients
 
 from . import differentiable, recipes
+from .choice import array, tensor
 from .moving import check_finite, of_groups
 from .plan import Plan
 
@@ -39,7 +40,10 @@ class _Chosen(torch.autograd.Function):
         y = engine.normalize(x, chosen.mean, chosen.rstd, weight, bias, residual=residual, **plan.options)
         behind = (bias, residual) if plan.activation is not None else (None, None)
         count = batch.count if isinstance(batch.count, Tensor) else None
-        ctx.save_for_backward(x, weight, *behind, count, batch.mean, batch.m2, *chosen, plan.mask)
+        # What follows the batch in a constant way is a number.
+        saved = (value if isinstance(value, Tensor) else None for value in chosen)
+        ctx.save_for_backward(x, weight, *behind, count, batch.mean, batch.m2, *saved, plan.mask)
+        ctx.numbers = tuple(None if isinstance(value, Tensor) else value for value in chosen)
         ctx.count = batch.count if count is None else None
         ctx.settings = (engine, plan._replace(mask=None))
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias, residual))
@@ -55,11 +59,12 @@ class _Chosen(torch.autograd.Function):
         engine, plan = ctx.settings
         plan = plan._replace(mask=mask)
         batch = PooledMoments(ctx.count if count is None else count, mean, m2)
+        chosen = Chosen(*(n if t is None else t for t, n in zip(found, ctx.numbers, strict=True)))
         if torch.is_grad_enabled() or differentiable.is_transforming() or differentiable.is_batch(dy):
             gradients = differentiable.gradients(ctx, x, dy, weight, bias, residual, plan)
         else:
             gradients = gradients_of(
-                engine, x, dy, weight, bias, residual, plan, batch, Chosen(*found), ctx.needs_input_grad[1]
+                engine, x, dy, weight, bias, residual, plan, batch, chosen, ctx.needs_input_grad[1]
             )
         dx, dweight, dbias, dresidual = gradients
         if plan.activation is None:
@@ -100,10 +105,27 @@ def gradients_of(
         sum_dy, sum_dy_xhat = plan.choice.add(sum_dy, sum_dy_xhat)
     elif plan.activation is None or residual is None:
         return None, dweight, dbias, None
-    wide = 1.0 if weight is None else weight.to(sum_dy.dtype)
-    coefficients = gradient_coefficients(wide, chosen, batch, sum_dy, sum_dy_xhat)
+    coefficients = _coefficients(weight, chosen, batch, sum_dy, sum_dy_xhat)
     dx, dresidual = engine.backward_apply(*tensors, coefficients, weight, bias, **options)
     return dx, dweight, dbias, dresidual
+
+
+def _coefficients(
+    weight: Tensor | None, chosen: Chosen, batch: PooledMoments, sum_dy: Tensor, sum_dy_xhat: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    # A copy: memory that an array has shown is not resizable any more, and FSDP resizes its parameters'.
+    wide = 1.0 if weight is None else weight.detach().to(sum_dy.dtype, copy=True)
+    if not sum_dy.is_cpu:
+        return gradient_coefficients(wide, chosen, batch, sum_dy, sum_dy_xhat)
+    found = gradient_coefficients(
+        array(wide),
+        Chosen(*map(array, chosen)),
+        PooledMoments(*map(array, batch)),
+        array(sum_dy),
+        array(sum_dy_xhat),
+    )
+    a, b, c = map(tensor, found)
+    return a, b, c
 
 
 def measured(engine: Engine, x: Tensor, plan: Plan, *, strict: bool) -> tuple[PooledMoments, Chosen]:
@@ -118,7 +140,7 @@ def measured(engine: Engine, x: Tensor, plan: Plan, *, strict: bool) -> tuple[Po
         batch, samples = plan.choice.share(of_groups(found.count, found.mean, found.m2))
         if strict:
             check_finite(batch.mean, batch.m2)
-        return batch, plan.choice.recalled(batch).choose(batch, samples)
+        return batch, plan.choice.recalled(batch).choose(batch, samples, plain=True)
 
 
 def apply(

@@ -158,6 +158,10 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             if torch.compiler.is_compiling():
                 raise  # torch then runs the call eagerly, and it comes here again
             raise error.at(qualified_name(self)) from None
+        except Exception as error:  # of torch, for what no check looks at: a state that somebody broke
+            if not torch.compiler.is_compiling():
+                error.add_note(f"This was raised in the layer {qualified_name(self)}.")
+            raise
 
     def mask_for(
         self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
@@ -180,7 +184,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             if training and (type(policy) is not Batch or self.small_batch != "raise"):
                 tracked = tracked._replace(memory=self._recall(policy))
         settings = Settings(
-            training, self.eps, self.activation, policy, self._nonfinite, self.small_batch, self._label
+            training, self.eps, self.activation, policy, self._nonfinite, self.small_batch, self._name
         )
         return paths.tracked_batch_norm(input, tracked, self.weight, self.bias, residual, mask, settings)
 
@@ -204,6 +208,14 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         if self._memory is None and may_be_recomputed(training=True):
             self._memory = Memory()
         return self._memory
+
+    def _name(self) -> str:
+        """Return the name by which other ranks know the layer: that of its first shared call."""
+        if self._label is None:
+            if torch.compiler.is_compiling():  # nobody may look at the stack
+                return f"{type(self).__name__} of {self.num_features} channels"
+            self._label = qualified_name(self)
+        return self._label
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._ranks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,11 +107,26 @@ def _update(
 
 
 def _momentum(tracked: Tracked, number: int, like: Tensor) -> float | Tensor:
+    if isinstance(tracked.momentum, Tensor):
+        return tracked.momentum.to(like.dtype)  # before 1 - momentum, which float32 would round
     if tracked.momentum is not None:
         return tracked.momentum
     if tracked.batches is None:
         return 0.0  # as torch.nn does, which then has nothing to average over
     return 1.0 / (tracked.batches + (number + 1)).to(like.dtype)  # stays on the device
+
+
+def _check_writable(tracked: Tracked) -> None:
+    """Raise OptionError for tensors of `torch.inference_mode`: torch writes to them, then raises."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    for name in ("mean", "var", "batches", "skipped"):
+        tensor = getattr(tracked, name)
+        if tensor is not None and tensor.is_inference():
+            raise OptionError(
+                f"running statistics ({name}) were made under torch.inference_mode(), and cannot move "
+                "outside of it: make or load the model outside, or give it clones of its buffers"
+            )
 
 
 def move(tracked: Tracked, batch: PooledMoments, *, sequential: bool = False, skip: bool = False) -> None:
@@ -121,21 +136,25 @@ def move(tracked: Tracked, batch: PooledMoments, *, sequential: bool = False, sk
 
 def write(tracked: Tracked, after: Moved) -> None:
     """Write the running statistics, and then the counts, in place: all of them, or none on an error."""
+    _check_writable(tracked)
+    changes: list[tuple[Any, Tensor | None, Any]] = [
+        (Tensor.copy_, tracked.mean, after.mean),
+        (Tensor.copy_, tracked.var, after.var),
+        (Tensor.add_, tracked.batches, after.batches),
+        (Tensor.add_, tracked.skipped, after.skipped),
+    ]
     written: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
-            for old, new in ((tracked.mean, after.mean), (tracked.var, after.var)):
+            for change, old, new in changes:
                 if old is not None and new is not None:
                     before = old.clone()
-                    old.copy_(new)
+                    change(old, new)
                     written.append((old, before))
-            if tracked.batches is not None:
-                tracked.batches.add_(after.batches)
-            if tracked.skipped is not None and after.skipped is not None:
-                tracked.skipped.add_(after.skipped)
     except RuntimeError as error:
-        for old, before in written:
-            old.copy_(before)
+        with torch.no_grad():
+            for old, before in written:
+                old.copy_(before)
         if not differentiable.is_transforming():
             raise
         raise OptionError(

@@ -15,12 +15,13 @@ from batchnorm.kernels.interface import RunningStatistics, wide_dtype
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.synced import Synced
 
-from . import checks, collectives, compiled, differentiable, halves, operators
+from . import checks, compiled, differentiable, halves, operators
 from .choice import Choice, known_to, samples_of
 from .differentiable import Normalized
 from .exported import behind, is_exporting, stock
 from .moving import move
 from .plan import Plan
+from .ranks import collectives
 from .recomputed import is_recomputed
 from .settings import Settings, Tracked
 
@@ -54,6 +55,8 @@ def mode_of(input: Tensor, tracked: Tracked, settings: Settings, mask: Tensor | 
     is_tracked = tracked.mean is not None or tracked.var is not None or tracked.batches is not None
     if type(policy) is Batch and settings.small_batch == "raise":  # most calls, in a hurry
         return _USUAL[is_tracked and not is_recomputed()] if training else _GIVEN
+    if type(policy) is not Batch:
+        checks.check_policy(policy, tracked.mean is not None and tracked.var is not None)
     if not policy.measures(training):
         return _GIVEN
     moves = is_tracked and policy.moves(training) and not is_recomputed()
@@ -70,15 +73,9 @@ def mode_of(input: Tensor, tracked: Tracked, settings: Settings, mask: Tensor | 
         and tracked.var is not None
     ):
         smallest = _smallest_group(input, policy.groups(training))
-        if smallest == 1 and smallest == _values(input):
-            return _GIVEN
         is_lenient = smallest == 1 or mask is not None
         needs_two = False
     return Mode(True, moves, needs_two, ranks, is_lenient)
-
-
-def _values(input: Tensor) -> int:
-    return input.shape[0] * math.prod(input.shape[2:]) if input.dim() > 1 else 0
 
 
 def _smallest_group(input: Tensor, size: int | None) -> int:
@@ -112,7 +109,7 @@ def tracked_batch_norm(
         if mode.moves and tracked.batches is not None:
             tracked.batches.add_(1)
         return y
-    running = _for_kernels(tracked, settings, mask) if mode.moves else None
+    running = _for_kernels(tracked, settings) if mode.moves else None
     y, batch, has_moved = normalize(
         input, tracked, weight, bias, residual, mask, settings, mode, running, exporting=exporting
     )
@@ -125,19 +122,17 @@ def tracked_batch_norm(
     return y
 
 
-def _for_kernels(tracked: Tracked, settings: Settings, mask: Tensor | None) -> RunningStatistics | None:
+def _for_kernels(tracked: Tracked, settings: Settings) -> RunningStatistics | None:
     """Return what a kernel can move along the way, None where the statistics move apart from it."""
-    mean, var, batches, momentum, _, _, pool = tracked
-    if (
-        pool is not None
-        or mask is not None
-        or settings.nonfinite != "propagate"
-        or settings.statistics.group_size is not None
-        or momentum is None
-        or isinstance(momentum, Tensor)
-    ):
+    mean, var, batches, momentum, skipped, _, pool = tracked
+    nonfinite = settings.nonfinite
+    if pool is not None or nonfinite == "raise" or momentum is None or isinstance(momentum, Tensor):
         return None
-    return RunningStatistics(mean, var, batches, momentum)
+    if nonfinite == "propagate":
+        skipped = None
+    elif skipped is None:
+        return None
+    return RunningStatistics(mean, var, batches, momentum, skipped, settings.statistics.is_sequential)
 
 
 def check(
@@ -225,9 +220,8 @@ def _plan(input: Tensor, tracked: Tracked, mask: Tensor | None, settings: Settin
     known = known_to(
         tracked.mean, tracked.var, tracked.batches, samples_of(input, mask), eps, wide_dtype(input.device)
     )
-    choice = Choice(
-        policy, training, known, mode.ranks, settings.label or "batch_norm", mode.is_lenient, tracked.memory
-    )
+    label = "batch_norm" if mode.ranks is None or settings.label is None else settings.label()
+    choice = Choice(policy, training, known, mode.ranks, label, mode.is_lenient, tracked.memory)
     return Plan(eps, settings.activation, mask, size, None, choice)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,7 +21,7 @@ class Settings(NamedTuple):
         statistics: the policy.
         nonfinite: "propagate", "skip" or "raise": what a batch with inf or NaN does to running statistics.
         small_batch: "raise" or "running": what one value per channel is normalized by.
-        label: how errors and other ranks name the layer; None = it has to be looked for.
+        label: returns how other ranks know the layer.
     """
 
     training: bool
@@ -29,7 +30,7 @@ class Settings(NamedTuple):
     statistics: Policy = Batch()
     nonfinite: str = "propagate"
     small_batch: str = "raise"
-    label: str | None = None
+    label: Callable[[], str] | None = None
 
 
 class Tracked(NamedTuple):

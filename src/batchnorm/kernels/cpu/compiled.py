@@ -14,7 +14,7 @@ import torch
 from numba import cfunc, types
 from numba.core import event
 
-from . import planes, rows, statistics
+from . import groups, planes, rows, running, statistics
 from .access import finished, number_finished, take_number
 from .packet import FINISHED, NEXT, read
 from .vector import FULL, SIMPLE, function
@@ -57,6 +57,18 @@ def _work(body: Any, merge: Any, end: Any, address: Any, kind: Any, real: Any, h
         index = take_number(address + NEXT)
 
 
+@function
+def _close(close: Any, end: Any, address: Any, real: Any) -> None:
+    """Do tasks that put groups together until all are taken, and then what comes at the end."""
+    packet = read(address)
+    index = take_number(address + NEXT)
+    while index < packet.total:
+        close(packet, index, real)
+        if finished(address + FINISHED) == packet.total - 1:
+            end(packet, real)
+        index = take_number(address + NEXT)
+
+
 # What a thread runs, given the address of a packet. `source` is never 0: it is there to be part of the
 # function, of which Numba asks if it is on disk; of the functions that this one calls, it does not ask.
 # One by one, since a function that held another compiled one as a variable would never be found on disk.
@@ -65,7 +77,7 @@ def _work(body: Any, merge: Any, end: Any, address: Any, kind: Any, real: Any, h
 def _planes_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def planes_forward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.forward, statistics.merge_moments, statistics.move_running, packet, kind, real, how)
+            _work(planes.forward, statistics.merge_moments, running.move_running, packet, kind, real, how)
 
     return planes_forward
 
@@ -73,7 +85,7 @@ def _planes_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _planes_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def planes_backward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.backward, statistics.merge_sums, statistics.move_nothing, packet, kind, real, how)
+            _work(planes.backward, statistics.merge_sums, running.move_nothing, packet, kind, real, how)
 
     return planes_backward
 
@@ -81,7 +93,7 @@ def _planes_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _rows_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def rows_forward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.forward, statistics.merge_moments, statistics.move_running, packet, kind, real, how)
+            _work(rows.forward, statistics.merge_moments, running.move_running, packet, kind, real, how)
 
     return rows_forward
 
@@ -89,9 +101,29 @@ def _rows_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _rows_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
     def rows_backward(packet):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.backward, statistics.merge_sums, statistics.move_nothing, packet, kind, real, how)
+            _work(rows.backward, statistics.merge_sums, running.move_nothing, packet, kind, real, how)
 
     return rows_backward
+
+
+def _groups_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
+    del kind, how
+
+    def groups_forward(packet):  # type: ignore[no-untyped-def]
+        if source:
+            _close(groups.pool, groups.move_running, packet, real)
+
+    return groups_forward
+
+
+def _groups_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
+    del kind, how
+
+    def groups_backward(packet):  # type: ignore[no-untyped-def]
+        if source:
+            _close(groups.set_parameters, running.move_nothing, packet, real)
+
+    return groups_backward
 
 
 def _take_running(kind: Any, real: Any, how: Any, source: int) -> Any:
@@ -99,7 +131,7 @@ def _take_running(kind: Any, real: Any, how: Any, source: int) -> Any:
 
     def take_running(packet):  # type: ignore[no-untyped-def]
         if source:
-            statistics.take_running(read(packet), real)
+            running.take_running(read(packet), real)
 
     return take_running
 
@@ -109,6 +141,8 @@ _KERNELS: dict[str, Callable[[Any, Any, Any, int], Any]] = {
     "planes_backward": _planes_backward,
     "rows_forward": _rows_forward,
     "rows_backward": _rows_backward,
+    "groups_forward": _groups_forward,
+    "groups_backward": _groups_backward,
     "take_running": _take_running,
 }
 

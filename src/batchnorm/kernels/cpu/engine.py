@@ -122,13 +122,29 @@ class _Call:
             free += 8 * size
         return addresses
 
-    def move(self, running: RunningStatistics) -> None:
-        """Let the kernel move running statistics."""
+    def move(self, running: RunningStatistics) -> list[Tensor]:
+        """Let the kernel move running statistics; return what it may write to."""
         packet = self.packet
-        packet.momentum, packet.corrected = running.momentum, self.x.numel() // self.plan.channels - 1
-        packet.running_mean = 0 if running.mean is None else running.mean.data_ptr()
-        packet.running_var = 0 if running.var is None else running.var.data_ptr()
-        packet.batches = 0 if running.batches is None else running.batches.data_ptr()
+        mean, var, batches, packet.momentum, skipped, sequential = running
+        written = []
+        if mean is not None:
+            packet.running_mean = mean.data_ptr()
+            written.append(mean)
+        if var is not None:
+            packet.running_var = var.data_ptr()
+            written.append(var)
+        if batches is not None:
+            packet.batches = batches.data_ptr()
+            written.append(batches)
+        if skipped is not None:
+            packet.skipped = skipped.data_ptr()
+            written.append(skipped)
+        if self.plan.groups == 1:
+            packet.moves = 1
+        else:
+            packet.pooled_mean, packet.pooled_m2 = self.scratch(self.plan.channels, self.plan.channels)
+            packet.sequential = sequential
+        return written
 
     def output(self) -> Tensor:
         """Return a tensor for y or dx, in the layout of x."""
@@ -158,6 +174,13 @@ class _Call:
         packet.tasks, packet.merges, packet.total = tasks, merges, passes * tasks + merges
         simple = not packet.mask and packet.activation in (IDENTITY, CLAMP)
         run(f"{family}_{half}", self.x.dtype, simple, packet, self.x.numel())
+
+    def close(self, half: str) -> None:
+        """Put several groups together, behind the forward or the backward."""
+        packet = self.packet
+        packet.tasks = packet.total = math.ceil(self.plan.channels / CHANNELS)
+        packet.next = packet.finished = 0
+        run(f"groups_{half}", self.real, True, packet, self.plan.groups * self.plan.channels)
 
 
 def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
@@ -222,11 +245,12 @@ def forward(
     call.behind(residual, activation)
     y = call.output()
     call.packet.y = y.data_ptr()
-    if running is not None:
-        call.move(running)
+    written = None if running is None else call.move(running)
     found, rstd = _measured(call, eps, apply=True)
-    if running is not None:
-        increment_version([t for t in running[:3] if t is not None])
+    if written is not None:
+        if call.plan.groups > 1:
+            call.close("forward")
+        increment_version(written)
     return call.returned(y, x), found, rstd
 
 
@@ -250,19 +274,16 @@ def _backward_call(
     return call
 
 
-def _with_sums(call: _Call, *, returned: bool) -> tuple[Tensor, Tensor] | None:
-    """Make room for the gradient's sums and coefficients; return the sums where somebody reads them."""
+def _with_sums(call: _Call) -> None:
+    """Make room for the gradient's sums and coefficients."""
     packet, groups, parts = call.packet, call.plan.groups, call.plan.parts
     table = groups * call.plan.channels
-    packet.part_count, packet.a, packet.b, packet.c = call.scratch(parts * groups, table, table, table)
-    sums = (call.table(), call.table()) if returned else None
-    packet.sum_dy, packet.sum_dy_xhat = (
-        (t.data_ptr() for t in sums) if sums is not None else call.scratch(table, table)
+    packet.part_count, packet.a, packet.b, packet.c, packet.sum_dy, packet.sum_dy_xhat = call.scratch(
+        parts * groups, *[table] * 5
     )
     packet.part_dy, packet.part_dy_xhat = packet.sum_dy, packet.sum_dy_xhat
     if parts > 1:
         packet.part_dy, packet.part_dy_xhat = call.scratch(parts * table, parts * table)
-    return sums
 
 
 def _with_parameters(call: _Call) -> tuple[Tensor, Tensor]:
@@ -297,8 +318,11 @@ def backward_reduce(
 ) -> tuple[Tensor, Tensor]:
     """See `interface.Engine.backward_reduce`."""
     call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
-    sums = _with_sums(call, returned=True)
-    assert sums is not None
+    _with_sums(call)
+    sums = call.table(), call.table()
+    call.packet.sum_dy, call.packet.sum_dy_xhat = (t.data_ptr() for t in sums)
+    if call.plan.parts == 1:
+        call.packet.part_dy, call.packet.part_dy_xhat = call.packet.sum_dy, call.packet.sum_dy_xhat
     call.run("backward", measure=True, apply=False)
     return sums
 
@@ -343,13 +367,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `interface.Engine.backward`."""
     call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
-    sums = _with_sums(call, returned=call.plan.groups > 1)
+    _with_sums(call)
     call.packet.constant = given
     dweight, dbias = _with_parameters(call)
     dx, dresidual = _with_outputs(call, residual)
     call.run("backward", measure=True, apply=True)
-    if sums is not None:
-        dbias, dweight = (table.sum(0).to(call.real) for table in sums)
+    if call.plan.groups > 1:
+        call.packet.dweight, call.packet.dbias = dweight.data_ptr(), dbias.data_ptr()
+        call.close("backward")
     return (
         call.returned(dx, x),
         dweight,
@@ -373,12 +398,13 @@ def given(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor
 
 def moves(x: Tensor, running: RunningStatistics) -> bool:
     """See `interface.Engine.moves`."""
-    mean, var, batches, _ = running
+    mean, var, batches, _, skipped, _ = running
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         (mean is None or _is_plain(mean, real))
         and (var is None or _is_plain(var, real))
         and (batches is None or _is_plain(batches, torch.int64))
+        and (skipped is None or _is_plain(skipped, torch.int64))
     )
 
 

@@ -22,11 +22,14 @@ _ADDRESSES = (
     "mask",  # bytes, one per sample and position
     "weight",  # `[C]`, in the dtype of the arithmetic
     "bias",
-    "dweight",  # `[C]`, in the dtype of the arithmetic; of a call with one group
+    "dweight",  # `[C]`, in the dtype of the arithmetic
     "dbias",
     "running_mean",  # `[C]`
     "running_var",
     "batches",  # one whole number
+    "skipped",  # one whole number
+    "pooled_mean",  # `[C]`, of several groups: see groups.py
+    "pooled_m2",
     "count",  # `[G]`
     "mean",
     "m2",
@@ -57,6 +60,9 @@ _NUMBERS = (
     "constant",  # whether mean and rstd do not depend on x
     "stream",  # whether y or dx is written past the caches
     "activation",  # see activations.py
+    "moves",  # whether running statistics move at the end
+    "sequential",  # whether each group moves them in turn
+    "spoiled",  # whether a group's moments are not finite, where somebody wants to know
     "tasks",  # of a pass over the tensor
     "merges",  # tasks that merge the parts' statistics between two passes; 0 where there is one pass
     "total",  # tasks in all
@@ -66,7 +72,6 @@ _NUMBERS = (
 _REALS = (
     "eps",
     "momentum",
-    "corrected",  # n - 1
     "low",  # an activation that only clamps does so to low..high; NaN = no bound
     "high",
     "low_kink",  # and its derivative is 0 outside of these

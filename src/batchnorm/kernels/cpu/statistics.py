@@ -1,4 +1,4 @@
-"""Per channel, in float64: moments of a union of parts, and the parameters that follow from them."""
+"""Per channel, in float64: moments and sums of a union of parts, and the parameters that follow from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from .access import take_number
 from .packet import numbers, parameter, plain, set_parameter
 from .vector import function
 
@@ -64,11 +63,13 @@ def set_coefficients(packet: Any, group: Any, first: Any, last: Any, count: Any,
         numbers(packet.rstd, size),
     )
     a, b, c = numbers(packet.a, size), numbers(packet.b, size), numbers(packet.c, size)
-    share = 0.0 if packet.constant else -1.0 / max(count, 1.0)
+    share = -1.0 / max(count, 1.0)
     for channel in range(first, last):
         here = group * packet.channels + channel
         slope = parameter(packet.weight, channel, 1.0, real) * rstd[here]
-        a[here], b[here], c[here] = slope, slope * share * products[here], slope * share * sums[here]
+        a[here], b[here], c[here] = slope, 0.0, 0.0
+        if not packet.constant:  # 0 times a sum that is not finite would be NaN, for all of the channel
+            b[here], c[here] = slope * share * products[here], slope * share * sums[here]
         set_parameter(packet.dweight, channel, products[here], real)
         set_parameter(packet.dbias, channel, sums[here], real)
 
@@ -97,40 +98,74 @@ def slopes(packet: Any, group: Any, channel: Any, rest: Any) -> Any:
     return numbers(packet.a, size)[here], b, numbers(packet.c, size)[here] - b * rest * rstd
 
 
-CHANNELS = 256  # of a task that only merges parts
+CHANNELS = 256  # of a task that only merges
+
+
+@function
+def channels_of(packet: Any, block: Any) -> Any:
+    """Return the first and the last channel of a block of them."""
+    return block * CHANNELS, min(packet.channels, (block + 1) * CHANNELS)
 
 
 @function
 def _task(packet: Any, index: Any) -> Any:
     """Return a merging task's group, and its first and last channel."""
-    blocks = (packet.channels + CHANNELS - 1) // CHANNELS
-    group, block = divmod(index, blocks)
-    return group, block * CHANNELS, min(packet.channels, (block + 1) * CHANNELS)
+    group, block = divmod(index, (packet.channels + CHANNELS - 1) // CHANNELS)
+    first, last = channels_of(packet, block)
+    return group, first, last
+
+
+@function
+def unite(
+    pieces: Any, counts: Any, next_count: Any, means: Any, m2s: Any, apart: Any, mean: Any, m2: Any, size: Any
+) -> Any:
+    """Write mean and m2 of the union of some pieces, in their order, and return its count.
+
+    Args:
+        pieces: how many.
+        counts: address of the first piece's count; the others follow every `next_count` numbers.
+        next_count: see counts.
+        means, m2s: addresses of the first piece's; the others follow every `apart` numbers.
+        apart: see means.
+        mean, m2: addresses of the union's.
+        size: channels.
+    """
+    values, united, squares = numbers(counts, pieces * next_count), numbers(mean, size), numbers(m2, size)
+    for channel in range(size):
+        united[channel], squares[channel] = 0.0, 0.0
+    count = 0.0
+    for piece in range(pieces):
+        more = values[piece * next_count]
+        if more > 0:
+            piece_mean, piece_m2 = (
+                numbers(means + 8 * piece * apart, size),
+                numbers(m2s + 8 * piece * apart, size),
+            )
+            for channel in range(size):
+                united[channel], squares[channel] = merged(
+                    count, united[channel], squares[channel], more, piece_mean[channel], piece_m2[channel]
+                )
+            count += more
+    return count
 
 
 @function
 def merge_moments(packet: Any, index: Any, real: Any) -> None:  # noqa: ARG001
     """Merge the parts' moments of a task's channels, and write their rstd."""
     group, first, last = _task(packet, index)
-    size, groups = packet.groups * packet.channels, packet.groups
-    counts, mean, m2 = (
-        numbers(packet.part_count, packet.parts * groups),
-        numbers(packet.mean, size),
-        numbers(packet.m2, size),
+    size, place = packet.groups * packet.channels, 8 * (group * packet.channels + first)
+    count = unite(
+        packet.parts,
+        packet.part_count + 8 * group,
+        packet.groups,
+        packet.part_mean + place,
+        packet.part_m2 + place,
+        size,
+        packet.mean + place,
+        packet.m2 + place,
+        last - first,
     )
-    means, m2s = numbers(packet.part_mean, packet.parts * size), numbers(packet.part_m2, packet.parts * size)
-    start = group * packet.channels
-    for here in range(start + first, start + last):
-        mean[here], m2[here] = 0.0, 0.0
-    count = 0.0
-    for part in range(packet.parts):
-        more = counts[part * groups + group]
-        if more > 0:
-            for here in range(start + first, start + last):
-                place = part * size + here
-                mean[here], m2[here] = merged(count, mean[here], m2[here], more, means[place], m2s[place])
-            count += more
-    numbers(packet.count, groups)[group] = count
+    numbers(packet.count, packet.groups)[group] = count
     set_rstd(packet, group, first, last)
 
 
@@ -158,39 +193,3 @@ def merge_sums(packet: Any, index: Any, real: Any) -> None:
             sum_dy_xhat[here] += products[part * size + here]
         count += counts[part * groups + group]
     set_coefficients(packet, group, first, last, count, real)
-
-
-@function
-def move_running(packet: Any, real: Any) -> None:
-    """Move the running statistics: running = (1 - momentum) running + momentum batch; var is m2 / (n - 1)."""
-    if packet.batches:
-        take_number(packet.batches)
-    if packet.running_mean == 0 and packet.running_var == 0:
-        return
-    mean, m2 = numbers(packet.mean, packet.channels), numbers(packet.m2, packet.channels)
-    for channel in range(packet.channels):
-        if packet.running_mean:
-            moved = _moved(packet, packet.running_mean, channel, mean[channel], real)
-            set_parameter(packet.running_mean, channel, moved, real)
-        if packet.running_var:
-            moved = _moved(packet, packet.running_var, channel, m2[channel] / packet.corrected, real)
-            set_parameter(packet.running_var, channel, moved, real)
-
-
-@function
-def move_nothing(packet: Any, real: Any) -> None:
-    """Do nothing: a backward moves no running statistics."""
-
-
-@function
-def _moved(packet: Any, running: Any, channel: Any, batch: Any, real: Any) -> Any:
-    return (1 - packet.momentum) * parameter(running, channel, 0.0, real) + packet.momentum * batch
-
-
-@function
-def take_running(packet: Any, real: Any) -> None:
-    """Write mean and rstd by the running statistics."""
-    mean, rstd = numbers(packet.mean, packet.channels), numbers(packet.rstd, packet.channels)
-    for channel in range(packet.channels):
-        mean[channel] = parameter(packet.running_mean, channel, 0.0, real)
-        rstd[channel] = 1.0 / np.sqrt(parameter(packet.running_var, channel, 1.0, real) + packet.eps)

@@ -1,0 +1,1 @@
+"""Numbers of all ranks of torch.distributed: what synchronised statistics travel by."""

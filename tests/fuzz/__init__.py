@@ -1,0 +1,1 @@
+"""Layers and functions on whatever hypothesis thinks of: the reference's answer, or a documented error."""

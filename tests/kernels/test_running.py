@@ -1,0 +1,235 @@
+"""The running statistics that an engine moves within its forward: masks, groups, batches that are skipped."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from batchnorm import reference
+from batchnorm.kernels import choose
+from batchnorm.kernels.cpu import engine
+from batchnorm.kernels.interface import RunningStatistics
+from tests.support.cases import CASES, Case
+from tests.support.compare import as_array, assert_close
+
+MOMENTUM = 0.3
+every_full_case = pytest.mark.parametrize("case", [c for c in CASES if math.prod(c.shape)], ids=str)
+in_turn_or_together = pytest.mark.parametrize("sequential", [False, True], ids=["together", "in turn"])
+
+
+class Buffers(NamedTuple):
+    """Running statistics as a layer has them."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+    skipped: Tensor
+
+    def clone(self) -> Buffers:
+        return Buffers(*(tensor.clone() for tensor in self))
+
+    def moving(self, *, sequential: bool = False, skips: bool = True) -> RunningStatistics:
+        return RunningStatistics(
+            self.mean, self.var, self.batches, MOMENTUM, self.skipped if skips else None, sequential
+        )
+
+
+def buffers(channels: int, dtype: torch.dtype = torch.float32) -> Buffers:
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, var = torch.randn(channels, dtype=real), torch.rand(channels, dtype=real) + 0.5
+    return Buffers(mean, var, torch.tensor(5), torch.tensor(2))
+
+
+def forward(case: Case, x: Tensor, mask: Tensor | None, running: RunningStatistics) -> None:
+    assert engine.moves(x, running)
+    engine.forward(x, 1e-5, mask=mask, group_size=case.group_size, running=running)
+
+
+def groups_of(case: Case, x: Tensor, mask: Tensor | None) -> reference.Moments:
+    return reference.moments(as_array(x), None if mask is None else mask.numpy(), case.group_size)
+
+
+@pytest.mark.usefixtures("chunks")
+@in_turn_or_together
+@every_full_case
+def test_they_move_as_the_reference_says(case: Case, sequential: bool) -> None:
+    inputs = case.make()
+    ours = buffers(case.shape[1], case.dtype)
+    before, versions = ours.clone(), [tensor._version for tensor in ours]
+    forward(case, inputs.x, inputs.mask, ours.moving(sequential=sequential))
+
+    groups = groups_of(case, inputs.x, inputs.mask)
+    update = reference.update_running_sequential if sequential else reference.update_running_pooled
+    start = reference.Running(as_array(before.mean), as_array(before.var))
+    moved = update(start, groups, momentum=MOMENTUM)
+    assert_close(ours.mean, moved.mean, dtype=ours.mean.dtype, what="running_mean")
+    assert_close(ours.var, moved.var, dtype=ours.var.dtype, what="running_var")
+    assert ours.batches == 5 + (len(groups.count) if sequential else 1)
+    assert ours.skipped == 2
+    assert [tensor._version for tensor in ours] == [version + 1 for version in versions]
+    if moved is start:
+        torch.testing.assert_close((ours.mean, ours.var), (before.mean, before.var), rtol=0, atol=0)
+
+
+ODD = [
+    Case("rows", (13, 5)),
+    Case("planes", (3, 5, 20, 17)),
+    Case("short", (8, 5, 6, 6)),
+    Case("channels-last", (3, 5, 20, 17), "channels_last"),
+    Case("wide", (9, 300, 5)),
+    Case("double", (13, 5), dtype=torch.float64),
+    Case("bfloat16", (13, 5, 4), dtype=torch.bfloat16),
+    Case("groups", (9, 5, 6, 6), group_size=4),
+    Case("groups-wide", (9, 300), group_size=2),
+    Case("groups-masked", (9, 5, 7), group_size=4, masked=True),
+    Case("masked", (9, 300, 5), masked=True),
+]
+
+
+@in_turn_or_together
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("case", ODD, ids=str)
+def test_a_batch_that_is_not_finite_is_skipped_as_a_whole(case: Case, bad: float, sequential: bool) -> None:
+    """In the last channel and the first group, and counted; unless nobody counts what is skipped."""
+    x, mask = case.make().x, case.make().mask
+    first = [0, *[0] * (x.dim() - 2)] if mask is None else mask.nonzero()[0].tolist()
+    x[first[0], -1][tuple(first[1:])] = bad
+    ours = buffers(x.shape[1], case.dtype)
+    before = ours.clone()
+    forward(case, x, mask, ours.moving(sequential=sequential))
+    torch.testing.assert_close(ours, before._replace(skipped=before.skipped + 1), rtol=0, atol=0)
+
+    forward(case, x, mask, ours.moving(sequential=sequential, skips=False))
+    assert not ours.mean[-1].isfinite()
+    assert ours.var[-1].isnan()
+    assert ours.mean[:-1].isfinite().all()
+    assert not (ours.mean[:-1] == before.mean[:-1]).any()
+    assert ours.batches > before.batches
+
+
+def test_what_is_masked_spoils_nothing() -> None:
+    case = Case("masked", (9, 5, 7), masked=True, group_size=4)
+    inputs = case.make()
+    assert inputs.x.isnan().any()
+    ours = buffers(5)
+    forward(case, inputs.x, inputs.mask, ours.moving())
+    assert ours.skipped == 2
+    assert ours.batches == 6
+    assert ours.mean.isfinite().all()
+
+
+def test_values_whose_squares_overflow_are_skipped_too() -> None:
+    x = torch.randn(6, 3, dtype=torch.float64)
+    x[:, 1] *= 1e300
+    ours = buffers(3, torch.float64)
+    before = ours.clone()
+    forward(Case("huge", (6, 3)), x, None, ours.moving())
+    torch.testing.assert_close(ours, before._replace(skipped=before.skipped + 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("valid", [0, 1])
+@pytest.mark.parametrize("group_size", [None, 2])
+@in_turn_or_together
+def test_less_than_two_values_move_nothing_and_count(
+    valid: int, group_size: int | None, sequential: bool
+) -> None:
+    x, mask = torch.randn(6, 3, 2), torch.zeros(6, 2, dtype=torch.bool)
+    mask[3, 1] = bool(valid)
+    ours = buffers(3)
+    before = ours.clone()
+    case = Case("few", (6, 3, 2), group_size=group_size)
+    forward(case, x, mask, ours.moving(sequential=sequential))
+    grown = before.batches + (3 if sequential and group_size else 1)
+    torch.testing.assert_close(ours, before._replace(batches=grown), rtol=0, atol=0)
+
+
+def test_one_of_them_alone() -> None:
+    """A layer may track one of them only, or count and track nothing."""
+    case = Case("alone", (9, 5, 6, 6), group_size=4)
+    x = case.make().x
+    whole, mean_only, var_only, count_only = (buffers(5).clone() for _ in range(4))
+    for other in (mean_only, var_only):
+        other.mean.copy_(whole.mean)
+        other.var.copy_(whole.var)
+    before = whole.clone()
+    forward(case, x, None, whole.moving())
+    forward(case, x, None, mean_only.moving()._replace(var=None, batches=None))
+    forward(case, x, None, var_only.moving()._replace(mean=None))
+    forward(case, x, None, count_only.moving()._replace(mean=None, var=None))
+    assert torch.equal(mean_only.mean, whole.mean)
+    assert torch.equal(mean_only.var, before.var)
+    assert torch.equal(var_only.var, whole.var)
+    assert torch.equal(var_only.mean, before.mean)
+    assert (mean_only.batches, var_only.batches, count_only.batches) == (5, 6, 6)
+
+
+@in_turn_or_together
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("shape", [(640, 600), (64, 520, 7, 7), (24, 40, 40, 36)], ids=str)
+def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...], masked: bool, sequential: bool) -> None:
+    """Of the running statistics of groups, nor of dweight and dbias, which are sums over groups."""
+    case = Case("threads", shape, group_size=8, masked=masked)
+    inputs = case.make()
+    x, weight, bias, _, dy, mask = inputs
+    options = {"mask": mask, "group_size": case.group_size}
+    start = buffers(shape[1])
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3, 1):
+            torch.set_num_threads(number)
+            ours = start.clone()
+            running = ours.moving(sequential=sequential)
+            _, found, rstd = engine.forward(x, 1e-5, weight, bias, running=running, **options)
+            _, dweight, dbias, _ = engine.backward(x, dy, found.mean, rstd, False, weight, bias, **options)
+            results.append((*ours, dweight, dbias))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_thousand_groups_in_turn_round_once(sequential: bool) -> None:
+    """They move in float64, and are rounded at the end."""
+    case = Case("many", (4000, 3), group_size=4, offset=1e3)
+    x = case.make().x
+    ours = buffers(3)
+    start = reference.Running(as_array(ours.mean).copy(), as_array(ours.var).copy())
+    running = RunningStatistics(ours.mean, ours.var, None, 0.01, None, sequential)
+    forward(case, x, None, running)
+    update = reference.update_running_sequential if sequential else reference.update_running_pooled
+    moved = update(start, groups_of(case, x, None), momentum=0.01)
+    np.testing.assert_allclose(as_array(ours.mean), moved.mean, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"skipped": torch.zeros((), dtype=torch.int32)},
+        {"skipped": torch.zeros((), dtype=torch.int64, device="meta")},
+        {"batches": torch.zeros((), dtype=torch.int32)},
+        {"var": torch.ones(6)[::2]},
+    ],
+    ids=["dtype of skipped", "device of skipped", "dtype of batches", "stride of var"],
+)
+def test_what_cannot_be_written_by_its_address_is_left_to_the_framework(other: dict[str, Tensor]) -> None:
+    x, running = torch.randn(4, 3), buffers(3).moving()
+    assert engine.moves(x, running)
+    assert not engine.moves(x, running._replace(**other))
+    assert not choose.load("eager").moves(x, running)
+
+
+def test_groups_of_one_value_are_a_batch_together() -> None:
+    case = Case("ones", (7, 5), group_size=1)
+    x, ours = case.make().x, buffers(5)
+    start = reference.Running(as_array(ours.mean).copy(), as_array(ours.var).copy())
+    forward(case, x, None, ours.moving())
+    moved = reference.update_running_pooled(start, groups_of(case, x, None), momentum=MOMENTUM)
+    assert_close(ours.mean, moved.mean, dtype=torch.float32, what="running_mean")
+    assert_close(ours.var, moved.var, dtype=torch.float32, what="running_var")

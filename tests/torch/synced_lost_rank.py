@@ -1,0 +1,64 @@
+"""One of two processes of torch.distributed, of which one goes astray: `python ... RANK HOW FOLDER`.
+
+Saves the error that it gets.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, nn
+
+import batchnorm
+from batchnorm.errors import RankError
+
+TIMEOUT = 2.0
+
+
+class Net(nn.Module):
+    """Two norms of one size; a rank may pass the first over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        policy = batchnorm.Synced(timeout=TIMEOUT)
+        self.first, self.second = (batchnorm.BatchNorm1d(3, statistics=policy) for _ in range(2))
+
+    def forward(self, x: Tensor, skips: bool) -> Tensor:
+        """Return `[N, 3]`."""
+        y: Tensor = self.second(x if skips else self.first(x))
+        return y
+
+
+def main(rank: int, how: str, folder: Path) -> None:
+    """Run a step with both; then one in which rank 1 skips a layer, is killed, or sleeps."""
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
+    )
+    torch.set_num_threads(1)
+    model = Net()
+    model(torch.randn(4, 3), False).square().sum().backward()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    astray = rank == 1
+    if astray and how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if astray and how == "asleep":
+        time.sleep(4 * TIMEOUT)
+    start = time.monotonic()
+    try:
+        model(torch.randn(4, 3), astray and how == "skips")
+        found: dict[str, object] = {"error": ""}
+    except RankError as error:
+        found = {"error": str(error)}
+    same = all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    found |= {"seconds": time.monotonic() - start, "unchanged": same}
+    torch.save(found, folder / f"found{rank}.pt")
+    os._exit(0)  # no barrier: the other one may be gone
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,86 @@
+"""Messages of Gloo among more members than a test has processes: each is a thread, its connections real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from batchnorm.torch.ranks.gloo_wire import GlooWire
+from batchnorm.torch.ranks.messages import UnlikeError, mark_of
+
+MARK = mark_of("layer", "gather", torch.Size([7]), torch.float64)
+OTHER = mark_of("other", "gather", torch.Size([7]), torch.float64)
+
+
+def by_members(size: int, act: Callable[[GlooWire], Any]) -> list[Any]:
+    """Connect members and return, of each, what `act` returns of its connections, or the error raised."""
+    store = distributed.HashStore()
+
+    def member(index: int) -> Any:
+        wire = GlooWire(store, index, size, timeout=10.0)
+        try:
+            return act(wire)
+        except RuntimeError as error:
+            wire.hang_up()
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(member, range(size)))
+
+
+def packet_of(index: int) -> Tensor:
+    """Return what a member sends: sums of these round, so that the order in which they are added shows."""
+    return torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(index))
+
+
+@pytest.mark.parametrize("size", range(2, 10))
+def test_any_number_of_members(size: int) -> None:
+    """Twice in a row, so that no message of the first time is taken for one of the second."""
+    packets = torch.stack([packet_of(index) for index in range(size)])
+
+    def act(wire: GlooWire) -> list[Tensor]:
+        packet = packets[wire.index].clone()
+        found = [wire.gather(packet, MARK), wire.add(packet, MARK)]
+        found += [wire.gather(-packet, MARK), wire.add(-packet, MARK)]
+        assert torch.equal(packet, packets[wire.index])
+        return found
+
+    found = by_members(size, act)
+    for gathered, total, negative, negative_total in found:
+        assert torch.equal(gathered, packets)
+        torch.testing.assert_close(total, packets.sum(0), rtol=0, atol=1e-14)
+        assert torch.equal(total, found[0][1])
+        assert torch.equal(negative, -packets)
+        assert torch.equal(negative_total, -total)
+
+
+@pytest.mark.parametrize("act", ["gather", "add"])
+@pytest.mark.parametrize("size", [2, 5, 8])
+def test_no_member_gets_a_result_if_one_sends_another_message(size: int, act: str) -> None:
+    def share(wire: GlooWire) -> Tensor:
+        mark = OTHER if wire.index == size - 1 else MARK
+        shared: Tensor = getattr(wire, act)(packet_of(wire.index), mark)
+        return shared
+
+    found = by_members(size, share)
+    assert all(isinstance(error, RuntimeError) for error in found), found
+    assert any(isinstance(error, UnlikeError) for error in found)
+
+
+def test_one_who_waits_is_let_go_from_another_thread() -> None:
+    def act(wire: GlooWire) -> Tensor | None:
+        if wire.index == 0:
+            return wire.gather(packet_of(0), MARK)  # from 1, who does not answer; 2 hangs up
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(wire.gather, packet_of(1), MARK) if wire.index == 2 else None
+            wire.hang_up()
+            return waiting.result() if waiting else None
+
+    found = by_members(3, act)
+    assert "closed" in str(found[0])
+    assert "closure" in str(found[2]) or "closed" in str(found[2])
