@@ -27,6 +27,8 @@ RANKS = range(3)
 # How far two orders of adding three numbers are apart, and more: sums of float64 of the size of 1.
 ROUNDING = 1e-14
 
+pytestmark = pytest.mark.xdist_group("collectives")
+
 
 @pytest.fixture(scope="module")
 def worked(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:

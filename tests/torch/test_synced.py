@@ -18,6 +18,8 @@ from tests.torch.synced_cases import CASES, CHANNELS, Case, Expected
 from tests.torch.synced_rank import STEPS, batch, net, train
 from tests.torch.synced_scenarios import SCENARIOS, Scenario
 
+pytestmark = pytest.mark.xdist_group("synced")
+
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:

@@ -114,7 +114,8 @@ class Choice(NamedTuple):
         known = self.known._replace(samples=samples)
         if not (plain and batch.mean.is_cpu):
             return self._choose(batch, known, OfTorch)
-        found = self._choose(PooledMoments(*map(array, batch)), Known(*map(array, known)), OfNumPy)
+        with np.errstate(all="ignore"):  # inf and NaN are no news: torch says nothing of them
+            found = self._choose(PooledMoments(*map(array, batch)), Known(*map(array, known)), OfNumPy)
         return Chosen(*map(tensor, found))
 
     def _choose(self, batch: PooledMoments, known: Known, xp: Any) -> Chosen:

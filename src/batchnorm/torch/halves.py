@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,13 +118,14 @@ def _coefficients(
     wide = 1.0 if weight is None else weight.detach().to(sum_dy.dtype, copy=True)
     if not sum_dy.is_cpu:
         return gradient_coefficients(wide, chosen, batch, sum_dy, sum_dy_xhat)
-    found = gradient_coefficients(
-        array(wide),
-        Chosen(*map(array, chosen)),
-        PooledMoments(*map(array, batch)),
-        array(sum_dy),
-        array(sum_dy_xhat),
-    )
+    with np.errstate(all="ignore"):
+        found = gradient_coefficients(
+            array(wide),
+            Chosen(*map(array, chosen)),
+            PooledMoments(*map(array, batch)),
+            array(sum_dy),
+            array(sum_dy_xhat),
+        )
     a, b, c = map(tensor, found)
     return a, b, c
 
