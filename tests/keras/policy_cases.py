@@ -108,7 +108,7 @@ def expected(case: Case, x: Array, dy: Array, weights: list[Array], **options: A
             for m, v, n in zip(forward.mean, forward.var, forward.count, strict=True):
                 after = reference.update_running_keras(after, m, v, n, momentum=MOMENTUM)
         group = np.arange(len(x)) // (policy.group_size or len(x)) if by_batch else np.zeros(len(x), int)
-        std = 1 / forward.rstd[group].reshape(len(x), -1, *[1] * (x.ndim - 2))
+        std = 1 / forward.rstd[group].reshape(*x.shape[:2], *[1] * (x.ndim - 2))
     if not policy.moves(case.training):
         after = old
     if np.ndim(std) == 1:

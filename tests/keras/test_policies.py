@@ -174,7 +174,7 @@ def test_row_21_a_number_of_samples_that_is_not_known_when_a_step_is_traced(
             y = layer(x, training=case.training, mask=mask if masked else None)
         return y, tape.gradient(y, x, dy)
 
-    for samples in (8, 7, 2, 12, 1):
+    for samples in (8, 7, 2, 12, 1, 0):
         x, dy = draw((samples, 5, 4), samples, "float32"), draw((samples, 5, 4), 2, "float32")
         mask = np.random.default_rng(5).random((samples, 5)) < (0.7 if masked else 2.0)
         dy = np.where(mask[..., None], dy, 0).astype("float32")
