@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from batchnorm.kernels import eager
-from batchnorm.kernels.cpu import engine as cpu_engine
-from batchnorm.kernels.cpu import plan
+from batchnorm.kernels.cpu import call, plan
 
 
 @pytest.fixture(params=["default", "small"])
@@ -17,13 +16,13 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "small":
         monkeypatch.setattr(eager, "_CHUNK_CPU", 40)
         monkeypatch.setattr(eager, "_ROW", 4)
-        monkeypatch.setattr(cpu_engine, "_PLANE", 2)
-        monkeypatch.setattr(cpu_engine, "_PLANES", 60)
+        monkeypatch.setattr(call, "_PLANE", 2)
+        monkeypatch.setattr(call, "_PLANES", 60)
         monkeypatch.setattr(plan, "_PLANE", 12)
         monkeypatch.setattr(plan, "_ROW", 12)
         monkeypatch.setattr(plan, "_ROWS", 1)
         monkeypatch.setattr(plan, "_BLOCK", 16)
         monkeypatch.setattr(plan, "_PART", 5)
-        plan.plan.cache_clear()
+    plan.plan.cache_clear()
     yield str(request.param)
     plan.plan.cache_clear()

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numba import types
 from numba.extending import overload
 
 from .vector import (
@@ -188,3 +189,35 @@ def through(dy: Any, z: Any, code: Any, low: Any, high: Any, kind: Any) -> Any:
         t = one - splat(2.0, kind) / (one + exp(z * splat(2.0, kind)))
         return dy * (one - t * t)
     return where_less(zero, z, dy, dy * exp(where_less(zero, z, zero, z)))
+
+
+def activated_if_full(z: Any, code: Any, low: Any, high: Any, kind: Any, how: Any) -> Any:
+    """Return activation(z); simple kernels know only bounds, and need not compile the rest."""
+    raise NotImplementedError(z, code, low, high, kind, how)  # in kernels only
+
+
+def through_if_full(dy: Any, z: Any, code: Any, low: Any, high: Any, kind: Any, how: Any) -> Any:
+    """Return dy * activation'(z); as `activated_if_full`."""
+    raise NotImplementedError(dy, z, code, low, high, kind, how)  # in kernels only
+
+
+@overload(activated_if_full)
+def _activated(z: Any, code: Any, low: Any, high: Any, kind: Any, how: Any) -> Any:  # noqa: ARG001
+    def simple(z: Any, code: Any, low: Any, high: Any, kind: Any, how: Any) -> Any:  # noqa: ARG001
+        return bounded(z, low, high)
+
+    def full(z: Any, code: Any, low: Any, high: Any, kind: Any, how: Any) -> Any:  # noqa: ARG001
+        return activated(z, code, low, high, kind)
+
+    return simple if how.instance_type == types.int8 else full
+
+
+@overload(through_if_full)
+def _through(dy: Any, z: Any, code: Any, low: Any, high: Any, kind: Any, how: Any) -> Any:  # noqa: ARG001
+    def simple(dy: Any, z: Any, code: Any, low: Any, high: Any, kind: Any, how: Any) -> Any:  # noqa: ARG001
+        return within(dy, z, low, high, kind)
+
+    def full(dy: Any, z: Any, code: Any, low: Any, high: Any, kind: Any, how: Any) -> Any:  # noqa: ARG001
+        return through(dy, z, code, low, high, kind)
+
+    return simple if how.instance_type == types.int8 else full

@@ -15,20 +15,24 @@ from .vector import function, is_simple, splat, total
 
 @function
 def task_of(packet: Any, index: Any) -> Any:
-    """Return part, group, the first and last unit, and the first and last column."""
-    blocks = (packet.columns + packet.block - 1) // packet.block
-    rest, block = divmod(index, blocks)
-    part, group = divmod(rest, packet.groups)
-    unit = group * packet.group_units
-    units = min(packet.units, unit + packet.group_units) - unit
+    """Return part, the first and last group, and the first and last column."""
+    rest, block = divmod(index, (packet.columns + packet.block - 1) // packet.block)
+    part, group = divmod(rest, (packet.groups + packet.span - 1) // packet.span)
     return (
         part,
-        group,
-        unit + units * part // packet.parts,
-        unit + units * (part + 1) // packet.parts,
+        group * packet.span,
+        min(packet.groups, (group + 1) * packet.span),
         block * packet.block,
         min(packet.columns, (block + 1) * packet.block),
     )
+
+
+@function
+def units_of(packet: Any, part: Any, group: Any) -> Any:
+    """Return the first and last unit of a part of a group."""
+    unit = group * packet.group_units
+    units = min(packet.units, unit + packet.group_units) - unit
+    return unit + units * part // packet.parts, unit + units * (part + 1) // packet.parts
 
 
 @function

@@ -17,7 +17,7 @@ from numba.core import event
 from . import groups, planes, rows, running, statistics
 from .access import finished, number_finished, take_number
 from .packet import FINISHED, NEXT, read
-from .vector import FULL, SIMPLE, function
+from .vector import FULL, SIMPLE, function, part_of_one
 
 _log = logging.getLogger("batchnorm")
 _WORK = types.void(types.intp)
@@ -31,7 +31,7 @@ KINDS: dict[torch.dtype, tuple[type, type]] = {
 }
 
 
-@function
+@part_of_one
 def _work(body: Any, merge: Any, end: Any, address: Any, kind: Any, real: Any, how: Any) -> None:
     """Do tasks until there is none that nobody has taken: the first pass's, the merging ones, the second's.
 
@@ -39,7 +39,7 @@ def _work(body: Any, merge: Any, end: Any, address: Any, kind: Any, real: Any, h
     the last one does what comes at the end.
     """
     packet = read(address)
-    tasks, merges = packet.tasks, packet.merges
+    tasks, merges, room = packet.tasks, packet.merges, np.empty(packet.room, np.uint8)
     index = take_number(address + NEXT)
     while index < packet.total:
         before = 0 if index < tasks else tasks if index < tasks + merges else tasks + merges
@@ -51,7 +51,7 @@ def _work(body: Any, merge: Any, end: Any, address: Any, kind: Any, real: Any, h
             measures, applies = packet.measure, packet.apply
             if merges:
                 measures, applies = before == 0, before > 0
-            body(packet, index - before, measures, applies, kind, real, how)
+            body(packet, index - before, measures, applies, room, kind, real, how)
         if finished(address + FINISHED) == packet.total - 1:
             end(packet, real)
         index = take_number(address + NEXT)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from .access import pointer
+from .access import LINE, pointer
 from .vector import function
 
 # Addresses, 0 where there is none. Tensors are dense; statistics are float64, `[G, C]`.
@@ -52,8 +52,10 @@ _NUMBERS = (
     "units",  # samples where a channel's values lie side by side, samples times positions where channels do
     "group_units",  # units of a group; the last one may have fewer
     "parts",  # a group is cut into so many tasks, of about as many units each
+    "span",  # groups of a task
+    "room",  # bytes that a thread needs to compute in
     "columns",  # rows only: values in a row; a row may hold several units
-    "block",  # rows only: columns of a task
+    "block",  # columns of a task; of planes: channels
     "planes",  # of a task that goes through the tensor as it lies in memory; 0 where a task is of one channel
     "measure",  # whether to take statistics, or the sums of the gradient
     "apply",  # whether to write y, or dx
@@ -66,8 +68,6 @@ _NUMBERS = (
     "tasks",  # of a pass over the tensor
     "merges",  # tasks that merge the parts' statistics between two passes; 0 where there is one pass
     "total",  # tasks in all
-    "next",  # task that nobody has taken yet
-    "finished",  # number of tasks that are done, of several passes
 )
 _REALS = (
     "eps",
@@ -79,21 +79,33 @@ _REALS = (
 )
 
 
+_COUNTERS = (
+    "next",  # task that nobody has taken yet
+    "finished",  # number of tasks that are done, of several passes
+)
+
+
 class Packet(ctypes.Structure):
     """The record, as Python fills it."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in (*_ADDRESSES, *_NUMBERS)),
         *((name, ctypes.c_double) for name in _REALS),
+        # All threads write to the counters; whatever is in their cache line is fetched again each time.
+        ("_gap", ctypes.c_byte * LINE),
+        *((name, ctypes.c_int64) for name in _COUNTERS),
+        ("_end", ctypes.c_byte * LINE),
     )
 
 
+_NAMES = (*_ADDRESSES, *_NUMBERS, *_REALS, *_COUNTERS)
 _RECORD = np.dtype(
-    [
-        *((name, np.int64) for name in (*_ADDRESSES, *_NUMBERS)),
-        *((name, np.float64) for name in _REALS),
-    ],
-    align=True,
+    {
+        "names": _NAMES,
+        "formats": [np.float64 if name in _REALS else np.int64 for name in _NAMES],
+        "offsets": [getattr(Packet, name).offset for name in _NAMES],
+        "itemsize": ctypes.sizeof(Packet),
+    }
 )
 
 
@@ -110,6 +122,12 @@ def read(address: Any) -> Any:
 def numbers(address: Any, size: Any) -> Any:
     """Return `size` float64 numbers at an address, as an array; nothing is copied."""
     return carray(pointer(address), (size,), np.float64)
+
+
+@function
+def table(room: Any, start: Any, rows: Any, columns: Any, real: Any) -> Any:
+    """Return a part of a thread's room as a table, from byte `start` on."""
+    return carray(pointer(room.ctypes.data + start), (rows, columns), real)
 
 
 @function

@@ -13,6 +13,7 @@ _ROWS = 32  # rows that are worth more than wide ones
 _BLOCK = 1024  # columns of a block otherwise: a multiple of a vector
 _CACHED = 2**17  # values that stay in a core's cache
 _NARROW = 128  # columns of a block that are worth a task of their own
+_SPAN = 2**16  # values of a task of several groups or channels, at most
 _TASKS = 16  # enough for the threads of most machines, and to even out what each of them gets to do
 _PART, _PARTS = 2**17, 32  # values of a part at least, and number of parts at most
 
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     parts: int
     columns: int
     block: int
+    span: int
     tasks: int
 
 
@@ -57,8 +59,12 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_si
     groups = math.ceil(samples / group)
     if not channels_last and positions > 1 and (positions >= _PLANE or masked):
         parts = _parts(channels * groups, group * positions)
-        tasks = parts * groups * channels
-        return Plan(is_dense, "planes", channels, positions, groups, samples, group, parts, 0, 0, tasks)
+        spread = channels if groups == 1 else max(_TASKS // groups, channels * group * positions // _SPAN)
+        block = math.ceil(channels / max(1, min(channels, spread)))
+        tasks = parts * groups * math.ceil(channels / block)
+        return Plan(
+            is_dense, "planes", channels, positions, groups, samples, group, parts, 0, block, 1, tasks
+        )
     narrow = 0
     if channels_last or positions == 1:
         units, group, positions = samples * positions, group * positions, 1
@@ -73,8 +79,11 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_si
     blocks = math.ceil(columns / block)
     values = group * channels * positions // blocks
     parts = 1 if block <= narrow else _parts(blocks * groups, values)
-    tasks = parts * groups * blocks
-    return Plan(is_dense, "rows", channels, positions, groups, units, group, parts, columns, block, tasks)
+    span = 1 if parts > 1 else max(1, min(groups * blocks // _TASKS, _SPAN // (values + 1)))
+    tasks = parts * math.ceil(groups / span) * blocks
+    return Plan(
+        is_dense, "rows", channels, positions, groups, units, group, parts, columns, block, span, tasks
+    )
 
 
 def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...], axes: Sequence[int]) -> bool:

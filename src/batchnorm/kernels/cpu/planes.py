@@ -14,7 +14,7 @@ import numpy as np
 from .access import LINE, keep_valid, load, prefetch, size_of
 from .activations import within
 from .llvm import LANES
-from .packet import numbers
+from .packet import numbers, table
 from .runs import (
     CENTER,
     PARAMETERS,
@@ -31,7 +31,7 @@ from .runs import (
     some,
 )
 from .statistics import FACTORS, affine, is_far, merged, rounded, set_coefficients, set_rstd, slopes
-from .vector import function, is_simple, multiply_add, splat, total
+from .vector import function, is_simple, multiply_add, part_of_one, splat, total
 
 _BLOCK = 8192  # values that are summed in float32; sums of blocks are added in float64
 _GLANCE = 256  # values whose mean is taken for the first block's, to begin with
@@ -39,8 +39,8 @@ _GLANCE = 256  # values whose mean is taken for the first block's, to begin with
 
 @function
 def _task(packet: Any, index: Any) -> Any:
-    """Return part, group, channel, and the task's first and last value, counted along the channel."""
-    rest, channel = divmod(index, packet.channels)
+    """Return part, group, channels, and the task's first and last value, counted along a channel."""
+    rest, block = divmod(index, (packet.channels + packet.block - 1) // packet.block)
     part, group = divmod(rest, packet.groups)
     unit = group * packet.group_units
     values = (min(packet.units, unit + packet.group_units) - unit) * packet.positions
@@ -48,7 +48,8 @@ def _task(packet: Any, index: Any) -> Any:
     return (
         part,
         group,
-        channel,
+        block * packet.block,
+        min(packet.channels, (block + 1) * packet.block),
         start + values * part // packet.parts,
         start + values * (part + 1) // packet.parts,
     )
@@ -148,7 +149,7 @@ def _around(
     return total((s0 + s1) + (s2 + s3)), total((q0 + q1) + (q2 + q3))
 
 
-@function
+@part_of_one
 def _moments(
     packet: Any, channel: Any, at: Any, last: Any, factor: Any, kind: Any, real: Any, how: Any
 ) -> Any:
@@ -181,8 +182,19 @@ def _moments(
     return count, mean, m2
 
 
+@part_of_one
+def careful_moments(packet: Any, channel: Any, first: Any, last: Any, kind: Any, real: Any, how: Any) -> Any:
+    """Return count, mean and m2 of a task's values, also where their squares overflow float32."""
+    count, mean, m2 = 0.0, 0.0, math.nan
+    for factor in FACTORS:
+        if not math.isfinite(m2):  # float32 has overflowed; or x is not finite, and stays so
+            count, mean, m2 = _moments(packet, channel, first, last, factor, kind, real, how)
+            mean, m2 = mean / factor, m2 / factor / factor
+    return count, mean, m2
+
+
 @function
-def _set_affine(packet: Any, group: Any, channel: Any, given: Any, real: Any) -> Any:
+def set_affine(packet: Any, group: Any, channel: Any, given: Any, real: Any) -> Any:
     """Set center, scale, shift and rstd; return what rounding left of the mean."""
     center, scale, shift, rest = affine(packet, group, channel, real)
     rstd = numbers(packet.rstd, packet.groups * packet.channels)[group * packet.channels + channel]
@@ -194,45 +206,49 @@ def _set_affine(packet: Any, group: Any, channel: Any, given: Any, real: Any) ->
 
 
 @function
-def forward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, real: Any, how: Any) -> None:
+def forward(
+    packet: Any, index: Any, measures: Any, applies: Any, room: Any, kind: Any, real: Any, how: Any
+) -> None:
     """Take a task's moments, write its y, or both; statistics of all parts are merged in between.
 
     Where there are no moments to take, a task is a number of planes as they lie in memory.
     """
-    part, group, channel, first, last = _task(packet, index)
+    part, group, channel, stop, first, start = _task(packet, index)
     plane, end = index * packet.planes, min((index + 1) * packet.planes, packet.units * packet.channels)
     sample = 0
     if packet.planes:
         sample, channel = divmod(plane, packet.channels)
-    given = np.empty((PARAMETERS, LANES), real)
-    if measures:
-        count, mean, m2 = 0.0, 0.0, math.nan
-        for factor in FACTORS:
-            if not math.isfinite(m2):  # float32 has overflowed; or x is not finite, and stays so
-                count, mean, m2 = _moments(packet, channel, first, last, factor, kind, real, how)
-                mean, m2 = mean / factor, m2 / factor / factor
-        size = packet.parts * packet.groups * packet.channels
-        place = (part * packet.groups + group) * packet.channels + channel
-        numbers(packet.part_count, packet.parts * packet.groups)[part * packet.groups + group] = count
-        numbers(packet.part_mean, size)[place] = mean
-        numbers(packet.part_m2, size)[place] = m2
-        if packet.parts == 1:
-            set_rstd(packet, group, channel, channel + 1)
-    if applies and not packet.planes:
-        _set_affine(packet, group, channel, given, real)
-    while applies and (plane < end if packet.planes else first < last):
-        if packet.planes:
-            group = sample // packet.group_units if packet.groups > 1 else 0
-            _set_affine(packet, group, channel, given, real)
-            place, size, at = plane * packet.positions, packet.positions, sample * packet.positions
-            plane, channel = plane + 1, channel + 1
-            if channel == packet.channels:
-                sample, channel = sample + 1, 0
-        else:
-            place, size = _last_run(packet, channel, first, last)
-            last -= size
-            at = last
-        normalize_run(packet, place, size, packet.mask + at if packet.mask else 0, given, 0, kind, real, how)
+        stop = channel + 1
+    given = table(room, 0, PARAMETERS, LANES, real)
+    while channel < stop:
+        last = start
+        if measures:
+            count, mean, m2 = careful_moments(packet, channel, first, last, kind, real, how)
+            size = packet.parts * packet.groups * packet.channels
+            place = (part * packet.groups + group) * packet.channels + channel
+            if channel == 0:
+                numbers(packet.part_count, packet.parts * packet.groups)[part * packet.groups + group] = count
+            numbers(packet.part_mean, size)[place] = mean
+            numbers(packet.part_m2, size)[place] = m2
+            if packet.parts == 1:
+                set_rstd(packet, group, channel, channel + 1, count)
+        if applies and not packet.planes:
+            set_affine(packet, group, channel, given, real)
+        while applies and (plane < end if packet.planes else first < last):
+            if packet.planes:
+                group = sample // packet.group_units if packet.groups > 1 else 0
+                set_affine(packet, group, channel, given, real)
+                place, size, at = plane * packet.positions, packet.positions, sample * packet.positions
+                plane, channel = plane + 1, channel + 1
+                if channel == packet.channels:
+                    sample, channel = sample + 1, 0
+            else:
+                place, size = _last_run(packet, channel, first, last)
+                last -= size
+                at = last
+            mask = packet.mask + at if packet.mask else 0
+            normalize_run(packet, place, size, mask, given, 0, kind, real, how)
+        channel = stop if packet.planes else channel + 1
 
 
 @function
@@ -279,36 +295,42 @@ def _sums(packet: Any, channel: Any, at: Any, last: Any, given: Any, kind: Any, 
 
 
 @function
-def backward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, real: Any, how: Any) -> None:
+def backward(
+    packet: Any, index: Any, measures: Any, applies: Any, room: Any, kind: Any, real: Any, how: Any
+) -> None:
     """Take the sums of a task's gradient, write its dx, or both; sums of all parts are added in between."""
-    part, group, channel, first, last = _task(packet, index)
-    given = np.empty((PARAMETERS, LANES), real)
-    rest = _set_affine(packet, group, channel, given, real)
+    part, group, channel, stop, first, end = _task(packet, index)
+    given = table(room, 0, PARAMETERS, LANES, real)
     size = packet.groups * packet.channels
-    rstd = numbers(packet.rstd, size)[group * packet.channels + channel]
-    if measures:
-        count, sum_dy, sum_dy_xhat = 0.0, 0.0, 0.0
-        at, length = first, _block(packet)
-        while at < last:
-            end = min(last, at + length)
-            count += _valid(packet, at, end, how)
-            found, product = _sums(packet, channel, at, end, given, kind, real, how)
-            sum_dy += found
-            sum_dy_xhat += product
-            at = end
-        place = (part * packet.groups + group) * packet.channels + channel
-        numbers(packet.part_count, packet.parts * packet.groups)[part * packet.groups + group] = count
-        numbers(packet.part_dy, packet.parts * size)[place] = sum_dy
-        numbers(packet.part_dy_xhat, packet.parts * size)[place] = sum_dy_xhat - rest * rstd * sum_dy
-        if packet.parts == 1:
-            set_coefficients(packet, group, channel, channel + 1, count, real)
-    if applies:
-        a, b, c = slopes(packet, group, channel, rest)
-        fill(given, A, a, real)
-        fill(given, B, b, real)
-        fill(given, C, c, real)
-        while first < last:
-            place, size = _last_run(packet, channel, first, last)
-            last -= size
-            mask = packet.mask + last if packet.mask else 0
-            differentiate_run(packet, place, size, mask, given, 0, kind, real, how)
+    while channel < stop:
+        rest = set_affine(packet, group, channel, given, real)
+        rstd = numbers(packet.rstd, size)[group * packet.channels + channel]
+        if measures:
+            count, sum_dy, sum_dy_xhat = 0.0, 0.0, 0.0
+            at, length = first, _block(packet)
+            while at < end:
+                until = min(end, at + length)
+                count += _valid(packet, at, until, how)
+                found, product = _sums(packet, channel, at, until, given, kind, real, how)
+                sum_dy += found
+                sum_dy_xhat += product
+                at = until
+            place = (part * packet.groups + group) * packet.channels + channel
+            if channel == 0:
+                numbers(packet.part_count, packet.parts * packet.groups)[part * packet.groups + group] = count
+            numbers(packet.part_dy, packet.parts * size)[place] = sum_dy
+            numbers(packet.part_dy_xhat, packet.parts * size)[place] = sum_dy_xhat - rest * rstd * sum_dy
+            if packet.parts == 1:
+                set_coefficients(packet, group, channel, channel + 1, count, real)
+        if applies:
+            a, b, c = slopes(packet, group, channel, rest)
+            fill(given, A, a, real)
+            fill(given, B, b, real)
+            fill(given, C, c, real)
+            last = end
+            while first < last:
+                place, run = _last_run(packet, channel, first, last)
+                last -= run
+                mask = packet.mask + last if packet.mask else 0
+                differentiate_run(packet, place, run, mask, given, 0, kind, real, how)
+        channel += 1

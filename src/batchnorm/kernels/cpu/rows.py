@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from . import strips
 from .access import load, size_of, store
+from .channels import set_affine, set_all_coefficients, set_rstds, set_slopes
 from .columns import (
     columns_in,
     gather,
@@ -28,13 +27,15 @@ from .columns import (
     spread,
     task_of,
     units_in_a_row,
+    units_of,
     valid_values,
 )
+from .glance import glance
 from .llvm import LANES
 from .packet import clear, numbers
+from .room import CENTERS, FOUND, GIVEN, MIDDLES, MORE, REST, SUMS, tables
 from .runs import (
     CENTER,
-    PARAMETERS,
     RSTD,
     SCALE,
     SHIFT,
@@ -47,30 +48,31 @@ from .runs import (
     normalize_run,
     some,
 )
-from .statistics import FACTORS, affine, is_far, merged, rounded, set_coefficients, set_rstd, slopes
-from .vector import function, is_simple, multiply_add, splat
+from .statistics import FACTORS, is_far, merged, rounded
+from .vector import function, is_simple, multiply_add, part_of_one, splat
 
 _ROWS = 64  # rows that are summed in float32; sums of blocks are added in float64
 
 
-@function
+@part_of_one
 def _around(
     packet: Any,
     unit: Any,
     last: Any,
     column: Any,
     end: Any,
-    centers: Any,
     factor: Any,
-    found: Any,
+    by_column: Any,
+    by_channel: Any,
     kind: Any,
     real: Any,
     how: Any,
 ) -> None:
-    """Set the two rows of `found`, per channel, to the sums of x * factor - center and of its square."""
+    """Set MORE, of two rows, to the sums of x * factor - middle, and of its square."""
     width, fold, number = end - column, units_in_a_row(packet), size_of(real)
-    center, sums = np.zeros(width + LANES, real), np.zeros((2, width + LANES), real)
-    spread(centers, packet, column, width, center, real)
+    center, sums = by_column[CENTERS], by_column[SUMS:GIVEN]
+    spread(by_channel[MIDDLES], packet, column, width, center, real)
+    clear(sums)
     while (is_simple(how) or not packet.mask) and last - unit >= strips.SUMMED * fold:
         place = place_of(packet, unit, column)
         ahead = strips.distance(packet, unit, last, fold, strips.SUMMED, kind)
@@ -89,29 +91,29 @@ def _around(
                 store(load(first + offset, real) + deviation, first + offset, real)
                 squares = multiply_add(deviation, deviation, load(second + offset, real))
                 store(squares, second + offset, real)
-    gather(sums[0], packet, column, width, found[0], real)
-    gather(sums[1], packet, column, width, found[1], real)
+    for row in range(2):
+        gather(sums[row], packet, column, width, by_channel[MORE + row], real)
 
 
 @function
-def _is_finite(found: Any) -> Any:
+def _is_finite(m2: Any) -> Any:
     """Whether no m2 is infinite or NaN."""
     finite = True
-    for channel in range(found.shape[1]):
-        finite = finite and math.isfinite(found[1, channel])
+    for channel in range(m2.size):
+        finite &= math.isfinite(m2[channel])
     return finite
 
 
 @function
-def _is_any_far(more: Any, values: Any) -> Any:
+def _is_any_far(deviations: Any, squares: Any, values: Any) -> Any:
     """Whether a channel's center was far from its mean."""
     far = False
-    for channel in range(more.shape[1]):
-        far = far or is_far(more[0, channel], more[1, channel], values)
+    for channel in range(squares.size):
+        far |= is_far(deviations[channel], squares[channel], values)
     return far
 
 
-@function
+@part_of_one
 def _moments(
     packet: Any,
     unit: Any,
@@ -119,89 +121,111 @@ def _moments(
     column: Any,
     end: Any,
     factor: Any,
-    found: Any,
+    by_column: Any,
+    by_channel: Any,
     kind: Any,
     real: Any,
     how: Any,
 ) -> Any:
-    """Set the two rows of `found`, per channel, to mean and m2 of x * factor, and return the count.
+    """Set FOUND, of two rows, to mean and m2 of x * factor, and return the count.
 
     Deviations are taken from the mean so far, as in planes.py.
     """
-    channels, fold = found.shape[1], units_in_a_row(packet)
-    more, centers = np.empty((2, channels), np.float64), np.empty(channels, np.float64)
+    fold, middles = units_in_a_row(packet), by_channel[MIDDLES]
+    mean, m2, sums, squares = by_channel[FOUND], by_channel[FOUND + 1], by_channel[MORE], by_channel[MORE + 1]
     count = 0.0
-    clear(found)
+    clear(by_channel[FOUND:MORE])
     while unit < last:
         stop = min(last, unit + _ROWS * fold)
         values = valid_values(packet, unit, stop, how)
         is_guess = count < values
-        for channel in range(channels):
-            centers[channel] = 0.0 if is_guess else rounded(found[0, channel], real)
         if is_guess:
-            glance = min(stop, unit + strips.SUMMED * fold)
-            seen = max(valid_values(packet, unit, glance, how), 1.0)
-            _around(packet, unit, glance, column, end, centers, factor, more, kind, real, how)
-            for channel in range(channels):
-                centers[channel] = rounded(more[0, channel] / seen, real)
-        _around(packet, unit, stop, column, end, centers, factor, more, kind, real, how)
-        if is_guess and _is_any_far(more, values):
-            for channel in range(channels):
-                centers[channel] = rounded(centers[channel] + more[0, channel] / values, real)
-            _around(packet, unit, stop, column, end, centers, factor, more, kind, real, how)
+            glance(packet, unit, stop, column, end, factor, by_column, by_channel, kind, real, how)
+        else:
+            for channel in range(middles.size):
+                middles[channel] = rounded(mean[channel], real)
+        tries = 2 if is_guess else 1
+        while tries:
+            tries -= 1
+            _around(packet, unit, stop, column, end, factor, by_column, by_channel, kind, real, how)
+            if tries and _is_any_far(sums, squares, values):
+                for channel in range(middles.size):
+                    middles[channel] = rounded(middles[channel] + sums[channel] / values, real)
+            else:
+                tries = 0
         if values:
-            for channel in range(channels):
-                off = more[0, channel] / values
-                found[0, channel], found[1, channel] = merged(
-                    count,
-                    found[0, channel],
-                    found[1, channel],
-                    values,
-                    centers[channel] + off,
-                    more[1, channel] - off * more[0, channel],
+            share = 1 / values
+            for channel in range(middles.size):
+                off = sums[channel] * share
+                other = squares[channel] - off * sums[channel]
+                mean[channel], m2[channel] = merged(
+                    count, mean[channel], m2[channel], values, middles[channel] + off, other
                 )
             count += values
         unit = stop
     return count
 
 
+@part_of_one
+def _measure(
+    packet: Any,
+    part: Any,
+    group: Any,
+    unit: Any,
+    last: Any,
+    column: Any,
+    end: Any,
+    by_column: Any,
+    by_channel: Any,
+    kind: Any,
+    real: Any,
+    how: Any,
+) -> None:
+    """Take the moments of a block of columns, of a part of a group."""
+    first_channel, channels, _, _, _ = layout(packet, column, end - column)
+    piece = part * packet.groups + group
+    start = 8 * (piece * packet.channels + first_channel)
+    means, m2s = numbers(packet.part_mean + start, channels), numbers(packet.part_m2 + start, channels)
+    mean, m2 = by_channel[FOUND], by_channel[FOUND + 1]
+    count, is_first = 0.0, True
+    for factor in FACTORS:
+        whole = 1 / factor  # exact
+        if is_first or not _is_finite(m2):
+            count = _moments(packet, unit, last, column, end, factor, by_column, by_channel, kind, real, how)
+            for channel in range(channels):
+                # Where float32 has overflowed; or x is not finite, and stays so. Other channels are not
+                # touched: what is small would vanish under the second factor.
+                if is_first or not math.isfinite(m2s[channel]):
+                    means[channel] = mean[channel] * whole
+                    m2s[channel] = m2[channel] * whole * whole
+        is_first = False
+    if column == 0:
+        numbers(packet.part_count, packet.parts * packet.groups)[piece] = count
+    if packet.parts == 1:
+        set_rstds(packet, group, first_channel, channels, count)
+
+
 @function
-def forward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, real: Any, how: Any) -> None:
+def forward(
+    packet: Any, index: Any, measures: Any, applies: Any, room: Any, kind: Any, real: Any, how: Any
+) -> None:
     """Take a task's moments, write its y, or both; statistics of all parts are merged in between."""
-    part, group, unit, last, column, end = task_of(packet, index)
-    width = end - column
-    first_channel, channels, _, _, _ = layout(packet, column, width)
-    if measures:
-        found, more = np.zeros((2, channels), np.float64), np.empty((2, channels), np.float64)
-        count = -1.0
-        for factor in FACTORS:
-            if count < 0 or not _is_finite(found):
-                first = count < 0
-                count = _moments(packet, unit, last, column, end, factor, more, kind, real, how)
-                for channel in range(channels):
-                    # Where float32 has overflowed; or x is not finite, and stays so. Other channels are not
-                    # touched: what is small would vanish under the second factor.
-                    if first or not math.isfinite(found[1, channel]):
-                        found[0, channel] = more[0, channel] / factor
-                        found[1, channel] = more[1, channel] / factor / factor
-        size = packet.parts * packet.groups * packet.channels
-        place = (part * packet.groups + group) * packet.channels + first_channel
-        numbers(packet.part_count, packet.parts * packet.groups)[part * packet.groups + group] = count
-        means, m2s = numbers(packet.part_mean, size), numbers(packet.part_m2, size)
-        for channel in range(channels):
-            means[place + channel], m2s[place + channel] = found[0, channel], found[1, channel]
-        if packet.parts == 1:
-            set_rstd(packet, group, first_channel, first_channel + channels)
-    if applies:
-        given = np.empty((PARAMETERS, width + LANES), real)
-        _set_affine(packet, group, column, width, given, real)
-        fold = units_in_a_row(packet)
-        while is_simple(how) and width >= LANES and last - unit >= strips.WRITTEN * fold:
+    part, first_group, last_group, column, end = task_of(packet, index)
+    width, fold = end - column, units_in_a_row(packet)
+    by_column, by_channel = tables(packet, room, column, end, real)
+    given = by_column[GIVEN:]
+    for group in range(first_group, last_group):
+        unit, last = units_of(packet, part, group)
+        if measures:
+            _measure(packet, part, group, unit, last, column, end, by_column, by_channel, kind, real, how)
+        if applies:
+            _set_affine(packet, group, column, width, given, by_channel, real)
+        while applies and is_simple(how) and width >= LANES and last - unit >= strips.WRITTEN * fold:
             ahead = strips.distance(packet, unit, last, fold, strips.WRITTEN, kind) if packet.parts > 1 else 0
             place = place_of(packet, unit, column)
             strips.normalize(packet, place, width, ahead, given, kind, real)
             unit += strips.WRITTEN * fold
-        for row in range(unit, last, fold):
+        for row in range(unit, last if applies else unit, fold):
             size = columns_in(packet, row, last, column, end)
             place = place_of(packet, row, column)
             if is_in(packet, row, how):
@@ -211,37 +235,37 @@ def forward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, rea
 
 
 @function
-def _set_affine(packet: Any, group: Any, column: Any, width: Any, given: Any, real: Any) -> Any:
-    """Set center, scale, shift and rstd of each column; return what rounding left of each channel's mean."""
-    first_channel, channels, _, _, _ = layout(packet, column, width)
-    values = np.empty((PARAMETERS, channels), np.float64)
-    rest = np.empty(channels, np.float64)
-    for channel in range(channels):
-        values[CENTER, channel], values[SCALE, channel], values[SHIFT, channel], rest[channel] = affine(
-            packet, group, first_channel + channel, real
-        )
-        values[RSTD, channel] = numbers(packet.rstd, packet.groups * packet.channels)[
-            group * packet.channels + first_channel + channel
-        ]
-    for row in (CENTER, SCALE, SHIFT, RSTD):
-        spread(values[row], packet, column, width, given[row], real)
-    return rest
+def _set_affine(
+    packet: Any, group: Any, column: Any, width: Any, given: Any, by_channel: Any, real: Any
+) -> None:
+    """Set center, scale and shift of each column; and REST to what rounding left of each channel's mean."""
+    first_channel, _, _, _, _ = layout(packet, column, width)
+    set_affine(
+        packet,
+        group,
+        first_channel,
+        by_channel[CENTER],
+        by_channel[SCALE],
+        by_channel[SHIFT],
+        by_channel[REST],
+        real,
+    )
+    for row in (CENTER, SCALE, SHIFT):
+        spread(by_channel[row], packet, column, width, given[row], real)
 
 
-@function
-def _set_slopes(packet: Any, group: Any, column: Any, width: Any, rest: Any, given: Any, real: Any) -> None:
+@part_of_one
+def _set_slopes(
+    packet: Any, group: Any, column: Any, width: Any, given: Any, by_channel: Any, real: Any
+) -> None:
     """Set a, b and c of each column."""
-    first_channel, channels, _, _, _ = layout(packet, column, width)
-    values = np.empty((PARAMETERS, channels), np.float64)
-    for channel in range(channels):
-        values[A, channel], values[B, channel], values[C, channel] = slopes(
-            packet, group, first_channel + channel, rest[channel]
-        )
+    first_channel, _, _, _, _ = layout(packet, column, width)
+    set_slopes(packet, group, first_channel, by_channel[REST], by_channel[A], by_channel[B], by_channel[C])
     for row in (A, B, C):
-        spread(values[row], packet, column, width, given[row], real)
+        spread(by_channel[row], packet, column, width, given[row], real)
 
 
-@function
+@part_of_one
 def _add_gradients(
     packet: Any,
     unit: Any,
@@ -283,46 +307,79 @@ def _add_gradients(
                 store(products, second + offset, real)
 
 
-@function
-def backward(packet: Any, index: Any, measures: Any, applies: Any, kind: Any, real: Any, how: Any) -> None:
-    """Take the sums of a task's gradient, write its dx, or both; sums of all parts are added in between."""
-    part, group, unit, last, column, end = task_of(packet, index)
-    width = end - column
+@part_of_one
+def _sum_gradients(
+    packet: Any,
+    part: Any,
+    group: Any,
+    unit: Any,
+    last: Any,
+    column: Any,
+    end: Any,
+    by_column: Any,
+    by_channel: Any,
+    kind: Any,
+    real: Any,
+    how: Any,
+) -> None:
+    """Take the sums of the gradient of a block of columns, of a part of a group."""
+    width, fold = end - column, units_in_a_row(packet)
     first_channel, channels, _, _, _ = layout(packet, column, width)
-    given = np.zeros((PARAMETERS, width + LANES), real)
-    rest = _set_affine(packet, group, column, width, given, real)
-    fold = units_in_a_row(packet)
-    if measures:
-        sums = np.empty((2, width + LANES), real)
-        more, found = np.empty((2, channels), np.float64), np.zeros((2, channels), np.float64)
-        for start in range(unit, last, _ROWS * fold):
-            stop = min(last, start + _ROWS * fold)
-            _add_gradients(packet, start, stop, column, end, given, sums, kind, real, how)
-            gather(sums[0], packet, column, width, more[0], real)
-            gather(sums[1], packet, column, width, more[1], real)
-            for channel in range(channels):
-                found[0, channel] += more[0, channel]
-                found[1, channel] += more[1, channel]
-        size = packet.parts * packet.groups * packet.channels
-        place = (part * packet.groups + group) * packet.channels + first_channel
-        count = valid_values(packet, unit, last, how)
-        rstds = numbers(packet.rstd, packet.groups * packet.channels)
-        numbers(packet.part_count, packet.parts * packet.groups)[part * packet.groups + group] = count
-        sums_dy, products = numbers(packet.part_dy, size), numbers(packet.part_dy_xhat, size)
+    given, sums, rest = by_column[GIVEN:], by_column[SUMS:GIVEN], by_channel[REST]
+    dy, xhat = by_channel[MORE], by_channel[MORE + 1]
+    piece = part * packet.groups + group
+    start = 8 * (piece * packet.channels + first_channel)
+    sum_dy, sum_xhat = (
+        numbers(packet.part_dy + start, channels),
+        numbers(packet.part_dy_xhat + start, channels),
+    )
+    rstd = numbers(packet.rstd + 8 * (group * packet.channels + first_channel), channels)
+    for channel in range(channels):
+        sum_dy[channel], sum_xhat[channel] = 0.0, 0.0
+    for begin in range(unit, last, _ROWS * fold):
+        stop = min(last, begin + _ROWS * fold)
+        _add_gradients(packet, begin, stop, column, end, given, sums, kind, real, how)
+        for row in range(2):
+            gather(sums[row], packet, column, width, by_channel[MORE + row], real)
         for channel in range(channels):
-            rstd = rstds[group * packet.channels + first_channel + channel]
-            sums_dy[place + channel] = found[0, channel]
-            products[place + channel] = found[1, channel] - rest[channel] * rstd * found[0, channel]
-        if packet.parts == 1:
-            set_coefficients(packet, group, first_channel, first_channel + channels, count, real)
-    if applies:
-        _set_slopes(packet, group, column, width, rest, given, real)
-        while is_simple(how) and width >= LANES and last - unit >= strips.WRITTEN * fold:
+            sum_dy[channel] += dy[channel]
+            sum_xhat[channel] += xhat[channel]
+    for channel in range(channels):
+        sum_xhat[channel] -= rest[channel] * rstd[channel] * sum_dy[channel]
+    count = valid_values(packet, unit, last, how)
+    if column == 0:
+        numbers(packet.part_count, packet.parts * packet.groups)[piece] = count
+    if packet.parts == 1:
+        set_all_coefficients(packet, group, first_channel, channels, count, real)
+
+
+@function
+def backward(
+    packet: Any, index: Any, measures: Any, applies: Any, room: Any, kind: Any, real: Any, how: Any
+) -> None:
+    """Take the sums of a task's gradient, write its dx, or both; sums of all parts are added in between."""
+    part, first_group, last_group, column, end = task_of(packet, index)
+    width, fold = end - column, units_in_a_row(packet)
+    by_column, by_channel = tables(packet, room, column, end, real)
+    given = by_column[GIVEN:]
+    first_channel, channels, _, _, _ = layout(packet, column, width)
+    for group in range(first_group, last_group):
+        unit, last = units_of(packet, part, group)
+        _set_affine(packet, group, column, width, given, by_channel, real)
+        rstd = numbers(packet.rstd + 8 * (group * packet.channels + first_channel), channels)
+        spread(rstd, packet, column, width, given[RSTD], real)
+        if measures:
+            _sum_gradients(
+                packet, part, group, unit, last, column, end, by_column, by_channel, kind, real, how
+            )
+        if applies:
+            _set_slopes(packet, group, column, width, given, by_channel, real)
+        while applies and is_simple(how) and width >= LANES and last - unit >= strips.WRITTEN * fold:
             ahead = strips.distance(packet, unit, last, fold, strips.WRITTEN, kind) if packet.parts > 1 else 0
             place = place_of(packet, unit, column)
             strips.differentiate(packet, place, width, ahead, given, kind, real)
             unit += strips.WRITTEN * fold
-        for row in range(unit, last, fold):
+        for row in range(unit, last if applies else unit, fold):
             size = columns_in(packet, row, last, column, end)
             place = place_of(packet, row, column)
             if is_in(packet, row, how):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .access import LINE, keep_valid, load, load_part, size_of, store, store_part, stream
-from .activations import IDENTITY, activated, bounded, through, within
+from .activations import IDENTITY, activated_if_full, bounded, through_if_full, within
 from .llvm import LANES
 from .vector import function, is_simple, multiply_add, splat
 
@@ -96,9 +96,7 @@ def incoming(
     z = multiply_add(centred, scale, shift)
     if packet.residual:
         z = z + some(packet.residual + at * size, count, zero, kind)
-    if is_simple(how):
-        return within(dy, z, low, high, real)
-    return through(dy, z, packet.activation, low, high, real)
+    return through_if_full(dy, z, packet.activation, low, high, real, how)
 
 
 @function
@@ -145,11 +143,7 @@ def normalize_run(
             z = multiply_add(centred, load(place + SCALE * row, real), load(place + SHIFT * row, real))
             if residual:
                 z = z + some(residual + done * bytes_, count, zero, kind)
-            z = (
-                activated(z, packet.activation, low, high, real)
-                if not is_simple(how)
-                else bounded(z, low, high)
-            )
+            z = activated_if_full(z, packet.activation, low, high, real, how)
             if not is_simple(how) and mask:
                 z = keep_valid(z, mask + done, count, zero)
             put(z, y + done * bytes_, count, streams, kind)

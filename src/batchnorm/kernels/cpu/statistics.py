@@ -40,13 +40,12 @@ def rounded(value: Any, real: Any) -> Any:
 
 
 @function
-def set_rstd(packet: Any, group: Any, first: Any, last: Any) -> None:
+def set_rstd(packet: Any, group: Any, first: Any, last: Any, count: Any) -> None:
     """Write rstd = 1 / sqrt(m2 / count + eps) of channels `first` to `last`."""
-    size = packet.groups * packet.channels
+    size, share = packet.groups * packet.channels, 1.0 / max(count, 1.0)
     m2, rstd = numbers(packet.m2, size), numbers(packet.rstd, size)
-    count = max(numbers(packet.count, packet.groups)[group], 1.0)
     for here in range(group * packet.channels + first, group * packet.channels + last):
-        rstd[here] = 1.0 / np.sqrt(m2[here] / count + packet.eps)
+        rstd[here] = 1.0 / np.sqrt(m2[here] * share + packet.eps)
 
 
 @function
@@ -166,7 +165,7 @@ def merge_moments(packet: Any, index: Any, real: Any) -> None:  # noqa: ARG001
         last - first,
     )
     numbers(packet.count, packet.groups)[group] = count
-    set_rstd(packet, group, first, last)
+    set_rstd(packet, group, first, last, count)
 
 
 @function

@@ -27,6 +27,10 @@ from .llvm import FLOATING, I32, LANES, call, constant, many, splatted, suffix
 # What kernels are made of. Division by 0 gives infinity or NaN: an exception in a task would reach nobody.
 function = njit(error_model="numpy")
 
+# For what has one caller only: the compiler goes through a function once by itself, and once more within each
+# that calls it, up to the kernel.
+part_of_one = njit(error_model="numpy", inline="always")
+
 # How a kernel is compiled: see `is_simple`. Two types, so that Numba compiles one for each.
 SIMPLE, FULL = np.int8, np.int16
 
