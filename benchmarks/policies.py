@@ -138,16 +138,18 @@ GHOST_GOAL, FROZEN_GOAL = 1.15, 1.02
 def goals_table(rows: Rows) -> str:
     """The goals of policies, and what was found."""
     found = [
-        _finding(f"{name} ÷ Batch()", GHOST_GOAL, [r["over_batch"][name]["median"] for r in rows])
+        _finding(f"{name} ÷ Batch()", GHOST_GOAL, [r["over_batch"][name]["median"] for r in rows], max)
         for name in ("Ghost(8)", "Ghost(16)")
     ]
     frozen = [
         row["over_batch"]["Running(), training"]["median"] / row["over_batch"]["evaluation"]["median"]
         for row in rows
     ]
-    return findings_table([*found, _finding("Running() in training ÷ evaluation", FROZEN_GOAL, frozen)])
+    what = "Running() in training ÷ evaluation"
+    return findings_table([*found, _finding(what, FROZEN_GOAL, frozen, statistics.median)])
 
 
-def _finding(what: str, goal: float, ratios: list[float]) -> Finding:
-    found = statistics.median(ratios)
-    return Finding(what, f"≤ {goal:g}", found, max(ratios), len(ratios), found <= goal)
+def _finding(what: str, goal: float, ratios: list[float], judged: Callable[[list[float]], float]) -> Finding:
+    """Return the median and the worst; the goal holds for one of them."""
+    asked = f"{'every' if judged is max else 'median'} ≤ {goal:g}"
+    return Finding(what, asked, statistics.median(ratios), max(ratios), len(ratios), judged(ratios) <= goal)
