@@ -121,11 +121,15 @@ def test_freezing_a_synchronised_layer_and_back() -> None:
     model = nn.Sequential(nn.SyncBatchNorm(4))
     batchnorm.freeze(model)
     assert model[0].statistics == batchnorm.Running()
+    batchnorm.unfreeze(model)
+    assert model[0].statistics == batchnorm.Synced()
 
 
 def test_a_policy_over_shared_statistics_has_no_way_back() -> None:
     model = batchnorm.convert(nn.Sequential(nn.BatchNorm2d(4)), batchnorm.Synced(over=batchnorm.Ghost(2)))
-    assert "which no stock layer has" in refuses(batchnorm.revert, model)
+    assert "batchnorm.convert(model, batchnorm.Batch()) first" in refuses(batchnorm.revert, model)
+    batchnorm.convert(model, batchnorm.Batch())
+    assert type(batchnorm.revert(model)[0]) is nn.BatchNorm2d
 
 
 def test_a_norm_that_receives_two_ranks_has_no_plain_layer() -> None:

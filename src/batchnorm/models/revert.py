@@ -10,6 +10,7 @@ from torch import nn
 
 from batchnorm.errors import OptionError
 from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import HALVES
 from batchnorm.torch.layers import PASSING
@@ -86,8 +87,9 @@ def _check(model: nn.Module, norms: list[Found]) -> None:
         policy = norm.statistics
         shared = policy.over if isinstance(policy, Synced) else policy  # on one rank it is no more than that
         if shared != Batch():
+            remedy = "unfreeze(model)" if shared == Running() else "convert(model, batchnorm.Batch())"
             raise OptionError(
-                f"statistics={norm.statistics}, which no stock layer has: batchnorm.unfreeze(model) first "
+                f"statistics={norm.statistics}, which no stock layer has: batchnorm.{remedy} first "
                 "(or layer.statistics = batchnorm.Batch())",
                 str(found),
             )

@@ -18,8 +18,8 @@ class Ghost(Policy):
                      be smaller; the running ones move once, by the pooled mean and var of the whole batch
         evaluation:  mean = running_mean,  var = running_var;  nothing moves
 
-    All groups are one call of a kernel. A large batch trains as noisily as small ones do. What ghost batches
-    of one value per channel would be refused, as such a batch is.
+    All groups are one call of a kernel. A large batch trains as noisily as small ones do. A ghost batch of
+    one value per channel is refused, as a batch of one is.
 
     Args:
         size: samples of a ghost batch.
