@@ -18,7 +18,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setattr(eager, "_ROW", 4)
         monkeypatch.setattr(call, "_PLANE", 2)
         monkeypatch.setattr(call, "_PLANES", 60)
-        monkeypatch.setattr(plan, "_PLANE", 12)
+        monkeypatch.setattr(plan, "SHORT", 12)
         monkeypatch.setattr(plan, "_ROW", 12)
         monkeypatch.setattr(plan, "_ROWS", 1)
         monkeypatch.setattr(plan, "_BLOCK", 16)

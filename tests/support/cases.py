@@ -293,6 +293,7 @@ def _masks_and_groups() -> list[Case]:
         Case("masked-channels-last", (5, 4, 6, 3), "channels_last", masked=True),
         Case("masked-strided", (5, 4, 6, 3), "strided", masked=True),
         Case("masked-fused", (5, 4, 6, 3), masked=True, residual=True, activation="hardswish"),
+        Case("masked-planes", (3, 4, 9, 23), masked=True, residual=True, activation="relu"),
         Case("all-masked-2d", (13, 5), all_masked=True),
         Case("all-masked-fused", (5, 4, 6, 3), all_masked=True, residual=True, activation="sigmoid"),
         Case("groups-2d-ragged", (11, 4), group_size=4),

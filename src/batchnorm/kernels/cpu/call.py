@@ -14,7 +14,7 @@ from .access import LINE
 from .activations import BOUNDS, CLAMP, CODES, IDENTITY
 from .llvm import LANES
 from .packet import Packet
-from .plan import Plan, plan
+from .plan import SHORT, Plan, plan
 from .room import PER_CHANNEL, PER_COLUMN
 from .runs import PARAMETERS
 from .statistics import CHANNELS
@@ -166,6 +166,8 @@ class Call:
         family, tasks = plan.family, plan.tasks
         is_given = half == "forward" and not measure
         packet.stream = self.x.numel() >= (_STREAM_GIVEN if is_given else _STREAM)
+        if family == "planes" and plan.positions < SHORT:
+            packet.stream = False  # masked; most of a short run's lines are shared with its neighbours
         if is_given and plan.positions >= _PLANE:
             family, packet.planes = "planes", max(1, _PLANES // plan.positions)
             tasks = math.ceil(plan.units * plan.channels / packet.planes)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_PLANE = 256  # values of a channel side by side, from which a channel is a task of its own
+SHORT = 256  # values of a channel side by side; with more, or a mask, a channel is a task of its own
 _ROW = 1024  # columns of a row of several units, and of a block of short planes
 _ROWS = 32  # rows that are worth more than wide ones
 _BLOCK = 1024  # columns of a block otherwise: a multiple of a vector
@@ -57,7 +57,7 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_si
     samples, channels, positions = shape[0], shape[1], math.prod(shape[2:])
     group = samples if group_size is None else min(group_size, samples)
     groups = math.ceil(samples / group)
-    if not channels_last and positions > 1 and (positions >= _PLANE or masked):
+    if not channels_last and positions > 1 and (positions >= SHORT or masked):
         parts = _parts(channels * groups, group * positions)
         spread = channels if groups == 1 else max(_TASKS // groups, channels * group * positions // _SPAN)
         block = math.ceil(channels / max(1, min(channels, spread)))

@@ -27,6 +27,7 @@ from .runs import (
     differentiate_run,
     fill,
     incoming,
+    is_bounds,
     normalize_run,
     some,
 )
@@ -83,12 +84,11 @@ def _valid(packet: Any, at: Any, last: Any, how: Any) -> Any:
     if is_simple(how) or not packet.mask:
         return np.float64(last - at)
     one, zero = splat(1.0, np.float32), splat(0.0, np.float32)
-    found = 0.0
+    found = zero  # exact: a block has less than 2^24 values
     while at < last:
-        count = min(LANES, last - at)
-        found += total(keep_valid(one, packet.mask + at, count, zero))
+        found = found + keep_valid(one, packet.mask + at, min(LANES, last - at), zero)
         at += LANES
-    return found
+    return np.float64(total(found))
 
 
 @function
@@ -128,13 +128,19 @@ def _around(
         place, size = _run(packet, channel, at, last)
         address = packet.x + place * size_of(kind)
         start = 0
-        while start + 4 * LANES <= size and (is_simple(how) or not packet.mask):
+        while start + 4 * LANES <= size:
             for line in range(0, 4 * step, LINE):
                 prefetch(address + next_sample + line)
             v0 = load(address, kind) * scale - middle
             v1 = load(address + step, kind) * scale - middle
             v2 = load(address + 2 * step, kind) * scale - middle
             v3 = load(address + 3 * step, kind) * scale - middle
+            if not is_simple(how) and packet.mask:
+                mask = packet.mask + at + start
+                v0 = keep_valid(v0, mask, LANES, zero)
+                v1 = keep_valid(v1, mask + LANES, LANES, zero)
+                v2 = keep_valid(v2, mask + 2 * LANES, LANES, zero)
+                v3 = keep_valid(v3, mask + 3 * LANES, LANES, zero)
             s0, s1, s2, s3 = s0 + v0, s1 + v1, s2 + v2, s3 + v3
             q0, q1 = multiply_add(v0, v0, q0), multiply_add(v1, v1, q1)
             q2, q3 = multiply_add(v2, v2, q2), multiply_add(v3, v3, q3)
@@ -259,6 +265,7 @@ def _sums(packet: Any, channel: Any, at: Any, last: Any, given: Any, kind: Any, 
     shift, rstd = splat(given[SHIFT, 0], real), splat(given[RSTD, 0], real)
     low, high = splat(packet.low_kink, real), splat(packet.high_kink, real)
     s0, s1, q0, q1 = zero, zero, zero, zero
+    bounds = is_bounds(packet, how)
     step = LANES * size_of(kind)
     next_sample = packet.channels * packet.positions * size_of(kind)
     while at < last:
@@ -266,7 +273,7 @@ def _sums(packet: Any, channel: Any, at: Any, last: Any, given: Any, kind: Any, 
         x, dy = packet.x + place * size_of(kind), packet.dy + place * size_of(kind)
         residual = packet.residual + place * size_of(kind) if packet.residual else 0
         start = 0
-        while is_simple(how) and start + 2 * LANES <= size:
+        while bounds and start + 2 * LANES <= size:
             for line in range(0, 2 * step, LINE):
                 prefetch(x + next_sample + line)
                 prefetch(dy + next_sample + line)
@@ -277,6 +284,10 @@ def _sums(packet: Any, channel: Any, at: Any, last: Any, given: Any, kind: Any, 
                 residual += 2 * step
             d0 = within(load(dy, kind), z0, low, high, real)
             d1 = within(load(dy + step, kind), z1, low, high, real)
+            if not is_simple(how) and packet.mask:
+                mask = packet.mask + at + start
+                v0, v1 = keep_valid(v0, mask, LANES, zero), keep_valid(v1, mask + LANES, LANES, zero)
+                d0, d1 = keep_valid(d0, mask, LANES, zero), keep_valid(d1, mask + LANES, LANES, zero)
             s0, q0 = s0 + d0, multiply_add(d0, v0 * rstd, q0)
             s1, q1 = s1 + d1, multiply_add(d1, v1 * rstd, q1)
             start += 2 * LANES

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .access import LINE, keep_valid, load, load_part, size_of, store, store_part, stream
-from .activations import IDENTITY, activated_if_full, bounded, through_if_full, within
+from .activations import CLAMP, IDENTITY, activated_if_full, bounded, through_if_full, within
 from .llvm import LANES
 from .vector import function, is_simple, multiply_add, splat
 
@@ -23,6 +23,12 @@ PARAMETERS = 7
 def fill(given: Any, row: Any, value: Any, real: Any) -> None:
     """Set a parameter of a run of one channel."""
     store(splat(value, real), given.ctypes.data + row * given.shape[1] * size_of(real), real)
+
+
+@function
+def is_bounds(packet: Any, how: Any) -> Any:
+    """Whether the activation has bounds at most, which whole vectors go through quickly."""
+    return is_simple(how) or packet.activation == IDENTITY or packet.activation == CLAMP
 
 
 @function
@@ -123,13 +129,16 @@ def normalize_run(
     low, high, zero = splat(packet.low, real), splat(packet.high, real), splat(0.0, real)
     the_center, the_scale = load(parameters, real), load(parameters + SCALE * row, real)
     the_shift = load(parameters + SHIFT * row, real)
+    bounds = is_bounds(packet, how)
     done, count = 0, _until_aligned(y, size, streams, kind)
     while done < size:
-        while is_simple(how) and stride == 0 and count == LANES and done + LANES <= size:
+        while bounds and stride == 0 and count == LANES and done + LANES <= size:
             z = multiply_add(load(x + done * bytes_, kind) - the_center, the_scale, the_shift)
             if residual:
                 z = z + load(residual + done * bytes_, kind)
             z = bounded(z, low, high)
+            if not is_simple(how) and mask:
+                z = keep_valid(z, mask + done, LANES, zero)
             if streams:
                 stream(z, y + done * bytes_, kind)
             else:
@@ -167,15 +176,19 @@ def differentiate_run(
     the_shift, the_a = load(parameters + SHIFT * row, real), load(parameters + A * row, real)
     the_b, the_c = load(parameters + B * row, real), load(parameters + C * row, real)
     the_rstd = load(parameters + RSTD * row, real)
+    bounds = is_bounds(packet, how)
     done, count = 0, _until_aligned(dx, size, streams, kind)
     while done < size:
-        while is_simple(how) and stride == 0 and count == LANES and done + LANES <= size:
+        while bounds and stride == 0 and count == LANES and done + LANES <= size:
             centred = load(x + done * bytes_, kind) - the_center
             z = multiply_add(centred, the_scale, the_shift)
             if residual:
                 z = z + load(residual + done * bytes_, kind)
             dy = within(load(packet.dy + (at + done) * bytes_, kind), z, low, high, real)
             found = multiply_add(the_a, dy, multiply_add(the_b, centred * the_rstd, the_c))
+            if not is_simple(how) and mask:
+                dy = keep_valid(dy, mask + done, LANES, zero)
+                found = keep_valid(found, mask + done, LANES, zero)
             if dresidual:
                 if streams:
                     stream(dy, dresidual + done * bytes_, kind)
