@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm.errors import RecomputeError
-from batchnorm.torch.recomputed import KEPT, Memory
+from batchnorm.torch.contexts.recomputed import KEPT, Memory
 from tests.torch.twins import assert_identical, scramble
 
 RENORM = batchnorm.Renorm(1.5, 0.5, r_steps=(2, 6), d_steps=(2, 6))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import batchnorm
 from batchnorm import reference
 from batchnorm.errors import InputShapeError, InputTypeError, OptionError
-from batchnorm.torch.masks import reduced
+from batchnorm.torch.contexts.masks import reduced
 from tests.support.compare import as_array, assert_close
 from tests.torch.twins import assert_identical, scramble, state, step
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from batchnorm.errors import OptionError
+from batchnorm.torch.contexts.pool import Pool
+from batchnorm.torch.contexts.recomputed import is_recomputed
 from batchnorm.torch.layers import _Layer
-from batchnorm.torch.pool import Pool
-from batchnorm.torch.recomputed import is_recomputed
 
 from .contexts import layers_of, shown
 

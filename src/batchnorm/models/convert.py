@@ -12,7 +12,7 @@ from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import check_policy
-from batchnorm.torch.domains import check_domains
+from batchnorm.torch.contexts.domains import check_domains
 from batchnorm.torch.sync import ranks_of
 
 from .agreement import checked_change

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from batchnorm.errors import OptionError
-from batchnorm.torch.domains import selected
+from batchnorm.torch.contexts.domains import selected
+from batchnorm.torch.contexts.scope import Scope
 from batchnorm.torch.layers import _Layer
-from batchnorm.torch.scope import Scope
 
 from .norms import find_norms
 

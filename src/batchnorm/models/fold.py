@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import OptionError
-from batchnorm.torch.domains import domain_of, keep_one
+from batchnorm.torch.contexts.domains import domain_of, keep_one
 from batchnorm.torch.layers import _Layer
 
 from .absorbers import absorber_of, become, copied, is_plain, read_weights, why_not, write_weights

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import InputTypeError
-from batchnorm.torch.masks import Masked
-from batchnorm.torch.scope import Scope
+from batchnorm.torch.contexts.masks import Masked
+from batchnorm.torch.contexts.scope import Scope
 
 from .contexts import layers_of
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from batchnorm.statistics.policy import Policy
-from batchnorm.torch.domains import domain_of
+from batchnorm.torch.contexts.domains import domain_of
 from batchnorm.torch.layers import _Layer
 
 from .health import health

@@ -14,12 +14,12 @@ from batchnorm.statistics.policy import Policy
 
 from . import paths
 from .checks import HALVES, check_activation, check_choice, check_policy, mask_of_lengths
-from .domains import add_domains, check_domains, fill, running_names, select, selected
+from .contexts.domains import add_domains, check_domains, fill, running_names, select, selected
+from .contexts.pool import Pool
+from .contexts.recomputed import Memory, may_be_recomputed
+from .contexts.scope import Scope
 from .moving import NONFINITE
 from .naming import qualified_name
-from .pool import Pool
-from .recomputed import Memory, may_be_recomputed
-from .scope import Scope
 from .settings import Settings, Tracked
 
 _BATCH = Batch()

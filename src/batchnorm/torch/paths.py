@@ -17,12 +17,12 @@ from batchnorm.statistics.synced import Synced
 
 from . import checks, compiled, differentiable, halves, operators
 from .choice import Choice, known_to, samples_of
+from .contexts.recomputed import is_recomputed
 from .differentiable import Normalized
 from .exported import behind, is_exporting, stock
 from .moving import move
 from .plan import Plan
 from .ranks import collectives
-from .recomputed import is_recomputed
 from .settings import Settings, Tracked
 
 

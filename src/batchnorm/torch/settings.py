@@ -41,7 +41,7 @@ class Tracked(NamedTuple):
         batches: how many have moved them, an integer tensor of one value.
         momentum: a batch's fraction, 0..1, a number or a tensor of one; None = 1 / (number of batches).
         skipped: how many were skipped, an integer tensor of one value.
-        memory: what they were in passes that may come again (`recomputed.py`).
+        memory: what they were in passes that may come again (`contexts/recomputed.py`).
         pool: takes the batch's moments instead, until several are together (`accumulate.py`).
     """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from batchnorm.errors import OptionError
 
 if TYPE_CHECKING:
-    from .layers import _Layer
+    from batchnorm.torch.layers import _Layer
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.statistics.moments import PooledMoments, merge
+from batchnorm.torch.moving import Moved, is_finite, moved, pooled_groups, write
+from batchnorm.torch.settings import Tracked
 
 from .domains import domain_of, selected
-from .moving import Moved, is_finite, moved, pooled_groups, write
-from .settings import Tracked
 
 if TYPE_CHECKING:
-    from .layers import _Layer
+    from batchnorm.torch.layers import _Layer
 
 
 class _Pooled:

@@ -20,7 +20,7 @@ from .masks import Masked
 from .recomputed import KEPT, bits, is_recomputed, may_be_recomputed
 
 if TYPE_CHECKING:
-    from .layers import _Layer
+    from batchnorm.torch.layers import _Layer
 
 
 class _Within(NamedTuple):

@@ -18,8 +18,7 @@ from torch import Tensor
 from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Known
-
-from . import differentiable
+from batchnorm.torch import differentiable
 
 # Passes that one layer remembers; micro-batches of a pipeline, all of whose forwards come first, are as many.
 KEPT = 32

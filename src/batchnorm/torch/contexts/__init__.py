@@ -1,0 +1,1 @@
+"""What surrounds a call: a mask, a domain, micro-batches that move as one, a forward computed again."""
