@@ -46,11 +46,16 @@ def main(words: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(MEASUREMENTS)}")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"which of {', '.join(MEASUREMENTS)}; with --device, of {', '.join(ON_A_DEVICE)}",
+    )
     parser.add_argument(
         "--device",
         choices=("cuda", "cpu"),
-        help=f"measure {' and '.join(ON_A_DEVICE)} on this device instead",
+        help=f"measure {' and '.join(ON_A_DEVICE)} on this device, and nothing else",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a look in seconds; writes only where --out says"

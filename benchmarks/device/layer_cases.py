@@ -41,10 +41,17 @@ _DTYPES_AND_LAYOUTS = (
 
 @dataclass(frozen=True)
 class DeviceCase(Case):
-    """A case on a device; `found_in` is the network of such a layer."""
+    """A case on a device.
+
+    Attributes:
+        found_in: the network of such a layer.
+        device: `cpu` or `cuda`.
+        seconds: that its rounds may take, about.
+    """
 
     found_in: str = ""
     device: str = "cuda"
+    seconds: float = 0.6
 
     @property
     def network(self) -> str:
@@ -114,7 +121,7 @@ def _with_compiler(case: DeviceCase) -> DeviceCase:
 def _quick(device: str) -> list[DeviceCase]:
     def quick(operation: str, shape: tuple[int, ...], layout: str, dtype: str, *rivals: str) -> DeviceCase:
         return DeviceCase(
-            operation, shape, layout, dtype, (*_stock(operation), "ours", *rivals), "quick look", device
+            operation, shape, layout, dtype, (*_stock(operation), "ours", *rivals), "quick look", device, 0.1
         )
 
     compiler = ("compiled",) if device == "cuda" else ()  # C++ takes half a minute

@@ -16,11 +16,11 @@ from benchmarks.layer_rivals import OURS, Tensors, is_available, tensors
 from benchmarks.layer_time import row
 from benchmarks.stock import StockChain
 
-from .clocks import Clock, clock
+from .clocks import clock
 from .layer_cases import DeviceCase
 from .turns import built, take_turns
 
-SECONDS, MOST_ROUNDS = 0.6, 51
+MOST_ROUNDS = 51
 # Largest |ours - stock's| / |stock's|, norms of vectors. In bfloat16 stock rounds norm and sum one after the
 # other: of sums near 0 some get another sign, and another gradient behind the ReLU.
 AGREEMENT = {"bfloat16": 0.1, "float32": 1e-3}
@@ -57,7 +57,10 @@ class LayerStep:
         """Return y and every gradient."""
         with self.around():
             y = self.model(*self.leaves)
-            return [y.detach(), *torch.autograd.grad(y, self.with_gradient, self.dy)]
+            found = [y.detach(), *torch.autograd.grad(y, self.with_gradient, self.dy)]
+        if y.is_cuda:
+            torch.cuda.synchronize()  # else its errors would be those of who comes next
+        return found
 
 
 def _chain(case: DeviceCase, **options: bool) -> StockChain:
@@ -89,13 +92,8 @@ BUILD: dict[str, Callable[[DeviceCase, Tensors], LayerStep]] = {
 }
 
 
-def measured(case: DeviceCase, seconds: float = SECONDS) -> Row:
-    """Return a case's row; a rival that fails has its reason there in place of its time.
-
-    Args:
-        case: what is measured.
-        seconds: that its rounds may take, about.
-    """
+def measured(case: DeviceCase) -> Row:
+    """Return a case's row; a rival that fails has its reason there in place of its time."""
     failed: dict[str, str] = {}
     given = tensors(case, case.device)
     steps = built({name: functools.partial(BUILD[name], case, given) for name in case.rivals}, failed)
@@ -104,9 +102,10 @@ def measured(case: DeviceCase, seconds: float = SECONDS) -> Row:
         "stock_runs": _stock_runs(steps),
         "differs": _check_agreement(case, steps, failed),
     }
-    times, host = _times(clock(case.device), steps, given, seconds, failed)
+    times, host = _times(case, steps, given, failed)
     if "copy" not in times:
-        return case.fields() | {"missing": failed.get("copy", "nothing ran"), "failed": failed}
+        first, why = next(iter(failed.items()))
+        return case.fields() | {"missing": f"after {first} failed, nothing ran: {why}"}
     found = row(case, times)
     for name, taken in host.items():
         if name in found["rivals"]:
@@ -115,13 +114,13 @@ def measured(case: DeviceCase, seconds: float = SECONDS) -> Row:
 
 
 def _times(
-    watch: Clock, steps: dict[str, LayerStep], given: Tensors, seconds: float, failed: dict[str, str]
+    case: DeviceCase, steps: dict[str, LayerStep], given: Tensors, failed: dict[str, str]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    target = torch.empty_like(given.dy)
+    watch, target = clock(case.device), torch.empty_like(given.dy)
     taking = {**steps, "copy": lambda: target.copy_(given.dy)}
     host: dict[str, list[float]] = {name: [] for name in taking}
     rivals = {name: watch.of_layer(step, host[name]) for name, step in taking.items()}
-    return take_turns(rivals, seconds, MOST_ROUNDS, failed), host
+    return take_turns(rivals, case.seconds, MOST_ROUNDS, failed), host
 
 
 def _stock_runs(steps: dict[str, LayerStep]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from benchmarks.interleaved import ratio
 from .clocks import clock
 from .turns import built, free, take_turns
 
-SECONDS, MOST_ROUNDS = 12.0, 25
+MOST_ROUNDS = 25
 # Largest |logits - stock's| / |stock's| of the first forward: bfloat16, through 53 norms. It was 0.05 in
 # ResNet-18 on 8 images of 32 x 32 pixels; what has nothing to do with stock's is 1 or more away.
 AGREEMENT = 0.25
@@ -40,6 +40,7 @@ class StepCase:
     side: int
     variants: tuple[str, ...]
     device: str = "cuda"
+    seconds: float = 12.0  # that its rounds may take, about
 
     def fields(self) -> dict[str, object]:
         """Return what identifies the case in a result file."""
@@ -56,7 +57,7 @@ class StepCase:
 def cases(device: str, quick: bool = False) -> list[StepCase]:
     """Return all that is measured, most important first; what must be compiled stands alone beside stock."""
     if quick:
-        return [StepCase("ResNet-18", 8, 32, EAGER, device)]
+        return [StepCase("ResNet-18", 8, 32, EAGER, device, 0.5)]
     groups = (EAGER, ("stock", "compiled"), ("stock", "compiled-ours"))
     eager, *compiled = (
         [StepCase(network, *_BATCH_AND_SIDE[device], group, device) for network in _NETWORKS]
@@ -126,13 +127,8 @@ VARIANTS: dict[str, Callable[[StepCase], TrainingStep]] = {
 }
 
 
-def measured(case: StepCase, seconds: float = SECONDS) -> Row:
-    """Return a case's row; a variant that fails has its reason there in place of its time.
-
-    Args:
-        case: what is measured.
-        seconds: that its rounds may take, about.
-    """
+def measured(case: StepCase) -> Row:
+    """Return a case's row; a variant that fails has its reason there in place of its time."""
     failed: dict[str, str] = {}
     torch.backends.cudnn.benchmark = case.device == "cuda"  # convolutions as fast as they come
     steps = built({name: functools.partial(VARIANTS[name], case) for name in case.variants}, failed)
@@ -143,7 +139,7 @@ def measured(case: StepCase, seconds: float = SECONDS) -> Row:
     memory = built({name: functools.partial(_memory, case, step) for name, step in left.items()}, failed)
     watch = clock(case.device)
     times = take_turns(
-        {name: watch.of_training(step) for name, step in left.items()}, seconds, MOST_ROUNDS, failed
+        {name: watch.of_training(step) for name, step in left.items()}, case.seconds, MOST_ROUNDS, failed
     )
     return case.fields() | {
         "rounds": len(next(iter(times.values()), [])),

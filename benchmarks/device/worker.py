@@ -96,7 +96,7 @@ class Worker:
         self._process.join(_PATIENCE)
         if self._process.exitcode is None:
             self._process.kill()
-            self._process.join()
+            self._process.join(_PATIENCE)
         self._pipe = self._process = None
 
 

@@ -15,18 +15,25 @@ import pytest
 import torch
 
 from benchmarks import goals, page, results_file, run
-from benchmarks.device import floor, layer_cases, layers, steps, turns
+from benchmarks.device import clocks, floor, layer_cases, layers, steps, turns
 from benchmarks.device import page as device_page
 from benchmarks.device import run as device_run
 from benchmarks.device.worker import Worker
 from benchmarks.lazily import function
-from tests.benchmarks.told import obeyed
+from tests.benchmarks import told
 
 ROOT = Path(__file__).parent.parent.parent
 CASE = layer_cases.DeviceCase(
-    "norm-add-relu", (4, 6, 5, 5), "channels-last", "bfloat16", ("stock", "stock-native", "ours"), "a", "cpu"
+    "norm-add-relu",
+    (4, 6, 5, 5),
+    "channels-last",
+    "bfloat16",
+    ("stock", "stock-native", "ours"),
+    "a",
+    "cpu",
+    0.01,
 )
-STEP = steps.StepCase("ResNet-18", 8, 32, ("stock", "fused"), "cpu")
+STEP = steps.StepCase("ResNet-18", 8, 32, ("stock", "fused"), "cpu", 0.01)
 
 
 class UnfitLayer(torch.nn.Module):
@@ -44,7 +51,7 @@ class UnfitLayer(torch.nn.Module):
 
 
 def test_a_layer_has_every_figure() -> None:
-    row = layers.measured(CASE, 0.01)
+    row = layers.measured(CASE)
     assert row["failed"] == {}
     assert row["rivals"].keys() == {"stock", "stock-native", "ours"}
     assert row["bytes_moved"] == 10 * 600 * 2
@@ -68,7 +75,7 @@ def test_a_rival_that_fails_drops_out_and_the_others_go_on(monkeypatch: pytest.M
 
     monkeypatch.setitem(layers.BUILD, "big", out_of_memory)
     monkeypatch.setitem(layers.BUILD, "late", late)
-    row = layers.measured(replace(CASE, rivals=("big", "stock", "late", "ours")), 0.01)
+    row = layers.measured(replace(CASE, rivals=("big", "stock", "late", "ours")))
     assert row["failed"]["big"] == "OutOfMemoryError: CUDA out of memory."
     assert row["failed"]["late"].startswith("RuntimeError")
     assert row["rivals"].keys() == {"stock", "ours"}
@@ -81,7 +88,7 @@ def test_a_rival_that_fails_drops_out_and_the_others_go_on(monkeypatch: pytest.M
 
 def test_what_computes_something_else_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(layers.BUILD, "ours", lambda _, given: layers.LayerStep(UnfitLayer(), given))
-    row = layers.measured(CASE, 0.01)
+    row = layers.measured(CASE)
     assert row["failed"]["ours"].startswith("it differs from stock by")
     assert "ours" not in row["rivals"]
     assert row["ratios"] == {}
@@ -90,7 +97,7 @@ def test_what_computes_something_else_has_no_time(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_training_step_has_every_figure() -> None:
-    row = steps.measured(replace(STEP, variants=steps.EAGER), 0.01)
+    row = steps.measured(replace(STEP, variants=steps.EAGER))
     assert row["failed"] == {}
     assert row["variants"].keys() == set(steps.EAGER)
     assert row["ratios"].keys() == {"stock / ours", "stock / fused", "stock / lean"}
@@ -112,7 +119,7 @@ def test_a_network_that_computes_something_else_has_no_time(monkeypatch: pytest.
 
     monkeypatch.setitem(steps.VARIANTS, "fused", other)
     monkeypatch.setitem(steps.VARIANTS, "compiled", failing)
-    row = steps.measured(replace(STEP, variants=("stock", "fused", "compiled")), 0.01)
+    row = steps.measured(replace(STEP, variants=("stock", "fused", "compiled")))
     assert row["variants"].keys() == {"stock"}
     assert row["failed"]["fused"].startswith("its logits differ from stock's by 2")
     assert row["failed"]["compiled"] == "RuntimeError: no compiler"
@@ -154,17 +161,26 @@ def test_rounds_are_as_many_as_there_is_time_for() -> None:
 def test_a_case_that_hangs_or_dies_takes_only_itself_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     with Worker() as worker:
-        first = worker.row(obeyed, "work", 60)
+        first = worker.row(told.obeyed, "work", 60)
         assert first["process"] != os.getpid()
-        assert worker.row(obeyed, "raise", 60) == {"missing": "ValueError: it is told to"}
-        assert worker.row(obeyed, "work", 60) == first
-        assert worker.row(obeyed, "sleep", 1)["missing"] == "stopped after 1 s"
+        assert worker.row(told.obeyed, "raise", 60) == {"missing": "ValueError: it is told to"}
+        assert worker.row(told.obeyed, "work", 60) == first
+        assert worker.row(told.obeyed, "sleep", 1)["missing"] == "stopped after 1 s"
         assert not is_there(first["process"])
-        assert worker.row(obeyed, "die", 60)["missing"] == "its process ended, with code 7"
+        assert worker.row(told.obeyed, "die", 60)["missing"] == "its process ended, with code 7"
 
 
 def is_there(process: int) -> bool:
     return Path(f"/proc/{process}").exists()
+
+
+def test_the_file_is_written_after_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    cases = [told.Watching(number, tmp_path / "told-cpu.json") for number in range(3)]
+    section = device_run.Section(lambda *_: cases, told.rows_with_figures, str, 1.0, 60.0)
+    monkeypatch.setitem(device_run.SECTIONS, "told", section)
+    device_run.run(device_run.Wanted("cpu", ("told",), 60.0, tmp_path, {}))
+    assert [row["seen"] for row in results_file.load("told-cpu", tmp_path)["rows"]] == [0, 1, 2]
 
 
 def test_what_was_not_reached_is_in_the_file(tmp_path: Path) -> None:
@@ -181,7 +197,7 @@ def test_the_page_shows_the_files_that_there_are(tmp_path: Path) -> None:
     assert "There is no figure of a GPU yet" in page.block("gpu-state", tmp_path)
     for name in page.DEVICE_BLOCKS:
         assert "ot measured" in page.block(name, tmp_path)
-    row = layers.measured(CASE, 0.01)
+    row = layers.measured(CASE)
     missing = [case.fields() | {"missing": "no time"} for case in layer_cases.cases("cuda")]
     step = STEP.fields() | {"missing": "stopped after 180 s"}
     for device in ("cpu", "nvidia-h100-80gb-hbm3"):
@@ -253,13 +269,17 @@ class Finder(PathFinder):
         return None if name.partition(".")[0] in HIDDEN else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+sys.path[:] = [path for path in sys.path if not path.endswith("src")]  # nor is batchnorm itself
 """
 
 
 def test_it_runs_with_torch_and_numpy_alone(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(HIDE)
-    paths = os.pathsep.join(map(str, (tmp_path, ROOT / "src")))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PATH": ""}  # no git either
+    environment = os.environ | {
+        "PYTHONPATH": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "PATH": "",
+    }  # no git either
 
     def python(*words: str) -> str:
         done = subprocess.run(
@@ -268,8 +288,10 @@ def test_it_runs_with_torch_and_numpy_alone(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    hidden = "import importlib.util as u; print([u.find_spec(n) for n in ('typer', 'rich', 'numba')])"
+    hidden = "import importlib.util as u; print([u.find_spec(n) for n in ('typer', 'numba', 'batchnorm')])"
     assert python("-c", hidden).strip() == "[None, None, None]"
+    filled = "from benchmarks import page as p; t = p.GPU_PAGE.read_text(); print(p.filled(t) == t)"
+    assert python("-c", filled).strip() == "True"
     out = tmp_path / "out"
     words = ("--device", "cpu", "--quick", "--out", str(out), "--commit", "1a2b3c4")
     printed = python("-m", "benchmarks.run", *words)
@@ -281,3 +303,15 @@ def test_it_runs_with_torch_and_numpy_alone(tmp_path: Path) -> None:
         assert all("missing" not in row and row["failed"] == {} for row in file["rows"])
     (row,) = found["steps"]["rows"]
     assert row["variants"].keys() == set(steps.EAGER)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu_waiting_takes_as_long_as_it_does() -> None:
+    watch = clocks.CudaClock()
+    host: list[float] = []
+    step = watch.of_layer(lambda: torch.cuda._sleep(watch._cycles), host)
+    for _ in range(3):
+        seconds = step()
+    assert seconds == pytest.approx(clocks.HEAD_START, rel=0.2)
+    assert 0 < host[-1] < clocks.HEAD_START
+    assert layers.measured(replace(CASE, device="cuda"))["failed"] == {}
