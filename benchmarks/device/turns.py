@@ -38,6 +38,7 @@ def built(builds: Mapping[str, Callable[[], Built]], failed: dict[str, str]) -> 
             found[name] = build()
         except Exception as error:
             failed[name] = reason(error)
+        if name in failed:  # behind the error, whose frames hold tensors
             free()
     return found
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from benchmarks.device import clocks, floor, layer_cases, layers, steps, turns
 from benchmarks.device import page as device_page
 from benchmarks.device import run as device_run
 from benchmarks.device.worker import Worker
+from benchmarks.layer_rivals import tensors
 from benchmarks.lazily import function
+from benchmarks.progress import progress
 from tests.benchmarks import told
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,6 +63,15 @@ def test_a_layer_has_every_figure() -> None:
     assert "| 10 (split) |" in text
     assert "stock-native ÷ ours" in text
     assert "Without figures" not in text
+
+
+def test_stock_runs_without_cudnn_where_it_says_so() -> None:
+    for name, allowed in (("stock", torch.backends.cudnn.enabled), ("stock-native", False)):
+        step, seen = layers.BUILD[name](CASE, tensors(CASE)), []
+        step.model.register_forward_hook(lambda *_, seen=seen: seen.append(torch.backends.cudnn.enabled))
+        step()
+        step.results()
+        assert seen == [allowed, allowed]
 
 
 def test_a_rival_that_fails_drops_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +161,9 @@ def test_cases_are_each_measured_once_and_what_the_goals_are_of_comes_first(devi
 
 
 def test_rounds_are_as_many_as_there_is_time_for() -> None:
-    rivals = {"slow": lambda: time.sleep(0.01) or 1.0}
     failed: dict[str, str] = {}
-    assert len(turns.take_turns(rivals, 0.0, 9, failed)["slow"]) == turns.LEAST_ROUNDS
-    assert 6 <= len(turns.take_turns(rivals, 0.08, 9, failed)["slow"]) <= 9
+    for seconds, rounds in ((0.0, turns.LEAST_ROUNDS), (60.0, 9)):
+        assert turns.take_turns({"rival": lambda: 1.0}, seconds, 9, failed) == {"rival": [1.0] * rounds}
     assert failed == {}
 
 
@@ -254,6 +263,23 @@ def test_goals_of_training_steps_are_of_resnet50() -> None:
 def test_every_measurement_and_table_is_there() -> None:
     for name in (*sum(run.MEASUREMENTS.values(), ()), *(show for _, show in page.BLOCKS.values())):
         assert callable(function(name)), name
+
+
+def test_what_cannot_be_measured_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        (["--device", "cpu", "accuracy-cpu"], "'accuracy-cpu' is none of layers, steps"),
+        (["layers"], "'layers' is none of accuracy-cpu, "),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch sees no CUDA device here")]),
+    ):
+        with pytest.raises(SystemExit):
+            run.main(words)
+        assert said in capsys.readouterr().err
+
+
+def test_progress_needs_no_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert list(progress("ab", "letters")) == ["a", "b"]
+    assert capsys.readouterr().err == "letters: 1 of 2\nletters: 2 of 2\n"
 
 
 # As where only torch and NumPy are installed: these cannot be found, in the processes that follow either.
