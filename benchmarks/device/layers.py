@@ -125,7 +125,7 @@ def _times(
 
 def _stock_runs(steps: dict[str, LayerStep]) -> dict[str, str]:
     """Return what torch ran as a norm: where it takes cuDNN, and where not, it decides itself."""
-    found = {}
+    found: dict[str, str] = {}
     for name in ("stock", "stock-native"):
         if name in steps:
             step = steps[name]
