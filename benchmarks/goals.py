@@ -44,14 +44,20 @@ def findings_table(findings: list[Finding]) -> str:
             (
                 found.what,
                 found.asked,
-                f"{found.found:.2f}",
-                f"{found.worst:.2f}",
+                f"{found.found:.2f}" if found.number else "",
+                f"{found.worst:.2f}" if found.number else "",
                 str(found.number),
-                ("reached" if found.reached else "**missed**") if found.asked != "–" else "",
+                _verdict(found),
             )
             for found in findings
         ],
     )
+
+
+def _verdict(found: Finding) -> str:
+    if not found.number:
+        return "not measured"
+    return ("reached" if found.reached else "**missed**") if found.asked != "–" else ""
 
 
 def layer_findings(rows: Rows) -> list[Finding]:
@@ -138,6 +144,63 @@ def lean_findings(rows: Rows) -> list[Finding]:
     return found
 
 
+# Bytes of a tensor above which a layer on a GPU is compared with the floor.
+_DEVICE_LARGE = 64_000_000
+
+
+def device_layer_findings(rows: Rows) -> list[Finding]:
+    """Return the goals of single layers on a GPU, those that nothing was measured of among them."""
+    measured = [row for row in rows if "missing" not in row]
+    main = [
+        row
+        for row in measured
+        if (row["dtype"], row["layout"]) == ("bfloat16", "channels-last")
+        and row["operation"].endswith("relu")
+    ]
+    large = [row for row in measured if row["tensor_bytes"] > _DEVICE_LARGE and "ours" in row["rivals"]]
+    what = "norm → (add →) ReLU, bfloat16, channels-last and [N, C]: "
+    found: list[Finding] = []
+    for rival, goal in (("stock", 2.0), ("stock-native", 2.0), ("stock-in-place", None), ("compiled", 1.2)):
+        name = f"{rival} / ours"
+        of_rival = [row for row in main if name in row["ratios"]]
+        found += _or_nothing(f"{what}{rival} ÷ ours", goal, "≥", _ratios, of_rival, name)
+    what = "ours ÷ the floor, tensors over 64 MB"
+    found += _or_nothing(what, 1.25, "≤", _floors, large, "ours")
+    of_main = [row for row in large if row in main]
+    return found + _or_nothing("the same, of the rows of the first goal", 1.25, "≤", _floors, of_main, "ours")
+
+
+def device_step_findings(rows: Rows) -> list[Finding]:
+    """Return the goals of ResNet-50's training step on a GPU, whether it was measured or not."""
+    measured = [row for row in rows if row["network"] == "ResNet-50" and "missing" not in row]
+    fused = [row for row in measured if "stock / fused" in row["ratios"]]
+    found = _or_nothing("ResNet-50: images/s, fused ÷ stock", 1.15, "≥", _ratios, fused, "stock / fused")
+    for what, key, goal in (("peak of a step", "peak", 0.65), ("held behind the forward", "held", None)):
+        what = f"ResNet-50: bytes, {what}, lean ÷ stock"
+        ratios = [
+            row["variants"]["lean"]["bytes"][key] / row["variants"]["stock"]["bytes"][key]
+            for row in measured
+            if {"lean", "stock"} <= row["variants"].keys() and row["variants"]["lean"]["bytes"]
+        ]
+        found += list(_finding(what, goal, ratios, max, max, "≤")) or [_nothing(what, goal, "≤")]
+    return found
+
+
+def _or_nothing(
+    what: str,
+    goal: float | None,
+    sign: str,
+    find: Callable[..., Iterable[Finding]],
+    rows: Rows,
+    name: str,
+) -> list[Finding]:
+    return list(find(what, goal, rows, name)) or [_nothing(what, goal, sign)]
+
+
+def _nothing(what: str, goal: float | None, sign: str) -> Finding:
+    return Finding(what, _asked(goal, sign), math.nan, math.nan, 0, reached=False)
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     """Return exp of the mean logarithm."""
     return math.exp(statistics.fmean(math.log(value) for value in values))
@@ -178,5 +241,8 @@ def _finding(
         return
     found = middle(values)
     reached = goal is None or (found >= goal if sign == "≥" else found <= goal)
-    asked = "–" if goal is None else f"{sign} {goal:g}"
-    yield Finding(what, asked, found, worst(values), len(values), reached)
+    yield Finding(what, _asked(goal, sign), found, worst(values), len(values), reached)
+
+
+def _asked(goal: float | None, sign: str) -> str:
+    return "–" if goal is None else f"{sign} {goal:g}"

@@ -12,6 +12,7 @@ Rows = list[dict[str, Any]]
 _OPERATIONS = {
     "norm": "norm",
     "norm-relu": "norm → ReLU",
+    "norm-add": "norm → add",
     "norm-add-relu": "norm → add → ReLU",
     "eval-norm": "evaluation: norm",
     "eval-norm-relu": "evaluation: norm → ReLU",
@@ -47,15 +48,14 @@ def _key(row: dict[str, Any]) -> tuple[str, str]:
 def layer_table(rows: Rows) -> str:
     """One row per case; a column for each rival that any case has."""
     rivals = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
-    header = ("", "shape", "layout", "ours, ms", "GB/s", "÷ floor", *(_rival(name) for name in rivals))
-    return table(header, [(*_case(row), *(_ratio(row, name) for name in rivals)) for row in rows])
+    header = ("", "shape", "layout", "ours, ms", "GB/s", "÷ floor", *(rival(name) for name in rivals))
+    return table(header, [(*_case(row), *(ratio_of(row, name) for name in rivals)) for row in rows])
 
 
 def _case(row: dict[str, Any]) -> tuple[str, ...]:
     ours = row["rivals"].get("ours" + REUSING) or row["rivals"]["ours"]
-    kind = _OPERATIONS[row["operation"]] + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
     return (
-        f"{kind} ({row['network']})",
+        operation(row),
         str(tuple(row["shape"])),
         row["layout"],
         f"{ours['seconds'] * 1e3:.3g}",
@@ -64,11 +64,19 @@ def _case(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _rival(name: str) -> str:
+def operation(row: dict[str, Any]) -> str:
+    """Return what a row measures, and where it is found."""
+    kind = _OPERATIONS[row["operation"]] + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
+    return f"{kind} ({row['network']})"
+
+
+def rival(name: str) -> str:
+    """Return how a ratio is headed."""
     return name.replace(" / ", " ÷ ").replace(REUSING, " (reusing)")
 
 
-def _ratio(row: dict[str, Any], name: str) -> str:
+def ratio_of(row: dict[str, Any], name: str) -> str:
+    """Return a ratio's median with its quartiles, or nothing."""
     found = row["ratios"].get(name)
     return "" if found is None else _with_quartiles(found)
 
@@ -81,7 +89,7 @@ def step_table(rows: Rows) -> str:
     """Whole training steps."""
     names = list(rows[0]["ratios"])
     return table(
-        ("network", "batch", "layout", "stock, ms", "ours, ms", "goal", *map(_rival, names)),
+        ("network", "batch", "layout", "stock, ms", "ours, ms", "goal", *map(rival, names)),
         [
             (
                 row["network"],

@@ -18,7 +18,7 @@ from .layer_cases import Case
 from .stock import StockChain
 
 Step = Callable[[], object]
-_OURS = {
+OURS = {
     2: batchnorm.BatchNorm1d,
     3: batchnorm.BatchNorm1d,
     4: batchnorm.BatchNorm2d,
@@ -36,15 +36,15 @@ class Tensors:
     residual: Tensor | None
 
 
-def tensors(case: Case) -> Tensors:
+def tensors(case: Case, device: str = "cpu") -> Tensors:
     """Draw a case's tensors, of its dtype and in its layout."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     memory_format = torch.contiguous_format
     if case.layout == "channels-last":
         memory_format = _CHANNELS_LAST.get(len(case.shape), memory_format)
 
     def draw() -> Tensor:
-        drawn = torch.randn(case.shape, generator=generator)
+        drawn = torch.randn(case.shape, generator=generator, device=device)
         return drawn.to(getattr(torch, case.dtype), memory_format=memory_format)
 
     return Tensors(draw(), draw(), draw() if case.residual else None)
@@ -82,7 +82,7 @@ def _stock_in_place(case: Case, given: Tensors) -> Step:
 
 
 def _ours(case: Case, given: Tensors) -> Step:
-    layer = _OURS[len(case.shape)](case.shape[1], activation=case.activation)
+    layer = OURS[len(case.shape)](case.shape[1], activation=case.activation)
     return _torch_step(layer, case, given)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import calibrate, fold_page, layer_bounds, layer_page, lean_page, policies, synced, synced_model
-from .results_file import load
+from .device import page as device
+from .lazily import function
+from .results_file import FOLDER, load
 from .tables import table
 
 ROOT = Path(__file__).parent.parent
@@ -16,9 +17,18 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / name
-        for name in ("benchmarks.md", "calibrate.md", "fold.md", "lean.md", "statistics.md", "study.md")
+        for name in (
+            "benchmarks.md",
+            "calibrate.md",
+            "fold.md",
+            "gpu.md",
+            "lean.md",
+            "statistics.md",
+            "study.md",
+        )
     ),
 )
+GPU_PAGE = ROOT / "docs" / "gpu.md"
 Rows = list[dict[str, Any]]
 
 
@@ -109,46 +119,67 @@ def _study_row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-# Marker -> the result file and how it is shown.
-BLOCKS: dict[str, tuple[str, Callable[[Rows], str]]] = {
-    "accuracy": ("accuracy-cpu", accuracy_table),
-    "accuracy-summary": ("accuracy-cpu", accuracy_summary),
-    "layer-goals": ("layer-time-cpu", layer_page.goals_table),
-    "layer-time": ("layer-time-cpu", layer_page.main_table),
-    "layer-time-others": ("layer-time-cpu", layer_page.other_table),
-    "reuse-goals": ("layer-time-reuse-memory-cpu", layer_page.reuse_goals_table),
-    "layer-time-reuse": ("layer-time-reuse-memory-cpu", layer_page.layer_table),
-    "layer-bounds": ("layer-bounds-cpu", layer_bounds.bounds_table),
-    "step-time": ("step-time-cpu", layer_page.step_table),
-    "lean": ("lean-cpu", lean_page.lean_table),
-    "lean-goals": ("lean-cpu", lean_page.goals_table),
-    "accuracy-keras": ("accuracy-keras-cpu", keras_accuracy_table),
-    "step-time-keras": ("step-time-keras-cpu", keras_step_table),
-    "calibrate": ("calibrate-cpu", calibrate.time_table),
-    "calibrate-memory": ("calibrate-cpu", calibrate.memory_table),
-    "calibration-report": ("calibration-digits", calibrate.report_table),
-    "fold-zoo-goals": ("fold-zoo-cpu", fold_page.zoo_goals_table),
-    "fold-zoo": ("fold-zoo-cpu", fold_page.zoo_table),
-    "fold-inference": ("fold-inference-cpu", fold_page.inference_table),
-    "policies": ("policies-cpu", policies.policies_table),
-    "policies-goals": ("policies-cpu", policies.goals_table),
-    "synced": ("synced-cpu", synced.layers_table),
-    "synced-model": ("synced-cpu", synced_model.fitted_table),
-    "synced-packets": ("synced-cpu", synced.packets_table),
-    "study": ("study-digits", study_table),
-    "study-summary": ("study-digits", study_summary),
+# Marker -> the result file, and the function that shows it: imported when it is asked for, as some need more
+# than a machine with a GPU has.
+BLOCKS: dict[str, tuple[str, str]] = {
+    "accuracy": ("accuracy-cpu", "page.accuracy_table"),
+    "accuracy-summary": ("accuracy-cpu", "page.accuracy_summary"),
+    "layer-goals": ("layer-time-cpu", "layer_page.goals_table"),
+    "layer-time": ("layer-time-cpu", "layer_page.main_table"),
+    "layer-time-others": ("layer-time-cpu", "layer_page.other_table"),
+    "reuse-goals": ("layer-time-reuse-memory-cpu", "layer_page.reuse_goals_table"),
+    "layer-time-reuse": ("layer-time-reuse-memory-cpu", "layer_page.layer_table"),
+    "layer-bounds": ("layer-bounds-cpu", "layer_bounds.bounds_table"),
+    "step-time": ("step-time-cpu", "layer_page.step_table"),
+    "lean": ("lean-cpu", "lean_page.lean_table"),
+    "lean-goals": ("lean-cpu", "lean_page.goals_table"),
+    "accuracy-keras": ("accuracy-keras-cpu", "page.keras_accuracy_table"),
+    "step-time-keras": ("step-time-keras-cpu", "page.keras_step_table"),
+    "calibrate": ("calibrate-cpu", "calibrate.time_table"),
+    "calibrate-memory": ("calibrate-cpu", "calibrate.memory_table"),
+    "calibration-report": ("calibration-digits", "calibrate.report_table"),
+    "fold-zoo-goals": ("fold-zoo-cpu", "fold_page.zoo_goals_table"),
+    "fold-zoo": ("fold-zoo-cpu", "fold_page.zoo_table"),
+    "fold-inference": ("fold-inference-cpu", "fold_page.inference_table"),
+    "policies": ("policies-cpu", "policies.policies_table"),
+    "policies-goals": ("policies-cpu", "policies.goals_table"),
+    "synced": ("synced-cpu", "synced.layers_table"),
+    "synced-model": ("synced-cpu", "synced_model.fitted_table"),
+    "synced-packets": ("synced-cpu", "synced.packets_table"),
+    "study": ("study-digits", "page.study_table"),
+    "study-summary": ("study-digits", "page.study_summary"),
+}
+# The same for files that have a device's name behind that of the section.
+DEVICE_BLOCKS: dict[str, tuple[str, str]] = {
+    "gpu-layer-goals": ("layers", "device.page.layer_goals"),
+    "gpu-layers": ("layers", "device.page.layers_section"),
+    "gpu-step-goals": ("steps", "device.page.step_goals"),
+    "gpu-steps": ("steps", "device.page.steps_section"),
 }
 
 
-def block(name: str) -> str:
-    """Return a marked block: the table, and where it comes from; or that it is still to be measured."""
+def block(name: str, folder: Path = FOLDER) -> str:
+    """Return a marked block: tables, and where they come from; or that they are still to be measured."""
+    return f"<!-- {name} -->\n{_content(name, folder)}\n<!-- / -->"
+
+
+def _content(name: str, folder: Path) -> str:
+    if name == "gpu-state":
+        return device.state(folder)
+    if name in DEVICE_BLOCKS:
+        section, show = DEVICE_BLOCKS[name]
+        parts = [_shown(file, show, folder) for file in device.files(section, folder)]
+        return "\n\n".join(parts) or function(show)([]) or "Not measured yet."
     file, show = BLOCKS[name]
-    try:
-        found = load(file)
-    except FileNotFoundError:
-        return f"<!-- {name} -->\nNot measured yet: `python -m benchmarks.run {file}`.\n<!-- / -->"
+    if not (folder / f"{file}.json").exists():
+        return f"Not measured yet: `python -m benchmarks.run {file}`."
+    return _shown(file, show, folder)
+
+
+def _shown(file: str, show: str, folder: Path) -> str:
+    found = load(file, folder)
     origin = ", ".join(str(value) for key, value in found["provenance"].items() if key != "command")
-    return f"<!-- {name} -->\n{show(found['rows'])}\n\n`benchmarks/results/{file}.json`: {origin}\n<!-- / -->"
+    return f"{function(show)(found['rows'])}\n\n`benchmarks/results/{file}.json`: {origin}"
 
 
 def filled(text: str) -> str:
@@ -156,7 +187,11 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- ([a-z-]+) -->\n.*?<!-- / -->", lambda found: block(found[1]), text, flags=re.DOTALL)
 
 
-def write() -> None:
-    """Make the blocks of all pages anew."""
-    for page in PAGES:
+def write(pages: Iterable[Path] = PAGES) -> None:
+    """Make the blocks of pages anew."""
+    for page in pages:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":  # for result files that come from another machine
+    write()

@@ -21,9 +21,12 @@ def _commit() -> str:
     """Return the commit that is measured, with `-dirty` where its code was changed: results may change."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words], capture_output=True, text=True, check=False, cwd=FOLDER.parent.parent
-        )
+        try:
+            done = subprocess.run(
+                ["git", *words], capture_output=True, text=True, check=False, cwd=FOLDER.parent.parent
+            )
+        except OSError:  # no git here
+            return ""
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
@@ -47,10 +50,15 @@ def provenance(command: str) -> dict[str, Any]:
 
 def save(name: str, command: str, rows: list[dict[str, Any]], folder: Path = FOLDER) -> Path:
     """Write `rows` with their provenance to `folder/name.json`, whole or not at all."""
+    return write(name, provenance(command), rows, folder)
+
+
+def write(name: str, origin: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Path:
+    """Write `rows` and the provenance `origin` to `folder/name.json`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"provenance": provenance(command), "rows": rows}, indent=1) + "\n")
+    draft.write_text(json.dumps({"provenance": origin, "rows": rows}, indent=1) + "\n")
     draft.replace(path)
     return path
 

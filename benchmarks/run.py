@@ -2,72 +2,111 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from . import results_file
+from .lazily import function
 
-from . import (
-    accuracy,
-    calibrate,
-    fold_inference,
-    fold_page,
-    fold_zoo,
-    keras_layer,
-    layer_bounds,
-    layer_page,
-    layer_time,
-    lean,
-    lean_page,
-    page,
-    policies,
-    results_file,
-    roofline,
-    step_time,
-    study,
-    synced,
-)
-
+# Name of the result file -> what measures, and what shows the rows; imported when it is asked for, as no
+# machine needs all that they are compared with.
 MEASUREMENTS = {
-    "accuracy-cpu": (accuracy.measure, page.accuracy_table),
-    "layer-time-cpu": (layer_time.measure, layer_page.layer_table),
-    "layer-time-reuse-memory-cpu": (layer_time.measure_reusing_memory, layer_page.layer_table),
-    "layer-bounds-cpu": (layer_bounds.measure, layer_bounds.bounds_table),
-    "step-time-cpu": (step_time.measure, layer_page.step_table),
-    "lean-cpu": (lean.measure, lean_page.lean_table),
-    "accuracy-keras-cpu": (keras_layer.accuracies, page.keras_accuracy_table),
-    "step-time-keras-cpu": (keras_layer.step_times, page.keras_step_table),
-    "calibrate-cpu": (calibrate.measure, calibrate.table_of_both),
-    "calibration-digits": (calibrate.digits, calibrate.report_table),
-    "fold-zoo-cpu": (fold_zoo.measure, fold_page.zoo_table),
-    "fold-inference-cpu": (fold_inference.measure, fold_page.inference_table),
-    "policies-cpu": (policies.measure, policies.policies_table),
-    "synced-cpu": (synced.measure, synced.layers_table),
-    "study-digits": (study.measure, page.study_table),
+    "accuracy-cpu": ("accuracy.measure", "page.accuracy_table"),
+    "layer-time-cpu": ("layer_time.measure", "layer_page.layer_table"),
+    "layer-time-reuse-memory-cpu": ("layer_time.measure_reusing_memory", "layer_page.layer_table"),
+    "layer-bounds-cpu": ("layer_bounds.measure", "layer_bounds.bounds_table"),
+    "step-time-cpu": ("step_time.measure", "layer_page.step_table"),
+    "lean-cpu": ("lean.measure", "lean_page.lean_table"),
+    "accuracy-keras-cpu": ("keras_layer.accuracies", "page.keras_accuracy_table"),
+    "step-time-keras-cpu": ("keras_layer.step_times", "page.keras_step_table"),
+    "calibrate-cpu": ("calibrate.measure", "calibrate.table_of_both"),
+    "calibration-digits": ("calibrate.digits", "calibrate.report_table"),
+    "fold-zoo-cpu": ("fold_zoo.measure", "fold_page.zoo_table"),
+    "fold-inference-cpu": ("fold_inference.measure", "fold_page.inference_table"),
+    "policies-cpu": ("policies.measure", "policies.policies_table"),
+    "synced-cpu": ("synced.measure", "synced.layers_table"),
+    "study-digits": ("study.measure", "page.study_table"),
 }
+ON_A_DEVICE = ("layers", "steps")
 
 
-def main(
-    names: Annotated[list[str] | None, typer.Argument(help=f"Which of {', '.join(MEASUREMENTS)}.")] = None,
-    quick: Annotated[bool, typer.Option(help="A look in seconds; writes nothing.")] = False,
-    out: Annotated[Path, typer.Option(help="Where the result files go.")] = results_file.FOLDER,
-) -> None:
-    """Measure accuracy, time and the default study; all of them where no name is given."""
-    for name in names or MEASUREMENTS:
-        if name not in MEASUREMENTS:
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(MEASUREMENTS)}")
-    for name in names or MEASUREMENTS:
-        measure, table = MEASUREMENTS[name]
+def main(words: list[str] | None = None) -> None:
+    """Measure what the command line asks for; all of it where it names nothing."""
+    parser = _parser()
+    asked = parser.parse_args(words)
+    known = tuple(MEASUREMENTS) if asked.device is None else ON_A_DEVICE
+    for name in asked.names:
+        if name not in known:
+            parser.error(f"{name!r} is none of {', '.join(known)}")
+    if asked.device is None:
+        _measure(asked.names or known, asked.quick, asked.out)
+    else:
+        _measure_on_device(parser, asked)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"which of {', '.join(MEASUREMENTS)}; with --device, of {', '.join(ON_A_DEVICE)}",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help=f"measure {' and '.join(ON_A_DEVICE)} on this device, and nothing else",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a look in seconds; writes only where --out says"
+    )
+    parser.add_argument("--out", type=Path, help="where the result files go; benchmarks/results if not said")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="with --device: for all of it (540); what is left out is said in the file",
+    )
+    parser.add_argument("--commit", help="what is measured, for a copy of the sources without git")
+    return parser
+
+
+def _measure(names: tuple[str, ...], quick: bool, out: Path | None) -> None:
+    folder = out or (None if quick else results_file.FOLDER)
+    for name in names:
+        measure, show = map(function, MEASUREMENTS[name])
         rows = measure(quick)
-        if not quick:
-            typer.echo(results_file.save(name, f"python -m benchmarks.run {name}", rows, out))
-        typer.echo(table(rows))
-    if not quick and out == results_file.FOLDER:
-        roofline.draw(results_file.load("layer-time-cpu")["rows"])
-        calibrate.draw(results_file.load("calibration-digits")["rows"])
-        lean_page.draw(results_file.load("lean-cpu")["rows"])
-        page.write()
+        if folder is not None:
+            print(results_file.save(name, f"python -m benchmarks.run {name}", rows, folder))
+        print(show(rows))
+    if folder == results_file.FOLDER:
+        for draw, drawn in (
+            ("roofline.draw", "layer-time-cpu"),
+            ("calibrate.draw", "calibration-digits"),
+            ("lean_page.draw", "lean-cpu"),
+        ):
+            function(draw)(results_file.load(drawn)["rows"])
+        function("page.write")()
+
+
+def _measure_on_device(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    import torch
+
+    from . import page
+    from .device import run
+
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here; --device cpu tries the measurement without one")
+    names = tuple(asked.names) or ON_A_DEVICE
+    words = [f"--device {asked.device}", *asked.names, *(["--quick"] if asked.quick else [])]
+    origin = results_file.provenance(" ".join(("python -m benchmarks.run", *words)))
+    if asked.commit and origin["commit"] == "unknown":
+        origin["commit"] = asked.commit
+    folder = asked.out or (None if asked.quick else results_file.FOLDER)
+    seconds = run.SECONDS if asked.seconds is None else asked.seconds
+    run.run(run.Wanted(asked.device, names, seconds, folder, origin, asked.quick))
+    if folder == results_file.FOLDER:
+        page.write([page.GPU_PAGE])
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()
