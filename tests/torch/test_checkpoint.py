@@ -420,3 +420,28 @@ def test_one_backward_through_several_passes(way: Way) -> None:
         torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])
         found.append({f"dx{k}": leaf.grad for k, leaf in enumerate(leaves)})
     assert_identical(found[1], found[0])
+
+
+@pytest.mark.parametrize("name", ["batch", "ghost", "renorm", "lenient"])
+def test_compiled_with_what_is_checkpointed(name: str) -> None:
+    """The compiler itself computes again: rightly, or not at all."""
+    torch.compiler.reset()
+    found = []
+    mask = torch.ones(7, 5, 4, dtype=torch.bool) if name == "lenient" else None
+    for compiles in (False, True):
+        net = made(POLICIES[name])
+        run: Any = lambda x, net=net: WAYS["not"](net, x, mask)  # noqa: E731
+        if compiles:
+            run = torch.compile(run, backend="aot_eager", fullgraph=True)
+        leaf = batches(1)[0].requires_grad_()
+        y = run(leaf)
+        torch.manual_seed(5)
+        if compiles and name in ("renorm", "lenient"):
+            with pytest.raises(RecomputeError, match="leave this layer out of checkpointing"):
+                y.backward(torch.randn_like(y))
+            continue
+        y.backward(torch.randn_like(y))
+        found.append({"dx": leaf.grad, **{n: b.double() for n, b in net.named_buffers()}})
+    for n, theirs in found[0].items() if len(found) > 1 else ():
+        torch.testing.assert_close(found[1][n], theirs, rtol=4e-6, atol=4e-6, msg=n)
+    torch.compiler.reset()
