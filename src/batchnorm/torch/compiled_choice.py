@@ -80,8 +80,8 @@ def _normalize(
     if training and (is_lenient or plan.choice.policy.needs_running) and is_in_backward():
         raise RecomputeError(
             f"a compiled forward with statistics={plan.choice.policy} is computed again by activation "
-            "checkpointing, and its running statistics have moved since: leave this layer out of checkpointing "
-            "or the checkpointed part out of torch.compile",
+            "checkpointing, and its running statistics have moved since: leave this layer out of "
+            "checkpointing, or the checkpointed part out of torch.compile",
             label or None,
         )
     batch, chosen = halves.measured(engine(x), x, plan, strict=strict)
