@@ -30,13 +30,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 study: $(VENV)/.study
 	$(BIN)/batchnorm study $(ARGS)
 
-# Keras has one backend per process: the torch backend runs with the rest, the others after it.
-test: $(VENV)/.dev
+# Kernels stay on disk, beside their source, until it changes.
+$(VENV)/.kernels: $(VENV)/.dev $(wildcard src/batchnorm/kernels/cpu/*.py)
+	$(BIN)/python -m tests.support.kernels
+	@touch $@
+
+test: $(VENV)/.kernels
 	$(BIN)/pytest -n auto $(ARGS)
-ifeq ($(ARGS),)
-	KERAS_BACKEND=tensorflow $(BIN)/pytest -n auto tests/keras
-	KERAS_BACKEND=jax $(BIN)/pytest -n auto tests/keras
-endif
 
 # What a seed finds, `make fuzz FUZZ_SEED=...` finds again, as long as FUZZ_CASES is the same.
 FUZZ_CASES ?= 20000

@@ -11,6 +11,8 @@ import torch
 from benchmarks import goals, lean, lean_page
 from benchmarks.lean_variants import VARIANTS, LeanCase
 
+pytestmark = pytest.mark.xdist_group("benchmark of lean")  # a row takes seconds to measure
+
 CASE = LeanCase("MobileNetV2", 8, 32)  # of fewer values a norm makes too much of rounding
 
 

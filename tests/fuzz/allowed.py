@@ -95,8 +95,13 @@ def allowed_for(
         dweight,
         total(dz) * u + count * d.reshape(-1),
         mean,
-        4 * off.reshape(-1) ** 2 + u * 4 * size.reshape(-1) ** 2,
+        4 * off.reshape(-1) ** 2 + u * 4 * size.reshape(-1) ** 2 + arithmetic_of(dtype).tiny,
     )
+
+
+def arithmetic_of(dtype: torch.dtype) -> torch.finfo:
+    """Return the limits of the numbers that a dtype is computed in."""
+    return torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32)
 
 
 def assert_within(
@@ -112,8 +117,7 @@ def assert_within(
     if not ours.size:
         return
     rounding = max(TOLERANCES[actual.dtype].rounding, narrow.eps / 2)
-    arithmetic = torch.finfo(torch.float64 if actual.dtype is torch.float64 else torch.float32)
-    lost = narrow.tiny * narrow.eps + 4 * arithmetic.tiny
+    lost = narrow.tiny * narrow.eps + 4 * arithmetic_of(actual.dtype).tiny
     with np.errstate(all="ignore"):
         # Where statistics are NaN, only what is masked has an answer: 0, exactly.
         near = np.where(np.isnan(allowed), 0.0, allowed) + np.zeros(expected.shape)

@@ -1,7 +1,8 @@
-"""Keras has one backend per process, named by KERAS_BACKEND; `make test` runs this folder on each."""
+"""Keras has one backend per process, named by KERAS_BACKEND; tests/test_keras_backends.py runs the others."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -17,6 +18,9 @@ if BACKEND == "jax":  # two devices, for the distribution API
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 if BACKEND == "tensorflow" and INSTALLED:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # It imports Triton where that is installed, which ends the process if TensorFlow was imported before it:
+    # "LLVM ERROR: inconsistency in registered CommandLine options" (triton 3.9, tensorflow 2.21).
+    importlib.import_module("torch._dynamo")
     import tensorflow as tf
 
     cpu = tf.config.list_physical_devices("CPU")[0]

@@ -16,6 +16,8 @@ from batchnorm.keras.norms import norms_within
 
 from .foldable import dense, draw, folded, functional, made, outputs, randomized, sequential
 
+pytestmark = pytest.mark.one_backend  # which norms fold is read off a graph of layers
+
 Stock = layers.BatchNormalization
 
 

@@ -38,7 +38,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("compiled", "offset"), [(False, 1e5), (True, 0.0), (True, 1e5)])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("shape", "axis", "mask_shape", "new_axis"), CASES)
 def test_row_2_masked_values_are_in_no_statistic(
     shape: tuple[int, ...],
@@ -46,9 +46,11 @@ def test_row_2_masked_values_are_in_no_statistic(
     mask_shape: tuple[int, ...],
     new_axis: int,
     compiled: bool,
-    offset: float,
     request: pytest.FixtureRequest,
 ) -> None:
+    """Far from zero; compiled, in every second shape."""
+    is_even = [case.values[0] for case in CASES].index(shape) % 2 == 0
+    offset = 1e5 * (not compiled or is_even)
     # torch.compile takes seconds a case, and so does JAX, which compiles every operation of an eager call.
     slow = {"torch": compiled, "jax": not compiled}.get(keras.backend.backend(), False)
     if slow and "image-channels-first" not in request.node.name:

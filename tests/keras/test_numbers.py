@@ -58,11 +58,14 @@ def moved(old: Array, batch: Array) -> Array:
     return old * MOMENTUM + batch * (1 - MOMENTUM)
 
 
-@pytest.mark.parametrize(("compiled", "offset"), [(False, 1e6), (True, 0.0), (True, 1e6)])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 def test_training_step_is_the_references(
-    shape: tuple[int, ...], axis: int, compiled: bool, offset: float, request: pytest.FixtureRequest
+    shape: tuple[int, ...], axis: int, compiled: bool, request: pytest.FixtureRequest
 ) -> None:
+    """Far from zero; compiled, in every second shape."""
+    is_even = [case.values[0] for case in SHAPES].index(shape) % 2 == 0
+    offset = 1e6 * (not compiled or is_even)
     if keras.backend.backend() == "jax" and not compiled and "image-channels-first" not in request.node.name:
         pytest.skip("JAX compiles every operation of an eager call: one shape is enough")
     layer = made(shape[axis], axis, len(shape))

@@ -74,10 +74,18 @@ def check(
         assert int(layer.batches.numpy()) == case.batches + case.policy.moves(case.training)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("axis", [-1, 1])
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("masked", [False, True])
+# Each of two options meets each, and with every policy, in six rows instead of 24.
+@pytest.mark.parametrize(
+    ("dtype", "axis", "activation", "masked"),
+    [
+        ("float32", -1, None, False),
+        ("float32", 1, "silu", True),
+        ("mixed_bfloat16", 1, None, False),
+        ("mixed_bfloat16", -1, "silu", True),
+        ("float64", -1, "silu", False),
+        ("float64", 1, None, True),
+    ],
+)
 @every_case
 def test_rows_2_21_and_35_every_policy_is_the_references(
     case: Case, masked: bool, activation: str | None, axis: int, dtype: str
@@ -101,14 +109,15 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e5])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 @every_case
 def test_rows_21_and_35_compiled_and_far_from_zero(
-    case: Case, shape: tuple[int, ...], axis: int, offset: float, request: pytest.FixtureRequest
+    case: Case, shape: tuple[int, ...], axis: int, request: pytest.FixtureRequest
 ) -> None:
-    """|mean|/std of 1e5, by XLA on TensorFlow and JAX; torch.compile takes seconds a case: two shapes do."""
-    compiled = BACKEND != "torch" or ("image-" in request.node.name and not offset)
+    """|mean|/std of 1e5 in every second; by XLA on TensorFlow and JAX; torch.compile is slow: one a case."""
+    at = list(CASES.values()).index(case) + [shape.values[0] for shape in SHAPES].index(shape)
+    offset = 1e5 * (at % 2)
+    compiled = BACKEND != "torch" or ("image" in request.node.name and not offset)
     layer = made_for(case, 4, axis, len(shape), offset)
     x, dy = draw(shape, 1, "float32", offset), draw(shape, 2, "float32")
     check(case, layer, x, dy, axis, compiled=compiled)

@@ -27,6 +27,8 @@ from batchnorm.study.tasks import RunTask
 from batchnorm.study.verdicts import judge, read
 from tests.keras.study_code import write_own_code
 
+pytestmark = pytest.mark.xdist_group("study in Keras")  # a study is run once
+
 BATCH, STEPS = 20, 3  # of 60 examples
 ON_ONE_BACKEND = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="its subject is the same on every backend: one is enough"

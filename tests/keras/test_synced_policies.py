@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 import torch
@@ -20,7 +14,7 @@ from batchnorm.keras import BatchNormalization
 from tests.support.compare import assert_close
 
 from .gradients import Array
-from .policy_cases import CASES, EPSILON, Case, Expected, expected, made_for
+from .policy_cases import CASES, Case, Expected, expected, made_for
 
 F32 = torch.float32
 OVER = {
@@ -104,26 +98,6 @@ def test_row_22_on_tensorflows_strategies(strategy: Any, over: str, masked: bool
     local = [[v.numpy() for v in strategy.experimental_local_results(t)] for t in (y, *gradients)]
     moving = {name: getattr(layer, name).numpy() for name in ("moving_mean", "moving_variance")}
     check([dict(zip(names, part, strict=True)) | moving for part in zip(*local, strict=True)], wanted, masks)
-
-
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="a way of the torch backend")
-@pytest.mark.parametrize(("over", "masked"), [("ghost", True), ("ghost-in-turn", False), ("renorm", False)])
-def test_row_22_on_torch_distributed(over: str, masked: bool, tmp_path: Path) -> None:
-    xs, dys, masks = inputs(masked)
-    layer = made_for(Case(OVER[over]), 5, -1, 3)
-    wanted = one_process(OVER[over], (xs, dys, masks), layer.get_weights())
-    options = json.dumps({"statistics": OVER[over].config(), "epsilon": EPSILON})
-    weights = dict(zip(("gamma", "beta", "mean", "var"), layer.get_weights(), strict=True))
-    for rank in range(2):
-        mask = {} if masks is None else {"mask": masks[rank]}
-        np.savez(tmp_path / f"given{rank}.npz", x=xs[rank], dy=dys[rank], options=options, **mask, **weights)
-    script = Path(__file__).with_name("one_rank.py")
-    environment = os.environ | {"KERAS_BACKEND": "torch"}
-    ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=environment) for rank in range(2)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    check([dict(np.load(tmp_path / f"found{rank}.npz")) for rank in range(2)], wanted, masks)
 
 
 @pytest.mark.parametrize(

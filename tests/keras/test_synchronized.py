@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -22,10 +18,6 @@ from .oracle import oracle
 from .test_numbers import MOMENTUM, draw, made, numbers
 
 F32 = torch.float32
-ONLY = {
-    name: pytest.mark.skipif(keras.backend.backend() != name, reason=f"a way of the {name} backend")
-    for name in ("jax", "torch")
-}
 MASKS = ["none", "uneven", "one-empty"]
 
 
@@ -108,7 +100,7 @@ def two_devices() -> Iterator[Any]:
     keras.distribution.set_distribution(None)
 
 
-@ONLY["jax"]
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="a way of the jax backend")
 @pytest.mark.parametrize("synchronized", [True, False])
 def test_row_22_on_jaxs_distribution_api(two_devices: Any, synchronized: bool) -> None:
     x = draw((8, 4, 5), 1, 2.0)
@@ -122,34 +114,6 @@ def test_row_22_on_jaxs_distribution_api(two_devices: Any, synchronized: bool) -
     values = x[(x != 0).any(-1)].astype(float)
     assert_close(norm.moving_mean.numpy(), values.mean(0), dtype=F32, what="moving_mean")
     assert_close(norm.moving_variance.numpy(), values.var(0), dtype=F32, what="moving_variance")
-
-
-@ONLY["torch"]
-@pytest.mark.parametrize("masks", ["none", "one-empty"])
-def test_row_22_on_torch_distributed(masks: str, tmp_path: Path) -> None:
-    xs, dys, given = inputs(masks, 1e5)
-    layer = made(5, -1, 3)
-    expected, mean, var = expect(layer, xs, dys, given)
-    weights = dict(zip(("gamma", "beta", "mean", "var"), layer.get_weights(), strict=True))
-    for rank in range(2):
-        mask = {} if given is None else {"mask": given[rank]}
-        np.savez(tmp_path / f"given{rank}.npz", x=xs[rank], dy=dys[rank], **mask, **weights)
-    script = Path(__file__).with_name("one_rank.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), tmp_path], env=os.environ | {"KERAS_BACKEND": "torch"}
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    found = [np.load(tmp_path / f"found{rank}.npz") for rank in range(2)]
-    assert_close(np.concatenate([part["y"] for part in found]), expected.y, dtype=F32, what="y")
-    assert_close(np.concatenate([part["dx"] for part in found]), expected.dx, dtype=F32, what="dx")
-    for name in ("dgamma", "dbeta"):
-        assert_close(sum(part[name] for part in found), getattr(expected, name), dtype=F32, what=name)
-    for name, value in (("moving_mean", mean), ("moving_variance", var)):
-        np.testing.assert_array_equal(found[0][name], found[1][name])
-        assert_close(found[0][name], value, dtype=F32, what=name)
 
 
 def test_one_process_needs_no_group() -> None:

@@ -13,6 +13,8 @@ from tests.models import calibrate_rank
 from tests.models.calibrate_rank import METHODS, SHARDS, running, shard, whole
 from tests.support.ranks import found_by_ranks
 
+pytestmark = pytest.mark.xdist_group("calibrate on ranks")  # processes are started once
+
 Found = list[dict[str, Any]]
 
 

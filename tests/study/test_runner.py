@@ -23,6 +23,8 @@ from batchnorm.study.tasks import RunTask, TimingTask, plan
 
 from .own_code import write_own_code
 
+pytestmark = pytest.mark.xdist_group("runner")  # one pool of processes
+
 
 class Listening(Quiet):
     """Keeps what it hears."""

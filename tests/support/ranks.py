@@ -38,6 +38,7 @@ def found_by_ranks(
     finally:
         for rank in ranks:
             rank.kill()  # those that still wait for one that failed; the others have ended
+            rank.communicate()
     ended_well = [rank.returncode == 0 for rank in ranks]
     assert ended_well == [rank not in lost for rank in range(number)], errors
     return [

@@ -207,8 +207,8 @@ def _skips(process: Process, length: int, act: Callable[..., Tensor] = gather) -
 def _sleeps(process: Process) -> None:
     share("first")
     if process.rank == 1:
-        time.sleep(5.0)
-    time.sleep(0.8 * process.rank)  # the last one waits for rank 1 when the first has given up
+        time.sleep(4.5)
+    time.sleep(0.9 * process.rank)  # the last one still waits for rank 1 when the first has given up
     share("waits")
 
 
@@ -227,6 +227,7 @@ def _late(process: Process) -> None:
 
 def fails(process: Process) -> None:
     """What must fail on every rank, and not for long."""
+    lost_ranks._SOON = 1.5  # less than the last one would go on waiting, if nobody told it
     scenarios: dict[str, Callable[[], None]] = {
         "same length": lambda: _skips(process, 5),
         "shorter": lambda: _skips(process, 2),

@@ -51,11 +51,13 @@ def relaid(x: Tensor, layout: str) -> Tensor:
     return x.contiguous()
 
 
-def step(layer: nn.Module, x: Tensor, dy: Tensor, *residual: Tensor) -> dict[str, Tensor | None]:
+def step(
+    layer: nn.Module, x: Tensor, dy: Tensor, *residual: Tensor, **masks: Tensor | None
+) -> dict[str, Tensor | None]:
     """Return output, gradients and statistics of one forward and backward, the cotangent being `dy`."""
     leaves = [tensor.detach().requires_grad_() for tensor in (x, *residual)]
     layer.zero_grad()
-    y = layer(*leaves)
+    y = layer(*leaves, **masks)
     y.backward(dy)
     found = {"y": y.detach(), "dx": leaves[0].grad, "dweight": None, "dbias": None}
     if residual:

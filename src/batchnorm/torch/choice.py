@@ -109,10 +109,10 @@ class Choice(NamedTuple):
         """Return what the call normalizes by, `[G, C]` each or a number, given what `share` returned.
 
         Args:
-            plain: of plain tensors, without a graph or a transform.
+            plain: without a graph or a transform.
         """
         known = self.known._replace(samples=samples)
-        if not (plain and batch.mean.is_cpu):
+        if not (plain and shows_its_memory(batch.mean)):
             return self._choose(batch, known, OfTorch)
         with np.errstate(all="ignore"):  # inf and NaN are no news: torch says nothing of them
             found = self._choose(PooledMoments(*map(array, batch)), Known(*map(array, known)), OfNumPy)
@@ -129,6 +129,11 @@ class Choice(NamedTuple):
         if isinstance(enough, bool):  # counted on the host
             return chosen if enough else Chosen(*given)
         return Chosen(*(xp.where(enough, own, other) for own, other in zip(chosen, given, strict=True)))
+
+
+def shows_its_memory(values: Tensor) -> bool:
+    """Whether `array` can have them: a plain tensor on a CPU, and none without values, such as a fake one."""
+    return values.is_cpu and type(values) is Tensor
 
 
 def array(value: Any) -> Any:
@@ -157,5 +162,5 @@ def known_to(
 def samples_of(x: Tensor, mask: Tensor | None) -> float | Tensor:
     """Return the number of samples with a value that counts, wide: of an integer, shares would be float32."""
     if mask is None:
-        return float(x.shape[0])
+        return 1.0 * x.shape[0]  # not float(): of an exporter it may be a symbol
     return mask.unsqueeze(1).flatten(1).any(1).sum(dtype=wide_dtype(x.device))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.errors import RecomputeError
 from batchnorm.kernels.choose import engine
 from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments
@@ -17,6 +18,7 @@ from batchnorm.statistics.synced import Synced
 from . import halves
 from .choice import Choice
 from .compiled_groups import groups_of
+from .contexts.recomputed import is_in_backward
 from .differentiable import Normalized, cleared
 from .plan import Plan
 from .ranks.collectives import Ranks
@@ -74,6 +76,14 @@ def _normalize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     known = (known_mean, known_var, batches, samples)
     plan = _plan(x, mask, known, policy, training, shares, is_lenient, label, activation, eps)
+    assert plan.choice is not None
+    if training and (is_lenient or plan.choice.policy.needs_running) and is_in_backward():
+        raise RecomputeError(
+            f"a compiled forward with statistics={plan.choice.policy} is computed again by activation "
+            "checkpointing, and its running statistics have moved since: leave this layer out of "
+            "checkpointing, or the checkpointed part out of torch.compile",
+            label or None,
+        )
     batch, chosen = halves.measured(engine(x), x, plan, strict=strict)
     y = engine(x).normalize(x, chosen.mean, chosen.rstd, weight, bias, residual=residual, **plan.options)
     count = torch.zeros_like(batch.mean[:, :1]) + batch.count

@@ -104,13 +104,13 @@ def _moments(wide: Tensor, plan: Plan) -> tuple[PooledMoments, Tensor, Tensor | 
         groups = torch.arange(samples, device=wide.device) // size
     counted = plan.mask
     if counted is None and groups is None:
-        count: float | Tensor = float(samples * positions)
+        count: float | Tensor = 1.0 * samples * positions  # not float(): of an exporter it may be a symbol
     else:
         per_sample = wide.new_full((samples, 1), float(positions))
         if counted is not None:
             per_sample = counted.unsqueeze(1).flatten(1).sum(1, keepdim=True).to(wide.dtype)
         count = _total(per_sample, groups, number)
-    divisor = max(1.0, count) if isinstance(count, float) else count.clamp(min=1)
+    divisor = count + (count == 0)
     spatial = list(range(2, wide.dim()))
 
     def total(values: Tensor) -> Tensor:

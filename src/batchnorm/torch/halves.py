@@ -18,7 +18,7 @@ from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Chosen, gradient_coefficients
 
 from . import differentiable, recipes
-from .choice import array, tensor
+from .choice import array, shows_its_memory, tensor
 from .moving import check_finite, of_groups
 from .plan import Plan
 
@@ -116,7 +116,7 @@ def _coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # A copy: memory that an array has shown is not resizable any more, and FSDP resizes its parameters'.
     wide = 1.0 if weight is None else weight.detach().to(sum_dy.dtype, copy=True)
-    if not sum_dy.is_cpu:
+    if not shows_its_memory(sum_dy):
         return gradient_coefficients(wide, chosen, batch, sum_dy, sum_dy_xhat)
     with np.errstate(all="ignore"):
         found = gradient_coefficients(

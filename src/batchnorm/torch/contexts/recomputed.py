@@ -31,7 +31,12 @@ def is_recomputed() -> bool:
 
     Its batch has moved the running statistics already, in the first pass.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and is_in_backward()
+
+
+def is_in_backward() -> bool:
+    """Whether this thread is in a backward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def may_be_recomputed(training: bool) -> bool:

@@ -1,0 +1,84 @@
+"""What ranks tell each other through a store: each rank is a thread here, the store is torch's."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import distributed
+
+from batchnorm.torch.ranks.lost_ranks import Board, MeetingError
+from batchnorm.torch.ranks.messages import mark_of
+
+MARK = mark_of("features.3 (BatchNorm2d) forward", "gather", torch.Size([2, 64]), torch.float64)
+OTHER = mark_of("features.4 (BatchNorm2d) forward", "gather", torch.Size([2, 64]), torch.float64)
+
+
+def boards(number: int, timeout: float) -> list[Board]:
+    """Return the board of each rank, on one store."""
+    store = distributed.HashStore()
+    everyone = tuple(range(number))
+    return [Board(distributed.PrefixStore("group", store), everyone, rank, timeout) for rank in everyone]
+
+
+def meet(some: list[Board]) -> None:
+    """Let these ranks meet, and raise what one of them does."""
+    with ThreadPoolExecutor(len(some)) as pool:
+        list(pool.map(Board.meet, some))
+
+
+def test_all_of_many_meet() -> None:
+    meet(boards(20, 10.0))
+
+
+def test_who_does_not_come_is_named_to_all_and_told_when_it_does() -> None:
+    *punctual, late = boards(20, 0.2)
+    with ThreadPoolExecutor(len(punctual)) as pool:
+        meetings = [pool.submit(board.meet) for board in punctual]
+    for board, meeting in zip(punctual, meetings, strict=True):
+        with pytest.raises(MeetingError, match=r"rank 19 did not come within 0\.2 s"):
+            meeting.result()
+        board.post(MARK.sent)
+    with pytest.raises(MeetingError, match="another rank gave up before this one came"):
+        late.meet()
+
+
+def test_a_second_meeting_on_a_store_is_not_held_with_those_of_the_first() -> None:
+    store = distributed.HashStore()
+    meet([Board(store, (0, 1), rank, 10.0) for rank in (0, 1)])
+    second = [Board(store, (0, 1), rank, 0.2) for rank in (0, 1)]
+    with pytest.raises(MeetingError, match="rank 1 did not come"):
+        second[0].meet()
+
+
+def test_an_error_names_all_who_are_silent_or_sent_something_else() -> None:
+    everyone = boards(30, 0.2)
+    assert not everyone[0].is_alarmed()
+    for rank in (0, 4, 7):
+        everyone[rank].post(MARK.sent if rank != 7 else OTHER.sent)
+    assert everyone[9].is_alarmed()
+    began = time.monotonic()
+    cause = RuntimeError("[/a/pair.cc:5] Timed out. This is typically caused by x")
+    error = everyone[0].error("features.3", MARK, cause)
+    assert time.monotonic() - began < 2.0
+    assert str(error).startswith(
+        "features.3: rank 0 could not share statistics (gather 2 x 64 float64): "
+        "no sign of ranks 1, 2, 3, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18 and 11 more, "
+        "which were killed, or are elsewhere and did not come within 0.2 s; "
+        "rank 7 sent something else, 'features.4 (BatchNorm2d) forward' (gather 2 x 64 float64). These"
+    )
+    assert str(error).endswith("on every rank. Cause: Timed out")
+
+
+def test_an_error_waits_no_longer_than_until_all_have_answered() -> None:
+    first, second = boards(2, 30.0)
+    meet([first, second])
+    for board in (first, second):
+        board.post(MARK.sent)
+    began = time.monotonic()
+    assert "this rank came too late, or a connection broke" in str(
+        first.error("x", MARK, RuntimeError("closed"))
+    )
+    assert time.monotonic() - began < 1.0
