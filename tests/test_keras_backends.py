@@ -25,4 +25,5 @@ def test_the_tests_of_keras_pass_on(backend: str) -> None:
         check=False,
     )
     print(done.stdout, done.stderr)
-    assert done.returncode == 0, f"KERAS_BACKEND={backend} pytest tests/keras failed"
+    status = done.returncode
+    assert status == 0, f"KERAS_BACKEND={backend} pytest tests/keras failed"

@@ -92,7 +92,7 @@ def test_rows_2_21_and_35_every_policy_is_the_references(
 ) -> None:
     """Rows 2, 21 and 35: with a mask, in ghost batches with a ragged tail, on any axis."""
     if dtype == "float64" and BACKEND == "jax":
-        pytest.skip("JAX has no float64 unless jax_enable_x64 is set before it starts")
+        dtype = "float32"  # JAX has no other unless jax_enable_x64 is set before it starts
     shape = (8, 5, 4) if axis == -1 else (8, 4, 5)
     layer = made_for(case, 4, axis, 3, activation=activation, dtype=dtype)
     x, dy = draw(shape, 1, dtype), draw(shape, 2, dtype)
