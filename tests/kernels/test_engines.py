@@ -14,9 +14,10 @@ from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import by_batch, gradient_coefficients
 from tests.support.cases import Case, Inputs, every_case
 from tests.support.compare import Results, assert_close, reference_results
+from tests.support.interpreted import device, trimmed
 
 EPS = 1e-5
-NAMES = ("eager", "cpu")
+NAMES = ("eager", "cpu", "gpu")
 every_engine = pytest.mark.parametrize("name", NAMES)
 
 
@@ -51,7 +52,8 @@ def _assert_gradients(
 @every_case
 def test_split_primitives(name: str, case: Case) -> None:
     """Pain rows 17 and 27: an offset of 1e6 standard deviations costs no accuracy, in no layout."""
-    engine, inputs = load(name, case), case.make()
+    case = trimmed(name, case)
+    engine, inputs = load(name, case), case.make(device=device(name))
     x, weight, bias, _, dy, mask = inputs
     expected = reference_results(case, inputs, eps=EPS)
     options = _options(case, inputs)
@@ -80,7 +82,8 @@ def test_split_primitives(name: str, case: Case) -> None:
 @every_engine
 @every_case
 def test_fused_pairs(name: str, case: Case) -> None:
-    engine, inputs = load(name, case), case.make()
+    case = trimmed(name, case)
+    engine, inputs = load(name, case), case.make(device=device(name))
     x, weight, bias, _, dy, _ = inputs
     expected = reference_results(case, inputs, eps=EPS)
     options = _options(case, inputs)
