@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import choose, eager
-from batchnorm.kernels.interface import Coefficients, Engine
+from batchnorm.kernels.interface import Coefficients, Engine, Moments
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import by_batch, gradient_coefficients
 from tests.support.cases import Case, Inputs, every_case
 from tests.support.compare import Results, assert_close, reference_results
-from tests.support.interpreted import device, trimmed
+from tests.support.interpreted import GPU, device, trimmed
 
 EPS = 1e-5
-NAMES = ("eager", "cpu", "gpu")
+NAMES = ("eager", "cpu", *GPU)
 every_engine = pytest.mark.parametrize("name", NAMES)
 
 
@@ -30,10 +30,9 @@ def _options(case: Case, inputs: Inputs) -> dict[str, object]:
     return {"residual": inputs.residual, "mask": inputs.mask, **case.options}
 
 
-def _coefficients(engine: Engine, case: Case, inputs: Inputs, sums: object) -> Coefficients:
+def _coefficients(inputs: Inputs, moments: Moments, sums: tuple[Tensor, Tensor]) -> Coefficients:
     weight = 1.0 if inputs.weight is None else inputs.weight.double()
-    count = engine.moments(inputs.x, mask=inputs.mask, group_size=case.group_size).count.unsqueeze(1)
-    found = PooledMoments(count, *engine.moments(inputs.x, mask=inputs.mask, group_size=case.group_size)[1:])
+    found = PooledMoments(moments.count.unsqueeze(1), moments.mean, moments.m2)
     return gradient_coefficients(weight, by_batch(found, EPS, torch), found, *sums)
 
 
@@ -58,7 +57,7 @@ def test_split_primitives(name: str, case: Case) -> None:
     expected = reference_results(case, inputs, eps=EPS)
     options = _options(case, inputs)
 
-    count, mean, m2 = engine.moments(x, mask=mask, group_size=case.group_size)
+    count, mean, m2 = found = engine.moments(x, mask=mask, group_size=case.group_size)
     assert (mean.dtype, m2.dtype) == (torch.float64, torch.float64)
     assert_close(count, expected.count, dtype=torch.float64, what="count")
     var = m2 / count.clamp(min=1).unsqueeze(1)
@@ -73,7 +72,7 @@ def test_split_primitives(name: str, case: Case) -> None:
     assert_close(y, expected.y, dtype=case.dtype, what="y")
 
     sums = engine.backward_reduce(x, dy, mean, rstd, weight, bias, **options)
-    coefficients = _coefficients(engine, case, inputs, sums)
+    coefficients = _coefficients(inputs, found, sums)
     dx, dresidual = engine.backward_apply(x, dy, mean, rstd, coefficients, weight, bias, **options)
     _assert_gradients(case, expected, dx, sums[1].sum(0), sums[0].sum(0), dresidual)
 

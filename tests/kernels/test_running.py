@@ -16,11 +16,11 @@ from batchnorm.kernels.cpu import engine
 from batchnorm.kernels.interface import RunningStatistics
 from tests.support.cases import CASES, Case
 from tests.support.compare import as_array, assert_close
-from tests.support.interpreted import device, trimmed
+from tests.support.interpreted import GPU, device, trimmed
 
 MOMENTUM = 0.3
 every_full_case = pytest.mark.parametrize("case", [c for c in CASES if math.prod(c.shape)], ids=str)
-every_engine = pytest.mark.parametrize("name", ["cpu", "gpu"])
+every_engine = pytest.mark.parametrize("name", ["cpu", *GPU])
 in_turn_or_together = pytest.mark.parametrize("sequential", [False, True], ids=["together", "in turn"])
 
 

@@ -7,9 +7,11 @@ changed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from .cases import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+GPU = ("gpu",) if HAS_TRITON else ()  # the engine's name, to test it along with others
 
 
 def device(engine: str) -> str:
@@ -34,13 +37,23 @@ def trimmed(engine: str, case: Case) -> Case:
     return dataclasses.replace(case, shape=tuple(map(min, case.shape, limits)))
 
 
-def _import() -> None:
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """Within this context, what is defined for Triton is interpreted where there is no GPU."""
+    if DEVICE != "cpu":
+        yield
+        return
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        engine = importlib.import_module("batchnorm.kernels.gpu.engine")
-        engine.moments(torch.zeros(2, 2))  # the first launch imports more of Triton
+        yield
     finally:
         del os.environ["TRITON_INTERPRET"]
+
+
+def _import() -> None:
+    with interpreting():
+        engine = importlib.import_module("batchnorm.kernels.gpu.engine")
+        engine.moments(torch.zeros(2, 2))  # the first launch imports more of Triton
 
 
 def _round_bfloat16() -> None:
@@ -60,6 +73,23 @@ def _round_bfloat16() -> None:
         return cast(self, source, kind)
 
     interpreter.InterpreterBuilder.cast_impl = rounding
+
+
+def _sum_by_tree() -> None:
+    """Let the interpreter add up as GPUs do, pair by pair; NumPy adds rows one after the other."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+
+    def total(self: Any, values: Any) -> Any:
+        data = values.handle.data
+        axis = self.axis
+        if axis is None:
+            data, axis = data.reshape(-1), 0
+        while data.shape[axis] > 1:
+            first, second = (data.take(range(i, data.shape[axis], 2), axis) for i in range(2))
+            data = first + second
+        return self.to_tensor(data if self.keep_dims else data.squeeze(axis), values.dtype)
+
+    interpreter.ReduceOps.sum = total
 
 
 class _Nothing:
@@ -92,4 +122,5 @@ def _patch_once() -> None:
 if HAS_TRITON and DEVICE == "cpu":
     _import()
     _round_bfloat16()
+    _sum_by_tree()
     _patch_once()

@@ -51,9 +51,10 @@ def moments_by_lane(
 ):
     """Return count, mean and m2, float64, of x * factor, over `tiles` tiles from `first` on.
 
-    A lane, that is a place in the tiles, takes deviations from the first of its own values. That one is part
-    of what is measured: were it far from the others, its own square would be in m2, which is then no smaller
-    than the rounding of so few values (plan.py says how many). Lanes are put together around their mean.
+    A lane, that is a place in the tiles, takes deviations from the first of its own values, and moves on to
+    their mean each time that they have doubled in number. What is subtracted is so always of values that are
+    part of what is measured, half of them at least: were it far from the others, m2 would hold the square of
+    that, and be no smaller than the rounding. Lanes are put together around their mean.
     """
     n = tl.zeros([OUTER, INNER], REAL)
     pivot = tl.zeros([OUTER, INNER], REAL)
@@ -67,6 +68,12 @@ def moments_by_lane(
         n += tl.where(valid, 1.0, 0.0)
         sums += away
         squares = tl.fma(away, away, squares)
+        if (tile & (tile - 1)) == 0:  # after 2, 3, 5, 9, ... values
+            step = (pivot + sums / at_least_one(n)) - pivot
+            rest = sums - n * step
+            squares -= step * (sums + rest)
+            sums = rest
+            pivot += step
     off = sums / at_least_one(n)
     whole = total(n, ROWS)
     center = total((pivot + off) * (n / at_least_one(whole)), ROWS)

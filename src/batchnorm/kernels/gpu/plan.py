@@ -2,12 +2,12 @@
 
 A tile is `[outer, inner]` values. The layouts:
 
-    planes    a channel's values are runs of `positions`: a tile is some samples by some positions of one
+    planes    a channel's values are runs of `positions`: a tile is some samples by some of these
     rows      a tile is some rows by some channels. A row is one position of one sample: channels-last and
               `[N, C]`; and short planes, whose runs would leave most of a tile empty
 
 There are two regimes. A channel's values (of one group) may be so few that one program takes them all, and
-does all there is to do in one launch: a single tile stays in registers; more tiles come a second time from the
+does all there is to do in one launch: a single tile stays in registers; more tiles come twice, then from the
 cache. Else programs take parts, another launch merges what they found, and a third one normalizes.
 
 The numbers below are reasoned, not measured: no GPU has run these kernels yet.
@@ -24,18 +24,12 @@ _SINGLE = 2**13  # values of a tile that stays in registers: 16 per thread of 16
 _WHOLE = 2**16  # values that one program takes, if ...
 _ENOUGH = 128  # ... there are so many programs: a large GPU has about 132 multiprocessors
 _TILE = 2**11  # values of a tile otherwise: 8 per thread, one load of 16 bytes of 16-bit values
-_LANE = (
-    64  # tiles of a part at most, and so values that are added up in float32: eps times as many may be lost
-)
+_LANE = 32  # tiles of a part at most, and so values that a lane adds up in float32, one after the other
 _SHORT = 16  # positions below which planes are read as rows
-_SEGMENT, _LINE = (
-    16,
-    64,
-)  # channels side by side of a tile of rows: at least (a sector of 16-bit values), at most
+# Channels side by side of a tile of rows: a sector of 16-bit values at least, a cache line at most.
+_SEGMENT, _LINE = 16, 64
 _PROGRAMS = 1024  # that fill a large GPU several times
-_TILES = (
-    8  # tiles of a program that only normalizes or differentiates: it loads parameters once for all of them
-)
+_TILES = 8  # tiles of a program that only normalizes or differentiates: it loads parameters once for all
 _MERGED = 2**11  # numbers of a tile that merges parts
 
 

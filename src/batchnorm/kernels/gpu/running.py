@@ -52,7 +52,7 @@ def move_running(
     spoiled = tl.full([], 0, tl.int32)
     if skipped is not None:
         spoiled = _is_spoiled(mean, m2, size)
-    is_fine = is_channel & (spoiled == 0)
+    is_fine = is_channel & (tl.zeros_like(channel) + spoiled == 0)
     grown = 1
     if SEQUENTIAL:
         grown = groups
