@@ -62,7 +62,7 @@ def move_running(
         for group in range(groups):
             n = tl.load(count + group)
             place = group * channels + channel
-            share = tl.where(n >= 2.0, momentum, 0.0)
+            share = (n >= 2.0).to(tl.float64) * momentum
             means = tl.load(mean + place, mask=is_channel, other=0.0)
             var = tl.load(m2 + place, mask=is_channel, other=0.0) / at_least_one(n - 1.0)
             moved_mean = tl.where(n >= 2.0, (1.0 - share) * moved_mean + share * means, moved_mean)
