@@ -57,8 +57,12 @@ def step(
     mean, var = torch.empty(2, shape[1], dtype=real).unbind()
     skipped = torch.tensor(0) if masked else None
     running = RunningStatistics(mean, var, torch.tensor(0), 0.1, skipped, sequential)
-    _, found, rstd = engine.forward(x, 1e-5, weight, bias, running=running, **options)
+    signs = engine.signs(x, fused, group_size)
+    _, found, rstd = engine.forward(x, 1e-5, weight, bias, running=running, signs=signs, **options)
     engine.backward(x, x, found.mean, rstd, False, weight, bias, **options)
+    if signs is not None:
+        kept = {"activation": fused, "mask": options["mask"], "group_size": group_size, "signs": signs}
+        engine.backward(x, x, found.mean, rstd, False, weight, **kept)
     engine.normalize(x, found.mean, rstd, weight, bias, **options)
     engine.backward_reduce(x, x, found.mean, rstd, weight, bias, **options)
     engine.given(mean, var, 1e-5)

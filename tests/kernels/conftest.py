@@ -36,6 +36,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setattr(gpu_plan, "_PROGRAMS", 8)
         monkeypatch.setattr(gpu_plan, "_TILES", 3)
         monkeypatch.setattr(gpu_plan, "_MERGED", 8)
+        monkeypatch.setattr(gpu_plan, "_BLOCK", 2)
         clear()
     yield str(request.param)
     clear()

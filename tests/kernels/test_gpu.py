@@ -63,7 +63,7 @@ def regime(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     sizes = {
         "single": {"_SINGLE": 2**20},
         "whole": {"_SINGLE": 1, "_WHOLE": 2**20, "_ENOUGH": 0, "_TILE": 64, "_LANE": 2**20},
-        "parts": {"_SINGLE": 1, "_WHOLE": 0, "_TILE": 64, "_LANE": 3, "_MERGED": 64},
+        "parts": {"_SINGLE": 1, "_WHOLE": 0, "_TILE": 64, "_LANE": 3, "_MERGED": 64, "_BLOCK": 4},
     }
     for number, value in sizes[name].items():
         monkeypatch.setattr(plan, number, value)
@@ -158,6 +158,7 @@ TINY = [
     Case("one-channel", (37, 1)),
     Case("one-channel-of-planes", (3, 1, 17)),
     Case("a-single-number", (1, 1, 1)),
+    Case("groups-of-many-blocks", (70, 3), group_size=2),
     Case("row-26-channels-odd-and-many", (3, 4097)),
     Case("row-27-channels-odd-and-last", (2, 131, 2, 2), "channels_last"),
 ]

@@ -126,6 +126,18 @@ def test_a_batch_that_is_not_finite_is_skipped_as_a_whole(
 
 
 @every_engine
+def test_they_move_along_the_way_as_in_a_launch_of_their_own(name: str) -> None:
+    """That a batch could be skipped changes no bit, of one that is not."""
+    for case in ODD:
+        inputs = trimmed(name, case).make()
+        moved = [buffers(inputs.x.shape[1], case.dtype)]
+        moved.append(moved[0].clone())
+        for ours, skips in zip(moved, (True, False), strict=True):
+            forward(name, trimmed(name, case), inputs.x, inputs.mask, ours.moving(skips=skips))
+        assert all(map(torch.equal, *moved)), case
+
+
+@every_engine
 def test_what_is_masked_spoils_nothing(name: str) -> None:
     case = Case("masked", (9, 5, 7), masked=True, group_size=4)
     inputs = case.make()
@@ -149,17 +161,18 @@ def test_values_whose_squares_overflow_are_skipped_too(name: str) -> None:
 
 @pytest.mark.parametrize("valid", [0, 1])
 @pytest.mark.parametrize("group_size", [None, 2])
+@pytest.mark.parametrize("skips", [True, False], ids=["skips", "does not"])
 @in_turn_or_together
 @every_engine
 def test_less_than_two_values_move_nothing_and_count(
-    name: str, valid: int, group_size: int | None, sequential: bool
+    name: str, valid: int, group_size: int | None, sequential: bool, skips: bool
 ) -> None:
     x, mask = torch.randn(6, 3, 2), torch.zeros(6, 2, dtype=torch.bool)
     mask[3, 1] = bool(valid)
     ours = buffers(3)
     before = ours.clone()
     case = Case("few", (6, 3, 2), group_size=group_size)
-    forward(name, case, x, mask, ours.moving(sequential=sequential))
+    forward(name, case, x, mask, ours.moving(sequential=sequential, skips=skips))
     grown = before.batches + (3 if sequential and group_size else 1)
     torch.testing.assert_close(ours, before._replace(batches=grown), rtol=0, atol=0)
 

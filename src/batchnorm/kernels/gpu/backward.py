@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from .activations import through
+from .signs import load_signs, place_of
 from .statistics import affine, coefficients, rest_of, slopes
-from .tiles import task_of, tile_of, total, values_of
+from .tiles import NUMBERS, task_of, tile_of, total, values_of
 
 
 @triton.jit
@@ -20,14 +21,25 @@ def _incoming(
     center,
     scale,
     shift,
+    signs,
+    tile,
+    group,
+    channels,
+    span,
     ACTIVATION: tl.constexpr,
     KINK: tl.constexpr,
     REAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
 ):
     """Return x - center and dy' = dy * activation'(z) of a tile, 0 where it is masked."""
     away = values_of(x, offsets, valid, REAL) - center
     dz = values_of(dy, offsets, valid, REAL)
-    if ACTIVATION is not None:
+    if signs is not None:
+        place, is_tile = place_of(tile, group, channels, span, ROWS, OUTER, INNER)
+        dz = tl.where(load_signs(signs, place, is_tile, OUTER, INNER), dz, 0.0)
+    elif ACTIVATION is not None:
         z = tl.fma(away, scale, shift)
         if residual is not None:
             z += values_of(residual, offsets, valid, REAL)
@@ -67,6 +79,9 @@ def _sums_of_tiles(
     scale,
     shift,
     rstd,
+    signs,
+    channels,
+    span,
     ACTIVATION: tl.constexpr,
     KINK: tl.constexpr,
     REAL: tl.constexpr,
@@ -80,7 +95,27 @@ def _sums_of_tiles(
     products = tl.zeros([OUTER, INNER], REAL)
     for tile in tl.range(0, tiles, num_stages=3):
         offsets, _, valid = tile_of(first + tile, group, channel, mask, shape, ROWS, OUTER, INNER)
-        away, dz = _incoming(x, dy, residual, offsets, valid, center, scale, shift, ACTIVATION, KINK, REAL)
+        away, dz = _incoming(
+            x,
+            dy,
+            residual,
+            offsets,
+            valid,
+            center,
+            scale,
+            shift,
+            signs,
+            first + tile,
+            group,
+            channels,
+            span,
+            ACTIVATION,
+            KINK,
+            REAL,
+            ROWS,
+            OUTER,
+            INNER,
+        )
         n += tl.where(valid, 1.0, 0.0)
         sums += dz
         products = tl.fma(dz, away * rstd, products)
@@ -91,7 +126,7 @@ def _sums_of_tiles(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def backward_whole(
     x,
     dy,
@@ -107,6 +142,7 @@ def backward_whole(
     dbias,
     sum_dy,
     sum_dy_xhat,
+    signs,
     channels,
     positions,
     units,
@@ -137,7 +173,27 @@ def backward_whole(
     shape = (channels, positions, units, group_units)
     if SINGLE:
         offsets, inside, valid = tile_of(first, group, channel, mask, shape, ROWS, OUTER, INNER)
-        away, dz = _incoming(x, dy, residual, offsets, valid, center, scale, shift, ACTIVATION, KINK, REAL)
+        away, dz = _incoming(
+            x,
+            dy,
+            residual,
+            offsets,
+            valid,
+            center,
+            scale,
+            shift,
+            signs,
+            first,
+            group,
+            channels,
+            tiles,
+            ACTIVATION,
+            KINK,
+            REAL,
+            ROWS,
+            OUTER,
+            INNER,
+        )
         count = total(valid.to(REAL), ROWS).to(tl.float64)
         total_dy = total(dz, ROWS).to(tl.float64)
         total_dy_xhat = total(dz * (away * narrow_rstd), ROWS).to(tl.float64)
@@ -156,6 +212,9 @@ def backward_whole(
             scale,
             shift,
             narrow_rstd,
+            signs,
+            channels,
+            tiles,
             ACTIVATION,
             KINK,
             REAL,
@@ -174,7 +233,25 @@ def backward_whole(
         for tile in tl.range(0, tiles, num_stages=3):
             offsets, inside, valid = tile_of(first + tile, group, channel, mask, shape, ROWS, OUTER, INNER)
             away, dz = _incoming(
-                x, dy, residual, offsets, valid, center, scale, shift, ACTIVATION, KINK, REAL
+                x,
+                dy,
+                residual,
+                offsets,
+                valid,
+                center,
+                scale,
+                shift,
+                signs,
+                first + tile,
+                group,
+                channels,
+                tiles,
+                ACTIVATION,
+                KINK,
+                REAL,
+                ROWS,
+                OUTER,
+                INNER,
             )
             _store(dx, dresidual, offsets, inside, valid, away, dz, narrow_rstd, a, b, c)
     _set_gradients(dweight, dbias, channel, is_channel, total_dy, total_dy_xhat)
@@ -183,7 +260,7 @@ def backward_whole(
         tl.store(sum_dy_xhat + place, total_dy_xhat, mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def sum_parts(
     x,
     dy,
@@ -196,6 +273,7 @@ def sum_parts(
     part_count,
     part_dy,
     part_dy_xhat,
+    signs,
     channels,
     positions,
     units,
@@ -203,6 +281,7 @@ def sum_parts(
     groups,
     parts,
     tiles,
+    span,
     ACTIVATION: tl.constexpr,
     KINK: tl.constexpr,
     REAL: tl.constexpr,
@@ -232,6 +311,9 @@ def sum_parts(
         scale,
         shift,
         wide_rstd.to(REAL),
+        signs,
+        channels,
+        span,
         ACTIVATION,
         KINK,
         REAL,
@@ -245,7 +327,7 @@ def sum_parts(
     tl.store(part_dy_xhat + place, total_dy_xhat, mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def merge_sums(
     part_count,
     part_dy,
@@ -299,7 +381,7 @@ def merge_sums(
     _set_gradients(dweight, dbias, channel, is_channel, total_dy, total_dy_xhat)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def differentiate(
     x,
     dy,
@@ -314,12 +396,14 @@ def differentiate(
     c,
     dx,
     dresidual,
+    signs,
     channels,
     positions,
     units,
     group_units,
     parts,
     tiles,
+    span,
     ACTIVATION: tl.constexpr,
     KINK: tl.constexpr,
     REAL: tl.constexpr,
@@ -347,11 +431,31 @@ def differentiate(
     shape = (channels, positions, units, group_units)
     for tile in tl.range(0, tiles, num_stages=3):
         offsets, inside, valid = tile_of(part * tiles + tile, group, channel, mask, shape, ROWS, OUTER, INNER)
-        away, dz = _incoming(x, dy, residual, offsets, valid, center, scale, shift, ACTIVATION, KINK, REAL)
+        away, dz = _incoming(
+            x,
+            dy,
+            residual,
+            offsets,
+            valid,
+            center,
+            scale,
+            shift,
+            signs,
+            part * tiles + tile,
+            group,
+            channels,
+            span,
+            ACTIVATION,
+            KINK,
+            REAL,
+            ROWS,
+            OUTER,
+            INNER,
+        )
         _store(dx, dresidual, offsets, inside, valid, away, dz, narrow_rstd, narrow_a, narrow_b, narrow_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def add_groups(
     sum_dy,
     sum_dy_xhat,

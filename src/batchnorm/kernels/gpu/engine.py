@@ -17,7 +17,7 @@ from . import forward as outputs
 from . import moments as measures
 from . import running as moving
 from .launching import IS_INTERPRETED, launch
-from .plan import Plan, merging, plan, power
+from .plan import merging, plan, power
 
 __all__ = [
     "IS_INTERPRETED",
@@ -29,6 +29,7 @@ __all__ = [
     "moments",
     "moves",
     "normalize",
+    "signs",
 ]
 
 _REALS = (torch.float32, torch.float64)  # dtypes that running statistics have here
@@ -39,6 +40,10 @@ _TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 
 def _is_alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.stride() == b.stride()
+
+
+# Activations whose slope is 0 or 1.
+_OPEN = frozenset({"relu", "relu6"})
 
 
 class _Call:
@@ -54,15 +59,16 @@ class _Call:
         activation: str | None = None,
         mask: Tensor | None = None,
         group_size: int | None = None,
+        signs: Tensor | None = None,
     ) -> None:
         if x.is_neg():
             x = x.resolve_neg()
-        self.plan: Plan = plan(x.shape, x.stride(), group_size)
+        self.plan = plan(x.shape, x.stride(), group_size)
         if not self.plan.is_dense:
             x = x.contiguous()
-            self.plan = plan(x.shape, x.stride(), group_size)
         self.x = x
         self.activation = activation
+        self.signs = signs
         is_wide = x.dtype == torch.float64
         self.real, self.REAL = (torch.float64, tl.float64) if is_wide else (torch.float32, tl.float32)
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
@@ -112,16 +118,14 @@ class _Call:
             "weight": self.weight,
             "bias": self.bias,
             "ACTIVATION": self.activation,
+            "KINK": _TINY.get(self.x.dtype, 0.0),
+            "signs": self.signs,
         }
 
     @property
     def whole(self) -> dict[str, Any]:
         """What a kernel is told that takes whole channels."""
         return {"tiles": self.plan.tiles, "SINGLE": self.plan.tiles == 1}
-
-    @property
-    def kink(self) -> float:
-        return _TINY.get(self.x.dtype, 0.0)
 
     def run(self, kernel: Any, parts: int, /, **arguments: Any) -> None:
         """Launch a kernel over tiles."""
@@ -130,8 +134,9 @@ class _Call:
 
     def steps(self) -> dict[str, int]:
         """Into how many parts tiles are cut where each value is read once, and of how many tiles."""
-        tiles = math.ceil(self.plan.tiles / self.plan.steps)
-        return {"parts": math.ceil(self.plan.tiles / tiles), "tiles": tiles}
+        span = self.plan.tiles
+        tiles = math.ceil(span / self.plan.steps)
+        return {"parts": math.ceil(span / tiles), "tiles": tiles, "span": span}
 
     def merge(self, kernel: Any, **arguments: Any) -> None:
         """Launch a kernel over parts."""
@@ -191,9 +196,19 @@ def normalize(
     activation: str | None = None,
     mask: Tensor | None = None,
     group_size: int | None = None,
+    signs: Tensor | None = None,
 ) -> Tensor:
     """See `interface.Engine.normalize`."""
-    call = _Call(x, weight, bias, residual=residual, activation=activation, mask=mask, group_size=group_size)
+    call = _Call(
+        x,
+        weight,
+        bias,
+        residual=residual,
+        activation=activation,
+        mask=mask,
+        group_size=group_size,
+        signs=signs,
+    )
     return call.returned(_normalized(call, *_wide(mean, rstd)), x)
 
 
@@ -218,9 +233,19 @@ def forward(
     mask: Tensor | None = None,
     group_size: int | None = None,
     running: RunningStatistics | None = None,
+    signs: Tensor | None = None,
 ) -> tuple[Tensor, Moments, Tensor]:
     """See `interface.Engine.forward`."""
-    call = _Call(x, weight, bias, residual=residual, activation=activation, mask=mask, group_size=group_size)
+    call = _Call(
+        x,
+        weight,
+        bias,
+        residual=residual,
+        activation=activation,
+        mask=mask,
+        group_size=group_size,
+        signs=signs,
+    )
     moved = _moved(running)
     # A batch of one group that is never skipped moves them along the way.
     is_apart = running is not None and (call.plan.groups > 1 or running.skipped is not None)
@@ -261,8 +286,8 @@ def _sums(call: _Call, dy: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tens
     parts = dict(
         zip(("part_count", "part_dy", "part_dy_xhat"), call.table(3, plan.parts).unbind(), strict=True)
     )
-    counts = {"groups": plan.groups, "parts": plan.parts, "tiles": plan.part_tiles}
-    given = {"dy": dy, "mean": mean, "rstd": rstd, "KINK": call.kink}
+    counts = {"groups": plan.groups, "parts": plan.parts, "tiles": plan.part_tiles, "span": plan.tiles}
+    given = {"dy": dy, "mean": mean, "rstd": rstd}
     call.run(gradient.sum_parts, plan.parts, **parts, **counts, **given, **call.affine)
     return parts
 
@@ -272,13 +297,13 @@ def _applied(
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx and dresidual, in the layout of x."""
     steps, out = call.steps(), _outputs(call)
-    given = {"dy": dy, "mean": mean, "rstd": rstd, "KINK": call.kink}
+    given = {"dy": dy, "mean": mean, "rstd": rstd}
     call.run(gradient.differentiate, steps["parts"], **steps, **given, **slopes, **out, **call.affine)
     return out["dx"], out["dresidual"]
 
 
 def _outputs(call: _Call) -> dict[str, Any]:
-    dresidual = None if call.residual is None else torch.empty_like(call.x)
+    dresidual = None if call.residual is None and call.signs is None else torch.empty_like(call.x)
     return {"dx": torch.empty_like(call.x), "dresidual": dresidual}
 
 
@@ -339,7 +364,10 @@ def backward_apply(
 
 
 def _returned(call: _Call, dresidual: Tensor | None, residual: Tensor | None) -> Tensor | None:
-    return None if dresidual is None or residual is None else call.returned(dresidual, residual)
+    """Return dresidual as the residual is laid out; as x, where signs stand for it."""
+    if dresidual is None or residual is None:
+        return dresidual
+    return call.returned(dresidual, residual)
 
 
 def backward(
@@ -355,9 +383,19 @@ def backward(
     activation: str | None = None,
     mask: Tensor | None = None,
     group_size: int | None = None,
+    signs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `interface.Engine.backward`."""
-    call = _Call(x, weight, bias, residual=residual, activation=activation, mask=mask, group_size=group_size)
+    call = _Call(
+        x,
+        weight,
+        bias,
+        residual=residual,
+        activation=activation,
+        mask=mask,
+        group_size=group_size,
+        signs=signs,
+    )
     dy = call.laid_out(dy)
     mean, rstd = _wide(mean, rstd)
     dweight, dbias = torch.empty(2, call.plan.channels, dtype=call.real, device=call.x.device).unbind()
@@ -367,7 +405,7 @@ def backward(
     sums: dict[str, Any] = dict.fromkeys(names) if is_one else dict(zip(names, call.table(2), strict=True))
     if call.plan.is_whole:
         out = _outputs(call)
-        statistics = {"dy": dy, "mean": mean, "rstd": rstd, "KINK": call.kink, "GIVEN": given}
+        statistics = {"dy": dy, "mean": mean, "rstd": rstd, "GIVEN": given}
         call.run(
             gradient.backward_whole, 1, **statistics, **out, **parameters, **sums, **call.whole, **call.affine
         )
@@ -391,6 +429,17 @@ def backward(
     if not is_one:
         call.close(gradient.add_groups, **sums, dweight=dweight, dbias=dbias)
     return call.returned(dx, x), dweight, dbias, _returned(call, dresidual, residual)
+
+
+def signs(x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:
+    """See `interface.Engine.signs`."""
+    if activation not in _OPEN:
+        return None
+    found = plan(x.shape, x.stride(), group_size)
+    tiles, values = found.groups * found.channel_tiles * found.tiles, found.outer * found.inner
+    if values < 8:
+        return None
+    return torch.empty(tiles * values // 8, dtype=torch.uint8, device=x.device)
 
 
 def given(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:

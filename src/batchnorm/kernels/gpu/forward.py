@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activations import activated
+from .activations import activated, through
 from .moments import moments_of_tile, moments_of_tiles
+from .signs import place_of, store_signs
 from .statistics import affine, move_by_batch, set_moments
-from .tiles import task_of, tile_of, values_of
+from .tiles import NUMBERS, task_of, tile_of, values_of
 
 
 @triton.jit
@@ -22,18 +23,31 @@ def _store(
     center,
     scale,
     shift,
+    signs,
+    tile,
+    group,
+    channels,
+    span,
     ACTIVATION: tl.constexpr,
+    KINK: tl.constexpr,
     REAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
 ):
-    """Write y of a tile, 0 where it is masked."""
+    """Write y of a tile, 0 where it is masked; and where the activation has a slope, if that is kept."""
     z = tl.fma(values - center, scale, shift)
     if residual is not None:
         z += values_of(residual, offsets, valid, REAL)
     found = tl.where(valid, activated(z, ACTIVATION), 0.0)
     tl.store(y + offsets, found.to(y.dtype.element_ty), mask=inside)
+    if signs is not None:
+        is_open = through(tl.full([OUTER, INNER], 1.0, REAL), z, ACTIVATION, KINK) != 0.0
+        place, is_tile = place_of(tile, group, channels, span, ROWS, OUTER, INNER)
+        store_signs(signs, place, is_tile, is_open, OUTER, INNER)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_whole(
     x,
     y,
@@ -48,6 +62,7 @@ def forward_whole(
     running_mean,
     running_var,
     batches,
+    signs,
     eps: tl.float64,
     momentum: tl.float64,
     channels,
@@ -57,6 +72,7 @@ def forward_whole(
     tiles,
     SINGLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    KINK: tl.constexpr,
     REAL: tl.constexpr,
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
@@ -82,12 +98,54 @@ def forward_whole(
     )
     center, scale, shift, _ = affine(found_mean, found_rstd, weight, bias, channel, is_channel, REAL)
     if SINGLE:
-        _store(y, residual, offsets, inside, valid, values, center, scale, shift, ACTIVATION, REAL)
+        _store(
+            y,
+            residual,
+            offsets,
+            inside,
+            valid,
+            values,
+            center,
+            scale,
+            shift,
+            signs,
+            first,
+            group,
+            channels,
+            tiles,
+            ACTIVATION,
+            KINK,
+            REAL,
+            ROWS,
+            OUTER,
+            INNER,
+        )
     else:
         for tile in tl.range(0, tiles, num_stages=3):
             offsets, inside, valid = tile_of(first + tile, group, channel, mask, shape, ROWS, OUTER, INNER)
             values = values_of(x, offsets, valid, REAL)
-            _store(y, residual, offsets, inside, valid, values, center, scale, shift, ACTIVATION, REAL)
+            _store(
+                y,
+                residual,
+                offsets,
+                inside,
+                valid,
+                values,
+                center,
+                scale,
+                shift,
+                signs,
+                first + tile,
+                group,
+                channels,
+                tiles,
+                ACTIVATION,
+                KINK,
+                REAL,
+                ROWS,
+                OUTER,
+                INNER,
+            )
     move_by_batch(
         running_mean,
         running_var,
@@ -101,7 +159,7 @@ def forward_whole(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def normalize(
     x,
     y,
@@ -111,13 +169,16 @@ def normalize(
     bias,
     mean,
     rstd,
+    signs,
     channels,
     positions,
     units,
     group_units,
     parts,
     tiles,
+    span,
     ACTIVATION: tl.constexpr,
+    KINK: tl.constexpr,
     REAL: tl.constexpr,
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
@@ -140,4 +201,25 @@ def normalize(
     for tile in tl.range(0, tiles, num_stages=3):
         offsets, inside, valid = tile_of(part * tiles + tile, group, channel, mask, shape, ROWS, OUTER, INNER)
         values = values_of(x, offsets, valid, REAL)
-        _store(y, residual, offsets, inside, valid, values, center, scale, shift, ACTIVATION, REAL)
+        _store(
+            y,
+            residual,
+            offsets,
+            inside,
+            valid,
+            values,
+            center,
+            scale,
+            shift,
+            signs,
+            part * tiles + tile,
+            group,
+            channels,
+            span,
+            ACTIVATION,
+            KINK,
+            REAL,
+            ROWS,
+            OUTER,
+            INNER,
+        )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .statistics import at_least_one, merged, move_by_batch, positive, set_moments, united
-from .tiles import is_any, task_of, tile_of, total, values_of
+from .tiles import NUMBERS, is_any, task_of, tile_of, total, values_of
 
 # Squares of 1e20 and more overflow float32. A power of two costs no digit, and takes the largest float32 to
 # where thousands of squares can be added up.
@@ -118,7 +118,7 @@ def moments_of_tiles(
     return count, mean, m2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def measure_parts(
     x,
     mask,
@@ -157,7 +157,7 @@ def measure_parts(
         tl.store(part_m2 + place, m2 * _UP * _UP, mask=is_large)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def merge_moments(
     part_count,
     part_mean,

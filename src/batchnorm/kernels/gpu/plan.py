@@ -30,14 +30,15 @@ _SHORT = 16  # positions below which planes are read as rows
 _SEGMENT, _LINE = 16, 64
 _PROGRAMS = 1024  # that fill a large GPU several times
 _TILES = 8  # tiles of a program that only normalizes or differentiates: it loads parameters once for all
-_MERGED = 2**11  # numbers of a tile that merges parts
+_MERGED, _BLOCK = 2**11, 512  # numbers of a tile that merges, and parts of it at most
 
 
 class Plan(NamedTuple):
     """A call's programs.
 
     Attributes:
-        is_dense: whether the tensor is laid out as one of the two that there are kernels for.
+        is_dense: whether the tensor is laid out as one of the two that there are kernels for. If not, the
+            rest is what it is for a contiguous one.
         rows: the layout; else planes.
         channels: C.
         positions: of a run: S for planes and short planes; else 1.
@@ -161,5 +162,5 @@ def _tile_of_planes(samples: int, positions: int) -> tuple[int, int]:
 
 def merging(parts: int, channels: int) -> tuple[int, int]:
     """Return the parts and the channels of a tile that merges, powers of two."""
-    block = min(512, power(parts))
+    block = min(_BLOCK, power(parts))
     return block, max(1, min(power(channels), 32, _MERGED // block))

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .statistics import at_least_one, merged, move, united
+from .tiles import NUMBERS
 
 _LOOK = tl.constexpr(1024)  # numbers that are looked through at a time
 
@@ -29,7 +30,7 @@ def _is_spoiled(mean, m2, size):
     return tl.max(bad, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def move_running(
     count,
     mean,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Arguments by which no kernel is compiled anew; by channels and positions it is, if they are multiples of 16.
+NUMBERS = ("units", "group_units", "groups", "parts", "tiles", "span", "size")
+
 
 @triton.jit
 def task_of(channels, parts, ROWS: tl.constexpr, INNER: tl.constexpr):
