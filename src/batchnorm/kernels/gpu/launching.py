@@ -28,6 +28,8 @@ def launch(kernel: Any, programs: int, warps: int, on: Tensor, arguments: dict[s
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.is_cpu:
         return np.errstate(all="ignore")  # the interpreter computes in NumPy
+    if tensor.get_device() == torch.accelerator.current_device_index():
+        return contextlib.nullcontext()
     found: contextlib.AbstractContextManager[Any] = torch.get_device_module(tensor.device).device(
         tensor.device
     )
