@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support import interpreted  # noqa: F401  # before anything else imports Triton
+
 # The same examples in every run, others for `make fuzz`; no limit in seconds: a busy machine is not a bug.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("fuzz", derandomize=False, deadline=None, database=None, print_blob=True)

@@ -8,6 +8,7 @@ import pytest
 
 from batchnorm.kernels import eager
 from batchnorm.kernels.cpu import call, plan
+from batchnorm.kernels.gpu import plan as gpu_plan
 
 
 @pytest.fixture(params=["default", "small"])
@@ -23,6 +24,24 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setattr(plan, "_ROWS", 1)
         monkeypatch.setattr(plan, "_BLOCK", 16)
         monkeypatch.setattr(plan, "_PART", 5)
-    plan.plan.cache_clear()
+        monkeypatch.setattr(gpu_plan, "_SINGLE", 8)
+        monkeypatch.setattr(gpu_plan, "_WHOLE", 64)
+        monkeypatch.setattr(gpu_plan, "_ENOUGH", 4)
+        monkeypatch.setattr(gpu_plan, "_TILE", 32)
+        monkeypatch.setattr(gpu_plan, "_LANE", 3)
+        monkeypatch.setattr(gpu_plan, "_SHORT", 8)
+        monkeypatch.setattr(gpu_plan, "_SEGMENT", 2)
+        monkeypatch.setattr(gpu_plan, "_LINE", 4)
+        monkeypatch.setattr(gpu_plan, "_PROGRAMS", 8)
+        monkeypatch.setattr(gpu_plan, "_TILES", 3)
+        monkeypatch.setattr(gpu_plan, "_MERGED", 8)
+        monkeypatch.setattr(gpu_plan, "_BLOCK", 2)
+    clear()
     yield str(request.param)
+    clear()
+
+
+def clear() -> None:
+    """Forget plans by other numbers."""
     plan.plan.cache_clear()
+    gpu_plan.plan.cache_clear()

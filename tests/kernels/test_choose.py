@@ -7,10 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import batchnorm
 from batchnorm.errors import OptionError
 from batchnorm.kernels import choose
+from tests.support.interpreted import DEVICE, HAS_TRITON
+
+needs_triton = pytest.mark.skipif(
+    not HAS_TRITON or DEVICE != "cpu",
+    reason="Triton is not interpreted here: not installed, or there is a GPU",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +75,56 @@ def test_without_numba_eager_runs_and_the_reason_names_the_remedy(monkeypatch: p
     monkeypatch.setattr(choose, "_has_numba", lambda: False)
     assert choose.choose(torch.zeros(2, 3)).name == "eager"
     assert "pip install numba" in batchnorm.kernels.explain(torch.zeros(2, 3))
+
+
+@needs_triton
+def test_the_gpu_engine_runs_cpu_tensors_where_it_is_asked_to_and_interpreted() -> None:
+    x = torch.zeros(2, 3)
+    with batchnorm.kernels.use("gpu"):
+        assert (
+            batchnorm.kernels.explain(x) == "gpu for float32 [2, 3] on cpu: forced by batchnorm.kernels.use"
+        )
+    assert choose.choose(x).name == "cpu"
+
+
+@needs_triton
+def test_the_gpu_engine_runs_no_cpu_tensors_where_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "_interprets_triton", lambda: False)
+    with batchnorm.kernels.use("gpu"):
+        found = choose.choose(torch.zeros(2, 3))
+    assert found == ("eager", "plain torch operations; the engine for GPUs does not take tensors on cpu")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("x", "obstacle"),
+    [
+        (torch.zeros(0, 3), "tensors without values"),
+        (torch.zeros(2, 3).as_subclass(Tagged), "a Tagged"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "torch.complex64"),
+    ],
+    ids=["empty", "subclass", "dtype"],
+)
+def test_eager_runs_what_the_gpu_engine_does_not_take(x: torch.Tensor, obstacle: str) -> None:
+    with batchnorm.kernels.use("gpu"):
+        found = choose.choose(x)
+    assert found == ("eager", f"plain torch operations; the engine for GPUs does not take {obstacle}")
+
+
+def on_cuda(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor that says it is on a GPU, whether there is one or not; it has no memory."""
+    with FakeTensorMode():
+        return torch.empty(shape, device="cuda")
+
+
+def test_on_gpus_triton_runs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = on_cuda((2, 3))
+    assert choose.choose(x).reason.endswith("the engine for GPUs does not take a FakeTensor")
+    monkeypatch.setattr(choose, "type", lambda _: torch.Tensor, raising=False)
+    assert batchnorm.kernels.explain(x) == "gpu for float32 [2, 3] on cuda:0: Triton kernels, at every size"
+    monkeypatch.setattr(choose, "_has_triton", lambda: False)
+    assert choose.choose(x).name == "eager"
+    assert "does not take anything without Triton: pip install triton" in batchnorm.kernels.explain(x)
 
 
 def test_use_forces_an_engine_within_its_context(spy: list[str]) -> None:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import choose, eager
-from batchnorm.kernels.interface import Coefficients, Engine
+from batchnorm.kernels.interface import Coefficients, Engine, Moments
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import by_batch, gradient_coefficients
 from tests.support.cases import Case, Inputs, every_case
 from tests.support.compare import Results, assert_close, reference_results
+from tests.support.interpreted import GPU, device, trimmed
 
 EPS = 1e-5
-NAMES = ("eager", "cpu")
+NAMES = ("eager", "cpu", *GPU)
 every_engine = pytest.mark.parametrize("name", NAMES)
 
 
@@ -29,10 +30,9 @@ def _options(case: Case, inputs: Inputs) -> dict[str, object]:
     return {"residual": inputs.residual, "mask": inputs.mask, **case.options}
 
 
-def _coefficients(engine: Engine, case: Case, inputs: Inputs, sums: object) -> Coefficients:
+def _coefficients(inputs: Inputs, moments: Moments, sums: tuple[Tensor, Tensor]) -> Coefficients:
     weight = 1.0 if inputs.weight is None else inputs.weight.double()
-    count = engine.moments(inputs.x, mask=inputs.mask, group_size=case.group_size).count.unsqueeze(1)
-    found = PooledMoments(count, *engine.moments(inputs.x, mask=inputs.mask, group_size=case.group_size)[1:])
+    found = PooledMoments(moments.count.unsqueeze(1), moments.mean, moments.m2)
     return gradient_coefficients(weight, by_batch(found, EPS, torch), found, *sums)
 
 
@@ -51,12 +51,13 @@ def _assert_gradients(
 @every_case
 def test_split_primitives(name: str, case: Case) -> None:
     """Pain rows 17 and 27: an offset of 1e6 standard deviations costs no accuracy, in no layout."""
-    engine, inputs = load(name, case), case.make()
+    case = trimmed(name, case)
+    engine, inputs = load(name, case), case.make(device=device(name))
     x, weight, bias, _, dy, mask = inputs
     expected = reference_results(case, inputs, eps=EPS)
     options = _options(case, inputs)
 
-    count, mean, m2 = engine.moments(x, mask=mask, group_size=case.group_size)
+    count, mean, m2 = found = engine.moments(x, mask=mask, group_size=case.group_size)
     assert (mean.dtype, m2.dtype) == (torch.float64, torch.float64)
     assert_close(count, expected.count, dtype=torch.float64, what="count")
     var = m2 / count.clamp(min=1).unsqueeze(1)
@@ -71,7 +72,7 @@ def test_split_primitives(name: str, case: Case) -> None:
     assert_close(y, expected.y, dtype=case.dtype, what="y")
 
     sums = engine.backward_reduce(x, dy, mean, rstd, weight, bias, **options)
-    coefficients = _coefficients(engine, case, inputs, sums)
+    coefficients = _coefficients(inputs, found, sums)
     dx, dresidual = engine.backward_apply(x, dy, mean, rstd, coefficients, weight, bias, **options)
     _assert_gradients(case, expected, dx, sums[1].sum(0), sums[0].sum(0), dresidual)
 
@@ -80,7 +81,8 @@ def test_split_primitives(name: str, case: Case) -> None:
 @every_engine
 @every_case
 def test_fused_pairs(name: str, case: Case) -> None:
-    engine, inputs = load(name, case), case.make()
+    case = trimmed(name, case)
+    engine, inputs = load(name, case), case.make(device=device(name))
     x, weight, bias, _, dy, _ = inputs
     expected = reference_results(case, inputs, eps=EPS)
     options = _options(case, inputs)
@@ -124,7 +126,8 @@ def test_nothing_is_written_to_the_inputs(name: str) -> None:
 @pytest.mark.parametrize("shape", [(64, 1, 90, 70), (1, 1, 300_000), (40, 3, 70, 50), (9000, 67)], ids=str)
 def test_the_number_of_threads_changes_no_bit(name: str, shape: tuple[int, ...]) -> None:
     engine = choose.load(name)
-    x, dy = torch.randn(shape) + 3, torch.randn(shape)
+    shape = trimmed(name, Case("threads", shape)).shape
+    x, dy = (torch.randn(shape, device=device(name)) + mean for mean in (3, 0))
     threads = torch.get_num_threads()
     results = []
     try:

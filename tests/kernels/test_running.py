@@ -16,9 +16,11 @@ from batchnorm.kernels.cpu import engine
 from batchnorm.kernels.interface import RunningStatistics
 from tests.support.cases import CASES, Case
 from tests.support.compare import as_array, assert_close
+from tests.support.interpreted import GPU, device, trimmed
 
 MOMENTUM = 0.3
 every_full_case = pytest.mark.parametrize("case", [c for c in CASES if math.prod(c.shape)], ids=str)
+every_engine = pytest.mark.parametrize("name", ["cpu", *GPU])
 in_turn_or_together = pytest.mark.parametrize("sequential", [False, True], ids=["together", "in turn"])
 
 
@@ -45,9 +47,15 @@ def buffers(channels: int, dtype: torch.dtype = torch.float32) -> Buffers:
     return Buffers(mean, var, torch.tensor(5), torch.tensor(2))
 
 
-def forward(case: Case, x: Tensor, mask: Tensor | None, running: RunningStatistics) -> None:
-    assert engine.moves(x, running)
-    engine.forward(x, 1e-5, mask=mask, group_size=case.group_size, running=running)
+def forward(name: str, case: Case, x: Tensor, mask: Tensor | None, running: RunningStatistics) -> None:
+    there = [t.to(device(name)) if isinstance(t, Tensor) else t for t in (x, mask, *running)]
+    x, mask, placed = there[0], there[1], RunningStatistics(*there[2:])
+    engine = choose.load(name)
+    assert engine.moves(x, placed)
+    engine.forward(x, 1e-5, mask=mask, group_size=case.group_size, running=placed)
+    for ours, theirs in zip(running, placed, strict=True):
+        if isinstance(ours, Tensor) and ours is not theirs:
+            ours.copy_(theirs)
 
 
 def groups_of(case: Case, x: Tensor, mask: Tensor | None) -> reference.Moments:
@@ -57,11 +65,13 @@ def groups_of(case: Case, x: Tensor, mask: Tensor | None) -> reference.Moments:
 @pytest.mark.usefixtures("chunks")
 @in_turn_or_together
 @every_full_case
-def test_they_move_as_the_reference_says(case: Case, sequential: bool) -> None:
+@every_engine
+def test_they_move_as_the_reference_says(name: str, case: Case, sequential: bool) -> None:
+    case = trimmed(name, case)
     inputs = case.make()
     ours = buffers(case.shape[1], case.dtype)
     before, versions = ours.clone(), [tensor._version for tensor in ours]
-    forward(case, inputs.x, inputs.mask, ours.moving(sequential=sequential))
+    forward(name, case, inputs.x, inputs.mask, ours.moving(sequential=sequential))
 
     groups = groups_of(case, inputs.x, inputs.mask)
     update = reference.update_running_sequential if sequential else reference.update_running_pooled
@@ -94,17 +104,20 @@ ODD = [
 @in_turn_or_together
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("case", ODD, ids=str)
-def test_a_batch_that_is_not_finite_is_skipped_as_a_whole(case: Case, bad: float, sequential: bool) -> None:
+@every_engine
+def test_a_batch_that_is_not_finite_is_skipped_as_a_whole(
+    name: str, case: Case, bad: float, sequential: bool
+) -> None:
     """In the last channel and the first group, and counted; unless nobody counts what is skipped."""
     x, mask = case.make().x, case.make().mask
     first = [0, *[0] * (x.dim() - 2)] if mask is None else mask.nonzero()[0].tolist()
     x[first[0], -1][tuple(first[1:])] = bad
     ours = buffers(x.shape[1], case.dtype)
     before = ours.clone()
-    forward(case, x, mask, ours.moving(sequential=sequential))
+    forward(name, case, x, mask, ours.moving(sequential=sequential))
     torch.testing.assert_close(ours, before._replace(skipped=before.skipped + 1), rtol=0, atol=0)
 
-    forward(case, x, mask, ours.moving(sequential=sequential, skips=False))
+    forward(name, case, x, mask, ours.moving(sequential=sequential, skips=False))
     assert not ours.mean[-1].isfinite()
     assert ours.var[-1].isnan()
     assert ours.mean[:-1].isfinite().all()
@@ -112,43 +125,60 @@ def test_a_batch_that_is_not_finite_is_skipped_as_a_whole(case: Case, bad: float
     assert ours.batches > before.batches
 
 
-def test_what_is_masked_spoils_nothing() -> None:
+@every_engine
+def test_they_move_along_the_way_as_in_a_launch_of_their_own(name: str) -> None:
+    """That a batch could be skipped changes no bit, of one that is not."""
+    for case in ODD:
+        inputs = trimmed(name, case).make()
+        moved = [buffers(inputs.x.shape[1], case.dtype)]
+        moved.append(moved[0].clone())
+        for ours, skips in zip(moved, (True, False), strict=True):
+            forward(name, trimmed(name, case), inputs.x, inputs.mask, ours.moving(skips=skips))
+        assert all(map(torch.equal, *moved)), case
+
+
+@every_engine
+def test_what_is_masked_spoils_nothing(name: str) -> None:
     case = Case("masked", (9, 5, 7), masked=True, group_size=4)
     inputs = case.make()
     assert inputs.x.isnan().any()
     ours = buffers(5)
-    forward(case, inputs.x, inputs.mask, ours.moving())
+    forward(name, case, inputs.x, inputs.mask, ours.moving())
     assert ours.skipped == 2
     assert ours.batches == 6
     assert ours.mean.isfinite().all()
 
 
-def test_values_whose_squares_overflow_are_skipped_too() -> None:
+@every_engine
+def test_values_whose_squares_overflow_are_skipped_too(name: str) -> None:
     x = torch.randn(6, 3, dtype=torch.float64)
     x[:, 1] *= 1e300
     ours = buffers(3, torch.float64)
     before = ours.clone()
-    forward(Case("huge", (6, 3)), x, None, ours.moving())
+    forward(name, Case("huge", (6, 3)), x, None, ours.moving())
     torch.testing.assert_close(ours, before._replace(skipped=before.skipped + 1), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("valid", [0, 1])
 @pytest.mark.parametrize("group_size", [None, 2])
+@pytest.mark.parametrize("skips", [True, False], ids=["skips", "does not"])
 @in_turn_or_together
+@every_engine
 def test_less_than_two_values_move_nothing_and_count(
-    valid: int, group_size: int | None, sequential: bool
+    name: str, valid: int, group_size: int | None, sequential: bool, skips: bool
 ) -> None:
     x, mask = torch.randn(6, 3, 2), torch.zeros(6, 2, dtype=torch.bool)
     mask[3, 1] = bool(valid)
     ours = buffers(3)
     before = ours.clone()
     case = Case("few", (6, 3, 2), group_size=group_size)
-    forward(case, x, mask, ours.moving(sequential=sequential))
+    forward(name, case, x, mask, ours.moving(sequential=sequential, skips=skips))
     grown = before.batches + (3 if sequential and group_size else 1)
     torch.testing.assert_close(ours, before._replace(batches=grown), rtol=0, atol=0)
 
 
-def test_one_of_them_alone() -> None:
+@every_engine
+def test_one_of_them_alone(name: str) -> None:
     """A layer may track one of them only, or count and track nothing."""
     case = Case("alone", (9, 5, 6, 6), group_size=4)
     x = case.make().x
@@ -157,10 +187,10 @@ def test_one_of_them_alone() -> None:
         other.mean.copy_(whole.mean)
         other.var.copy_(whole.var)
     before = whole.clone()
-    forward(case, x, None, whole.moving())
-    forward(case, x, None, mean_only.moving()._replace(var=None, batches=None))
-    forward(case, x, None, var_only.moving()._replace(mean=None))
-    forward(case, x, None, count_only.moving()._replace(mean=None, var=None))
+    forward(name, case, x, None, whole.moving())
+    forward(name, case, x, None, mean_only.moving()._replace(var=None, batches=None))
+    forward(name, case, x, None, var_only.moving()._replace(mean=None))
+    forward(name, case, x, None, count_only.moving()._replace(mean=None, var=None))
     assert torch.equal(mean_only.mean, whole.mean)
     assert torch.equal(mean_only.var, before.var)
     assert torch.equal(var_only.var, whole.var)
@@ -195,14 +225,17 @@ def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...], masked: bo
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_a_thousand_groups_in_turn_round_once(sequential: bool) -> None:
+@every_engine
+def test_a_thousand_groups_in_turn_round_once(name: str, sequential: bool) -> None:
     """They move in float64, and are rounded at the end."""
-    case = Case("many", (4000, 3), group_size=4, offset=1e3)
+    case = Case(
+        "many", (4000 if name == "cpu" or device(name) != "cpu" else 400, 3), group_size=4, offset=1e3
+    )
     x = case.make().x
     ours = buffers(3)
     start = reference.Running(as_array(ours.mean).copy(), as_array(ours.var).copy())
     running = RunningStatistics(ours.mean, ours.var, None, 0.01, None, sequential)
-    forward(case, x, None, running)
+    forward(name, case, x, None, running)
     update = reference.update_running_sequential if sequential else reference.update_running_pooled
     moved = update(start, groups_of(case, x, None), momentum=0.01)
     np.testing.assert_allclose(as_array(ours.mean), moved.mean, rtol=1e-7)
@@ -225,11 +258,12 @@ def test_what_cannot_be_written_by_its_address_is_left_to_the_framework(other: d
     assert not choose.load("eager").moves(x, running)
 
 
-def test_groups_of_one_value_are_a_batch_together() -> None:
+@every_engine
+def test_groups_of_one_value_are_a_batch_together(name: str) -> None:
     case = Case("ones", (7, 5), group_size=1)
     x, ours = case.make().x, buffers(5)
     start = reference.Running(as_array(ours.mean).copy(), as_array(ours.var).copy())
-    forward(case, x, None, ours.moving())
+    forward(name, case, x, None, ours.moving())
     moved = reference.update_running_pooled(start, groups_of(case, x, None), momentum=MOMENTUM)
     assert_close(ours.mean, moved.mean, dtype=torch.float32, what="running_mean")
     assert_close(ours.var, moved.var, dtype=torch.float32, what="running_var")

@@ -25,7 +25,12 @@ from .interface import Engine
 
 ENVIRONMENT_VARIABLE = "BATCHNORM_ENGINE"
 ENGINES: dict[str, Engine] = {"eager": cast(Engine, eager)}
-_LATER = {"cpu": "batchnorm.kernels.cpu.engine"}  # imported on first use: Numba takes half a second
+# Imported on first use: Numba takes half a second, and Triton may not be there.
+_LATER = {"cpu": "batchnorm.kernels.cpu.engine", "gpu": "batchnorm.kernels.gpu.engine"}
+_KERNELS = {"cpu": "Numba kernels, at every size", "gpu": "Triton kernels, at every size"}
+_ENGINE_FOR = {"cpu": "the engine for CPUs", "gpu": "the engine for GPUs"}
+# Devices that Triton compiles for; AMD's GPUs are called cuda by torch.
+_GPUS = frozenset({"cuda", "xpu"})
 _override: ContextVar[str | None] = ContextVar("batchnorm_engine", default=None)
 
 _FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
@@ -46,22 +51,24 @@ def choose(x: Tensor) -> Choice:
     """
     name, obstacle = _chosen(x)
     if obstacle is not None:
-        return Choice(name, f"plain torch operations; the engine for CPUs does not take {obstacle}")
+        return Choice(name, f"plain torch operations; {obstacle}")
     if _override.get() is not None:
         return Choice(name, "forced by batchnorm.kernels.use")
     asked = _environment()
-    return Choice(
-        name, f"{ENVIRONMENT_VARIABLE}={asked} asks for it" if asked else "Numba kernels, at every size"
-    )
+    return Choice(name, f"{ENVIRONMENT_VARIABLE}={asked} asks for it" if asked else _KERNELS[name])
 
 
 def _chosen(x: Tensor) -> tuple[str, str | None]:
-    """Return the engine's name, and what keeps the engine for CPUs from running `x` where that is why."""
+    """Return the engine's name, and why it is eager where another one was wanted."""
     wanted = _override.get() or _environment()
-    if wanted not in (None, "cpu"):
+    if wanted is None:
+        wanted = "cpu" if x.is_cpu or x.device.type not in _GPUS else "gpu"
+    if wanted not in _ENGINE_FOR:
         return wanted, None
-    obstacle = _obstacle_to_cpu(x)
-    return ("cpu", None) if obstacle is None else ("eager", obstacle)
+    obstacle = _obstacle(x, wanted)
+    if obstacle is None:
+        return wanted, None
+    return "eager", f"{_ENGINE_FOR[wanted]} does not take {obstacle}"
 
 
 @functools.cache
@@ -71,9 +78,11 @@ def _environment() -> str | None:
     return _known(wanted, ENVIRONMENT_VARIABLE) if wanted else None
 
 
-def _obstacle_to_cpu(x: Tensor) -> str | None:
-    """Return what keeps the engine for CPUs from running `x`, or None."""
-    if not x.is_cpu:
+def _obstacle(x: Tensor, wanted: str) -> str | None:
+    """Return what keeps the engine for CPUs or the one for GPUs from running `x`, or None."""
+    if wanted == "cpu" and not x.is_cpu:
+        return f"tensors on {x.device.type}"
+    if wanted == "gpu" and x.device.type not in _GPUS and not (x.is_cpu and _interprets_triton()):
         return f"tensors on {x.device.type}"
     if x.dtype not in _FLOATING:
         return str(x.dtype)
@@ -81,7 +90,20 @@ def _obstacle_to_cpu(x: Tensor) -> str | None:
         return f"a {type(x).__name__}"  # a fake one of the compiler, say: it has no memory to read
     if x.layout is not torch.strided or x.numel() == 0:
         return f"{x.layout}" if x.numel() else "tensors without values"
+    if wanted == "gpu":
+        return None if _has_triton() else "anything without Triton: pip install triton"
     return None if _has_numba() else "anything without Numba: pip install numba"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _interprets_triton() -> bool:
+    """Whether Triton's kernels run on CPUs, in its interpreter: TRITON_INTERPRET=1 when they are imported."""
+    return _has_triton() and bool(importlib.import_module(f"{_LATER['gpu']}").IS_INTERPRETED)
 
 
 @functools.cache

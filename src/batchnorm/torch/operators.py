@@ -1,7 +1,8 @@
 """The forward and its gradient over the kernels, as an autograd Function: the path of most eager calls.
 
 Kept for the backward: x, and per channel mean and rstd; the residual only behind an activation, whose
-derivative needs it. No running buffer is ever kept, so updating one between two forwards is safe.
+derivative needs it, or one bit per value in its place, if the engine keeps that. No running buffer is ever
+kept, so updating one between two forwards is safe.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .plan import Plan
 
 
 class _BatchNorm(torch.autograd.Function):
-    """(engine, x, weight, bias, residual, plan, running, found) -> y; see `apply`.
+    """(engine, x, weight, bias, residual, plan, running, found, signs) -> y; see `apply`.
 
     The batch's count, mean, m2 and rstd are appended to the list `found`: as further outputs they would cost
     a quarter of the time of a whole small stock layer.
@@ -39,8 +40,10 @@ class _BatchNorm(torch.autograd.Function):
         plan: Plan,
         running: RunningStatistics | None,
         found: list[Tensor],
+        signs: Tensor | None,
     ) -> Tensor:
         eps, activation, mask, group_size, given, _ = plan
+        kept: dict[str, Any] = {} if signs is None else {"signs": signs}
         if given is None:
             y, moments, rstd = engine.forward(
                 x,
@@ -52,16 +55,17 @@ class _BatchNorm(torch.autograd.Function):
                 mask=mask,
                 group_size=group_size,
                 running=running,
+                **kept,
             )
             mean = moments.mean
             found += (*moments, rstd)
         else:
             mean, rstd = given
             y = engine.normalize(
-                x, mean, rstd, weight, bias, residual=residual, activation=activation, mask=mask
+                x, mean, rstd, weight, bias, residual=residual, activation=activation, mask=mask, **kept
             )
-        behind = (bias, residual) if activation is not None else (None, None)
-        ctx.save_for_backward(x, weight, *behind, mean, rstd, mask)
+        behind = (bias, residual) if activation is not None and signs is None else (None, None)
+        ctx.save_for_backward(x, weight, *behind, mean, rstd, mask, signs)
         ctx.settings = (engine, eps, activation, group_size, given is not None)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias, residual))
         ctx.set_materialize_grads(False)
@@ -71,10 +75,13 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         recipes.settle(ctx)
         if dy is None:
-            return (None,) * 8
-        x, weight, bias, residual, mean, rstd, mask = ctx.saved_tensors
+            return (None,) * 9
+        x, weight, bias, residual, mean, rstd, mask, signs = ctx.saved_tensors
         engine, eps, activation, group_size, given = ctx.settings
+        kept: dict[str, Any] = {} if signs is None else {"signs": signs}
         if torch.is_grad_enabled() or differentiable.is_transforming() or differentiable.is_batch(dy):
+            if signs is not None:
+                dy, activation = dy * _slopes(engine, x, mean, rstd, activation, group_size, signs), None
             plan = Plan(eps, activation, mask, group_size, (mean, rstd) if given else None)
             gradients = differentiable.gradients(ctx, x, dy, weight, bias, residual, plan)
         else:
@@ -90,6 +97,7 @@ class _BatchNorm(torch.autograd.Function):
                 activation=activation,
                 mask=mask,
                 group_size=group_size,
+                **kept,
             )
         dx, dweight, dbias, dresidual = gradients
         needed, dtypes = ctx.needs_input_grad, ctx.dtypes
@@ -101,8 +109,25 @@ class _BatchNorm(torch.autograd.Function):
             dweight.to(dtypes[0]) if needed[2] and dweight is not None else None,
             dbias.to(dtypes[1]) if needed[3] and dbias is not None else None,
             dresidual.to(dtypes[2]) if needed[4] and dresidual is not None else None,
-            *(None,) * 3,
+            *(None,) * 4,
         )
+
+
+def _slopes(
+    engine: Engine,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str,
+    group_size: int | None,
+    signs: Tensor,
+) -> Tensor:
+    """Return the activation's slopes as a tensor, 0 or 1: what a cotangent of ones is behind it."""
+    with torch.no_grad():
+        options: dict[str, Any] = {"activation": activation, "group_size": group_size, "signs": signs}
+        found = engine.backward(x, torch.ones_like(x), mean, rstd, True, **options)[3]
+        assert found is not None
+        return found
 
 
 def apply(
@@ -135,13 +160,14 @@ def apply(
         )
         return differentiable.Normalized(y, _batch(x, plan, *moments, strict=strict), moved)
     found: list[Tensor] = []
-    y = _BatchNorm.apply(chosen, x, weight, bias, residual, plan, running, found)  # type: ignore[no-untyped-call]
+    signs = None if residual is None else chosen.signs(x, plan.activation, plan.group_size)
+    y = _BatchNorm.apply(chosen, x, weight, bias, residual, plan, running, found, signs)  # type: ignore[no-untyped-call]
     if plan.given is not None:
-        recipes.record(y, chosen, x, residual, plan.given, (weight, bias), plan)
+        recipes.record(y, chosen, x, residual, plan.given, (weight, bias), plan, signs is None)
         return differentiable.Normalized(y, None)
     count, mean, m2, rstd = found
     batch = _batch(x, plan, count, mean, m2, strict=strict)
-    recipes.record(y, chosen, x, residual, (mean, rstd), (weight, bias), plan)
+    recipes.record(y, chosen, x, residual, (mean, rstd), (weight, bias), plan, signs is None)
     return differentiable.Normalized(y, batch, moved)
 
 

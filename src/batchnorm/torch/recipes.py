@@ -261,6 +261,7 @@ def record(
     statistics: tuple[Tensor, Tensor],
     parameters: tuple[Tensor | None, Tensor | None],
     plan: Plan,
+    keeps_residual: bool = True,
 ) -> None:
     """Make the recipe of an output, where `lean` has kept what its norm keeps.
 
@@ -270,6 +271,7 @@ def record(
         x, residual, plan: of the call.
         statistics: mean and rstd, those that the norm keeps for its gradient.
         parameters: weight and bias.
+        keeps_residual: whether behind an activation the norm keeps the residual, for its own gradient.
     """
     if not _KEPT:  # nobody is lean: a tenth of a microsecond
         return
@@ -282,7 +284,8 @@ def record(
         or (residual is not None and _key(residual) is None)
     ):
         return
-    recipe = Recipe(y, engine, _source(x), _residual(residual, plan.activation), statistics, parameters, plan)
+    keeps = keeps_residual and plan.activation is not None
+    recipe = Recipe(y, engine, _source(x), _residual(residual, keeps), statistics, parameters, plan)
     if recipe.links > SEGMENT:
         return
     own.recipe = recipe
@@ -303,10 +306,10 @@ def _source(tensor: Tensor) -> Kept | Reading:
     return Kept(tensor) if recipe is None else Reading(recipe, tensor)
 
 
-def _residual(residual: Tensor | None, activation: str | None) -> Kept | Reading | Other | None:
+def _residual(residual: Tensor | None, is_kept: bool) -> Kept | Reading | Other | None:
     if residual is None:
         return None
     found = _source(residual)
-    if isinstance(found, Kept) and activation is None:
+    if isinstance(found, Kept) and not is_kept:
         return Other(residual)
     return found

@@ -215,6 +215,11 @@ def backward(
     )
 
 
+def signs(x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:  # noqa: ARG001
+    """See `interface.Engine.signs`: it keeps none."""
+    return None
+
+
 def given(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
     """See `interface.Engine.given`."""
     real = running_mean.dtype

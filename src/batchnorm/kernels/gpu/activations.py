@@ -1,0 +1,85 @@
+"""The activations and their derivatives, on tiles; as `kernels/activations.py` has them."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+_SLOPE = tl.constexpr(0.01)  # of leaky_relu
+_ROOT = tl.constexpr(math.sqrt(0.5))
+_DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))  # of the normal distribution, at its mean
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def _normal(z):
+    """Return the share of a normal distribution below z."""
+    return 0.5 * (1.0 + tl.erf(z * _ROOT))
+
+
+@triton.jit
+def activated(z, ACTIVATION: tl.constexpr):
+    """Return activation(z). Comparisons are such that NaN stays NaN."""
+    if ACTIVATION is None:
+        y = z
+    elif ACTIVATION == "relu":
+        y = tl.where(z <= 0.0, 0.0, z)
+    elif ACTIVATION == "relu6":
+        y = tl.where(z <= 0.0, 0.0, tl.where(z >= 6.0, 6.0, z))
+    elif ACTIVATION == "leaky_relu":
+        y = tl.where(z < 0.0, z * _SLOPE, z)
+    elif ACTIVATION == "silu":
+        y = z * _sigmoid(z)
+    elif ACTIVATION == "gelu":
+        y = z * _normal(z)
+    elif ACTIVATION == "hardswish":
+        gate = z + 3.0
+        y = z * tl.where(gate <= 0.0, 0.0, tl.where(gate >= 6.0, 6.0, gate)) * (1 / 6)
+    elif ACTIVATION == "sigmoid":
+        y = _sigmoid(z)
+    elif ACTIVATION == "tanh":
+        y = 1.0 - 2.0 / (1.0 + tl.exp(z * 2.0))
+    else:
+        tl.static_assert(ACTIVATION == "elu")
+        y = tl.where(z > 0.0, z, tl.exp(tl.where(z > 0.0, 0.0, z)) - 1.0)
+    return y
+
+
+@triton.jit
+def through(dy, z, ACTIVATION: tl.constexpr, KINK: tl.constexpr):
+    """Return dy * activation'(z); at a kink, what torch's own backward takes.
+
+    Args:
+        dy, z: tiles.
+        ACTIVATION: its name.
+        KINK: the largest z that the dtype of y rounds to 0: where y is 0, relu has no slope.
+    """
+    if ACTIVATION == "relu":
+        dz = tl.where(z <= KINK, 0.0, dy)
+    elif ACTIVATION == "relu6":
+        dz = tl.where(z <= KINK, 0.0, tl.where(z >= 6.0, 0.0, dy))
+    elif ACTIVATION == "leaky_relu":
+        dz = tl.where(z > 0.0, dy, dy * _SLOPE)
+    elif ACTIVATION == "silu":
+        s = _sigmoid(z)
+        dz = dy * s * (1.0 + z * (1.0 - s))
+    elif ACTIVATION == "gelu":
+        dz = dy * (_normal(z) + z * tl.exp(z * z * -0.5) * _DENSITY)
+    elif ACTIVATION == "hardswish":
+        dz = dy * tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, z * (1 / 3) + 0.5, 1.0))
+    elif ACTIVATION == "sigmoid":
+        s = _sigmoid(z)
+        dz = dy * s * (1.0 - s)
+    elif ACTIVATION == "tanh":
+        t = 1.0 - 2.0 / (1.0 + tl.exp(z * 2.0))
+        dz = dy * (1.0 - t * t)
+    else:
+        tl.static_assert(ACTIVATION == "elu")
+        dz = tl.where(z > 0.0, dy, dy * tl.exp(tl.where(z > 0.0, 0.0, z)))
+    return dz

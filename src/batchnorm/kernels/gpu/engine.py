@@ -1,0 +1,476 @@
+"""The Triton engine: see `interface.Engine`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from batchnorm.kernels.interface import Coefficients, Moments, RunningStatistics
+
+from . import backward as gradient
+from . import forward as outputs
+from . import moments as measures
+from . import running as moving
+from .launching import IS_INTERPRETED, launch
+from .plan import merging, plan, power
+
+__all__ = [
+    "IS_INTERPRETED",
+    "backward",
+    "backward_apply",
+    "backward_reduce",
+    "forward",
+    "given",
+    "moments",
+    "moves",
+    "normalize",
+    "signs",
+]
+
+_REALS = (torch.float32, torch.float64)  # dtypes that running statistics have here
+
+# The largest numbers that round to 0: where y is 0, the derivative of relu is.
+_TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+
+
+def _is_alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.stride() == b.stride()
+
+
+# Activations whose slope is 0 or 1.
+_OPEN = frozenset({"relu", "relu6"})
+
+
+class _Call:
+    """One call: its tensors in the layout of x, and what all of its kernels are told."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        mask: Tensor | None = None,
+        group_size: int | None = None,
+        signs: Tensor | None = None,
+    ) -> None:
+        if x.is_neg():
+            x = x.resolve_neg()
+        self.plan = plan(x.shape, x.stride(), group_size)
+        if not self.plan.is_dense:
+            x = x.contiguous()
+        self.x = x
+        self.activation = activation
+        self.signs = signs
+        is_wide = x.dtype == torch.float64
+        self.real, self.REAL = (torch.float64, tl.float64) if is_wide else (torch.float32, tl.float32)
+        self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
+        self.residual = None if residual is None else self.laid_out(residual)
+        self.weight = None if weight is None else weight.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+
+    def laid_out(self, values: Tensor) -> Tensor:
+        """Return values in the dtype and layout of x."""
+        if _is_alike(values, self.x) and not values.is_neg():
+            return values
+        return torch.empty_like(self.x).copy_(values)
+
+    def returned(self, output: Tensor, like: Tensor) -> Tensor:
+        """Return an output in the dtype and layout of what the caller gave."""
+        if like is self.x:
+            return output
+        wanted = torch.empty_like(like)
+        return output if _is_alike(output, wanted) else wanted.copy_(output)
+
+    def table(self, *sizes: int) -> Tensor:
+        """Return room for numbers per group and channel, `[*sizes, G, C]`."""
+        shape = (*sizes, self.plan.groups, self.plan.channels)
+        return torch.empty(shape, dtype=torch.float64, device=self.x.device)
+
+    @property
+    def tiles(self) -> dict[str, Any]:
+        """Where a kernel finds the values of its tiles."""
+        plan = self.plan
+        return {
+            "mask": self.mask,
+            "channels": plan.channels,
+            "positions": plan.positions,
+            "units": plan.units,
+            "group_units": plan.group_units,
+            "REAL": self.REAL,
+            "ROWS": plan.rows,
+            "OUTER": plan.outer,
+            "INNER": plan.inner,
+        }
+
+    @property
+    def affine(self) -> dict[str, Any]:
+        """What z is made of, apart from x and its statistics."""
+        return {
+            "residual": self.residual,
+            "weight": self.weight,
+            "bias": self.bias,
+            "ACTIVATION": self.activation,
+            "KINK": _TINY.get(self.x.dtype, 0.0),
+            "signs": self.signs,
+        }
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """What a kernel is told that takes whole channels."""
+        return {"tiles": self.plan.tiles, "SINGLE": self.plan.tiles == 1}
+
+    def run(self, kernel: Any, parts: int, /, **arguments: Any) -> None:
+        """Launch a kernel over tiles."""
+        programs = self.plan.channel_tiles * parts * self.plan.groups
+        launch(kernel, programs, self.plan.warps, self.x, arguments | {"x": self.x} | self.tiles)
+
+    def steps(self) -> dict[str, int]:
+        """Into how many parts tiles are cut where each value is read once, and of how many tiles."""
+        span = self.plan.tiles
+        tiles = math.ceil(span / self.plan.steps)
+        return {"parts": math.ceil(span / tiles), "tiles": tiles, "span": span}
+
+    def merge(self, kernel: Any, **arguments: Any) -> None:
+        """Launch a kernel over parts."""
+        plan = self.plan
+        block, channels = merging(plan.parts, plan.channels)
+        shape = {"channels": plan.channels, "groups": plan.groups, "parts": plan.parts}
+        sizes = {"PARTS": block, "CHANNELS": channels}
+        programs = math.ceil(plan.channels / channels) * plan.groups
+        launch(kernel, programs, 4, self.x, arguments | shape | sizes)
+
+    def close(self, kernel: Any, **arguments: Any) -> None:
+        """Launch a kernel that puts groups together."""
+        plan = self.plan
+        block = min(32, power(plan.groups))
+        channels = min(32, power(plan.channels))
+        shape = {"channels": plan.channels, "groups": plan.groups, "GROUPS": block, "CHANNELS": channels}
+        launch(kernel, math.ceil(plan.channels / channels), 4, self.x, arguments | shape)
+
+
+def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
+    """See `interface.Engine.moments`."""
+    return _measured(_Call(x, mask=mask, group_size=group_size), 0.0, {})[0]
+
+
+def _measured(call: _Call, eps: float, running: dict[str, Any]) -> tuple[Moments, Tensor]:
+    """Return the moments, taken in parts, and rstd."""
+    plan = call.plan
+    found = _room(call)
+    parts = dict(zip(("part_count", "part_mean", "part_m2"), call.table(3, plan.parts).unbind(), strict=True))
+    counts = {"groups": plan.groups, "parts": plan.parts, "tiles": plan.part_tiles}
+    call.run(measures.measure_parts, plan.parts, **parts, **counts)
+    call.merge(measures.merge_moments, eps=eps, **parts, **found, **(_NOTHING | running))
+    return _moments(found)
+
+
+def _room(call: _Call) -> dict[str, Tensor]:
+    mean, m2, rstd = call.table(3).unbind()
+    count = torch.empty(call.plan.groups, dtype=torch.float64, device=call.x.device)
+    return {"count": count, "mean": mean, "m2": m2, "rstd": rstd}
+
+
+def _moments(found: dict[str, Tensor]) -> tuple[Moments, Tensor]:
+    return Moments(found["count"], found["mean"], found["m2"]), found["rstd"]
+
+
+_NOTHING = {"running_mean": None, "running_var": None, "batches": None, "momentum": 0.0}
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+    signs: Tensor | None = None,
+) -> Tensor:
+    """See `interface.Engine.normalize`."""
+    call = _Call(
+        x,
+        weight,
+        bias,
+        residual=residual,
+        activation=activation,
+        mask=mask,
+        group_size=group_size,
+        signs=signs,
+    )
+    return call.returned(_normalized(call, *_wide(mean, rstd)), x)
+
+
+def _wide(*statistics: Tensor) -> tuple[Tensor, ...]:
+    return tuple(values.to(torch.float64).contiguous() for values in statistics)
+
+
+def _normalized(call: _Call, mean: Tensor, rstd: Tensor) -> Tensor:
+    y, steps = torch.empty_like(call.x), call.steps()
+    call.run(outputs.normalize, steps["parts"], y=y, mean=mean, rstd=rstd, **steps, **call.affine)
+    return y
+
+
+def forward(
+    x: Tensor,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+    running: RunningStatistics | None = None,
+    signs: Tensor | None = None,
+) -> tuple[Tensor, Moments, Tensor]:
+    """See `interface.Engine.forward`."""
+    call = _Call(
+        x,
+        weight,
+        bias,
+        residual=residual,
+        activation=activation,
+        mask=mask,
+        group_size=group_size,
+        signs=signs,
+    )
+    moved = _moved(running)
+    # A batch of one group that is never skipped moves them along the way.
+    is_apart = running is not None and (call.plan.groups > 1 or running.skipped is not None)
+    within = {} if is_apart else moved
+    if call.plan.is_whole:
+        y, room = torch.empty_like(call.x), _room(call)
+        call.run(
+            outputs.forward_whole, 1, y=y, eps=eps, **room, **call.whole, **call.affine, **(_NOTHING | within)
+        )
+        found, rstd = _moments(room)
+    else:
+        found, rstd = _measured(call, eps, within)
+        y = _normalized(call, found.mean, rstd)
+    if running is not None:
+        if is_apart:
+            call.close(
+                moving.move_running,
+                **found._asdict(),
+                **moved,
+                skipped=running.skipped,
+                size=found.mean.numel(),
+                SEQUENTIAL=running.sequential,
+            )
+        increment_version([t for t in (*running[:3], running.skipped) if t is not None])
+    return call.returned(y, x), found, rstd
+
+
+def _moved(running: RunningStatistics | None) -> dict[str, Any]:
+    if running is None:
+        return {}
+    mean, var, batches, momentum, *_ = running
+    return {"running_mean": mean, "running_var": var, "batches": batches, "momentum": momentum}
+
+
+def _sums(call: _Call, dy: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
+    """Return the gradient's sums, of parts."""
+    plan = call.plan
+    parts = dict(
+        zip(("part_count", "part_dy", "part_dy_xhat"), call.table(3, plan.parts).unbind(), strict=True)
+    )
+    counts = {"groups": plan.groups, "parts": plan.parts, "tiles": plan.part_tiles, "span": plan.tiles}
+    given = {"dy": dy, "mean": mean, "rstd": rstd}
+    call.run(gradient.sum_parts, plan.parts, **parts, **counts, **given, **call.affine)
+    return parts
+
+
+def _applied(
+    call: _Call, dy: Tensor, mean: Tensor, rstd: Tensor, slopes: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Return dx and dresidual, in the layout of x."""
+    steps, out = call.steps(), _outputs(call)
+    given = {"dy": dy, "mean": mean, "rstd": rstd}
+    call.run(gradient.differentiate, steps["parts"], **steps, **given, **slopes, **out, **call.affine)
+    return out["dx"], out["dresidual"]
+
+
+def _outputs(call: _Call) -> dict[str, Any]:
+    dresidual = None if call.residual is None and call.signs is None else torch.empty_like(call.x)
+    return {"dx": torch.empty_like(call.x), "dresidual": dresidual}
+
+
+def backward_reduce(
+    x: Tensor,
+    dy: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `interface.Engine.backward_reduce`."""
+    call = _Call(x, weight, bias, residual=residual, activation=activation, mask=mask, group_size=group_size)
+    mean, rstd = _wide(mean, rstd)
+    parts = _sums(call, call.laid_out(dy), mean, rstd)
+    sum_dy, sum_dy_xhat = call.table(2).unbind()
+    nothing = dict.fromkeys(("a", "b", "c", "dweight", "dbias"))
+    call.merge(
+        gradient.merge_sums,
+        mean=mean,
+        rstd=rstd,
+        weight=call.weight,
+        sum_dy=sum_dy,
+        sum_dy_xhat=sum_dy_xhat,
+        GIVEN=False,
+        REAL=call.REAL,
+        **parts,
+        **nothing,
+    )
+    return sum_dy, sum_dy_xhat
+
+
+def backward_apply(
+    x: Tensor,
+    dy: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    coefficients: Coefficients,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `interface.Engine.backward_apply`."""
+    call = _Call(x, weight, bias, residual=residual, activation=activation, mask=mask, group_size=group_size)
+    slopes = dict(zip("abc", _wide(*coefficients), strict=True))
+    mean, rstd = _wide(mean, rstd)
+    dx, dresidual = _applied(call, call.laid_out(dy), mean, rstd, slopes)
+    return call.returned(dx, x), _returned(call, dresidual, residual)
+
+
+def _returned(call: _Call, dresidual: Tensor | None, residual: Tensor | None) -> Tensor | None:
+    """Return dresidual as the residual is laid out; as x, where signs stand for it."""
+    if dresidual is None or residual is None:
+        return dresidual
+    return call.returned(dresidual, residual)
+
+
+def backward(
+    x: Tensor,
+    dy: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    given: bool,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    group_size: int | None = None,
+    signs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See `interface.Engine.backward`."""
+    call = _Call(
+        x,
+        weight,
+        bias,
+        residual=residual,
+        activation=activation,
+        mask=mask,
+        group_size=group_size,
+        signs=signs,
+    )
+    dy = call.laid_out(dy)
+    mean, rstd = _wide(mean, rstd)
+    dweight, dbias = torch.empty(2, call.plan.channels, dtype=call.real, device=call.x.device).unbind()
+    is_one = call.plan.groups == 1
+    parameters = {"dweight": dweight if is_one else None, "dbias": dbias if is_one else None}
+    names = ("sum_dy", "sum_dy_xhat")
+    sums: dict[str, Any] = dict.fromkeys(names) if is_one else dict(zip(names, call.table(2), strict=True))
+    if call.plan.is_whole:
+        out = _outputs(call)
+        statistics = {"dy": dy, "mean": mean, "rstd": rstd, "GIVEN": given}
+        call.run(
+            gradient.backward_whole, 1, **statistics, **out, **parameters, **sums, **call.whole, **call.affine
+        )
+        dx, dresidual = out["dx"], out["dresidual"]
+    else:
+        parts = _sums(call, dy, mean, rstd)
+        slopes = dict(zip("abc", call.table(3).unbind(), strict=True))
+        call.merge(
+            gradient.merge_sums,
+            mean=mean,
+            rstd=rstd,
+            weight=call.weight,
+            GIVEN=given,
+            REAL=call.REAL,
+            **parts,
+            **sums,
+            **slopes,
+            **parameters,
+        )
+        dx, dresidual = _applied(call, dy, mean, rstd, slopes)
+    if not is_one:
+        call.close(gradient.add_groups, **sums, dweight=dweight, dbias=dbias)
+    return call.returned(dx, x), dweight, dbias, _returned(call, dresidual, residual)
+
+
+def signs(x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:
+    """See `interface.Engine.signs`."""
+    if activation not in _OPEN:
+        return None
+    found = plan(x.shape, x.stride(), group_size)
+    tiles, values = found.groups * found.channel_tiles * found.tiles, found.outer * found.inner
+    if values < 8:
+        return None
+    return torch.empty(tiles * values // 8, dtype=torch.uint8, device=x.device)
+
+
+def given(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """See `interface.Engine.given`."""
+    real = running_mean.dtype
+    if real not in _REALS or not all(_is_plain(t, real, running_mean) for t in (running_mean, running_var)):
+        return None
+    channels = running_mean.numel()
+    mean, rstd = torch.empty(2, 1, channels, dtype=torch.float64, device=running_mean.device).unbind()
+    arguments = {"running_mean": running_mean, "running_var": running_var, "mean": mean, "rstd": rstd}
+    block = min(1024, power(channels))
+    more = {"eps": eps, "channels": channels, "CHANNELS": block}
+    launch(moving.take_running, math.ceil(channels / block), 4, running_mean, arguments | more)
+    return mean, rstd
+
+
+def moves(x: Tensor, running: RunningStatistics) -> bool:
+    """See `interface.Engine.moves`."""
+    mean, var, batches, _, skipped, _ = running
+    real = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wanted = ((mean, real), (var, real), (batches, torch.int64), (skipped, torch.int64))
+    return all(values is None or _is_plain(values, dtype, x) for values, dtype in wanted)
+
+
+def _is_plain(values: Tensor, dtype: torch.dtype, like: Tensor) -> bool:
+    """Whether a kernel may read and write a tensor."""
+    return (
+        (type(values) is Tensor or type(values) is torch.nn.Parameter)
+        and values.dtype == dtype
+        and values.device == like.device
+        and values.is_contiguous()
+        and not values.requires_grad
+        and not values.is_inference()
+    )

@@ -1,0 +1,166 @@
+"""How a tensor is cut into programs: by its shape and layout alone, so that every run gives the same.
+
+A tile is `[outer, inner]` values. The layouts:
+
+    planes    a channel's values are runs of `positions`: a tile is some samples by some of these
+    rows      a tile is some rows by some channels. A row is one position of one sample: channels-last and
+              `[N, C]`; and short planes, whose runs would leave most of a tile empty
+
+There are two regimes. A channel's values (of one group) may be so few that one program takes them all, and
+does all there is to do in one launch: a single tile stays in registers; more tiles come twice, then from the
+cache. Else programs take parts, another launch merges what they found, and a third one normalizes.
+
+The numbers below are reasoned, not measured: no GPU has run these kernels yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_SINGLE = 2**13  # values of a tile that stays in registers: 16 per thread of 16 warps, and as many of dy
+_WHOLE = 2**16  # values that one program takes, if ...
+_ENOUGH = 128  # ... there are so many programs: a large GPU has about 132 multiprocessors
+_TILE = 2**11  # values of a tile otherwise: 8 per thread, one load of 16 bytes of 16-bit values
+_LANE = 32  # tiles of a part at most, and so values that a lane adds up in float32, one after the other
+_SHORT = 16  # positions below which planes are read as rows
+# Channels side by side of a tile of rows: a sector of 16-bit values at least, a cache line at most.
+_SEGMENT, _LINE = 16, 64
+_PROGRAMS = 1024  # that fill a large GPU several times
+_TILES = 8  # tiles of a program that only normalizes or differentiates: it loads parameters once for all
+_MERGED, _BLOCK = 2**11, 512  # numbers of a tile that merges, and parts of it at most
+
+
+class Plan(NamedTuple):
+    """A call's programs.
+
+    Attributes:
+        is_dense: whether the tensor is laid out as one of the two that there are kernels for. If not, the
+            rest is what it is for a contiguous one.
+        rows: the layout; else planes.
+        channels: C.
+        positions: of a run: S for planes and short planes; else 1.
+        units: samples of planes, or rows.
+        group_units: units of a statistics group; the last group may have fewer.
+        groups: G.
+        is_whole: the regime: one program takes all values of a channel and a group.
+        outer, inner: sizes of a tile, powers of two.
+        channel_tiles: tiles side by side along the channels.
+        tiles: of a group and one of those.
+        parts: into how many they are cut for moments and sums.
+    """
+
+    is_dense: bool
+    rows: bool
+    channels: int
+    positions: int
+    units: int
+    group_units: int
+    groups: int
+    is_whole: bool
+    outer: int
+    inner: int
+    channel_tiles: int
+    tiles: int
+    parts: int
+
+    @property
+    def part_tiles(self) -> int:
+        """Tiles of a part."""
+        return math.ceil(self.tiles / self.parts)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program: 8 values per thread; 16 in the largest tiles, which are read once."""
+        return max(1, min(16, self.outer * self.inner // 256))
+
+    @property
+    def steps(self) -> int:
+        """Into how many parts they are cut where each value is read once: enough to fill the device."""
+        others = self.channel_tiles * self.groups
+        return math.ceil(self.tiles / max(1, min(_TILES, self.tiles * others // _PROGRAMS)))
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(shape: tuple[int, ...], stride: tuple[int, ...], group_size: int | None) -> Plan:
+    """Return the programs for a tensor `[N, C, *S]` that is not empty.
+
+    Args:
+        shape, stride: of the tensor.
+        group_size: samples per statistics group; None = all.
+    """
+    axes = range(len(shape))
+    contiguous = _is_dense(shape, stride, axes)
+    channels_last = not contiguous and _is_dense(shape, stride, (0, *axes[2:], 1))
+    samples, channels, positions = shape[0], shape[1], math.prod(shape[2:])
+    group = samples if group_size is None else min(group_size, samples)
+    groups = math.ceil(samples / group)
+    rows = channels_last or positions < _SHORT
+    if rows:
+        units, length, run = samples * positions, group * positions, 1 if channels_last else positions
+        outer, inner = _tile_of_rows(length, channels)
+        channel_tiles, tiles = math.ceil(channels / inner), math.ceil(length / outer)
+    else:
+        units, length, run = samples, group, positions
+        outer, inner = _tile_of_planes(group, positions)
+        channel_tiles, tiles = channels, math.ceil(group / outer) * math.ceil(positions / inner)
+    programs, values = channel_tiles * groups, tiles * outer * inner
+    is_whole = tiles == 1 or (tiles <= _LANE and values <= _WHOLE and programs >= _ENOUGH)
+    wanted = max(1, min(tiles, _PROGRAMS // programs))
+    parts = math.ceil(tiles / min(_LANE, math.ceil(tiles / wanted)))
+    return Plan(
+        contiguous or channels_last,
+        rows,
+        channels,
+        run,
+        units,
+        length,
+        groups,
+        is_whole,
+        outer,
+        inner,
+        channel_tiles,
+        tiles,
+        parts,
+    )
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...], axes: Sequence[int]) -> bool:
+    """Whether values lie side by side, of these axes the last one fastest."""
+    step = 1
+    for axis in reversed(axes):
+        if shape[axis] > 1 and stride[axis] != step:
+            return False
+        step *= shape[axis]
+    return True
+
+
+def power(number: int) -> int:
+    """Return the power of two from `number` on."""
+    return 1 << (number - 1).bit_length()
+
+
+def _tile_of_rows(length: int, channels: int) -> tuple[int, int]:
+    """Return rows and channels of a tile, which holds all `length` rows if it can."""
+    outer, widest = power(length), min(_LINE, power(channels))
+    narrowest = min(_SEGMENT, widest)
+    if outer * narrowest <= _SINGLE:
+        return outer, max(narrowest, min(widest, _TILE // outer))
+    return max(1, min(outer, _TILE // widest)), widest
+
+
+def _tile_of_planes(samples: int, positions: int) -> tuple[int, int]:
+    """Return samples and positions of a tile, which holds all of them if it can."""
+    outer, inner = power(samples), power(positions)
+    if outer * inner <= _SINGLE:
+        return outer, inner
+    inner = min(inner, _TILE)
+    return max(1, min(outer, _TILE // inner)), inner
+
+
+def merging(parts: int, channels: int) -> tuple[int, int]:
+    """Return the parts and the channels of a tile that merges, powers of two."""
+    block = min(_BLOCK, power(parts))
+    return block, max(1, min(power(channels), 32, _MERGED // block))

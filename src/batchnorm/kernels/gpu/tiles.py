@@ -1,0 +1,89 @@
+"""Where the values of a program's tiles are; see plan.py for the layouts. Addresses are int64."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Arguments by which no kernel is compiled anew; by channels and positions it is, if they are multiples of 16.
+NUMBERS = ("units", "group_units", "groups", "parts", "tiles", "span", "size")
+
+
+@triton.jit
+def task_of(channels, parts, ROWS: tl.constexpr, INNER: tl.constexpr):
+    """Return this program's part, group, and channels: `[1, INNER]` of rows; of planes, a number."""
+    program = tl.program_id(0)
+    if ROWS:
+        blocks = tl.cdiv(channels, INNER)
+        channel = program % blocks * INNER + tl.arange(0, INNER)[None, :]
+        rest = program // blocks
+    else:
+        channel = program % channels
+        rest = program // channels
+    return (rest % parts).to(tl.int64), (rest // parts).to(tl.int64), channel
+
+
+@triton.jit
+def tile_of(
+    tile,
+    group,
+    channel,
+    mask,
+    shape,
+    ROWS: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Return where a tile's values are, which are in the tensor, and which of these the mask leaves in.
+
+    Args:
+        tile: its number in the group, int64.
+        group, channel: see `task_of`.
+        mask: a byte per unit (rows) or per unit and position (planes), 0 = does not count; or None.
+        shape: channels, positions, units and group_units, as plan.py has them.
+    """
+    channels, positions, units, group_units = shape
+    first = group * group_units
+    last = tl.minimum(first + group_units, units)
+    if ROWS:
+        unit = first + tile * OUTER + tl.arange(0, OUTER)[:, None]
+        offsets = (unit // positions * channels + channel) * positions + unit % positions
+        inside = (unit < last) & (channel < channels)
+        valid = inside
+        if mask is not None:
+            valid = inside & (tl.load(mask + unit, mask=unit < last, other=0) != 0)
+    else:
+        blocks = tl.cdiv(positions, INNER)
+        unit = first + tile // blocks * OUTER + tl.arange(0, OUTER)[:, None]
+        position = tile % blocks * INNER + tl.arange(0, INNER)[None, :]
+        offsets = (unit * channels + channel) * positions + position
+        inside = (unit < last) & (position < positions)
+        valid = inside
+        if mask is not None:
+            valid = inside & (tl.load(mask + unit * positions + position, mask=inside, other=0) != 0)
+    return offsets, inside, valid
+
+
+@triton.jit
+def values_of(tensor, offsets, valid, REAL: tl.constexpr):
+    """Return a tile's values in the dtype of the arithmetic, 0 where they are not valid."""
+    return tl.load(tensor + offsets, mask=valid, other=0.0).to(REAL)
+
+
+@triton.jit
+def total(values, ROWS: tl.constexpr):
+    """Return sums per channel, as `task_of` has channels."""
+    if ROWS:
+        sums = tl.sum(values, 0, keep_dims=True)
+    else:
+        sums = tl.sum(tl.sum(values, 1), 0)
+    return sums
+
+
+@triton.jit
+def is_any(flags, ROWS: tl.constexpr):
+    """Return whether a flag of channels is set."""
+    numbers = tl.where(flags, 1, 0)
+    if ROWS:
+        numbers = tl.max(tl.max(numbers, 1), 0)
+    return numbers > 0
