@@ -209,6 +209,26 @@ def test_normalize_gives_the_output_of_forward_again(
         assert again.stride() == y.stride()
 
 
+@pytest.mark.parametrize("name", ["single", "whole", "parts"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_signs_stand_for_bias_and_residual(monkeypatch: pytest.MonkeyPatch, layout: str, name: str) -> None:
+    """Bit for bit the same gradients, from one bit per value that either half of a forward has written."""
+    regime(monkeypatch, name)
+    case = Case("signs", (7, 5, 9, 8), layout, residual=True, activation="relu6", masked=True, group_size=3)
+    x, weight, bias, residual, dy, mask = put(case.make())
+    options = {"mask": mask, "group_size": 3, "activation": "relu6"}
+    _, found, rstd = engine.forward(x, EPS, weight, bias, residual=residual, **options)
+    statistics = (found.mean, rstd)
+    tensors = (x, dy, *statistics, False, weight)
+    expected = engine.backward(*tensors, bias, residual=residual, **options)
+    for half in ("forward", "normalize"):
+        signs = engine.signs(x, "relu6", 3)
+        given = (EPS,) if half == "forward" else statistics
+        getattr(engine, half)(x, *given, weight, bias, residual=residual, signs=signs, **options)
+        for ours, theirs in zip(engine.backward(*tensors, signs=signs, **options), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 with interpreting():
 
     @triton.jit
