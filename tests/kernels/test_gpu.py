@@ -63,7 +63,15 @@ def regime(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     sizes = {
         "single": {"_SINGLE": 2**20},
         "whole": {"_SINGLE": 1, "_WHOLE": 2**20, "_ENOUGH": 0, "_TILE": 64, "_LANE": 2**20},
-        "parts": {"_SINGLE": 1, "_WHOLE": 0, "_TILE": 64, "_LANE": 3, "_MERGED": 64, "_BLOCK": 4},
+        "parts": {
+            "_SINGLE": 1,
+            "_WHOLE": 0,
+            "_TILE": 64,
+            "_LANE": 3,
+            "_MERGED": 64,
+            "_BLOCK": 4,
+            "_PROGRAMS": 8,
+        },
     }
     for number, value in sizes[name].items():
         monkeypatch.setattr(plan, number, value)
@@ -82,6 +90,9 @@ SHAPES = {
     "rows": Case("rows", (5, 9, 5, 4), "channels_last", masked=True),
     "short": Case("short", (7, 9, 3), residual=True, activation="gelu", group_size=3),
     "flat": Case("flat", (90, 19), offset=1e6),
+    "even-planes": Case("even-planes", (8, 3, 16, 16), residual=True, activation="relu", group_size=4),
+    "ragged": Case("ragged", (6, 3, 16, 16), group_size=4),
+    "even-rows": Case("even-rows", (8, 16, 4, 4), "channels_last", offset=1e6),
 }
 
 
@@ -92,6 +103,7 @@ def test_every_regime_gives_the_same(monkeypatch: pytest.MonkeyPatch, case: Case
     inputs = case.make()
     found = plan.plan(inputs.x.shape, inputs.x.stride(), case.group_size)
     assert (found.is_whole, found.tiles == 1) == (name != "parts", name == "single")
+    assert found.is_even == case.name.startswith("even")
     first = run(case, inputs)
     assert_right(case, inputs, first)
     for what, again in run(case, inputs).items():  # and bit for bit the same, each time
@@ -240,7 +252,15 @@ with interpreting():
         channel = channel + tl.arange(0, 8)[None, :] if ROWS else channel
         number = tl.load(tile)
         offsets, inside, _ = tile_of(
-            number, tl.load(group), channel, None, (channels, positions, units, group_units), ROWS, 4, 8
+            number,
+            tl.load(group),
+            channel,
+            None,
+            (channels, positions, units, group_units),
+            ROWS,
+            4,
+            8,
+            False,
         )
         tl.store(found + at, offsets)
         tl.store(found + 32 + at, inside.to(tl.int64))

@@ -88,13 +88,16 @@ def _sums_of_tiles(
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Return count, Σ dy' and Σ dy' (x - center) rstd, float64, of `tiles` tiles from `first` on."""
     n = tl.zeros([OUTER, INNER], REAL)
+    if EVEN:
+        n = tl.zeros([1, 1], REAL)
     sums = tl.zeros([OUTER, INNER], REAL)
     products = tl.zeros([OUTER, INNER], REAL)
     for tile in tl.range(0, tiles, num_stages=3):
-        offsets, _, valid = tile_of(first + tile, group, channel, mask, shape, ROWS, OUTER, INNER)
+        offsets, _, valid = tile_of(first + tile, group, channel, mask, shape, ROWS, OUTER, INNER, EVEN)
         away, dz = _incoming(
             x,
             dy,
@@ -116,11 +119,14 @@ def _sums_of_tiles(
             OUTER,
             INNER,
         )
-        n += tl.where(valid, 1.0, 0.0)
+        if EVEN:
+            n += 1.0
+        else:
+            n += tl.where(valid, 1.0, 0.0)
         sums += dz
         products = tl.fma(dz, away * rstd, products)
     return (
-        total(n, ROWS).to(tl.float64),
+        total(tl.broadcast_to(n, [OUTER, INNER]), ROWS).to(tl.float64),
         total(sums, ROWS).to(tl.float64),
         total(products, ROWS).to(tl.float64),
     )
@@ -156,6 +162,7 @@ def backward_whole(
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Write dx, dresidual and the sums of all values of some channels of a group.
 
@@ -172,7 +179,7 @@ def backward_whole(
     narrow_rstd = wide_rstd.to(REAL)
     shape = (channels, positions, units, group_units)
     if SINGLE:
-        offsets, inside, valid = tile_of(first, group, channel, mask, shape, ROWS, OUTER, INNER)
+        offsets, inside, valid = tile_of(first, group, channel, mask, shape, ROWS, OUTER, INNER, EVEN)
         away, dz = _incoming(
             x,
             dy,
@@ -221,6 +228,7 @@ def backward_whole(
             ROWS,
             OUTER,
             INNER,
+            EVEN,
         )
     total_dy_xhat -= rest * wide_rstd * total_dy
     wide_a, wide_b, wide_c = coefficients(
@@ -231,7 +239,9 @@ def backward_whole(
         _store(dx, dresidual, offsets, inside, valid, away, dz, narrow_rstd, a, b, c)
     else:
         for tile in tl.range(0, tiles, num_stages=3):
-            offsets, inside, valid = tile_of(first + tile, group, channel, mask, shape, ROWS, OUTER, INNER)
+            offsets, inside, valid = tile_of(
+                first + tile, group, channel, mask, shape, ROWS, OUTER, INNER, EVEN
+            )
             away, dz = _incoming(
                 x,
                 dy,
@@ -288,6 +298,7 @@ def sum_parts(
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Write count, Σ dy' and Σ dy' (x - center) rstd of this program's part, to tables `[parts, G, C]`."""
     part, group, channel = task_of(channels, parts, ROWS, INNER)
@@ -320,6 +331,7 @@ def sum_parts(
         ROWS,
         OUTER,
         INNER,
+        EVEN,
     )
     place = (part * groups + group) * channels + channel
     tl.store(part_count + place, count, mask=is_channel)
@@ -410,6 +422,7 @@ def differentiate(
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Write dx and dresidual of this program's part, by coefficients `[G, C]`."""
     part, group, channel = task_of(channels, parts, ROWS, INNER)
@@ -430,7 +443,9 @@ def differentiate(
     narrow_rstd = wide_rstd.to(REAL)
     shape = (channels, positions, units, group_units)
     for tile in tl.range(0, tiles, num_stages=3):
-        offsets, inside, valid = tile_of(part * tiles + tile, group, channel, mask, shape, ROWS, OUTER, INNER)
+        offsets, inside, valid = tile_of(
+            part * tiles + tile, group, channel, mask, shape, ROWS, OUTER, INNER, EVEN
+        )
         away, dz = _incoming(
             x,
             dy,

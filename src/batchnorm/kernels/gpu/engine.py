@@ -108,6 +108,7 @@ class _Call:
             "ROWS": plan.rows,
             "OUTER": plan.outer,
             "INNER": plan.inner,
+            "EVEN": plan.is_even and self.mask is None,
         }
 
     @property
@@ -134,8 +135,7 @@ class _Call:
 
     def steps(self) -> dict[str, int]:
         """Into how many parts tiles are cut where each value is read once, and of how many tiles."""
-        span = self.plan.tiles
-        tiles = math.ceil(span / self.plan.steps)
+        span, tiles = self.plan.tiles, self.plan.step_tiles
         return {"parts": math.ceil(span / tiles), "tiles": tiles, "span": span}
 
     def merge(self, kernel: Any, **arguments: Any) -> None:
