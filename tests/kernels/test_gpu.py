@@ -63,7 +63,15 @@ def regime(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     sizes = {
         "single": {"_SINGLE": 2**20},
         "whole": {"_SINGLE": 1, "_WHOLE": 2**20, "_ENOUGH": 0, "_TILE": 64, "_LANE": 2**20},
-        "parts": {"_SINGLE": 1, "_WHOLE": 0, "_TILE": 64, "_LANE": 3, "_MERGED": 64, "_BLOCK": 4},
+        "parts": {
+            "_SINGLE": 1,
+            "_WHOLE": 0,
+            "_TILE": 64,
+            "_LANE": 3,
+            "_MERGED": 64,
+            "_BLOCK": 4,
+            "_PROGRAMS": 8,
+        },
     }
     for number, value in sizes[name].items():
         monkeypatch.setattr(plan, number, value)
@@ -82,6 +90,9 @@ SHAPES = {
     "rows": Case("rows", (5, 9, 5, 4), "channels_last", masked=True),
     "short": Case("short", (7, 9, 3), residual=True, activation="gelu", group_size=3),
     "flat": Case("flat", (90, 19), offset=1e6),
+    "even-planes": Case("even-planes", (8, 3, 16, 16), residual=True, activation="relu", group_size=4),
+    "ragged": Case("ragged", (6, 3, 16, 16), group_size=4),
+    "even-rows": Case("even-rows", (8, 16, 4, 4), "channels_last", offset=1e6),
 }
 
 
@@ -92,6 +103,7 @@ def test_every_regime_gives_the_same(monkeypatch: pytest.MonkeyPatch, case: Case
     inputs = case.make()
     found = plan.plan(inputs.x.shape, inputs.x.stride(), case.group_size)
     assert (found.is_whole, found.tiles == 1) == (name != "parts", name == "single")
+    assert found.is_even == case.name.startswith("even")
     first = run(case, inputs)
     assert_right(case, inputs, first)
     for what, again in run(case, inputs).items():  # and bit for bit the same, each time
@@ -209,6 +221,26 @@ def test_normalize_gives_the_output_of_forward_again(
         assert again.stride() == y.stride()
 
 
+@pytest.mark.parametrize("name", ["single", "whole", "parts"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_signs_stand_for_bias_and_residual(monkeypatch: pytest.MonkeyPatch, layout: str, name: str) -> None:
+    """Bit for bit the same gradients, from one bit per value that either half of a forward has written."""
+    regime(monkeypatch, name)
+    case = Case("signs", (7, 5, 9, 8), layout, residual=True, activation="relu6", masked=True, group_size=3)
+    x, weight, bias, residual, dy, mask = put(case.make())
+    options = {"mask": mask, "group_size": 3, "activation": "relu6"}
+    _, found, rstd = engine.forward(x, EPS, weight, bias, residual=residual, **options)
+    statistics = (found.mean, rstd)
+    tensors = (x, dy, *statistics, False, weight)
+    expected = engine.backward(*tensors, bias, residual=residual, **options)
+    for half in ("forward", "normalize"):
+        signs = engine.signs(x, "relu6", 3)
+        given = (EPS,) if half == "forward" else statistics
+        getattr(engine, half)(x, *given, weight, bias, residual=residual, signs=signs, **options)
+        for ours, theirs in zip(engine.backward(*tensors, signs=signs, **options), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 with interpreting():
 
     @triton.jit
@@ -220,7 +252,15 @@ with interpreting():
         channel = channel + tl.arange(0, 8)[None, :] if ROWS else channel
         number = tl.load(tile)
         offsets, inside, _ = tile_of(
-            number, tl.load(group), channel, None, (channels, positions, units, group_units), ROWS, 4, 8
+            number,
+            tl.load(group),
+            channel,
+            None,
+            (channels, positions, units, group_units),
+            ROWS,
+            4,
+            8,
+            False,
         )
         tl.store(found + at, offsets)
         tl.store(found + 32 + at, inside.to(tl.int64))

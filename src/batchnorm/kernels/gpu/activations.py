@@ -60,10 +60,11 @@ def through(dy, z, ACTIVATION: tl.constexpr, KINK: tl.constexpr):
         ACTIVATION: its name.
         KINK: the largest z that the dtype of y rounds to 0: where y is 0, relu has no slope.
     """
+    kink = tl.full([1, 1], KINK, z.dtype)  # a subnormal number by itself would be one of float64
     if ACTIVATION == "relu":
-        dz = tl.where(z <= KINK, 0.0, dy)
+        dz = tl.where(z <= kink, 0.0, dy)
     elif ACTIVATION == "relu6":
-        dz = tl.where(z <= KINK, 0.0, tl.where(z >= 6.0, 0.0, dy))
+        dz = tl.where(z <= kink, 0.0, tl.where(z >= 6.0, 0.0, dy))
     elif ACTIVATION == "leaky_relu":
         dz = tl.where(z > 0.0, dy, dy * _SLOPE)
     elif ACTIVATION == "silu":

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -16,8 +15,10 @@ from . import backward as gradient
 from . import forward as outputs
 from . import moments as measures
 from . import running as moving
+from . import sums
+from .call import Call
 from .launching import IS_INTERPRETED, launch
-from .plan import merging, plan, power
+from .plan import plan, power
 
 __all__ = [
     "IS_INTERPRETED",
@@ -34,134 +35,16 @@ __all__ = [
 
 _REALS = (torch.float32, torch.float64)  # dtypes that running statistics have here
 
-# The largest numbers that round to 0: where y is 0, the derivative of relu is.
-_TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
-
-
-def _is_alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.stride() == b.stride()
-
-
 # Activations whose slope is 0 or 1.
 _OPEN = frozenset({"relu", "relu6"})
 
 
-class _Call:
-    """One call: its tensors in the layout of x, and what all of its kernels are told."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        mask: Tensor | None = None,
-        group_size: int | None = None,
-        signs: Tensor | None = None,
-    ) -> None:
-        if x.is_neg():
-            x = x.resolve_neg()
-        self.plan = plan(x.shape, x.stride(), group_size)
-        if not self.plan.is_dense:
-            x = x.contiguous()
-        self.x = x
-        self.activation = activation
-        self.signs = signs
-        is_wide = x.dtype == torch.float64
-        self.real, self.REAL = (torch.float64, tl.float64) if is_wide else (torch.float32, tl.float32)
-        self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
-        self.residual = None if residual is None else self.laid_out(residual)
-        self.weight = None if weight is None else weight.contiguous()
-        self.bias = None if bias is None else bias.contiguous()
-
-    def laid_out(self, values: Tensor) -> Tensor:
-        """Return values in the dtype and layout of x."""
-        if _is_alike(values, self.x) and not values.is_neg():
-            return values
-        return torch.empty_like(self.x).copy_(values)
-
-    def returned(self, output: Tensor, like: Tensor) -> Tensor:
-        """Return an output in the dtype and layout of what the caller gave."""
-        if like is self.x:
-            return output
-        wanted = torch.empty_like(like)
-        return output if _is_alike(output, wanted) else wanted.copy_(output)
-
-    def table(self, *sizes: int) -> Tensor:
-        """Return room for numbers per group and channel, `[*sizes, G, C]`."""
-        shape = (*sizes, self.plan.groups, self.plan.channels)
-        return torch.empty(shape, dtype=torch.float64, device=self.x.device)
-
-    @property
-    def tiles(self) -> dict[str, Any]:
-        """Where a kernel finds the values of its tiles."""
-        plan = self.plan
-        return {
-            "mask": self.mask,
-            "channels": plan.channels,
-            "positions": plan.positions,
-            "units": plan.units,
-            "group_units": plan.group_units,
-            "REAL": self.REAL,
-            "ROWS": plan.rows,
-            "OUTER": plan.outer,
-            "INNER": plan.inner,
-        }
-
-    @property
-    def affine(self) -> dict[str, Any]:
-        """What z is made of, apart from x and its statistics."""
-        return {
-            "residual": self.residual,
-            "weight": self.weight,
-            "bias": self.bias,
-            "ACTIVATION": self.activation,
-            "KINK": _TINY.get(self.x.dtype, 0.0),
-            "signs": self.signs,
-        }
-
-    @property
-    def whole(self) -> dict[str, Any]:
-        """What a kernel is told that takes whole channels."""
-        return {"tiles": self.plan.tiles, "SINGLE": self.plan.tiles == 1}
-
-    def run(self, kernel: Any, parts: int, /, **arguments: Any) -> None:
-        """Launch a kernel over tiles."""
-        programs = self.plan.channel_tiles * parts * self.plan.groups
-        launch(kernel, programs, self.plan.warps, self.x, arguments | {"x": self.x} | self.tiles)
-
-    def steps(self) -> dict[str, int]:
-        """Into how many parts tiles are cut where each value is read once, and of how many tiles."""
-        span = self.plan.tiles
-        tiles = math.ceil(span / self.plan.steps)
-        return {"parts": math.ceil(span / tiles), "tiles": tiles, "span": span}
-
-    def merge(self, kernel: Any, **arguments: Any) -> None:
-        """Launch a kernel over parts."""
-        plan = self.plan
-        block, channels = merging(plan.parts, plan.channels)
-        shape = {"channels": plan.channels, "groups": plan.groups, "parts": plan.parts}
-        sizes = {"PARTS": block, "CHANNELS": channels}
-        programs = math.ceil(plan.channels / channels) * plan.groups
-        launch(kernel, programs, 4, self.x, arguments | shape | sizes)
-
-    def close(self, kernel: Any, **arguments: Any) -> None:
-        """Launch a kernel that puts groups together."""
-        plan = self.plan
-        block = min(32, power(plan.groups))
-        channels = min(32, power(plan.channels))
-        shape = {"channels": plan.channels, "groups": plan.groups, "GROUPS": block, "CHANNELS": channels}
-        launch(kernel, math.ceil(plan.channels / channels), 4, self.x, arguments | shape)
-
-
 def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
     """See `interface.Engine.moments`."""
-    return _measured(_Call(x, mask=mask, group_size=group_size), 0.0, {})[0]
+    return _measured(Call(x, mask=mask, group_size=group_size), 0.0, {})[0]
 
 
-def _measured(call: _Call, eps: float, running: dict[str, Any]) -> tuple[Moments, Tensor]:
+def _measured(call: Call, eps: float, running: dict[str, Any]) -> tuple[Moments, Tensor]:
     """Return the moments, taken in parts, and rstd."""
     plan = call.plan
     found = _room(call)
@@ -172,7 +55,7 @@ def _measured(call: _Call, eps: float, running: dict[str, Any]) -> tuple[Moments
     return _moments(found)
 
 
-def _room(call: _Call) -> dict[str, Tensor]:
+def _room(call: Call) -> dict[str, Tensor]:
     mean, m2, rstd = call.table(3).unbind()
     count = torch.empty(call.plan.groups, dtype=torch.float64, device=call.x.device)
     return {"count": count, "mean": mean, "m2": m2, "rstd": rstd}
@@ -199,7 +82,7 @@ def normalize(
     signs: Tensor | None = None,
 ) -> Tensor:
     """See `interface.Engine.normalize`."""
-    call = _Call(
+    call = Call(
         x,
         weight,
         bias,
@@ -216,7 +99,7 @@ def _wide(*statistics: Tensor) -> tuple[Tensor, ...]:
     return tuple(values.to(torch.float64).contiguous() for values in statistics)
 
 
-def _normalized(call: _Call, mean: Tensor, rstd: Tensor) -> Tensor:
+def _normalized(call: Call, mean: Tensor, rstd: Tensor) -> Tensor:
     y, steps = torch.empty_like(call.x), call.steps()
     call.run(outputs.normalize, steps["parts"], y=y, mean=mean, rstd=rstd, **steps, **call.affine)
     return y
@@ -236,7 +119,7 @@ def forward(
     signs: Tensor | None = None,
 ) -> tuple[Tensor, Moments, Tensor]:
     """See `interface.Engine.forward`."""
-    call = _Call(
+    call = Call(
         x,
         weight,
         bias,
@@ -280,7 +163,7 @@ def _moved(running: RunningStatistics | None) -> dict[str, Any]:
     return {"running_mean": mean, "running_var": var, "batches": batches, "momentum": momentum}
 
 
-def _sums(call: _Call, dy: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
+def _sums(call: Call, dy: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
     """Return the gradient's sums, of parts."""
     plan = call.plan
     parts = dict(
@@ -288,12 +171,12 @@ def _sums(call: _Call, dy: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tens
     )
     counts = {"groups": plan.groups, "parts": plan.parts, "tiles": plan.part_tiles, "span": plan.tiles}
     given = {"dy": dy, "mean": mean, "rstd": rstd}
-    call.run(gradient.sum_parts, plan.parts, **parts, **counts, **given, **call.affine)
+    call.run(sums.sum_parts, plan.parts, **parts, **counts, **given, **call.affine)
     return parts
 
 
 def _applied(
-    call: _Call, dy: Tensor, mean: Tensor, rstd: Tensor, slopes: dict[str, Tensor]
+    call: Call, dy: Tensor, mean: Tensor, rstd: Tensor, slopes: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx and dresidual, in the layout of x."""
     steps, out = call.steps(), _outputs(call)
@@ -302,7 +185,7 @@ def _applied(
     return out["dx"], out["dresidual"]
 
 
-def _outputs(call: _Call) -> dict[str, Any]:
+def _outputs(call: Call) -> dict[str, Any]:
     dresidual = None if call.residual is None and call.signs is None else torch.empty_like(call.x)
     return {"dx": torch.empty_like(call.x), "dresidual": dresidual}
 
@@ -321,13 +204,13 @@ def backward_reduce(
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `interface.Engine.backward_reduce`."""
-    call = _Call(x, weight, bias, residual=residual, activation=activation, mask=mask, group_size=group_size)
+    call = Call(x, weight, bias, residual=residual, activation=activation, mask=mask, group_size=group_size)
     mean, rstd = _wide(mean, rstd)
     parts = _sums(call, call.laid_out(dy), mean, rstd)
     sum_dy, sum_dy_xhat = call.table(2).unbind()
     nothing = dict.fromkeys(("a", "b", "c", "dweight", "dbias"))
     call.merge(
-        gradient.merge_sums,
+        sums.merge_sums,
         mean=mean,
         rstd=rstd,
         weight=call.weight,
@@ -356,14 +239,14 @@ def backward_apply(
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `interface.Engine.backward_apply`."""
-    call = _Call(x, weight, bias, residual=residual, activation=activation, mask=mask, group_size=group_size)
+    call = Call(x, weight, bias, residual=residual, activation=activation, mask=mask, group_size=group_size)
     slopes = dict(zip("abc", _wide(*coefficients), strict=True))
     mean, rstd = _wide(mean, rstd)
     dx, dresidual = _applied(call, call.laid_out(dy), mean, rstd, slopes)
     return call.returned(dx, x), _returned(call, dresidual, residual)
 
 
-def _returned(call: _Call, dresidual: Tensor | None, residual: Tensor | None) -> Tensor | None:
+def _returned(call: Call, dresidual: Tensor | None, residual: Tensor | None) -> Tensor | None:
     """Return dresidual as the residual is laid out; as x, where signs stand for it."""
     if dresidual is None or residual is None:
         return dresidual
@@ -386,7 +269,7 @@ def backward(
     signs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `interface.Engine.backward`."""
-    call = _Call(
+    call = Call(
         x,
         weight,
         bias,
@@ -402,32 +285,39 @@ def backward(
     is_one = call.plan.groups == 1
     parameters = {"dweight": dweight if is_one else None, "dbias": dbias if is_one else None}
     names = ("sum_dy", "sum_dy_xhat")
-    sums: dict[str, Any] = dict.fromkeys(names) if is_one else dict(zip(names, call.table(2), strict=True))
+    totals: dict[str, Any] = dict.fromkeys(names) if is_one else dict(zip(names, call.table(2), strict=True))
     if call.plan.is_whole:
         out = _outputs(call)
         statistics = {"dy": dy, "mean": mean, "rstd": rstd, "GIVEN": given}
         call.run(
-            gradient.backward_whole, 1, **statistics, **out, **parameters, **sums, **call.whole, **call.affine
+            gradient.backward_whole,
+            1,
+            **statistics,
+            **out,
+            **parameters,
+            **totals,
+            **call.whole,
+            **call.affine,
         )
         dx, dresidual = out["dx"], out["dresidual"]
     else:
         parts = _sums(call, dy, mean, rstd)
         slopes = dict(zip("abc", call.table(3).unbind(), strict=True))
         call.merge(
-            gradient.merge_sums,
+            sums.merge_sums,
             mean=mean,
             rstd=rstd,
             weight=call.weight,
             GIVEN=given,
             REAL=call.REAL,
             **parts,
-            **sums,
+            **totals,
             **slopes,
             **parameters,
         )
         dx, dresidual = _applied(call, dy, mean, rstd, slopes)
     if not is_one:
-        call.close(gradient.add_groups, **sums, dweight=dweight, dbias=dbias)
+        call.close(sums.add_groups, **totals, dweight=dweight, dbias=dbias)
     return call.returned(dx, x), dweight, dbias, _returned(call, dresidual, residual)
 
 

@@ -77,6 +77,7 @@ def forward_whole(
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Measure and normalize all values of some channels of a group, and move their running statistics.
 
@@ -86,12 +87,12 @@ def forward_whole(
     is_channel = channel < channels
     shape = (channels, positions, units, group_units)
     if SINGLE:
-        offsets, inside, valid = tile_of(first, group, channel, mask, shape, ROWS, OUTER, INNER)
+        offsets, inside, valid = tile_of(first, group, channel, mask, shape, ROWS, OUTER, INNER, EVEN)
         values = values_of(x, offsets, valid, REAL)
         found_count, found_mean, found_m2 = moments_of_tile(values, valid, ROWS, REAL)
     else:
         found_count, found_mean, found_m2 = moments_of_tiles(
-            x, mask, tiles, group, channel, shape, REAL, ROWS, OUTER, INNER
+            x, mask, tiles, group, channel, shape, REAL, ROWS, OUTER, INNER, EVEN
         )
     found_rstd = set_moments(
         count, mean, m2, rstd, group, channels, channel, is_channel, eps, found_count, found_mean, found_m2
@@ -122,7 +123,9 @@ def forward_whole(
         )
     else:
         for tile in tl.range(0, tiles, num_stages=3):
-            offsets, inside, valid = tile_of(first + tile, group, channel, mask, shape, ROWS, OUTER, INNER)
+            offsets, inside, valid = tile_of(
+                first + tile, group, channel, mask, shape, ROWS, OUTER, INNER, EVEN
+            )
             values = values_of(x, offsets, valid, REAL)
             _store(
                 y,
@@ -183,6 +186,7 @@ def normalize(
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Write y of this program's part, by mean and rstd `[G, C]`."""
     part, group, channel = task_of(channels, parts, ROWS, INNER)
@@ -199,7 +203,9 @@ def normalize(
     )
     shape = (channels, positions, units, group_units)
     for tile in tl.range(0, tiles, num_stages=3):
-        offsets, inside, valid = tile_of(part * tiles + tile, group, channel, mask, shape, ROWS, OUTER, INNER)
+        offsets, inside, valid = tile_of(
+            part * tiles + tile, group, channel, mask, shape, ROWS, OUTER, INNER, EVEN
+        )
         values = values_of(x, offsets, valid, REAL)
         _store(
             y,

@@ -38,18 +38,19 @@ def moments_of_tile(values, valid, ROWS: tl.constexpr, REAL: tl.constexpr):
 def moments_by_lane(
     x,
     mask,
-    factor,
     first,
     tiles,
     group,
     channel,
     shape,
+    FACTOR: tl.constexpr,
     REAL: tl.constexpr,
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    """Return count, mean and m2, float64, of x * factor, over `tiles` tiles from `first` on.
+    """Return count, mean and m2, float64, of x * FACTOR, over `tiles` tiles from `first` on.
 
     A lane, that is a place in the tiles, takes deviations from the first of its own values, and moves on to
     their mean each time that they have doubled in number. What is subtracted is so always of values that are
@@ -57,15 +58,22 @@ def moments_by_lane(
     that, and be no smaller than the rounding. Lanes are put together around their mean.
     """
     n = tl.zeros([OUTER, INNER], REAL)
+    if EVEN:
+        n = tl.zeros([1, 1], REAL)
     pivot = tl.zeros([OUTER, INNER], REAL)
     sums = tl.zeros([OUTER, INNER], REAL)
     squares = tl.zeros([OUTER, INNER], REAL)
     for tile in tl.range(0, tiles, num_stages=3):
-        offsets, _, valid = tile_of(first + tile, group, channel, mask, shape, ROWS, OUTER, INNER)
-        values = values_of(x, offsets, valid, REAL) * factor
+        offsets, _, valid = tile_of(first + tile, group, channel, mask, shape, ROWS, OUTER, INNER, EVEN)
+        values = values_of(x, offsets, valid, REAL)
+        if FACTOR is not None:
+            values = values * FACTOR
         pivot = tl.where(valid & (n == 0.0), values, pivot)
         away = tl.where(valid, values - pivot, 0.0)
-        n += tl.where(valid, 1.0, 0.0)
+        if EVEN:
+            n += 1.0
+        else:
+            n += tl.where(valid, 1.0, 0.0)
         sums += away
         squares = tl.fma(away, away, squares)
         if (tile & (tile - 1)) == 0:  # after 2, 3, 5, 9, ... values
@@ -75,6 +83,7 @@ def moments_by_lane(
             sums = rest
             pivot += step
     off = sums / at_least_one(n)
+    n = tl.broadcast_to(n, [OUTER, INNER])
     whole = total(n, ROWS)
     center = total((pivot + off) * (n / at_least_one(whole)), ROWS)
     apart = tl.where(n > 0.0, (pivot - center) + off, 0.0)
@@ -103,15 +112,16 @@ def moments_of_tiles(
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Return count, mean and m2, float64, of all tiles of a group."""
     first = tl.full([], 0, tl.int64)
     count, mean, m2 = moments_by_lane(
-        x, mask, 1.0, first, tiles, group, channel, shape, REAL, ROWS, OUTER, INNER
+        x, mask, first, tiles, group, channel, shape, None, REAL, ROWS, OUTER, INNER, EVEN
     )
     if is_any((m2 < _INF) == 0, ROWS):  # float32 has overflowed; or x is not finite, and stays so
         _, mean_down, m2_down = moments_by_lane(
-            x, mask, _DOWN, first, tiles, group, channel, shape, REAL, ROWS, OUTER, INNER
+            x, mask, first, tiles, group, channel, shape, _DOWN, REAL, ROWS, OUTER, INNER, EVEN
         )
         mean = tl.where(_is_small(m2_down), mean, mean_down * _UP)
         m2 = tl.where(_is_small(m2_down), m2, m2_down * _UP * _UP)
@@ -136,12 +146,13 @@ def measure_parts(
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Write count, mean and m2 of this program's part, to tables `[parts, G, C]`."""
     part, group, channel = task_of(channels, parts, ROWS, INNER)
     shape = (channels, positions, units, group_units)
     count, mean, m2 = moments_by_lane(
-        x, mask, 1.0, part * tiles, tiles, group, channel, shape, REAL, ROWS, OUTER, INNER
+        x, mask, part * tiles, tiles, group, channel, shape, None, REAL, ROWS, OUTER, INNER, EVEN
     )
     is_channel = channel < channels
     place = (part * groups + group) * channels + channel
@@ -150,7 +161,7 @@ def measure_parts(
     tl.store(part_m2 + place, m2, mask=is_channel)
     if is_any((m2 < _INF) == 0, ROWS):  # as above; written over, so that no register waits for it
         _, mean, m2 = moments_by_lane(
-            x, mask, _DOWN, part * tiles, tiles, group, channel, shape, REAL, ROWS, OUTER, INNER
+            x, mask, part * tiles, tiles, group, channel, shape, _DOWN, REAL, ROWS, OUTER, INNER, EVEN
         )
         is_large = is_channel & (_is_small(m2) == 0)
         tl.store(part_mean + place, mean * _UP, mask=is_large)

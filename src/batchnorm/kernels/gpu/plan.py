@@ -49,7 +49,8 @@ class Plan(NamedTuple):
         outer, inner: sizes of a tile, powers of two.
         channel_tiles: tiles side by side along the channels.
         tiles: of a group and one of those.
-        parts: into how many they are cut for moments and sums.
+        part_tiles: of a part, for moments and sums.
+        is_even: whether all values of all tiles and parts are in the tensor.
     """
 
     is_dense: bool
@@ -64,12 +65,13 @@ class Plan(NamedTuple):
     inner: int
     channel_tiles: int
     tiles: int
-    parts: int
+    part_tiles: int
+    is_even: bool
 
     @property
-    def part_tiles(self) -> int:
-        """Tiles of a part."""
-        return math.ceil(self.tiles / self.parts)
+    def parts(self) -> int:
+        """Into how many parts they are cut for moments and sums."""
+        return math.ceil(self.tiles / self.part_tiles)
 
     @property
     def warps(self) -> int:
@@ -77,10 +79,9 @@ class Plan(NamedTuple):
         return max(1, min(16, self.outer * self.inner // 256))
 
     @property
-    def steps(self) -> int:
-        """Into how many parts they are cut where each value is read once: enough to fill the device."""
-        others = self.channel_tiles * self.groups
-        return math.ceil(self.tiles / max(1, min(_TILES, self.tiles * others // _PROGRAMS)))
+    def step_tiles(self) -> int:
+        """Tiles of a part where each value is read once: as many parts as fill the device."""
+        return _step_tiles(self.tiles, self.channel_tiles * self.groups)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -109,7 +110,9 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], group_size: int | None
     programs, values = channel_tiles * groups, tiles * outer * inner
     is_whole = tiles == 1 or (tiles <= _LANE and values <= _WHOLE and programs >= _ENOUGH)
     wanted = max(1, min(tiles, _PROGRAMS // programs))
-    parts = math.ceil(tiles / min(_LANE, math.ceil(tiles / wanted)))
+    part_tiles = _fitting(tiles, min(_LANE, math.ceil(tiles / wanted)))
+    fits = length % outer == 0 and (channels if rows else positions) % inner == 0 and samples % group == 0
+    is_even = fits and tiles % part_tiles == 0 and tiles % _step_tiles(tiles, programs) == 0
     return Plan(
         contiguous or channels_last,
         rows,
@@ -123,7 +126,8 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], group_size: int | None
         inner,
         channel_tiles,
         tiles,
-        parts,
+        part_tiles,
+        is_even,
     )
 
 
@@ -142,6 +146,16 @@ def power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def _fitting(tiles: int, wanted: int) -> int:
+    """Return how many tiles a part has: as many in all, if they are more than a quarter of what is wanted."""
+    fewer = (number for number in range(wanted, wanted // 4, -1) if tiles % number == 0)
+    return next(fewer, wanted)
+
+
+def _step_tiles(tiles: int, programs: int) -> int:
+    return _fitting(tiles, max(1, min(_TILES, tiles * programs // _PROGRAMS)))
+
+
 def _tile_of_rows(length: int, channels: int) -> tuple[int, int]:
     """Return rows and channels of a tile, which holds all `length` rows if it can."""
     outer, widest = power(length), min(_LINE, power(channels))
@@ -156,7 +170,8 @@ def _tile_of_planes(samples: int, positions: int) -> tuple[int, int]:
     outer, inner = power(samples), power(positions)
     if outer * inner <= _SINGLE:
         return outer, inner
-    inner = min(inner, _TILE)
+    even = positions & -positions  # the largest power of two that divides them
+    inner = min(even if even >= _LINE else inner, _TILE)
     return max(1, min(outer, _TILE // inner)), inner
 
 
