@@ -130,7 +130,8 @@ VARIANTS: dict[str, Callable[[StepCase], TrainingStep]] = {
 def measured(case: StepCase) -> Row:
     """Return a case's row; a variant that fails has its reason there in place of its time."""
     failed: dict[str, str] = {}
-    torch.backends.cudnn.benchmark = case.device == "cuda"  # convolutions as fast as they come
+    if case.device == "cuda":
+        torch.backends.cudnn.benchmark = True  # convolutions as fast as they come
     steps = built({name: functools.partial(VARIANTS[name], case) for name in case.variants}, failed)
     differs = _check_agreement(
         built({name: functools.partial(_first_logits, step) for name, step in steps.items()}, failed), failed

@@ -297,8 +297,10 @@ def test_row_23_threads() -> None:
     watches = [Watch(model) for model in models]
     losses: list[Tensor] = []
     entered, done = threading.Event(), threading.Event()
+    number = torch.get_num_threads()  # that a thread computes with: its own, or the bits differ
 
     def other() -> None:
+        torch.set_num_threads(number)
         entered.wait(10)
         losses.append(models[0](torch.ones(X)).square().sum())
         done.set()
@@ -312,7 +314,12 @@ def test_row_23_threads() -> None:
     thread.join(10)
     assert watches[0].alive() == (2, 2)
     assert watches[1].alive() == (2, 0)
-    backward = threading.Thread(target=losses[1].backward)
+
+    def differentiate() -> None:
+        torch.set_num_threads(number)
+        losses[1].backward()
+
+    backward = threading.Thread(target=differentiate)
     backward.start()
     backward.join(10)
     losses[0].backward()
