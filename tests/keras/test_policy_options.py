@@ -22,7 +22,7 @@ from .policy_cases import CASES, EPSILON, made_for
 
 F32 = torch.float32
 POLICIES = {name: case.policy for name, case in CASES.items() if case.training}
-# A policy is plain data on every backend; these three differ in weights, in folding and in what they are over.
+# A policy is plain data on every backend; three differ in weights, in folding and in what they are over.
 ALIKE = POLICIES.keys() - {"renorm-half-open", "adapted", "synced-ghost"}
 every_policy = pytest.mark.parametrize(
     "policy",
