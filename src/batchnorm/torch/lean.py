@@ -80,6 +80,9 @@ def _unpack(packed: Packed) -> Tensor:
 
 
 def _narrowed(values: Tensor) -> _Narrow | None:
+    """Return integers as the narrowest that hold them; on a GPU the host waits for their bounds."""
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # a CUDA graph cannot wait
     low, high = (int(bound) for bound in torch.aminmax(values))
     for dtype in _NARROW:
         if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
