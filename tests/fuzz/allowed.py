@@ -12,8 +12,9 @@ holds per channel, in units of what the arithmetic handles there. With u the bou
     dx       with D, X and errors d, e the largest |dy'| and |x̂| of the channel and their errors, in units of
              weight / std: d (2 + X²) + 2 D X e + u D (2 + X²), of dy' - mean(dy') - x̂ mean(dy' x̂)
 
-Numbers below the smallest normal one of the arithmetic may come out as 0; numbers that rounding takes over
-the largest one of their dtype come out as inf.
+Numbers below the smallest normal one of the arithmetic may come out as 0: squares of deviations too, so that
+with a variance as small and an eps of 0 x̂ may be anything. Numbers that rounding takes over the largest one
+of their dtype come out as inf.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def allowed_for(
     off = size * WIDE
     std = np.broadcast_to(expected.std, (len(values.x), *expected.std.shape[1:]))
     rstd = largest(1 / std)
+    vanishes = arithmetic_of(dtype).tiny * rstd**2 > u
     xhat, e = largest(expected.xhat), u * largest(expected.xhat) + rstd * off
+    e = np.where(vanishes, np.inf, e)
     z = weight * e + u * (weight * xhat + bias + largest(np.asarray(residual)))
     y = z if activation is None else 1.5 * z + u
     dy = largest(np.where(keep[:, None], values.dy, 0.0))
