@@ -212,6 +212,26 @@ def test_row_28_compiled_is_eager(options: dict[str, Any], training: bool, backe
         assert_same(step(compiled, *given), step(eager, *given), CLOSE)
 
 
+@on_a_gpu
+@pytest.mark.usefixtures("no_earlier_graphs")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_row_28_compiled_is_eager_where_kernels_take_parts(layout: str) -> None:
+    """Row 28: Inductor launches the kernels itself, behind and before operations of its own."""
+    compiled, eager = (layer.to(DEVICE) for layer in pair(activation="relu"))
+    x, dy, residual = (relaid(torch.randn(16, 5, 64, 60) + 2, layout).to(DEVICE) for _ in range(3))
+    found = []
+    for layer in (compiled, eager):
+        leaves = [t.clone().requires_grad_() for t in (x, residual)]
+
+        def run(x: Tensor, residual: Tensor, layer: nn.Module = layer) -> Tensor:
+            return layer(x.exp(), residual.sin()).cos()
+
+        y = (torch.compile(run, fullgraph=True) if layer is compiled else run)(*leaves)
+        y.backward(dy)
+        found.append({"y": y.detach(), "dx": leaves[0].grad, "dresidual": leaves[1].grad} | state(layer))
+    assert_same(*found, (1e-4, 1e-4))
+
+
 def test_a_layer_on_a_gpu_is_on_this_engine_unasked() -> None:
     if DEVICE == "cpu":
         assert explain(torch.zeros(2, 3)).startswith("cpu")  # nobody is given an interpreter unasked

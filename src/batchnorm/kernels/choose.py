@@ -117,6 +117,13 @@ def engine(x: Tensor) -> Engine:
     return load(name)
 
 
+def compiles(device: str, dtype: torch.dtype) -> bool:
+    """Whether tensors of this kind are the engine's for GPUs, and its kernels can be shown to a compiler."""
+    wanted = _override.get() or _environment() or "gpu"
+    is_its = wanted == "gpu" and device in _GPUS and dtype in _FLOATING
+    return is_its and _has_triton() and not _interprets_triton()
+
+
 def load(name: str) -> Engine:
     """Return the engine of a name."""
     if name not in ENGINES:

@@ -69,17 +69,17 @@ def through(dy, z, ACTIVATION: tl.constexpr, KINK: tl.constexpr):
         dz = tl.where(z > 0.0, dy, dy * _SLOPE)
     elif ACTIVATION == "silu":
         s = _sigmoid(z)
-        dz = dy * s * (1.0 + z * (1.0 - s))
+        dz = dy * s * tl.fma(z, 1.0 - s, 1.0)
     elif ACTIVATION == "gelu":
-        dz = dy * (_normal(z) + z * tl.exp(z * z * -0.5) * _DENSITY)
+        dz = dy * tl.fma(z * _DENSITY, tl.exp(z * z * -0.5), _normal(z))
     elif ACTIVATION == "hardswish":
-        dz = dy * tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, z * (1 / 3) + 0.5, 1.0))
+        dz = dy * tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, (z + 1.5) * (1 / 3), 1.0))
     elif ACTIVATION == "sigmoid":
         s = _sigmoid(z)
         dz = dy * s * (1.0 - s)
     elif ACTIVATION == "tanh":
         t = 1.0 - 2.0 / (1.0 + tl.exp(z * 2.0))
-        dz = dy * (1.0 - t * t)
+        dz = dy * tl.fma(-t, t, 1.0)
     else:
         tl.static_assert(ACTIVATION == "elu")
         dz = tl.where(z > 0.0, dy, dy * tl.exp(tl.where(z > 0.0, 0.0, z)))

@@ -117,7 +117,7 @@ def backward_whole(
             INNER,
             EVEN,
         )
-    total_dy_xhat -= rest * wide_rstd * total_dy
+    total_dy_xhat = tl.fma(-rest * wide_rstd, total_dy, total_dy_xhat)
     wide_a, wide_b, wide_c = coefficients(
         count, total_dy, total_dy_xhat, wide_rstd, weight, channel, is_channel, GIVEN
     )

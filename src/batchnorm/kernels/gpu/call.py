@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .launching import launch
+from .launching import launch, stored
 from .plan import merging, plan, power
 
 # The largest numbers that round to 0: where y is 0, the derivative of relu is.
@@ -40,7 +40,7 @@ class Call:
         self.plan = plan(x.shape, x.stride(), group_size)
         if not self.plan.is_dense:
             x = x.contiguous()
-        self.x = x
+        self.x = stored(x)
         self.activation = activation
         self.signs = signs
         is_wide = x.dtype == torch.float64
@@ -53,7 +53,7 @@ class Call:
     def laid_out(self, values: Tensor) -> Tensor:
         """Return values in the dtype and layout of x."""
         if _is_alike(values, self.x) and not values.is_neg():
-            return values
+            return stored(values)
         return torch.empty_like(self.x).copy_(values)
 
     def returned(self, output: Tensor, like: Tensor) -> Tensor:
@@ -63,10 +63,13 @@ class Call:
         wanted = torch.empty_like(like)
         return output if _is_alike(output, wanted) else wanted.copy_(output)
 
-    def table(self, *sizes: int) -> Tensor:
-        """Return room for numbers per group and channel, `[*sizes, G, C]`."""
+    def tables(self, number: int, *sizes: int) -> list[Tensor]:
+        """Return room for so many tables per group and channel, `[*sizes, G, C]`; no views of one tensor.
+
+        A compiler that sees a kernel write into several views of a tensor copies that after each.
+        """
         shape = (*sizes, self.plan.groups, self.plan.channels)
-        return torch.empty(shape, dtype=torch.float64, device=self.x.device)
+        return [torch.empty(shape, dtype=torch.float64, device=self.x.device) for _ in range(number)]
 
     @property
     def tiles(self) -> dict[str, Any]:

@@ -48,15 +48,15 @@ def _measured(call: Call, eps: float, running: dict[str, Any]) -> tuple[Moments,
     """Return the moments, taken in parts, and rstd."""
     plan = call.plan
     found = _room(call)
-    parts = dict(zip(("part_count", "part_mean", "part_m2"), call.table(3, plan.parts).unbind(), strict=True))
+    parts = dict(zip(("part_count", "part_mean", "part_m2"), call.tables(3, plan.parts), strict=True))
     counts = {"groups": plan.groups, "parts": plan.parts, "tiles": plan.part_tiles}
     call.run(measures.measure_parts, plan.parts, **parts, **counts)
-    call.merge(measures.merge_moments, eps=eps, **parts, **found, **(_NOTHING | running))
+    call.merge(measures.merge_moments, EPS=eps, **parts, **found, **(_NOTHING | running))
     return _moments(found)
 
 
 def _room(call: Call) -> dict[str, Tensor]:
-    mean, m2, rstd = call.table(3).unbind()
+    mean, m2, rstd = call.tables(3)
     count = torch.empty(call.plan.groups, dtype=torch.float64, device=call.x.device)
     return {"count": count, "mean": mean, "m2": m2, "rstd": rstd}
 
@@ -136,7 +136,7 @@ def forward(
     if call.plan.is_whole:
         y, room = torch.empty_like(call.x), _room(call)
         call.run(
-            outputs.forward_whole, 1, y=y, eps=eps, **room, **call.whole, **call.affine, **(_NOTHING | within)
+            outputs.forward_whole, 1, y=y, EPS=eps, **room, **call.whole, **call.affine, **(_NOTHING | within)
         )
         found, rstd = _moments(room)
     else:
@@ -166,9 +166,7 @@ def _moved(running: RunningStatistics | None) -> dict[str, Any]:
 def _sums(call: Call, dy: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
     """Return the gradient's sums, of parts."""
     plan = call.plan
-    parts = dict(
-        zip(("part_count", "part_dy", "part_dy_xhat"), call.table(3, plan.parts).unbind(), strict=True)
-    )
+    parts = dict(zip(("part_count", "part_dy", "part_dy_xhat"), call.tables(3, plan.parts), strict=True))
     counts = {"groups": plan.groups, "parts": plan.parts, "tiles": plan.part_tiles, "span": plan.tiles}
     given = {"dy": dy, "mean": mean, "rstd": rstd}
     call.run(sums.sum_parts, plan.parts, **parts, **counts, **given, **call.affine)
@@ -207,7 +205,7 @@ def backward_reduce(
     call = Call(x, weight, bias, residual=residual, activation=activation, mask=mask, group_size=group_size)
     mean, rstd = _wide(mean, rstd)
     parts = _sums(call, call.laid_out(dy), mean, rstd)
-    sum_dy, sum_dy_xhat = call.table(2).unbind()
+    sum_dy, sum_dy_xhat = call.tables(2)
     nothing = dict.fromkeys(("a", "b", "c", "dweight", "dbias"))
     call.merge(
         sums.merge_sums,
@@ -281,11 +279,11 @@ def backward(
     )
     dy = call.laid_out(dy)
     mean, rstd = _wide(mean, rstd)
-    dweight, dbias = torch.empty(2, call.plan.channels, dtype=call.real, device=call.x.device).unbind()
+    dweight, dbias = (torch.empty(call.plan.channels, dtype=call.real, device=x.device) for _ in range(2))
     is_one = call.plan.groups == 1
     parameters = {"dweight": dweight if is_one else None, "dbias": dbias if is_one else None}
     names = ("sum_dy", "sum_dy_xhat")
-    totals: dict[str, Any] = dict.fromkeys(names) if is_one else dict(zip(names, call.table(2), strict=True))
+    totals: dict[str, Any] = dict.fromkeys(names) if is_one else dict(zip(names, call.tables(2), strict=True))
     if call.plan.is_whole:
         out = _outputs(call)
         statistics = {"dy": dy, "mean": mean, "rstd": rstd, "GIVEN": given}
@@ -302,7 +300,7 @@ def backward(
         dx, dresidual = out["dx"], out["dresidual"]
     else:
         parts = _sums(call, dy, mean, rstd)
-        slopes = dict(zip("abc", call.table(3).unbind(), strict=True))
+        slopes = dict(zip("abc", call.tables(3), strict=True))
         call.merge(
             sums.merge_sums,
             mean=mean,

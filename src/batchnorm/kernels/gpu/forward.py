@@ -63,13 +63,13 @@ def forward_whole(
     running_var,
     batches,
     signs,
-    eps: tl.float64,
     momentum: tl.float64,
     channels,
     positions,
     units,
     group_units,
     tiles,
+    EPS: tl.constexpr,
     SINGLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     KINK: tl.constexpr,
@@ -95,7 +95,7 @@ def forward_whole(
             x, mask, tiles, group, channel, shape, REAL, ROWS, OUTER, INNER, EVEN
         )
     found_rstd = set_moments(
-        count, mean, m2, rstd, group, channels, channel, is_channel, eps, found_count, found_mean, found_m2
+        count, mean, m2, rstd, group, channels, channel, is_channel, EPS, found_count, found_mean, found_m2
     )
     center, scale, shift, _ = affine(found_mean, found_rstd, weight, bias, channel, is_channel, REAL)
     if SINGLE:

@@ -14,15 +14,29 @@ from .moments import measure_parts
 
 # Triton decides it where a kernel is defined: TRITON_INTERPRET=1 was in the environment then.
 IS_INTERPRETED = not isinstance(measure_parts, triton.JITFunction)
+_REAL = (Tensor, torch.nn.Parameter)  # the types that have memory
 
 
 def launch(kernel: Any, programs: int, warps: int, on: Tensor, arguments: dict[str, Any]) -> None:
-    """Run a kernel's programs on the device of `on`.
+    """Run a kernel's programs on the device of `on`; or show the launch to a compiler that traces `on`.
 
-    Products and sums are fused where a kernel says so, and nowhere else: the same z in every kernel.
+    There is nothing here that such a compiler would drop: options of Triton's compiler, say.
     """
+    if type(on) not in _REAL:
+        torch.library.wrap_triton(kernel)[(programs,)](**arguments, num_warps=warps)
+        return
     with _device_of(on):
-        kernel[(programs,)](**arguments, num_warps=warps, enable_fp_fusion=False)
+        kernel[(programs,)](**arguments, num_warps=warps)
+
+
+def stored(values: Tensor) -> Tensor:
+    """Return values, which a compiler that traces them is to store, once for all kernels.
+
+    Inductor (torch 2.13) computes what it need not store anew for each kernel that reads it.
+    """
+    if type(values) in _REAL or values.storage_offset() != 0:
+        return values
+    return values.as_strided(values.shape, values.stride())
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -15,7 +15,6 @@ from .tiles import NUMBERS, is_any, task_of, tile_of, total, values_of
 # where thousands of squares can be added up.
 _DOWN, _UP = tl.constexpr(2.0**-70), tl.constexpr(2.0**70)
 _SMALL = tl.constexpr(2.0**-30)  # of m2 after that: before, it is 2**110, and no square was too large
-_INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -25,8 +24,8 @@ def moments_of_tile(values, valid, ROWS: tl.constexpr, REAL: tl.constexpr):
     center = total(values * (1.0 / at_least_one(n)), ROWS)
     away = tl.where(valid, values - center, 0.0)
     rest, squares = total(away, ROWS).to(tl.float64), total(away * away, ROWS).to(tl.float64)
-    is_finite = squares < _INF
-    if is_any(squares >= _INF, ROWS):
+    is_finite = squares < float("inf")
+    if is_any(squares >= float("inf"), ROWS):
         away = away * _DOWN
         squares = tl.where(is_finite, squares, total(away * away, ROWS).to(tl.float64) * _UP * _UP)
     count = n.to(tl.float64)
@@ -119,7 +118,7 @@ def moments_of_tiles(
     count, mean, m2 = moments_by_lane(
         x, mask, first, tiles, group, channel, shape, None, REAL, ROWS, OUTER, INNER, EVEN
     )
-    if is_any((m2 < _INF) == 0, ROWS):  # float32 has overflowed; or x is not finite, and stays so
+    if is_any((m2 < float("inf")) == 0, ROWS):  # float32 has overflowed; or x is not finite, and stays so
         _, mean_down, m2_down = moments_by_lane(
             x, mask, first, tiles, group, channel, shape, _DOWN, REAL, ROWS, OUTER, INNER, EVEN
         )
@@ -159,7 +158,7 @@ def measure_parts(
     tl.store(part_count + place, count, mask=is_channel)
     tl.store(part_mean + place, mean, mask=is_channel)
     tl.store(part_m2 + place, m2, mask=is_channel)
-    if is_any((m2 < _INF) == 0, ROWS):  # as above; written over, so that no register waits for it
+    if is_any((m2 < float("inf")) == 0, ROWS):  # as above; written over, so that no register waits for it
         _, mean, m2 = moments_by_lane(
             x, mask, part * tiles, tiles, group, channel, shape, _DOWN, REAL, ROWS, OUTER, INNER, EVEN
         )
@@ -180,11 +179,11 @@ def merge_moments(
     running_mean,
     running_var,
     batches,
-    eps: tl.float64,
     momentum: tl.float64,
     channels,
     groups,
     parts,
+    EPS: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -209,7 +208,7 @@ def merge_moments(
             found_count, found_mean, found_m2, more, other_mean, other_m2
         )
     set_moments(
-        count, mean, m2, rstd, group, channels, channel, is_channel, eps, found_count, found_mean, found_m2
+        count, mean, m2, rstd, group, channels, channel, is_channel, EPS, found_count, found_mean, found_m2
     )
     move_by_batch(
         running_mean,

@@ -47,9 +47,9 @@ def positive(m2):
 
 
 @triton.jit
-def rstd_of(count, m2, eps):
+def rstd_of(count, m2, EPS: tl.constexpr):
     """Return 1 / sqrt(var + eps)."""
-    return 1.0 / tl.sqrt(m2 / at_least_one(count) + eps)
+    return 1.0 / tl.sqrt(m2 / at_least_one(count) + EPS)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def affine(mean, rstd, weight, bias, channel, is_channel, REAL: tl.constexpr):
     center = mean.to(REAL)
     rest = rest_of(mean, REAL)
     scale = parameter(weight, channel, is_channel, 1.0) * rstd
-    shift = parameter(bias, channel, is_channel, 0.0) - rest * scale
+    shift = tl.fma(-rest, scale, parameter(bias, channel, is_channel, 0.0))
     return center, scale.to(REAL), shift.to(REAL), rest
 
 
@@ -98,7 +98,7 @@ def coefficients(count, sum_dy, sum_dy_xhat, rstd, weight, channel, is_channel, 
 @triton.jit
 def slopes(a, b, c, rest, rstd, REAL: tl.constexpr):
     """Return a, b and c of dx = a dy' + b (x - center) rstd + c, of those that go with x̂."""
-    return a.to(REAL), b.to(REAL), (c - b * rest * rstd).to(REAL)
+    return a.to(REAL), b.to(REAL), tl.fma(-b * rest, rstd, c).to(REAL)
 
 
 @triton.jit
@@ -124,10 +124,21 @@ def move_by_batch(running_mean, running_var, batches, channel, is_channel, momen
 
 @triton.jit
 def set_moments(
-    count, mean, m2, rstd, group, channels, channel, is_channel, eps, found_count, found_mean, found_m2
+    count,
+    mean,
+    m2,
+    rstd,
+    group,
+    channels,
+    channel,
+    is_channel,
+    EPS: tl.constexpr,
+    found_count,
+    found_mean,
+    found_m2,
 ):
     """Write count `[G]`, mean, m2 and rstd `[G, C]` of a group; return rstd."""
-    found_rstd = rstd_of(found_count, found_m2, eps)
+    found_rstd = rstd_of(found_count, found_m2, EPS)
     place = group * channels + channel
     tl.store(count + group + tl.zeros_like(channel), found_count, mask=channel == 0)
     tl.store(mean + place, found_mean, mask=is_channel)

@@ -232,7 +232,8 @@ def merge_sums(
         total_dy_xhat += tl.sum(tl.load(part_dy_xhat + at, mask=inside, other=0.0), 0, keep_dims=True)
     place = group * channels + channel
     found_rstd = tl.load(rstd + place, mask=is_channel, other=0.0)
-    total_dy_xhat -= rest_of(tl.load(mean + place, mask=is_channel, other=0.0), REAL) * found_rstd * total_dy
+    rest = rest_of(tl.load(mean + place, mask=is_channel, other=0.0), REAL)
+    total_dy_xhat = tl.fma(-rest * found_rstd, total_dy, total_dy_xhat)
     if sum_dy is not None:
         tl.store(sum_dy + place, total_dy, mask=is_channel)
         tl.store(sum_dy_xhat + place, total_dy_xhat, mask=is_channel)
