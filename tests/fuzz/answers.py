@@ -13,7 +13,7 @@ from tests.support.cases import KINKS
 from tests.support.compare import as_array
 from tests.support.oracle import Expected, Options, Past, Values, expected_of
 
-from .allowed import Allowed, allowed_for, assert_within
+from .allowed import WIDE, Allowed, allowed_for, assert_within
 from .calls import Call, Tensors, mask_that_applies
 
 
@@ -83,10 +83,11 @@ def assert_answer(found: Found, answer: Answer) -> None:
         ("dbias", expected.dbias, allowed.dbias, channels),
     ]
     if expected.running is not None:
-        everywhere = np.ones_like(channels)
+        everywhere, (mean, var) = np.ones_like(channels), expected.running
+        # Ghost batches in turn round float64 as many times, in another order.
         compared += [
-            ("running_mean", expected.running.mean, allowed.running_mean, everywhere),
-            ("running_var", expected.running.var, allowed.running_var, everywhere),
+            ("running_mean", mean, allowed.running_mean + WIDE * np.abs(mean), everywhere),
+            ("running_var", var, allowed.running_var + WIDE * np.abs(var), everywhere),
         ]
     for name, wanted, within, where in compared:
         actual = getattr(found, name)
