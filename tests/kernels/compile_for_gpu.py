@@ -28,7 +28,7 @@ class Hopper:
 
 
 # Those without moments, which take z: behind an activation that only cuts off, they compute little else.
-_TELLING = frozenset({"normalize", "sum_parts", "merge_sums", "differentiate"})
+_TELLING = frozenset({"normalize", "sum_parts", "differentiate"})
 
 
 def compiled(kernel: Any, programs: int, warps: int, on: Any, arguments: dict[str, Any]) -> None:
