@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# The largest numbers that round to 0: where y is 0, the derivative of relu is.
+TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+
 
 class Activation(NamedTuple):
     """An elementwise function and its derivative.

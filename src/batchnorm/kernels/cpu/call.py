@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from batchnorm.kernels.activations import TINY
 from batchnorm.kernels.interface import RunningStatistics
+from batchnorm.kernels.layout import is_alike, laid_out_as
 
 from . import huge_pages
 from .access import LINE
@@ -25,13 +27,6 @@ _PLANES = 2**15  # values of such a task
 # Values from which y and dx are written past the caches. In training they come back when much else has been
 # through the caches; in evaluation the next layer reads y at once.
 _STREAM, _STREAM_GIVEN = 2**19, 2**22
-
-# The largest numbers that round to 0: where y is 0, the derivative of relu is.
-_TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
-
-
-def _is_alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.stride() == b.stride()
 
 
 class Call:
@@ -98,13 +93,13 @@ class Call:
         packet.activation = CODES[activation]
         if activation in BOUNDS:
             packet.low, packet.high = packet.low_kink, packet.high_kink = BOUNDS[activation]
-            packet.low_kink = _TINY.get(self.x.dtype, 0.0)
+            packet.low_kink = TINY.get(self.x.dtype, 0.0)
         if residual is not None:
             packet.residual = self.laid_out(residual)
 
     def laid_out(self, values: Tensor) -> int:
         """Return the address of values in the dtype and layout of x."""
-        if not _is_alike(values, self.x) or values.is_neg():
+        if not is_alike(values, self.x) or values.is_neg():
             values = torch.empty_like(self.x).copy_(values)
             self.kept.append(values)
         return values.data_ptr()
@@ -153,10 +148,7 @@ class Call:
 
     def returned(self, output: Tensor, like: Tensor) -> Tensor:
         """Return an output in the dtype and layout of what the caller gave."""
-        if like is self.x:
-            return output
-        wanted = torch.empty_like(like)
-        return output if _is_alike(output, wanted) else wanted.copy_(output)
+        return output if like is self.x else laid_out_as(like, output)
 
     def run(self, half: str, *, measure: bool, apply: bool) -> None:
         """Run the forward or the backward kernel: its statistics, its output, or both."""

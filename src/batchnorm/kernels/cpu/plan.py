@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
+
+from batchnorm.kernels.layout import is_dense
 
 SHORT = 256  # values of a channel side by side; with more, or a mask, a channel is a task of its own
 _ROW = 1024  # columns of a row of several units, and of a block of short planes
@@ -51,9 +52,9 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_si
         group_size: samples per statistics group; None = all.
     """
     axes = range(len(shape))
-    contiguous = _is_dense(shape, stride, axes)
-    channels_last = not contiguous and _is_dense(shape, stride, (0, *axes[2:], 1))
-    is_dense = contiguous or channels_last
+    contiguous = is_dense(shape, stride, axes)
+    channels_last = not contiguous and is_dense(shape, stride, (0, *axes[2:], 1))
+    dense = contiguous or channels_last
     samples, channels, positions = shape[0], shape[1], math.prod(shape[2:])
     group = samples if group_size is None else min(group_size, samples)
     groups = math.ceil(samples / group)
@@ -62,9 +63,7 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_si
         spread = channels if groups == 1 else max(_TASKS // groups, channels * group * positions // _SPAN)
         block = math.ceil(channels / max(1, min(channels, spread)))
         tasks = parts * groups * math.ceil(channels / block)
-        return Plan(
-            is_dense, "planes", channels, positions, groups, samples, group, parts, 0, block, 1, tasks
-        )
+        return Plan(dense, "planes", channels, positions, groups, samples, group, parts, 0, block, 1, tasks)
     narrow = 0
     if channels_last or positions == 1:
         units, group, positions = samples * positions, group * positions, 1
@@ -81,19 +80,7 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_si
     parts = 1 if block <= narrow else _parts(blocks * groups, values)
     span = 1 if parts > 1 else max(1, min(groups * blocks // _TASKS, _SPAN // (values + 1)))
     tasks = parts * math.ceil(groups / span) * blocks
-    return Plan(
-        is_dense, "rows", channels, positions, groups, units, group, parts, columns, block, span, tasks
-    )
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...], axes: Sequence[int]) -> bool:
-    """Whether values lie side by side, of these axes the last one fastest."""
-    step = 1
-    for axis in reversed(axes):
-        if shape[axis] > 1 and stride[axis] != step:
-            return False
-        step *= shape[axis]
-    return True
+    return Plan(dense, "rows", channels, positions, groups, units, group, parts, columns, block, span, tasks)
 
 
 def _columns(positions: int) -> int:

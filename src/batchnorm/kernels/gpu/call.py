@@ -9,15 +9,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from batchnorm.kernels.activations import TINY
+from batchnorm.kernels.layout import is_alike, laid_out_as
+
 from .launching import launch, stored
 from .plan import merging, plan, power
-
-# The largest numbers that round to 0: where y is 0, the derivative of relu is.
-_TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
-
-
-def _is_alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.stride() == b.stride()
 
 
 class Call:
@@ -52,16 +48,13 @@ class Call:
 
     def laid_out(self, values: Tensor) -> Tensor:
         """Return values in the dtype and layout of x."""
-        if _is_alike(values, self.x) and not values.is_neg():
+        if is_alike(values, self.x) and not values.is_neg():
             return stored(values)
         return torch.empty_like(self.x).copy_(values)
 
     def returned(self, output: Tensor, like: Tensor) -> Tensor:
         """Return an output in the dtype and layout of what the caller gave."""
-        if like is self.x:
-            return output
-        wanted = torch.empty_like(like)
-        return output if _is_alike(output, wanted) else wanted.copy_(output)
+        return output if like is self.x else laid_out_as(like, output)
 
     def tables(self, number: int, *sizes: int) -> list[Tensor]:
         """Return room for so many tables per group and channel, `[*sizes, G, C]`; no views of one tensor.
@@ -96,7 +89,7 @@ class Call:
             "weight": self.weight,
             "bias": self.bias,
             "ACTIVATION": self.activation,
-            "KINK": _TINY.get(self.x.dtype, 0.0),
+            "KINK": TINY.get(self.x.dtype, 0.0),
             "signs": self.signs,
         }
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .statistics import at_least_one, merged, move_by_batch, positive, set_moments, united
-from .tiles import NUMBERS, is_any, task_of, tile_of, total, values_of
+from .tiles import NUMBERS, is_any, merge_of, task_of, tile_of, total, values_of
 
 # Squares of 1e20 and more overflow float32. A power of two costs no digit, and takes the largest float32 to
 # where thousands of squares can be added up.
@@ -188,9 +188,7 @@ def merge_moments(
     CHANNELS: tl.constexpr,
 ):
     """Merge the parts' moments of some channels of a group; write them, and rstd; move running statistics."""
-    blocks = tl.cdiv(channels, CHANNELS)
-    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    group = (tl.program_id(0) // blocks).to(tl.int64)
+    group, channel = merge_of(channels, CHANNELS)
     is_channel = channel < channels
     found_count = tl.zeros([1, CHANNELS], tl.float64)
     found_mean = tl.zeros([1, CHANNELS], tl.float64)

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
+
+from batchnorm.kernels.layout import is_dense
 
 _SINGLE = 2**13  # values of a tile that stays in registers: 16 per thread of 16 warps, and as many of dy
 _WHOLE = 2**16  # values that one program takes, if ...
@@ -93,8 +94,8 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], group_size: int | None
         group_size: samples per statistics group; None = all.
     """
     axes = range(len(shape))
-    contiguous = _is_dense(shape, stride, axes)
-    channels_last = not contiguous and _is_dense(shape, stride, (0, *axes[2:], 1))
+    contiguous = is_dense(shape, stride, axes)
+    channels_last = not contiguous and is_dense(shape, stride, (0, *axes[2:], 1))
     samples, channels, positions = shape[0], shape[1], math.prod(shape[2:])
     group = samples if group_size is None else min(group_size, samples)
     groups = math.ceil(samples / group)
@@ -129,16 +130,6 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], group_size: int | None
         part_tiles,
         is_even,
     )
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...], axes: Sequence[int]) -> bool:
-    """Whether values lie side by side, of these axes the last one fastest."""
-    step = 1
-    for axis in reversed(axes):
-        if shape[axis] > 1 and stride[axis] != step:
-            return False
-        step *= shape[axis]
-    return True
 
 
 def power(number: int) -> int:

@@ -8,7 +8,7 @@ import triton.language as tl
 from .activations import through
 from .signs import load_signs, place_of
 from .statistics import affine, coefficients, rest_of
-from .tiles import NUMBERS, task_of, tile_of, total, values_of
+from .tiles import NUMBERS, merge_of, task_of, tile_of, total, values_of
 
 
 @triton.jit
@@ -216,9 +216,7 @@ def merge_sums(
     CHANNELS: tl.constexpr,
 ):
     """Add up the parts' sums of some channels of a group; write them, the coefficients, dweight and dbias."""
-    blocks = tl.cdiv(channels, CHANNELS)
-    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    group = (tl.program_id(0) // blocks).to(tl.int64)
+    group, channel = merge_of(channels, CHANNELS)
     is_channel = channel < channels
     count = tl.zeros([1, CHANNELS], tl.float64)
     total_dy = tl.zeros([1, CHANNELS], tl.float64)

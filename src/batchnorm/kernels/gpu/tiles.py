@@ -24,6 +24,14 @@ def task_of(channels, parts, ROWS: tl.constexpr, INNER: tl.constexpr):
 
 
 @triton.jit
+def merge_of(channels, CHANNELS: tl.constexpr):
+    """Return the group and the channels, `[1, CHANNELS]`, of a program that merges parts."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    return (tl.program_id(0) // blocks).to(tl.int64), channel
+
+
+@triton.jit
 def tile_of(
     tile,
     group,

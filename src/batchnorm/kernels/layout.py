@@ -1,0 +1,29 @@
+"""How values lie in memory, for engines that read it by address."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_dense(shape: tuple[int, ...], stride: tuple[int, ...], axes: Sequence[int]) -> bool:
+    """Whether values lie side by side, of these axes the last one fastest."""
+    step = 1
+    for axis in reversed(axes):
+        if shape[axis] > 1 and stride[axis] != step:
+            return False
+        step *= shape[axis]
+    return True
+
+
+def is_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have the same dtype and layout."""
+    return a.dtype == b.dtype and a.stride() == b.stride()
+
+
+def laid_out_as(like: Tensor, values: Tensor) -> Tensor:
+    """Return values in the dtype and layout that a fresh tensor like `like` has."""
+    wanted = torch.empty_like(like)
+    return values if is_alike(values, wanted) else wanted.copy_(values)
