@@ -38,6 +38,19 @@ class Found(NamedTuple):
     running_var: Tensor | None
 
 
+def options_of(call: Call) -> Options:
+    """Return what the reference is told of a call of a layer."""
+    return Options(
+        call.policy,
+        call.training,
+        call.eps,
+        call.momentum_used,
+        call.activation,
+        call.nonfinite,
+        call.small_batch,
+    )
+
+
 def answer_to(call: Call, tensors: Tensors, options: Options, past: Past) -> Answer:
     """Return the reference's answer to a call that is not refused."""
     x, residual = tensors.x, tensors.residual

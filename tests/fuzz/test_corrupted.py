@@ -10,10 +10,10 @@ from torch import nn
 
 from batchnorm import kernels, reference
 from tests.support.compare import as_array
-from tests.support.oracle import Options, Past
+from tests.support.oracle import Past
 
 from . import refusals
-from .answers import answer_to, assert_answer
+from .answers import answer_to, assert_answer, options_of
 from .budget import fuzz, shards
 from .calls import Call, Tensors, calls, tensors_of
 from .corruptions import ANSWERED, REFUSED
@@ -27,18 +27,6 @@ def past_of(layer: nn.Module) -> Past:
     running = (as_array(t).reshape(-1).copy() for t in (layer.running_mean, layer.running_var))
     batches = layer.num_batches_tracked
     return Past(reference.Running(*running), None if batches is None else int(batches))
-
-
-def options_of(call: Call) -> Options:
-    return Options(
-        call.policy,
-        call.training,
-        call.eps,
-        call.momentum_used,
-        call.activation,
-        call.nonfinite,
-        call.small_batch,
-    )
 
 
 def is_whole(call: Call, tensors: Tensors) -> bool:

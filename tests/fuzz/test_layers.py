@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from batchnorm import kernels, reference
 from batchnorm.errors import BatchNormError
 from tests.support.compare import as_array
-from tests.support.oracle import Options, Past
+from tests.support.oracle import Past
 
 from . import refusals
-from .answers import Found, answer_to, assert_answer, bits
+from .answers import Found, answer_to, assert_answer, bits, options_of
 from .budget import fuzz, shards
 from .calls import KINDS, Call, Tensors, calls, tensors_of
 
@@ -95,16 +95,7 @@ def check(call: Call) -> None:
             assert_refused(layer, tensors, errors)
             return
         past = past_of(layer)
-        options = Options(
-            call.policy,
-            call.training,
-            call.eps,
-            call.momentum_used,
-            call.activation,
-            call.nonfinite,
-            call.small_batch,
-        )
-        answer = answer_to(call, tensors, options, past)
+        answer = answer_to(call, tensors, options_of(call), past)
         found = called(layer, tensors, answer.dy)
     assert_answer(found, answer)
     if call.tracked:

@@ -15,6 +15,7 @@ from tests.support.compare import assert_close
 
 from .gradients import Array
 from .policy_cases import CASES, Case, Expected, expected, made_for
+from .replicas import step_on
 
 F32 = torch.float32
 OVER = {
@@ -73,29 +74,13 @@ def check(found: list[dict[str, Array]], wanted: Expected, masks: list[Array] | 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("over", OVER)
 def test_row_22_on_tensorflows_strategies(strategy: Any, over: str, masked: bool) -> None:
-    import tensorflow as tf
-
     xs, dys, masks = inputs(masked)
     with strategy.scope():
         layer = made_for(Case(OVER[over]), 5, -1, 3)
     wanted = one_process(OVER[over], (xs, dys, masks), layer.get_weights())
 
-    def per_replica(values: list[Array]) -> Any:
-        return strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(values[context.replica_id_in_sync_group])
-        )
-
-    @tf.function
-    def step(x: Any, dy: Any, mask: Any) -> Any:
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layer(x, training=True, mask=mask)
-        return y, tape.gradient(y, [x, layer.gamma.value, layer.beta.value], dy)
-
-    given = None if masks is None else per_replica(masks)
-    y, gradients = strategy.run(step, (per_replica(xs), per_replica(dys), given))
     names = ("y", "dx", "dgamma", "dbeta")
-    local = [[v.numpy() for v in strategy.experimental_local_results(t)] for t in (y, *gradients)]
+    local = step_on(strategy, layer, xs, dys, masks)
     moving = {name: getattr(layer, name).numpy() for name in ("moving_mean", "moving_variance")}
     check([dict(zip(names, part, strict=True)) | moving for part in zip(*local, strict=True)], wanted, masks)
 

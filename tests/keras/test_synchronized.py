@@ -15,6 +15,7 @@ from tests.support.compare import assert_close
 
 from .gradients import Array
 from .oracle import oracle
+from .replicas import step_on
 from .test_numbers import MOMENTUM, draw, made, numbers
 
 F32 = torch.float32
@@ -46,30 +47,12 @@ def expect(
 @pytest.mark.parametrize("offset", [0.0, 1e5])
 @pytest.mark.parametrize("masks", MASKS)
 def test_row_22_on_tensorflows_strategies(strategy: Any, masks: str, offset: float) -> None:
-    import tensorflow as tf
-
     with strategy.scope():
         layer = made(5, -1, 3, synchronized=True)
     xs, dys, given = inputs(masks, offset)
     expected, mean, var = expect(layer, xs, dys, given)
 
-    def per_replica(values: list[Array]) -> Any:
-        return strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(values[context.replica_id_in_sync_group])
-        )
-
-    @tf.function
-    def step(x: Any, dy: Any, mask: Any) -> Any:
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layer(x, training=True, mask=mask)
-        return y, tape.gradient(y, [x, layer.gamma.value, layer.beta.value], dy)
-
-    arguments = (per_replica(xs), per_replica(dys), None if given is None else per_replica(given))
-    y, (dx, dgamma, dbeta) = strategy.run(step, arguments)
-    y, dx, dgamma, dbeta = (
-        [v.numpy() for v in strategy.experimental_local_results(t)] for t in (y, dx, dgamma, dbeta)
-    )
+    y, dx, dgamma, dbeta = step_on(strategy, layer, xs, dys, given)
     assert_close(np.concatenate(y), expected.y, dtype=F32, what="y")
     assert_close(np.concatenate(dx), expected.dx, dtype=F32, what="dx")
     assert_close(sum(dgamma), expected.dgamma, dtype=F32, what="dgamma")

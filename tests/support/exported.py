@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 def run_onnx(model: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> tuple[Tensor, set[str]]:
     """Return what onnxruntime makes of the exported model, and the kinds of its nodes."""
-    onnx = pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx", reason="onnx, of the extra dev, is not there")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime, of the extra dev, is not there")
+    pytest.importorskip("onnxscript", reason="onnxscript, of the extra dev, is not there")
     with warnings.catch_warnings():
         # Of the exporter's own dependencies; nothing here is ours to mend.
         warnings.simplefilter("ignore", DeprecationWarning)
