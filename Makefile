@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: study test fuzz lint format bench clean help
+.PHONY: study test fuzz lint resolves format bench clean help
 
 help:
 	@echo "make study   train networks with and without batch normalization on real digits, write a report"
 	@echo "make test    the whole test suite"
 	@echo "make fuzz    any call of any layer against the reference: FUZZ_CASES of them (20000), by FUZZ_SEED"
 	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make resolves  what users and developers install has a solution on every platform, by the registry's metadata"
 	@echo "make bench   the measurements behind the figures in README and docs"
 	@echo "make format  let ruff format the code"
 	@echo "make clean   remove .venv, caches and runs"
@@ -51,6 +52,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+resolves: $(VENV)/.dev
+	$(BIN)/python scripts/resolves.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
