@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: study test fuzz lint resolves format bench clean help
+.PHONY: study test test-jax test-tensorflow test-triton fuzz lint resolves format bench clean help
 
 help:
 	@echo "make study   train networks with and without batch normalization on real digits, write a report"
-	@echo "make test    the whole test suite"
+	@echo "make test    the test suite; make test-jax, make test-tensorflow: all tests of Keras on another backend;"
+	@echo "             make test-triton: the kernels for GPUs in Triton's interpreter, on the whole grid of cases"
 	@echo "make fuzz    any call of any layer against the reference: FUZZ_CASES of them (20000), by FUZZ_SEED"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make resolves  what users and developers install has a solution on every platform, by the registry's metadata"
@@ -38,6 +39,14 @@ $(VENV)/.kernels: $(VENV)/.dev $(wildcard src/batchnorm/kernels/cpu/*.py)
 
 test: $(VENV)/.kernels
 	$(BIN)/pytest -n auto $(ARGS)
+	KERAS_BACKEND=jax $(BIN)/pytest -n auto -m on_every_backend tests/keras
+	KERAS_BACKEND=tensorflow $(BIN)/pytest -n auto -m on_every_backend tests/keras
+
+test-jax test-tensorflow: test-%: $(VENV)/.kernels
+	KERAS_BACKEND=$* $(BIN)/pytest -n auto -m "not one_backend" tests/keras $(ARGS)
+
+test-triton: $(VENV)/.kernels
+	$(BIN)/pytest -n auto -m interpreter_grid tests/kernels tests/torch $(ARGS)
 
 # What a seed finds, `make fuzz FUZZ_SEED=...` finds again, as long as FUZZ_CASES is the same.
 FUZZ_CASES ?= 20000

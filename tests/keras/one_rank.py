@@ -1,9 +1,8 @@
-"""One of two processes of torch.distributed: `python -m tests.keras.one_rank RANK FOLDER`."""
+"""One of two processes of torch.distributed: layers of Keras on the torch backend."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,3 @@ def main(rank: int, folder: Path) -> None:
     given = torch.load(folder / f"given{rank}.pt", weights_only=True)
     torch.save({name: step(one) for name, one in given.items()}, folder / f"found{rank}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

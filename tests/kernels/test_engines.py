@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from batchnorm.kernels import choose, eager
-from batchnorm.kernels.interface import Coefficients, Engine, Moments
+from batchnorm.kernels.interface import Coefficients, Moments
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import by_batch, gradient_coefficients
-from tests.support.cases import Case, Inputs, every_case
-from tests.support.compare import Results, assert_close, reference_results
-from tests.support.interpreted import GPU, device, trimmed
+from tests.support.cases import CASES, Case, Inputs
+from tests.support.compare import Results, assert_close, case_results, reference_results
+from tests.support.interpreted import GPU, device, every_engine_and_case, trimmed
 
 EPS = 1e-5
 NAMES = ("eager", "cpu", *GPU)
 every_engine = pytest.mark.parametrize("name", NAMES)
-
-
-def load(name: str, case: Case) -> Engine:
-    """The engine of this name; eager for an empty tensor, which no other takes."""
-    return choose.load(name if math.prod(case.shape) else "eager")
 
 
 def _options(case: Case, inputs: Inputs) -> dict[str, object]:
@@ -47,14 +40,13 @@ def _assert_gradients(
 
 
 @pytest.mark.usefixtures("chunks")
-@every_engine
-@every_case
+@every_engine_and_case(NAMES, CASES)
 def test_split_primitives(name: str, case: Case) -> None:
     """Pain rows 17 and 27: an offset of 1e6 standard deviations costs no accuracy, in no layout."""
     case = trimmed(name, case)
-    engine, inputs = load(name, case), case.make(device=device(name))
+    engine, inputs = choose.load(name), case.make(device=device(name))
     x, weight, bias, _, dy, mask = inputs
-    expected = reference_results(case, inputs, eps=EPS)
+    expected = case_results(case, eps=EPS)
     options = _options(case, inputs)
 
     count, mean, m2 = found = engine.moments(x, mask=mask, group_size=case.group_size)
@@ -78,13 +70,12 @@ def test_split_primitives(name: str, case: Case) -> None:
 
 
 @pytest.mark.usefixtures("chunks")
-@every_engine
-@every_case
+@every_engine_and_case(NAMES, CASES)
 def test_fused_pairs(name: str, case: Case) -> None:
     case = trimmed(name, case)
-    engine, inputs = load(name, case), case.make(device=device(name))
+    engine, inputs = choose.load(name), case.make(device=device(name))
     x, weight, bias, _, dy, _ = inputs
-    expected = reference_results(case, inputs, eps=EPS)
+    expected = case_results(case, eps=EPS)
     options = _options(case, inputs)
     y, found, rstd = engine.forward(x, EPS, weight, bias, **options)
     assert_close(y, expected.y, dtype=case.dtype, what="y")
@@ -148,4 +139,4 @@ def test_a_device_without_float64_keeps_float32_statistics(monkeypatch: pytest.M
     inputs = case.make()
     y, found, _ = eager.forward(inputs.x, EPS, inputs.weight, inputs.bias, **_options(case, inputs))
     assert found.mean.dtype == torch.float32
-    assert_close(y, reference_results(case, inputs, eps=EPS).y, dtype=torch.float32, what="y")
+    assert_close(y, case_results(case, eps=EPS).y, dtype=torch.float32, what="y")

@@ -16,7 +16,7 @@ from batchnorm.kernels.cpu import engine
 from batchnorm.kernels.interface import RunningStatistics
 from tests.support.cases import CASES, Case
 from tests.support.compare import as_array, assert_close
-from tests.support.interpreted import GPU, device, trimmed
+from tests.support.interpreted import GPU, device, every_engine_and_case, trimmed
 
 MOMENTUM = 0.3
 # What comes behind the moments is nothing to running statistics: cases that differ in more than that.
@@ -25,7 +25,6 @@ FULL = {
     for c in reversed(CASES)
     if math.prod(c.shape)
 }
-every_full_case = pytest.mark.parametrize("case", FULL.values(), ids=str)
 every_engine = pytest.mark.parametrize("name", ["cpu", *GPU])
 in_turn_or_together = pytest.mark.parametrize("sequential", [False, True], ids=["together", "in turn"])
 
@@ -70,8 +69,7 @@ def groups_of(case: Case, x: Tensor, mask: Tensor | None) -> reference.Moments:
 
 @pytest.mark.usefixtures("chunks")
 @in_turn_or_together
-@every_full_case
-@every_engine
+@every_engine_and_case(("cpu", *GPU), tuple(FULL.values()))
 def test_they_move_as_the_reference_says(name: str, case: Case, sequential: bool) -> None:
     case = trimmed(name, case)
     inputs = case.make()

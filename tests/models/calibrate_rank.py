@@ -1,4 +1,4 @@
-"""One of several processes of torch.distributed: `python calibrate_rank.py RANK RANKS FOLDER`.
+"""One of several processes of torch.distributed.
 
 It calibrates in every scenario, and saves what came of each: statistics, or the error and whether the model
 is as it was.
@@ -7,7 +7,6 @@ is as it was.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,7 +128,3 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     torch.save(scenarios(rank, ranks, folder), folder / f"found{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""One of two processes of torch.distributed: `python sharded_rank.py RANK FOLDER`.
+"""One of two processes of torch.distributed.
 
 It shards three networks of one state with `fully_shard`, converts one and freezes one of them after that,
 trains all three, and saves what they end with.
@@ -6,7 +6,6 @@ trains all three, and saves what they end with.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -71,7 +70,3 @@ def main(rank: int, folder: Path) -> None:
     ours(torch.randn(4, 3, 8, 8))
     torch.save(found, folder / f"found{rank}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -322,3 +324,36 @@ CASES: tuple[Case, ...] = (
 )
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def covering(cases: Iterable[Case]) -> frozenset[Case]:
+    """Return a small set of the cases: each value of each attribute that occurs in them occurs in it.
+
+    Of those that would add as much, the smallest tensor is taken.
+    """
+    left = {case: _values(case) for case in sorted(cases, key=lambda case: math.prod(case.shape))}
+    uncovered = set().union(*left.values())
+    chosen = set()
+    while uncovered:
+        best = max(left, key=lambda case: len(left[case] & uncovered))
+        uncovered -= left.pop(best)
+        chosen.add(best)
+    return frozenset(chosen)
+
+
+def _values(case: Case) -> frozenset[tuple[str, object]]:
+    """Return a case's attributes and their values; of its shape and its groups, the kind alone."""
+    size = case.group_size
+    return frozenset(
+        {
+            ("axes and layout", (len(case.shape), case.layout)),
+            ("channels", min(case.shape[1], 2)),
+            ("layout and dtype", (case.layout, case.dtype)),
+            ("parameter_dtype", case.parameter_dtype),
+            ("offset", case.offset),
+            ("masked and groups", (case.masked, case.all_masked, size if size is None else min(size, 2))),
+            ("residual and groups", (case.residual, size is None)),
+            ("activation", case.activation),
+            ("affine", case.affine),
+        }
+    )

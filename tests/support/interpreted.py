@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from .cases import Case
+from .cases import Case, covering
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -35,6 +37,29 @@ def trimmed(engine: str, case: Case) -> Case:
         return case
     limits = (131, 21, 13, 13, 13)
     return dataclasses.replace(case, shape=tuple(map(min, case.shape, limits)))
+
+
+def every_engine_and_case(names: Sequence[str], cases: Sequence[Case]) -> pytest.MarkDecorator:
+    """Parametrize a test by `name` and `case`: each engine on each case that it takes.
+
+    Of an empty tensor that is "eager". Triton's interpreter is slow: `make test` gives it a covering subset of
+    the cases, and `make test-triton` the others, which carry the mark `interpreter_grid`.
+    """
+    few = covering(case for case in cases if math.prod(case.shape))
+
+    def marks(name: str, case: Case) -> list[pytest.MarkDecorator]:
+        slow = name == "gpu" and DEVICE == "cpu" and case not in few
+        return [pytest.mark.interpreter_grid] if slow else []
+
+    return pytest.mark.parametrize(
+        ("name", "case"),
+        [
+            pytest.param(name, case, id=f"{name}-{case}", marks=marks(name, case))
+            for name in names
+            for case in cases
+            if math.prod(case.shape) or name == "eager"
+        ],
+    )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A rank that shares numbers with others: `python collectives_rank.py RANK SIZE WHAT FOLDER`.
+"""A rank that shares numbers with others.
 
 WHAT is one of the functions at the end; what it finds is saved, and `test_collectives.py` judges it.
 """
@@ -10,7 +10,6 @@ import gc
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -287,7 +286,3 @@ def main(rank: int, size: int, what: str, folder: Path) -> None:
     process = Process(rank, size, folder)
     {"works": works, "fails": fails, "logs": logs, "is_killed": is_killed}[what](process)
     torch.save(process.found, folder / f"found{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

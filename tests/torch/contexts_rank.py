@@ -1,11 +1,7 @@
-"""One of two processes of torch.distributed: contexts around a model of which ranks share statistics.
-
-Run as `python -m tests.torch.contexts_rank RANK FOLDER`.
-"""
+"""One of two processes of torch.distributed: contexts around a model of which ranks share statistics."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -78,7 +74,3 @@ def main(rank: int, folder: Path) -> None:
     torch.save(found, folder / f"found{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""One of two processes of torch.distributed: `python ddp_rank.py RANK FOLDER`.
+"""One of two processes of torch.distributed.
 
 Under DistributedDataParallel it trains networks with stock norms, with ours, and with ours within `lean`;
 then the first two with frozen norms; and saves them all.
@@ -7,7 +7,6 @@ then the first two with frozen norms; and saves them all.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -85,7 +84,3 @@ def main(rank: int, folder: Path) -> None:
     found |= {"frozen stock": train(stock, rank), "frozen ours": train(ours, rank)}
     torch.save(found, folder / f"found{rank}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""One of two processes of torch.distributed, of which one goes astray: `python ... RANK HOW FOLDER`.
+"""One of two processes of torch.distributed, of which one goes astray.
 
 Saves the error that it gets.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -59,7 +58,3 @@ def main(rank: int, how: str, folder: Path) -> None:
     found |= {"seconds": time.monotonic() - start, "unchanged": same}
     torch.save(found, folder / f"found{rank}.pt")
     os._exit(0)  # no barrier: the other one may be gone
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""One of several processes of torch.distributed: `python synced_rank.py RANK WORLD FOLDER`.
+"""One of several processes of torch.distributed.
 
 Runs every case of `synced_cases`, and networks under what torch puts around them; saves what it finds.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,7 +249,3 @@ def main(rank: int, world: int, folder: Path) -> None:
     distributed.destroy_process_group()
     assert collectives.members(collectives.Ranks(None, 1.0)) == 1
     copy.deepcopy(CASES[0].layer())(CASES[0].part(0).x)  # once more a plain layer
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
