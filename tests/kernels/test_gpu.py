@@ -15,7 +15,7 @@ from torch import Tensor
 from batchnorm.kernels.gpu import plan
 from tests.support.cases import ACTIVATIONS, Case, Inputs, lay_out
 from tests.support.compare import Results, assert_close, reference_results
-from tests.support.interpreted import DEVICE, interpreting
+from tests.support.interpreted import DEVICE, every_combination, interpreting
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -26,6 +26,7 @@ from batchnorm.kernels.gpu import engine
 from batchnorm.kernels.gpu.tiles import tile_of
 
 EPS = 1e-5
+REGIMES = ["single", "whole", "parts"]
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here: the kernels run in Triton's interpreter")
 
 
@@ -96,8 +97,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", ["single", "whole", "parts"])
-@pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
+@every_combination("case, name", list(SHAPES.values()), REGIMES, strength=1)
 def test_every_regime_gives_the_same(monkeypatch: pytest.MonkeyPatch, case: Case, name: str) -> None:
     regime(monkeypatch, name)
     inputs = case.make()
@@ -110,8 +110,7 @@ def test_every_regime_gives_the_same(monkeypatch: pytest.MonkeyPatch, case: Case
         assert torch.equal(again, first[what]), what
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", ["single", "whole", "parts"])
+@every_combination("layout, name", ["contiguous", "channels_last"], REGIMES, strength=1)
 def test_row_17_first_values_that_say_nothing_of_the_rest(
     monkeypatch: pytest.MonkeyPatch, layout: str, name: str
 ) -> None:
@@ -129,9 +128,7 @@ def test_row_17_first_values_that_say_nothing_of_the_rest(
         assert_right(case, inputs, run(case, inputs))
 
 
-@pytest.mark.parametrize("scale", [1e30, 1e-12])
-@pytest.mark.parametrize("name", ["single", "whole", "parts"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@every_combination("scale, name, layout", [1e30, 1e-12], REGIMES, ["contiguous", "channels_last"])
 def test_row_18_magnitudes_whose_squares_float32_has_not(
     monkeypatch: pytest.MonkeyPatch, layout: str, name: str, scale: float
 ) -> None:
@@ -147,8 +144,7 @@ def test_row_18_magnitudes_whose_squares_float32_has_not(
     assert torch.equal(found["y"][:, [0, 2]], others["y"][:, [0, 2]])
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
-@pytest.mark.parametrize("name", ["single", "whole", "parts"])
+@every_combination("bad, name", [torch.nan, torch.inf, 3e38], REGIMES, strength=1)
 def test_what_is_not_finite_spoils_its_channel_and_no_other(
     monkeypatch: pytest.MonkeyPatch, name: str, bad: float
 ) -> None:
@@ -203,8 +199,7 @@ def test_relu_has_a_slope_just_where_y_is_above_zero(dtype: torch.dtype, layout:
     assert 0 < (y == 0).sum() < y.numel()
 
 
-@pytest.mark.parametrize("name", ["single", "whole", "parts"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_combination("dtype, name", [torch.float32, torch.bfloat16], REGIMES, strength=1)
 def test_normalize_gives_the_output_of_forward_again(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str
 ) -> None:
@@ -221,8 +216,7 @@ def test_normalize_gives_the_output_of_forward_again(
         assert again.stride() == y.stride()
 
 
-@pytest.mark.parametrize("name", ["single", "whole", "parts"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@every_combination("layout, name", ["contiguous", "channels_last", "strided"], REGIMES, strength=1)
 def test_signs_stand_for_bias_and_residual(monkeypatch: pytest.MonkeyPatch, layout: str, name: str) -> None:
     """Bit for bit the same gradients, from one bit per value that either half of a forward has written."""
     regime(monkeypatch, name)
@@ -326,11 +320,12 @@ def test_row_26_the_plan_fills_a_device_and_fits_its_registers() -> None:
 COMPILING = Path(__file__).parent / "compile_for_gpu.py"
 
 
-def test_every_kernel_compiles_for_a_gpu_where_there_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", ["few", pytest.param("all", marks=pytest.mark.interpreter_grid)])
+def test_every_kernel_compiles_for_a_gpu_where_there_is_none(steps: str, tmp_path: Path) -> None:
     """By Triton's compiler, to machine code: what the interpreter lets pass, the compiler may not."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, str(COMPILING)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(COMPILING), steps], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = set(done.stdout.split())

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from batchnorm import reference
 
+from .covering import covering
+
 Layout = Literal["contiguous", "channels_last", "strided", "mixed"]
 
 ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name is not None)
@@ -326,19 +328,9 @@ CASES: tuple[Case, ...] = (
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def covering(cases: Iterable[Case]) -> frozenset[Case]:
-    """Return a small set of the cases: each value of each attribute that occurs in them occurs in it.
-
-    Of those that would add as much, the smallest tensor is taken.
-    """
-    left = {case: _values(case) for case in sorted(cases, key=lambda case: math.prod(case.shape))}
-    uncovered = set().union(*left.values())
-    chosen = set()
-    while uncovered:
-        best = max(left, key=lambda case: len(left[case] & uncovered))
-        uncovered -= left.pop(best)
-        chosen.add(best)
-    return frozenset(chosen)
+def covering_cases(cases: Iterable[Case]) -> frozenset[Case]:
+    """Return a small set of the cases: each value of each attribute that occurs in them occurs in it."""
+    return frozenset(covering(sorted(cases, key=lambda case: math.prod(case.shape)), _values))
 
 
 def _values(case: Case) -> frozenset[tuple[str, object]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from .cases import Case, covering
+from .cases import Case, covering_cases
+from .covering import covering_array
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -42,24 +44,39 @@ def trimmed(engine: str, case: Case) -> Case:
 def every_engine_and_case(names: Sequence[str], cases: Sequence[Case]) -> pytest.MarkDecorator:
     """Parametrize a test by `name` and `case`: each engine on each case that it takes.
 
-    Of an empty tensor that is "eager". Triton's interpreter is slow: `make test` gives it a covering subset of
-    the cases, and `make test-triton` the others, which carry the mark `interpreter_grid`.
+    Of an empty tensor that is "eager". Triton's interpreter is slow: `make test` gives it a covering subset
+    of the cases, and `make test-triton` the others, which carry the mark `interpreter_grid`.
     """
-    few = covering(case for case in cases if math.prod(case.shape))
-
-    def marks(name: str, case: Case) -> list[pytest.MarkDecorator]:
-        slow = name == "gpu" and DEVICE == "cpu" and case not in few
-        return [pytest.mark.interpreter_grid] if slow else []
+    few = covering_cases(case for case in cases if math.prod(case.shape))
 
     return pytest.mark.parametrize(
         ("name", "case"),
         [
-            pytest.param(name, case, id=f"{name}-{case}", marks=marks(name, case))
+            pytest.param(name, case, id=f"{name}-{case}", marks=_grid(name != "gpu" or case in few))
             for name in names
             for case in cases
             if math.prod(case.shape) or name == "eager"
         ],
     )
+
+
+def every_combination(names: str, *options: Sequence[Any], strength: int = 2) -> pytest.MarkDecorator:
+    """Parametrize a test of the interpreter by all combinations of the options.
+
+    `make test` takes a covering array of that strength, and `make test-triton` the rest.
+    """
+    few = covering_array(*options, strength=strength)
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(*one, id="-".join(map(str, one)), marks=_grid(one in few))
+            for one in itertools.product(*options)
+        ],
+    )
+
+
+def _grid(in_make_test: bool) -> list[pytest.MarkDecorator]:
+    return [] if in_make_test or DEVICE != "cpu" else [pytest.mark.interpreter_grid]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.errors import BatchNormError
+from tests.support.covering import covering_array
 from tests.torch.twins import TOLERANCES, assert_identical, assert_same, scramble, state, step
 
 
@@ -30,19 +31,18 @@ def pair(backend: str = "aot_eager", **options: Any) -> tuple[nn.Module, nn.Modu
     return layer, eager
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "plain"])
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"activation": "silu"},
+    {"momentum": None},
+    {"affine": False},
+    {"track_running_stats": False},
+    {"statistics": batchnorm.Running()},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"activation": "silu"},
-        {"momentum": None},
-        {"affine": False},
-        {"track_running_stats": False},
-        {"statistics": batchnorm.Running()},
-    ],
-    ids=str,
+    ("options", "with_residual", "training"), covering_array(OPTIONS, [True, False], [True, False]), ids=str
 )
 def test_row_28_compiled_is_eager(options: dict[str, Any], with_residual: bool, training: bool) -> None:
     """Row 28: output, gradients, running statistics and counter, over two steps."""

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import batchnorm
 from batchnorm.kernels import use
 from batchnorm.kernels.choose import load
-from tests.support.interpreted import DEVICE, HAS_TRITON
+from tests.support.interpreted import DEVICE, HAS_TRITON, every_combination
 from tests.torch.lean_nets import Residual, gradients
 from tests.torch.twins import assert_identical, assert_same, relaid, scramble
 
@@ -40,10 +40,13 @@ def gradients_of(
     return dict(zip(("y", "dx", "dresidual", "dweight", "dbias"), (y.detach(), *found), strict=True))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("statistics", [batchnorm.Batch(), batchnorm.Ghost(2), batchnorm.Running()], ids=str)
+@every_combination(
+    "statistics, dtype, activation, layout",
+    [batchnorm.Batch(), batchnorm.Ghost(2), batchnorm.Running()],
+    [torch.float32, torch.float64, torch.float16, torch.bfloat16],
+    ["relu", "relu6"],
+    ["contiguous", "channels_last", "strided"],
+)
 def test_gradients_are_those_by_the_residual(
     monkeypatch: pytest.MonkeyPatch, statistics: Any, dtype: torch.dtype, activation: str, layout: str
 ) -> None:

@@ -15,6 +15,7 @@ import batchnorm
 from batchnorm import kernels
 from batchnorm.errors import InputShapeError, NonFiniteError, OptionError
 from batchnorm.statistics.policy import Policy
+from tests.support.covering import covering_array
 from tests.torch.twins import assert_identical, scramble, state, step
 
 POLICIES = [
@@ -26,8 +27,8 @@ POLICIES = [
     batchnorm.Synced(over=batchnorm.Ghost(3)),
 ]
 EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES, ids=str)
-PATHS = pytest.mark.parametrize("path", ["cpu", "eager", "compiled", "transformed"])
-BAD = pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+PATHS = ["cpu", "eager", "compiled", "transformed"]
+BAD = [float("inf"), float("-inf"), float("nan")]
 
 
 def norm(**options: Any) -> nn.Module:
@@ -62,9 +63,7 @@ def call(layer: nn.Module, path: str, x: Tensor, mask: Tensor | None = None) -> 
         return layer(x, None, mask)
 
 
-@BAD
-@PATHS
-@EVERY_POLICY
+@pytest.mark.parametrize(("policy", "path", "bad"), covering_array(POLICIES, PATHS, BAD), ids=str)
 def test_row_3_a_bad_batch_leaves_no_trace_but_a_count(policy: Policy, path: str, bad: float) -> None:
     """Row 3: skipped and counted; the next batch moves the statistics as if there had been none."""
     layer = norm(statistics=policy, nonfinite="skip")
@@ -90,9 +89,7 @@ def test_row_3_without_it_one_bad_batch_is_in_the_statistics_for_ever() -> None:
     assert layer.skipped is None
 
 
-@pytest.mark.parametrize("path", ["cpu", "eager", "compiled"])
-@BAD
-@EVERY_POLICY
+@pytest.mark.parametrize(("policy", "bad", "path"), covering_array(POLICIES, BAD, PATHS[:3]), ids=str)
 def test_row_3_a_layer_that_refuses_bad_batches_names_itself(policy: Policy, bad: float, path: str) -> None:
     """Row 3: with the channel; nothing has changed; no reason is what is masked, or evaluated."""
     layer = norm(statistics=policy, nonfinite="raise")
