@@ -92,13 +92,19 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", networks.NETWORKS)
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_networks_have_as_many_parameters_as_those_of_their_name(name: str) -> None:
+    with torch.device("meta"):
+        network = networks.NETWORKS[name](networks.ours)
+    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
+
+
+# VGG is a row of layers, and takes seconds to be filled with 132 million random numbers.
+@pytest.mark.parametrize("name", [name for name in networks.NETWORKS if name != "VGG-11-BN"])
 def test_networks_compute_the_same_with_each_norm(name: str) -> None:
     build = networks.NETWORKS[name]
     torch.manual_seed(0)
     stock, ours = build(networks.stock).double(), build(networks.ours).double()
-    if name in PARAMETERS:
-        assert sum(parameter.numel() for parameter in ours.parameters()) == PARAMETERS[name]
     with torch.no_grad():
         for one, other in zip(stock.parameters(), ours.parameters(), strict=True):
             other.copy_(one)

@@ -1,4 +1,4 @@
-"""Keras has one backend per process, named by KERAS_BACKEND; tests/test_keras_backends.py runs the others."""
+"""Keras has one backend per process, named by KERAS_BACKEND: see `make test`, test-jax, test-tensorflow."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ CASES = [
 ]
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("shape", "axis", "mask_shape", "new_axis"), CASES)
 def test_row_2_masked_values_are_in_no_statistic(
@@ -80,6 +81,7 @@ def test_row_2_masked_values_are_in_no_statistic(
     )
 
 
+@pytest.mark.on_every_backend
 def test_row_2_padded_equals_unpadded() -> None:
     lengths = (6, 2, 5)
     padded = np.full((3, 6, 4), GARBAGE, "float32")
@@ -94,6 +96,7 @@ def test_row_2_padded_equals_unpadded() -> None:
         assert_close(ours.numpy(), theirs.numpy(), dtype=F32, what=ours.name)
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
 def test_whatever_is_masked_out_leaves_the_statistics_clean(bad: float) -> None:
     x, mask = draw((6, 5, 3), 1), np.random.default_rng(0).random((6, 5)) < 0.5
@@ -106,6 +109,7 @@ def test_whatever_is_masked_out_leaves_the_statistics_clean(bad: float) -> None:
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.parametrize("renorm", [False, True])
 @pytest.mark.parametrize("samples", [0, 4])
 def test_a_batch_without_values_moves_nothing(samples: int, renorm: bool) -> None:
@@ -118,6 +122,7 @@ def test_a_batch_without_values_moves_nothing(samples: int, renorm: bool) -> Non
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.on_every_backend
 def test_an_empty_batch_moves_nothing() -> None:
     layer = made(3, -1, 2)
     before = layer.get_weights()
@@ -147,6 +152,7 @@ def test_a_mask_that_does_not_fit_is_refused_by_the_layers_name(shape: tuple[int
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.parametrize("run_eagerly", [True, False])
 def test_masks_of_keras_layers_arrive_and_go_on(run_eagerly: bool) -> None:
     """An Embedding's mask through our layer: padding is in no statistic, and the next layer sees the mask."""

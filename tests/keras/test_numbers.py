@@ -58,6 +58,7 @@ def moved(old: Array, batch: Array) -> Array:
     return old * MOMENTUM + batch * (1 - MOMENTUM)
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 def test_training_step_is_the_references(
@@ -111,6 +112,7 @@ def test_inference_is_the_references_and_moves_nothing(
         np.testing.assert_array_equal(weight.numpy(), old)
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("shape", "compiled"),
@@ -181,6 +183,7 @@ def test_activation_is_kerass(name: str) -> None:
     assert_close(y, ACTIVATIONS[name](torch.tensor(z)), dtype=F32, what="inference")
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("clipping", [None, {"rmax": 1.2, "rmin": 0.9, "dmax": 0.3}])
 @pytest.mark.parametrize("affine", [True, False])
@@ -220,6 +223,7 @@ def test_renorm_has_kerass_equations(clipping: dict[str, float] | None, affine: 
     )
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float64", "bfloat16"])
 @pytest.mark.parametrize("training", [True, False])
 def test_dtype_policies(policy: str, training: bool) -> None:
@@ -242,6 +246,7 @@ def test_dtype_policies(policy: str, training: bool) -> None:
     assert_close(keras.ops.convert_to_numpy(keras.ops.cast(y, "float32")), expected, dtype=dtype, what="y")
 
 
+@pytest.mark.on_every_backend
 def test_second_derivatives() -> None:
     """A gradient penalty, as of WGAN-GP. (TensorFlow's own moments take the mean for a constant here.)"""
     layer = made(3, -1, 2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.support.compare import assert_close
+from tests.support.covering import covering_array
 
 from .gradients import Array, results
 from .policy_cases import CASES, MOMENTUM, Case, expected, made_for, with_masked_positions
@@ -79,7 +80,7 @@ def check(
     ("dtype", "axis", "activation", "masked"),
     [
         ("float32", -1, None, False),
-        ("float32", 1, "silu", True),
+        pytest.param("float32", 1, "silu", True, marks=pytest.mark.on_every_backend),
         ("mixed_bfloat16", 1, None, False),
         ("mixed_bfloat16", -1, "silu", True),
         ("float64", -1, "silu", False),
@@ -103,7 +104,7 @@ def test_rows_2_21_and_35_every_policy_is_the_references(
 SHAPES = [
     pytest.param((8, 4), -1, id="dense"),
     pytest.param((3, 4), -1, id="one-group"),
-    pytest.param((8, 3, 2, 4), -1, id="image"),
+    pytest.param((8, 3, 2, 4), -1, id="image", marks=pytest.mark.on_every_backend),
     pytest.param((8, 4, 3, 2), 1, id="image-channels-first"),
     pytest.param((8, 3, 4, 2), 2, id="channels-between"),
 ]
@@ -157,9 +158,13 @@ def test_channels_on_the_first_axis_have_their_samples_on_the_second() -> None:
             np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["ghost", "ghost-even", "ghost-in-turn", "adapted-in-inference"])
+@pytest.mark.on_every_backend
+@pytest.mark.parametrize(
+    ("name", "masked", "jit_compile"),
+    covering_array(
+        ["ghost", "ghost-even", "ghost-in-turn", "adapted-in-inference"], [False, True], [False, True]
+    ),
+)
 def test_row_21_a_number_of_samples_that_is_not_known_when_a_step_is_traced(
     name: str, masked: bool, jit_compile: bool
 ) -> None:
@@ -198,6 +203,7 @@ def test_row_21_a_number_of_samples_that_is_not_known_when_a_step_is_traced(
     assert step.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.parametrize("name", ["ghost", "renorm-half-open", "running", "adapted", "synced-ghost"])
 def test_fit_trains_by_the_policy_with_a_ragged_last_batch(name: str) -> None:
     """Two steps of `fit`, 8 samples and then 3, leave the moving statistics of the reference."""
@@ -217,6 +223,7 @@ def test_fit_trains_by_the_policy_with_a_ragged_last_batch(name: str) -> None:
         assert int(norm.batches.numpy()) == case.batches + 2
 
 
+@pytest.mark.on_every_backend
 def test_momentum_is_kerass() -> None:
     """In turn too: with momentum 0.9, a tenth of each ghost batch comes in."""
     layer = made_for(CASES["ghost-in-turn"], 4, -1, 2)

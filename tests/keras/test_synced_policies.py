@@ -71,6 +71,7 @@ def check(found: list[dict[str, Array]], wanted: Expected, masks: list[Array] | 
         assert_close(part["moving_variance"], wanted.var, dtype=F32, what="moving_variance")
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("over", OVER)
 def test_row_22_on_tensorflows_strategies(strategy: Any, over: str, masked: bool) -> None:

@@ -44,6 +44,7 @@ def expect(
     return found, *moved
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.parametrize("offset", [0.0, 1e5])
 @pytest.mark.parametrize("masks", MASKS)
 def test_row_22_on_tensorflows_strategies(strategy: Any, masks: str, offset: float) -> None:
@@ -61,6 +62,7 @@ def test_row_22_on_tensorflows_strategies(strategy: Any, masks: str, offset: flo
         assert_close(variable.numpy(), value, dtype=F32, what=variable.name)
 
 
+@pytest.mark.on_every_backend
 def test_row_22_fit_in_a_strategy(strategy: Any) -> None:
     x = draw((8, 4, 5), 1, 2.0)
     x[4:] += 5
@@ -83,6 +85,7 @@ def two_devices() -> Iterator[Any]:
     keras.distribution.set_distribution(None)
 
 
+@pytest.mark.on_every_backend
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="a way of the jax backend")
 @pytest.mark.parametrize("synchronized", [True, False])
 def test_row_22_on_jaxs_distribution_api(two_devices: Any, synchronized: bool) -> None:
@@ -99,6 +102,7 @@ def test_row_22_on_jaxs_distribution_api(two_devices: Any, synchronized: bool) -
     assert_close(norm.moving_variance.numpy(), values.var(0), dtype=F32, what="moving_variance")
 
 
+@pytest.mark.on_every_backend
 def test_one_process_needs_no_group() -> None:
     x = draw((6, 4, 5), 1, 2.0)
     alone, shared = made(5, -1, 3), made(5, -1, 3, synchronized=True)
