@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from batchnorm.study.engines import engine_for
 from batchnorm.study.errors import StudyError
 from batchnorm.study.frameworks import find_framework
 from batchnorm.study.options import parse_rates, split_list
-from batchnorm.study.pool import Died, Finished, Progress, WorkerPool
+from batchnorm.study.pool import Died, Finished, Progress, WorkerPool, _interrupt_held
 from batchnorm.study.tasks import RunTask, TimingTask, plan
 
 from .own_code import write_own_code
@@ -136,6 +137,29 @@ def test_workers_leave_ctrl_c_to_their_parent(shared: tuple[Path, WorkerPool]) -
     assert worker is not None
     os.kill(worker, signal.SIGINT)
     assert [type(event) for event in pool.run([fine])] == [Finished]
+
+
+def test_ctrl_c_is_held_though_another_thread_takes_the_signal() -> None:
+    """As those of OpenBLAS do, which every process that imports NumPy has."""
+    begins = threading.Event()
+
+    def take() -> None:
+        begins.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=take)
+    thread.start()  # before Ctrl-C is held: a thread that starts later inherits that it is
+    done: list[str] = []
+
+    def press() -> None:
+        with _interrupt_held():
+            begins.set()
+            thread.join()
+            done.append("all of the block")
+
+    with pytest.raises(KeyboardInterrupt):
+        press()
+    assert done
 
 
 def test_a_network_that_raises_is_named_with_its_line(shared: tuple[Path, WorkerPool]) -> None:

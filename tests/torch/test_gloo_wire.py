@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +17,7 @@ from batchnorm.torch.ranks.messages import UnlikeError, mark_of
 
 MARK = mark_of("layer", "gather", torch.Size([7]), torch.float64)
 OTHER = mark_of("other", "gather", torch.Size([7]), torch.float64)
+TIMEOUT = 300.0
 
 
 def by_members(size: int, act: Callable[[GlooWire], Any]) -> list[Any]:
@@ -22,7 +25,7 @@ def by_members(size: int, act: Callable[[GlooWire], Any]) -> list[Any]:
     store = distributed.HashStore()
 
     def member(index: int) -> Any:
-        wire = GlooWire(store, index, size, timeout=10.0)
+        wire = GlooWire(store, index, size, timeout=TIMEOUT)
         try:
             return act(wire)
         except RuntimeError as error:
@@ -72,15 +75,46 @@ def test_no_member_gets_a_result_if_one_sends_another_message(size: int, act: st
     assert any(isinstance(error, UnlikeError) for error in found)
 
 
-def test_one_who_waits_is_let_go_from_another_thread() -> None:
-    def act(wire: GlooWire) -> Tensor | None:
-        if wire.index == 0:
-            return wire.gather(packet_of(0), MARK)  # from 1, who does not answer; 2 hangs up
-        with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(wire.gather, packet_of(1), MARK) if wire.index == 2 else None
-            wire.hang_up()
-            return waiting.result() if waiting else None
+class Told:
+    """A backend that tells when it is about to wait for member 1."""
 
-    found = by_members(3, act)
-    assert "closed" in str(found[0])
-    assert "closure" in str(found[2]) or "closed" in str(found[2])
+    def __init__(self, backend: Any, waits: threading.Event) -> None:
+        self._backend, self._waits = backend, waits
+
+    def send(self, tensors: list[Tensor], to: int, tag: int) -> Any:
+        return self._begun(to, self._backend.send(tensors, to, tag))
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int) -> Any:
+        return self._begun(source, self._backend.recv(tensors, source, tag))
+
+    def _begun(self, index: int, work: Any) -> Any:
+        if index == 1:
+            self._waits.set()
+        return work
+
+
+def test_one_who_waits_is_let_go_from_another_thread_and_from_the_other_end() -> None:
+    """Members 0 and 2 wait for 1, which does not answer. 2 hangs up itself; then 1 does, and lets 0 go."""
+    waits = {0: threading.Event(), 2: threading.Event()}
+    is_2_gone = threading.Event()
+
+    def seconds_until_let_go(wire: GlooWire) -> float:
+        wire._backend = Told(wire._backend, waits[wire.index])
+        began = time.monotonic()
+        with pytest.raises(RuntimeError):
+            wire.gather(packet_of(wire.index), MARK)
+        return time.monotonic() - began
+
+    def act(wire: GlooWire) -> float:
+        if wire.index == 0:
+            return seconds_until_let_go(wire)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(seconds_until_let_go, wire) if wire.index == 2 else None
+            for event in (*waits.values(), *(() if waiting else (is_2_gone,))):
+                assert event.wait(TIMEOUT)
+            wire.hang_up()
+            found = waiting.result() if waiting else 0.0
+            is_2_gone.set()
+            return found
+
+    assert all(seconds < TIMEOUT / 2 for seconds in by_members(3, act))

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-import time
+import math
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
 from torch import distributed
 
+from batchnorm.torch.ranks import lost_ranks
 from batchnorm.torch.ranks.lost_ranks import Board, MeetingError
 from batchnorm.torch.ranks.messages import mark_of
 
 MARK = mark_of("features.3 (BatchNorm2d) forward", "gather", torch.Size([2, 64]), torch.float64)
 OTHER = mark_of("features.4 (BatchNorm2d) forward", "gather", torch.Size([2, 64]), torch.float64)
+
+
+class Clock:
+    """Stands in for `time`: it goes on by what is slept, once something is so for all who sleep."""
+
+    def __init__(self, before: Callable[[], object] = lambda: None) -> None:
+        self.now, self._before = 0.0, before
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self._before()
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(lost_ranks, "time", clock)
+    return clock
 
 
 def boards(number: int, timeout: float) -> list[Board]:
@@ -29,12 +54,36 @@ def meet(some: list[Board]) -> None:
         list(pool.map(Board.meet, some))
 
 
-def test_all_of_many_meet() -> None:
-    meet(boards(20, 10.0))
+def test_nobody_returns_from_a_meeting_before_the_last_of_many_has_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    *punctual, late = boards(20, math.inf)
+    waiting: set[int] = set()
+    known = threading.Event()  # that all wait, or that one does not
+
+    def note() -> None:
+        waiting.add(threading.get_ident())
+        if len(waiting) == len(punctual):
+            known.set()
+
+    monkeypatch.setattr(lost_ranks, "time", Clock(note))
+    with ThreadPoolExecutor(len(punctual)) as pool:
+        meetings = [pool.submit(board.meet) for board in punctual]
+        for meeting in meetings:
+            meeting.add_done_callback(lambda _: known.set())
+        known.wait()
+        early = [meeting.done() for meeting in meetings]
+        late.meet()
+    assert not any(early)
+    assert len(waiting) == len(punctual)
+    assert [meeting.result() for meeting in meetings] == [None] * len(punctual)
 
 
-def test_who_does_not_come_is_named_to_all_and_told_when_it_does() -> None:
+def test_who_does_not_come_is_named_to_all_and_told_when_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     *punctual, late = boards(20, 0.2)
+    # No time passes before all of them are there, however slow they are.
+    there = [f"1/here/{rank}" for rank in range(len(punctual))]
+    monkeypatch.setattr(lost_ranks, "time", Clock(lambda: late.store.wait(there, timedelta(seconds=600))))
     with ThreadPoolExecutor(len(punctual)) as pool:
         meetings = [pool.submit(board.meet) for board in punctual]
     for board, meeting in zip(punctual, meetings, strict=True):
@@ -47,22 +96,21 @@ def test_who_does_not_come_is_named_to_all_and_told_when_it_does() -> None:
 
 def test_a_second_meeting_on_a_store_is_not_held_with_those_of_the_first() -> None:
     store = distributed.HashStore()
-    meet([Board(store, (0, 1), rank, 10.0) for rank in (0, 1)])
+    meet([Board(store, (0, 1), rank, 600.0) for rank in (0, 1)])
     second = [Board(store, (0, 1), rank, 0.2) for rank in (0, 1)]
     with pytest.raises(MeetingError, match="rank 1 did not come"):
         second[0].meet()
 
 
-def test_an_error_names_all_who_are_silent_or_sent_something_else() -> None:
+def test_an_error_names_all_who_are_silent_or_sent_something_else(clock: Clock) -> None:
     everyone = boards(30, 0.2)
     assert not everyone[0].is_alarmed()
     for rank in (0, 4, 7):
         everyone[rank].post(MARK.sent if rank != 7 else OTHER.sent)
     assert everyone[9].is_alarmed()
-    began = time.monotonic()
     cause = RuntimeError("[/a/pair.cc:5] Timed out. This is typically caused by x")
     error = everyone[0].error("features.3", MARK, cause)
-    assert time.monotonic() - began < 2.0
+    assert 0.2 <= clock.now < 0.4  # the timeout and a pause
     assert str(error).startswith(
         "features.3: rank 0 could not share statistics (gather 2 x 64 float64): "
         "no sign of ranks 1, 2, 3, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18 and 11 more, "
@@ -72,13 +120,29 @@ def test_an_error_names_all_who_are_silent_or_sent_something_else() -> None:
     assert str(error).endswith("on every rank. Cause: Timed out")
 
 
-def test_an_error_waits_no_longer_than_until_all_have_answered() -> None:
+def test_an_error_waits_no_longer_than_until_all_have_answered(clock: Clock) -> None:
     first, second = boards(2, 30.0)
-    meet([first, second])
     for board in (first, second):
         board.post(MARK.sent)
-    began = time.monotonic()
     assert "this rank came too late, or a connection broke" in str(
         first.error("x", MARK, RuntimeError("closed"))
     )
-    assert time.monotonic() - began < 1.0
+    assert clock.now == 0.0
+
+
+def test_an_error_waits_for_an_answer_and_no_longer_than_a_short_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the timeout."""
+    first, second, silent = boards(3, 600.0)
+    clock = Clock(lambda: second.post(OTHER.sent) if clock.now > 1.0 else None)
+    monkeypatch.setattr(lost_ranks, "time", clock)
+    first.post(MARK.sent)
+    error = str(first.error("x", MARK, RuntimeError("closed")))
+    assert "no sign of rank 2, which" in error
+    assert "rank 1 sent something else" in error
+    assert lost_ranks._SOON <= clock.now < lost_ranks._SOON + 0.2
+    silent.post(MARK.sent)
+    clock.now = 0.0
+    assert "no sign" not in str(first.error("x", MARK, RuntimeError("closed")))
+    assert clock.now == 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -180,12 +181,34 @@ class WorkerPool:
 
 @contextlib.contextmanager
 def _interrupt_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done; a process started inside never sees it."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
+    """Hold Ctrl-C back until the block is done; a process started inside never sees it.
+
+    A process that starts inherits that the signal is blocked. Here that is not enough: a thread of a library,
+    such as OpenBLAS's, takes the signal instead, and Python's handler then runs in the main thread.
+    """
+    with _handler_held():
+        if not hasattr(signal, "pthread_sigmask"):
+            yield
+            return
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _handler_held() -> Iterator[None]:
+    """Call Python's handler of Ctrl-C after the block, where it was called for inside."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield  # no handler of Python's runs in this thread
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
