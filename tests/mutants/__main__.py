@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import queue
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -48,7 +50,7 @@ class _Trials:
     def __init__(self, root: Path, folder: Path, jobs: int, say: Callable[[str], None]) -> None:
         self.rows: list[Row] = []
         self.failed: list[str] = []  # rooms whose tests fail unmutated
-        self._root, self._say = root, say
+        self._root, self._say, self._stop = root, say, threading.Event()
         self._pool = ThreadPoolExecutor(jobs)
         self._places: queue.Queue[Path] = queue.Queue()
         for job in range(jobs):
@@ -81,6 +83,7 @@ class _Trials:
                         limit = 1.5 * outcome.seconds + room.patience
                         pending |= {self._submit(room, m, limit): (room, m) for m in of_room[room.name]}
         finally:
+            self._stop.set()
             self._pool.shutdown(cancel_futures=True)
 
     def _submit(self, room: Room, mutant: Mutant | None, limit: float) -> Future[Outcome]:
@@ -90,7 +93,7 @@ class _Trials:
         place = self._places.get()
         try:
             mutate(mutant, self._root, place)
-            return run_room(room, place, limit)
+            return run_room(room, place, limit, self._stop)
         finally:
             self._places.put(place)
 
@@ -110,6 +113,7 @@ def _declared(mutants: list[Mutant], everything: list[Mutant], say: Callable[[st
 def main() -> int:
     """Try a sample of mutants; return 1 where too few are caught, or a room's tests fail unmutated."""
     options = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started ends too
     rooms = [room for room in ROOMS if options.room is None or room.name in options.room]
     everything = list(population(ROOT))
     mutants = sample(ROOT, everything, rooms, options.count, options.seed)

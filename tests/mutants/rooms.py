@@ -1,5 +1,8 @@
 """The parts of the code that mutants are made in, and the tests that must catch them: the quick ones first.
 
+A survivor costs all of a room's tests, and so does the code as it is. They should take two minutes at
+most, so the slowest cases are left out where quicker ones of the same test try the same code.
+
 A file belongs to the first room that names it.
 """
 
@@ -42,6 +45,7 @@ def _in(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"tests/{folder}/test_{name}.py" for name in names)
 
 
+_NOT_COMPILED = "not (test_trouble and compiled)"
 _KERAS_LAYERS = _in(
     "keras", "numbers", "policies", "masks", "layers", "policy_options", "stock_tests", "conventions",
     "synchronized", "synced_policies",
@@ -69,7 +73,8 @@ ROOMS = (
         (
             Run((*_in("torch", "statistics", "accumulate"), *_in("kernels", "running"),
                  *_in("statistics", "statistics"),
-                 *_in("torch", "checkpoint", "against_reference", "trouble"))),
+                 *_in("torch", "checkpoint", "against_reference", "trouble")),
+                choice=_NOT_COMPILED),
             Run(_in("keras", "numbers", "policies"), backend="jax"),
         ),
         patience=240.0,
@@ -79,7 +84,7 @@ ROOMS = (
         ("kernels/eager.py", "kernels/activations.py", "kernels/layout.py", "kernels/choose.py"),
         (
             Run((*_in("kernels", "activations", "choose", "engines", "running", "again"),
-                 *_in("torch", "against_reference", "accuracy", "functional_transforms", "signs")),
+                 *_in("torch", "against_reference", "accuracy", "functional_transforms")),
                 choice="not ((test_engines or test_running) and gpu)"),
         ),
     ),
@@ -98,7 +103,8 @@ ROOMS = (
         ("kernels/gpu/*.py",),
         (
             Run((*_in("torch", "gpu"), *_in("kernels", "engines", "gpu", "running")),
-                choice="gpu and not test_every_kernel_compiles"),
+                choice="gpu and not test_every_kernel_compiles"
+                " and not ((test_engines or test_running) and default)"),
         ),
     ),
     Room(
@@ -126,7 +132,8 @@ ROOMS = (
                  *_in("torch", "policies", "ghost", "policies_against_reference", "against_reference",
                       "layers", "functional_transforms", "policies_transformed", "determinism", "errors",
                       "options_travel"),
-                 *_in("models", "policies", "freeze"), *_in("torch", "trouble", "signs"))),
+                 *_in("models", "policies", "freeze"), *_in("torch", "trouble", "signs")),
+                choice=_NOT_COMPILED),
         ),
     ),
     Room(
@@ -136,7 +143,8 @@ ROOMS = (
         (
             Run(_in("torch", "errors", "layers", "modules", "axis", "statistics", "policies",
                     "against_reference", "masks_of_layers", "domains", "functional_transforms", "ghost",
-                    "options_travel", "export", "opinfo", "trouble", "checkpoint", "compile")),
+                    "options_travel", "export", "opinfo", "trouble", "checkpoint", "compile"),
+                choice=f"{_NOT_COMPILED} and not with_inductor"),
         ),
     ),
     Room(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def tree(tmp_path: Path) -> Path:
         "def add(a, b):\n    return a + b\n\n\ndef less(a, b):\n    return a - b\n"
     )
     (root / "tests/test_sums.py").write_text(
-        "import sums\n\n\ndef test_nothing():\n    pass\n\n\ndef test_add():\n    assert sums.add(3, 2) == 5\n"
+        "import sums\n\n\ndef test_none():\n    pass\n\n\ndef test_add():\n    assert sums.add(3, 2) == 5\n"
     )
     return root
 
@@ -144,7 +145,7 @@ def test_a_mutant_is_caught_by_the_test_that_it_breaks(tree: Path, tmp_path: Pat
     found = []
     for mutant in _mutants(tree):
         mutate(mutant, tree, place)
-        found.append(run_room(mutant.room, place, 60.0).by)
+        found.append(run_room(mutant.room, place, 60.0, threading.Event()).by)
     assert found == ["tests/test_sums.py::test_add", "survived"]
     assert (tree / "src/sums.py").read_text() == before
     mutate(None, tree, place)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -53,17 +54,17 @@ def mutate(mutant: Mutant | None, root: Path, place: Path) -> None:
         path.write_text(mutant.change.apply(path.read_text()))
 
 
-def run_room(room: Room, place: Path, limit: float) -> Outcome:
-    """Return the first failure of a room's tests in a copy; `limit`, in seconds, is one too."""
+def run_room(room: Room, place: Path, limit: float, stop: threading.Event) -> Outcome:
+    """Return the first failure of a room's tests in a copy; so many seconds are one too; `stop` ends them."""
     begun = time.monotonic()
     for run in room.runs:
-        by, output = _pytest(run, place, begun + limit)
+        by, output = _pytest(run, place, begun + limit, stop)
         if by != SURVIVED:
             return Outcome(by, time.monotonic() - begun, output)
     return Outcome(SURVIVED, time.monotonic() - begun)
 
 
-def _pytest(run: Run, place: Path, end: float) -> tuple[str, str]:
+def _pytest(run: Run, place: Path, end: float, stop: threading.Event) -> tuple[str, str]:
     tests = [test for test in run.tests if (place / test).exists()]
     options = ["-x", "-q", "-n", "0", "-r", "fE", "--tb=line", "--color=no", "-p", "no:cacheprovider"]
     choice = ["-k", run.choice] if run.choice else []
@@ -82,10 +83,11 @@ def _pytest(run: Run, place: Path, end: float) -> tuple[str, str]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        code = None
         try:
-            code = process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            code = None
+            while code is None and time.monotonic() < end and not stop.is_set():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(1.0)
         finally:  # processes that a failed test has left, too
             _end(process)
         output.seek(0)
