@@ -93,7 +93,7 @@ class _Trials:
         place = self._places.get()
         try:
             mutate(mutant, self._root, place)
-            return run_room(room, place, limit, self._stop)
+            return run_room(room, None if mutant is None else mutant.file, place, limit, self._stop)
         finally:
             self._places.put(place)
 

@@ -9,6 +9,7 @@ A file belongs to the first room that names it.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +18,25 @@ PACKAGE = Path("src/batchnorm")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One call of pytest: paths, a choice among their tests (`-k`), and a backend of Keras."""
+    """One call of pytest.
+
+    Args:
+        tests: paths.
+        choice: among their tests (`-k`).
+        backend: of Keras.
+        only: patterns within src/batchnorm; mutants of other files are not tried with it.
+    """
 
     tests: tuple[str, ...]
     choice: str = ""
     backend: str = ""
+    only: tuple[str, ...] = ("*",)
+
+    def tries(self, file: Path | None) -> bool:
+        """Whether mutants of a file are tried with it; None is the code as it is."""
+        return file is None or any(
+            fnmatch.fnmatch(str(file), f"{PACKAGE}/{pattern}") for pattern in self.only
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +77,9 @@ ROOMS = (
          "models/domain.py", "models/contexts.py", "keras/masks.py"),
         (
             Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint_contexts"),
-                 *_in("models", "calibrate_masked"), *_in("keras", "masks"))),
-            Run(_in("keras", "masks"), backend="jax"),
+                 *_in("models", "calibrate_masked")), only=("torch/*", "models/*")),
+            Run(_in("keras", "masks"), backend="torch", only=("keras/*",)),
+            Run(_in("keras", "masks"), backend="jax", only=("keras/*",)),
         ),
     ),
     Room(
@@ -74,8 +90,11 @@ ROOMS = (
             Run((*_in("torch", "statistics", "accumulate"), *_in("kernels", "running"),
                  *_in("statistics", "statistics"),
                  *_in("torch", "checkpoint", "against_reference", "trouble")),
-                choice=_NOT_COMPILED),
-            Run(_in("keras", "numbers", "policies"), backend="jax"),
+                choice=f"{_NOT_COMPILED} and not (test_running and gpu)",
+                only=("torch/*", "models/*", "statistics/*", "kernels/cpu/*")),
+            Run((*_in("torch", "gpu"), *_in("kernels", "running")), choice="gpu", only=("kernels/gpu/*",)),
+            Run(_in("keras", "numbers", "policies"), backend="jax", only=("keras/*",)),
+            Run(_in("keras", "numbers"), backend="torch", only=("keras/*",)),
         ),
         patience=240.0,
     ),

@@ -117,6 +117,14 @@ def test_every_file_of_ours_that_a_room_names_exists() -> None:
     assert [test for test in sorted(tests) if not (root / test).exists()] == []
 
 
+def test_every_file_is_tried_with_some_tests() -> None:
+    """A run may be for some files of its room only."""
+    untried = [
+        file for room, file in files(Path(__file__).parents[2]) if not any(r.tries(file) for r in room.runs)
+    ]
+    assert untried == []
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A repository with two functions, one of which is tested."""
@@ -145,7 +153,7 @@ def test_a_mutant_is_caught_by_the_test_that_it_breaks(tree: Path, tmp_path: Pat
     found = []
     for mutant in _mutants(tree):
         mutate(mutant, tree, place)
-        found.append(run_room(mutant.room, place, 60.0, threading.Event()).by)
+        found.append(run_room(mutant.room, None, place, 60.0, threading.Event()).by)
     assert found == ["tests/test_sums.py::test_add", "survived"]
     assert (tree / "src/sums.py").read_text() == before
     mutate(None, tree, place)

@@ -54,10 +54,18 @@ def mutate(mutant: Mutant | None, root: Path, place: Path) -> None:
         path.write_text(mutant.change.apply(path.read_text()))
 
 
-def run_room(room: Room, place: Path, limit: float, stop: threading.Event) -> Outcome:
-    """Return the first failure of a room's tests in a copy; so many seconds are one too; `stop` ends them."""
+def run_room(room: Room, file: Path | None, place: Path, limit: float, stop: threading.Event) -> Outcome:
+    """Return the first failure of a room's tests in a copy.
+
+    Args:
+        room: whose tests.
+        file: that was mutated, if any.
+        place: the copy.
+        limit: seconds, after which they have failed.
+        stop: ends them, without a result.
+    """
     begun = time.monotonic()
-    for run in room.runs:
+    for run in filter(lambda run: run.tries(file), room.runs):
         by, output = _pytest(run, place, begun + limit, stop)
         if by != SURVIVED:
             return Outcome(by, time.monotonic() - begun, output)
