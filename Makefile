@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: study test test-jax test-tensorflow test-triton fuzz lint resolves format bench clean help
+.PHONY: study test test-jax test-tensorflow test-triton fuzz mutants lint resolves format bench clean help
 
 help:
 	@echo "make study   train networks with and without batch normalization on real digits, write a report"
 	@echo "make test    the test suite; make test-jax, make test-tensorflow: all tests of Keras on another backend;"
 	@echo "             make test-triton: the kernels for GPUs in Triton's interpreter, on the whole grid of cases"
 	@echo "make fuzz    any call of any layer against the reference: FUZZ_CASES of them (20000), by FUZZ_SEED"
+	@echo "make mutants what the suite catches: mistakes made in the code by rule, 14 in each part of it; half an hour"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make resolves  what users and developers install has a solution on every platform, by the registry's metadata"
 	@echo "make bench   the measurements behind the figures in README and docs"
@@ -55,6 +56,10 @@ FUZZ_SEED  ?= $(shell date +%s)
 fuzz: $(VENV)/.dev
 	@echo "make fuzz FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED)"
 	HYPOTHESIS_PROFILE=fuzz FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/pytest -n auto tests/fuzz $(ARGS)
+
+# The same tree and seed give the same mutants; ARGS: --room NAME, --count, --seed, --against an earlier JSON.
+mutants: $(VENV)/.kernels
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,0 +1,205 @@
+"""The parts of the code that mutants are made in, and the tests that must catch them: the quick ones first.
+
+A survivor costs all of a room's tests, and so does the code as it is. They should take two minutes at
+most, so the slowest cases are left out where quicker ones of the same test try the same code.
+
+A file belongs to the first room that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path("src/batchnorm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One call of pytest.
+
+    Args:
+        tests: paths.
+        choice: among their tests (`-k`).
+        backend: of Keras.
+        only: patterns within src/batchnorm; mutants of other files are not tried with it.
+    """
+
+    tests: tuple[str, ...]
+    choice: str = ""
+    backend: str = ""
+    only: tuple[str, ...] = ("*",)
+
+    def tries(self, file: Path | None) -> bool:
+        """Whether mutants of a file are tried with it; None is the code as it is."""
+        return file is None or any(
+            fnmatch.fnmatch(str(file), f"{PACKAGE}/{pattern}") for pattern in self.only
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """A part of the code, and what tests it.
+
+    Args:
+        name: for reports and `--room`.
+        files: patterns within src/batchnorm.
+        runs: calls of pytest, until one fails.
+        patience: seconds that a mutant may take beyond one and a half times the unmutated code's.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    runs: tuple[Run, ...]
+    patience: float = 60.0
+
+
+def _in(folder: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"tests/{folder}/test_{name}.py" for name in names)
+
+
+_NOT_COMPILED = "not (test_trouble and compiled)"
+_KERAS_LAYERS = _in(
+    "keras", "numbers", "policies", "masks", "layers", "policy_options", "stock_tests", "conventions",
+    "synchronized", "synced_policies",
+)  # fmt: skip
+_KERAS_VERBS = _in(
+    "keras", "fold", "fold_left", "fold_copy", "calibrate", "calibrate_data", "calibrate_in_fit", "freeze",
+    "calibrate_distributed",
+)  # fmt: skip
+
+ROOMS = (
+    Room(
+        "masks",
+        ("torch/contexts/masks.py", "torch/contexts/scope.py", "torch/contexts/domains.py", "models/mask.py",
+         "models/domain.py", "models/contexts.py", "keras/masks.py"),
+        (
+            Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint_contexts"),
+                 *_in("models", "calibrate_masked")), only=("torch/*", "models/*")),
+            Run(_in("keras", "masks"), backend="torch", only=("keras/*",)),
+            Run(_in("keras", "masks"), backend="jax", only=("keras/*",)),
+        ),
+    ),
+    Room(
+        "running statistics",
+        ("torch/moving.py", "kernels/cpu/running.py", "kernels/gpu/running.py", "torch/contexts/pool.py",
+         "torch/contexts/recomputed.py", "models/accumulate.py", "keras/moving.py", "statistics/running.py"),
+        (
+            Run((*_in("torch", "statistics", "accumulate"), *_in("kernels", "running"),
+                 *_in("statistics", "statistics"),
+                 *_in("torch", "checkpoint", "against_reference", "trouble")),
+                choice=f"{_NOT_COMPILED} and not (test_running and gpu)",
+                only=("torch/*", "models/*", "statistics/*", "kernels/cpu/*")),
+            Run((*_in("torch", "gpu"), *_in("kernels", "running")), choice="gpu", only=("kernels/gpu/*",)),
+            Run(_in("keras", "numbers", "policies"), backend="jax", only=("keras/*",)),
+            Run(_in("keras", "numbers"), backend="torch", only=("keras/*",)),
+        ),
+        patience=240.0,
+    ),
+    Room(
+        "kernels eager",
+        ("kernels/eager.py", "kernels/activations.py", "kernels/layout.py", "kernels/choose.py"),
+        (
+            Run((*_in("kernels", "activations", "choose", "engines", "running", "again"),
+                 *_in("torch", "against_reference", "accuracy", "functional_transforms")),
+                choice="not ((test_engines or test_running) and gpu)"),
+        ),
+    ),
+    Room(
+        "kernels CPU",
+        ("kernels/cpu/*.py",),
+        (
+            Run((*_in("kernels", "engines", "running", "groups_of_a_task", "cpu", "again"),
+                 *_in("torch", "against_reference", "accuracy")),
+                choice="not ((test_engines or test_running) and (gpu or eager))"),
+        ),
+        patience=300.0,
+    ),
+    Room(
+        "kernels GPU",
+        ("kernels/gpu/*.py",),
+        (
+            Run((*_in("torch", "gpu"), *_in("kernels", "engines", "gpu", "running")),
+                choice="gpu and not test_every_kernel_compiles"
+                " and not ((test_engines or test_running) and default)"),
+        ),
+    ),
+    Room(
+        "ranks",
+        ("torch/ranks/*.py", "torch/sync.py", "statistics/synced.py"),
+        (
+            Run((*_in("torch", "gloo_wire", "lost_ranks"), *_in("models", "synchronised"),
+                 *_in("torch", "synced", "contexts_on_ranks", "collectives", "ddp"))),
+        ),
+    ),
+    Room(
+        "calibration",
+        ("models/calibrate.py", "models/calibration/*.py", "statistics/calibration.py"),
+        (
+            Run(_in("models", "calibrate", "calibrate_masked", "calibrate_resumed", "calibrate_use",
+                    "calibrate_layerwise", "calibrate_spilled", "policies", "calibrate_ranks")),
+        ),
+    ),
+    Room(
+        "statistics and policies",
+        ("statistics/*.py", "torch/choice.py", "torch/halves.py", "torch/differentiable.py",
+         "torch/operators.py"),
+        (
+            Run((*_in("statistics", "statistics"),
+                 *_in("torch", "policies", "ghost", "policies_against_reference", "against_reference",
+                      "layers", "functional_transforms", "policies_transformed", "determinism", "errors",
+                      "options_travel"),
+                 *_in("models", "policies", "freeze"), *_in("torch", "trouble", "signs")),
+                choice=_NOT_COMPILED),
+        ),
+    ),
+    Room(
+        "layers",
+        ("torch/layers.py", "torch/checks.py", "torch/paths.py", "torch/functional.py", "torch/settings.py",
+         "torch/lazy.py", "torch/plan.py"),
+        (
+            Run(_in("torch", "errors", "layers", "modules", "axis", "statistics", "policies",
+                    "against_reference", "masks_of_layers", "domains", "functional_transforms", "ghost",
+                    "options_travel", "export", "opinfo", "trouble", "checkpoint", "compile"),
+                choice=f"{_NOT_COMPILED} and not with_inductor"),
+        ),
+    ),
+    Room(
+        "folding and fusion",
+        ("models/fold*.py", "models/affine.py", "models/absorbers.py", "models/agreement.py", "models/fu*.py",
+         "models/flow*.py", "models/blocks.py", "models/sites.py", "models/rewrite.py", "models/record.py",
+         "models/activations.py"),
+        (Run(_in("models", "fold", "fold_left", "fuse", "verbs", "fold_copy", "policies", "fold_zoo")),),
+    ),
+    Room(
+        "Keras layers",
+        ("keras/layers.py", "keras/everywhere.py", "keras/moments.py", "keras/groups.py", "keras/policies.py",
+         "keras/synchronized.py", "keras/torch_backend.py", "keras/norms.py"),
+        (Run(_KERAS_LAYERS, backend="jax"), Run(_KERAS_LAYERS, backend="torch"),
+         Run(_in("keras", "synchronized", "synced_policies", "numbers"), backend="tensorflow")),
+    ),
+    Room(
+        "Keras verbs",
+        ("keras/*.py",),
+        (Run(_KERAS_VERBS, backend="torch"),
+         Run(_in("keras", "fold", "calibrate", "calibrate_distributed"), backend="tensorflow"),
+         Run(_in("keras", "fold", "calibrate", "calibrate_distributed"), backend="jax")),
+    ),
+)  # fmt: skip
+
+# Speed alone hangs on these.
+_WITHOUT = ("kernels/cpu/huge_pages.py",)
+
+
+def files(root: Path) -> Iterator[tuple[Room, Path]]:
+    """Return every file that mutants are made of, relative to `root`, each with its room."""
+    seen = {PACKAGE / name for name in _WITHOUT}
+    for room in ROOMS:
+        for pattern in room.files:
+            for path in sorted((root / PACKAGE).glob(pattern)):
+                name = path.relative_to(root)
+                if name not in seen:
+                    seen.add(name)
+                    yield room, name
