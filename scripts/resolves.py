@@ -2,9 +2,9 @@
 
     python scripts/resolves.py
 
-pip resolves for the machine that it runs on, and takes a build of torch that happens to lie there. uv resolves
-for any platform and Python, and downloads nothing but metadata. A resolution that fails prints uv's explanation,
-which names the requirements that contradict each other, and the exit code is 1.
+pip resolves for the machine that it runs on, and takes a build of torch that happens to lie there. uv
+resolves for any platform and Python, and downloads nothing but metadata. A resolution that fails prints uv's
+explanation, which names the requirements that contradict each other, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def explain_failure(resolution: Resolution) -> str | None:
     Only wheels count, as a newcomer may have no compiler.
     """
     how = ["--resolution", "lowest-direct"] if resolution.lowest else ["--constraint", "constraints.txt"]
+    where = ["--python-platform", PLATFORMS[resolution.platform], "--python-version", resolution.python]
+    options = ["--only-binary", ":all:", "--no-python-downloads", "--no-header", "--quiet"]
+    what = ["pyproject.toml", "--extra", resolution.extra]
     done = subprocess.run(
-        [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-python-downloads"]
-        + ["--only-binary", ":all:"]
-        + ["--python-platform", PLATFORMS[resolution.platform], "--python-version", resolution.python]
-        + ["--extra", resolution.extra, *how, "pyproject.toml"],
+        [sys.executable, "-m", "uv", "pip", "compile", *what, *how, *where, *options],
         cwd=ROOT,
         env=os.environ | {"MACOSX_DEPLOYMENT_TARGET": "14.0"},
         capture_output=True,
