@@ -14,6 +14,8 @@ from batchnorm.study.plots.canvas import draw, shown
 from batchnorm.study.verdicts import Network, read
 from tests.study.results_fixture import ARMS, record, results, usual, write
 
+pytestmark = pytest.mark.xdist_group("plots")  # pictures take seconds to draw
+
 
 def _pictures(network: Network, prefix: str = "n1") -> dict[str, Picture]:
     return {picture.key: picture for found in illustrate(network, prefix).values() for picture in found}

@@ -14,6 +14,8 @@ from batchnorm.errors import DataError
 from batchnorm.study.report import write_report
 from tests.study.results_fixture import record, results, usual, write
 
+pytestmark = pytest.mark.xdist_group("report")  # a page takes seconds to draw
+
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
 
