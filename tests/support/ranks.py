@@ -34,7 +34,7 @@ def found_by_ranks(
         for rank in range(number)
     ]
     try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=600)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()  # those that still wait for one that failed; the others have ended
