@@ -170,13 +170,13 @@ def test_rounds_are_as_many_as_there_is_time_for() -> None:
 def test_a_case_that_hangs_or_dies_takes_only_itself_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     with Worker() as worker:
-        first = worker.row(told.obeyed, "work", 60)
+        first = worker.row(told.obeyed, "work", 600)
         assert first["process"] != os.getpid()
-        assert worker.row(told.obeyed, "raise", 60) == {"missing": "ValueError: it is told to"}
-        assert worker.row(told.obeyed, "work", 60) == first
+        assert worker.row(told.obeyed, "raise", 600) == {"missing": "ValueError: it is told to"}
+        assert worker.row(told.obeyed, "work", 600) == first
         assert worker.row(told.obeyed, "sleep", 1)["missing"] == "stopped after 1 s"
         assert not is_there(first["process"])
-        assert worker.row(told.obeyed, "die", 60)["missing"] == "its process ended, with code 7"
+        assert worker.row(told.obeyed, "die", 600)["missing"] == "its process ended, with code 7"
 
 
 def is_there(process: int) -> bool:
@@ -186,9 +186,9 @@ def is_there(process: int) -> bool:
 def test_the_file_is_written_after_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     cases = [told.Watching(number, tmp_path / "told-cpu.json") for number in range(3)]
-    section = device_run.Section(lambda *_: cases, told.rows_with_figures, str, 1.0, 60.0)
+    section = device_run.Section(lambda *_: cases, told.rows_with_figures, str, 1.0, 600.0)
     monkeypatch.setitem(device_run.SECTIONS, "told", section)
-    device_run.run(device_run.Wanted("cpu", ("told",), 60.0, tmp_path, {}))
+    device_run.run(device_run.Wanted("cpu", ("told",), 600.0, tmp_path, {}))
     assert [row["seen"] for row in results_file.load("told-cpu", tmp_path)["rows"]] == [0, 1, 2]
 
 

@@ -6,14 +6,14 @@ import dataclasses
 
 from hypothesis import assume
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm import kernels, reference
 from tests.support.compare import as_array
 from tests.support.oracle import Past
 
 from . import refusals
-from .answers import answer_to, assert_answer, options_of
+from .answers import Answer, Found, answer_to, assert_answer, bits, options_of
 from .budget import fuzz, shards
 from .calls import Call, Tensors, calls, tensors_of
 from .corruptions import ANSWERED, REFUSED
@@ -40,10 +40,8 @@ def check_answered(call: Call, name: str) -> None:
     assume(is_whole(call, tensors))
     layer = layer_of(call, tensors)
     ANSWERED[name](layer)
-    parameters = {n: None if (p := getattr(layer, n)) is None else p.detach() for n in ("weight", "bias")}
-    tensors = dataclasses.replace(tensors, **parameters)
+    answer = state_answer(call, tensors, layer)
     with kernels.use(call.engine):
-        answer = answer_to(call, tensors, options_of(call), past_of(layer))
         found = called(layer, tensors, answer.dy)
     column = {
         n: None if (t := getattr(found, n)) is None else t.reshape(-1)
@@ -58,20 +56,53 @@ def check_answered(call: Call, name: str) -> None:
         assert layer.num_batches_tracked == before + answer.expected.batches
 
 
+# States that have no meaning for some calls; for the others the answer is that of the reference.
+READ = ("eps nan", " inf", " in one place")
+# What a policy for bad batches that does not exist does with statistics, nobody promises.
+STATISTICS = {"running_mean", "running_var", "num_batches_tracked", "skipped"}
+
+
+def state_answer(call: Call, tensors: Tensors, layer: nn.Module) -> Answer:
+    """Return the reference's answer for a layer's state as it is."""
+    parameters = {n: None if (p := getattr(layer, n)) is None else p.detach() for n in ("weight", "bias")}
+    options = dataclasses.replace(options_of(call), eps=layer.eps)
+    return answer_to(call, dataclasses.replace(tensors, **parameters), options, past_of(layer))
+
+
+def assert_unread(call: Call, tensors: Tensors, layer: nn.Module, y: Tensor, changed: set[str]) -> None:
+    """Raise unless a call has answered, and moved, what that of a layer without the corruption does."""
+    twin = layer_of(call, tensors)
+    expected = twin(tensors.x, tensors.residual, tensors.mask, tensors.lengths)
+    assert bits(y) == bits(expected), "an answer, and not that of the layer without the corruption"
+    for of_layer, of_twin in ((layer._buffers, twin._buffers), (layer._parameters, twin._parameters)):
+        for name in of_layer.keys() - changed:
+            assert bits(of_layer[name]) == bits(of_twin[name]), f"{name} has another value"
+
+
 def check_refused(call: Call, name: str) -> None:
-    """Raise unless a call with a state that has none changes nothing, and says which layer it is."""
+    """Raise unless a call with a state that has none changes nothing, and says which layer it is.
+
+    A call that does not read what is corrupted is answered as if it were not.
+    """
     tensors = tensors_of(call)
     assume(is_whole(call, tensors))
     layer = layer_of(call, tensors)
+    made = {**layer._buffers, **layer._parameters}
     REFUSED[name](layer)
+    changed = {n for n, t in {**layer._buffers, **layer._parameters}.items() if t is not made[n]}
     before = snapshot(layer)
+    answer = state_answer(call, tensors, layer) if name.endswith(READ) else None
     with kernels.use(call.engine):
         try:
             y = layer(tensors.x, tensors.residual, tensors.mask, tensors.lengths)
         except Exception as raised:
             error = raised
         else:
-            assert y.shape == tensors.x.shape
+            if answer is not None:
+                assert_answer(Found(y.detach(), *[None] * 6), answer)
+            else:
+                left = changed | (STATISTICS if name == "nonfinite unknown" else set())
+                assert_unread(call, tensors, layer, y, left)
             return
     told = f"{error}" + "".join(getattr(error, "__notes__", ()))
     assert type(layer).__name__ in told, f"{error!r} names no layer"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -146,7 +148,7 @@ def test_a_budget_that_is_too_small_is_refused() -> None:
 
 
 def test_a_folder_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"spill: .*there cannot be used .No such file or directory"):
+    with pytest.raises(FileError, match=rf"spill: .*there cannot be used .{os.strerror(errno.ENOENT)}"):
         _spilled(Branches(), images(12).split(4), spill=tmp_path / "there")
 
 

@@ -55,7 +55,7 @@ onload = () => {{
 def _browse(tmp_path: Path, *arguments: str) -> str:
     assert BROWSER is not None
     command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return done.stdout
 
 

@@ -11,7 +11,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, distributed
 
 from batchnorm.errors import OptionError, RankError
-from batchnorm.torch.ranks import lost_ranks, process_groups
+from batchnorm.torch.ranks import lost_ranks, process_groups, sharing
 from batchnorm.torch.ranks.collectives import (
     Ranks,
     add,
@@ -28,10 +29,12 @@ from batchnorm.torch.ranks.collectives import (
     gather,
     members,
 )
+from batchnorm.torch.ranks.lost_ranks import Board
 
 SHAPES = [(5,), (2, 3, 4), (), (0, 2), (1, 1000), (4097,)]
-EVERYONE = Ranks(None, 20.0)
-SOON = Ranks(None, 2.0)
+PATIENCE = 300.0  # seconds that no machine is so slow as to need
+EVERYONE = Ranks(None, PATIENCE)
+SHORT = 2.0  # seconds in which whoever waits for rank 1, which does not come, gives up
 Found = dict[str, Any]
 
 
@@ -81,6 +84,42 @@ class Process:
             found = {"error": "none"}
         self.found[name] = {**found, "seconds": time.monotonic() - began}
 
+    def tell(self, word: str) -> None:
+        """Tell the others something that this rank has come to."""
+        distributed.distributed_c10d._get_default_store().set(f"{word}/{self.rank}", "")
+
+    def hear(self, word: str, *ranks: int) -> None:
+        """Wait until ranks have told this."""
+        keys = [f"{word}/{rank}" for rank in ranks]
+        distributed.distributed_c10d._get_default_store().wait(keys, timedelta(seconds=PATIENCE))
+
+    def give_up(self, label: str) -> None:
+        """Share something, in vain, and tell that this is over."""
+        try:
+            share(label)
+        finally:
+            self.tell("gave up")
+
+
+def be_impatient() -> None:
+    """Wait no longer than a short time for others from now on, where the group's timeout is long."""
+    of_all = process_groups.sharing(EVERYONE, torch.device("cpu"))
+    of_all._board._timeout = SHORT
+    if of_all._wire is not None:
+        of_all._wire.timeout = SHORT
+
+
+def wait_for_answers(ranks: Sequence[int]) -> None:
+    """Let whoever asks who is missing begin to count when these have answered, however slow they are."""
+    silent = Board._silent
+
+    def patient(board: Board) -> list[int]:
+        board.store.wait([f"sent/{rank}" for rank in ranks], timedelta(seconds=PATIENCE))
+        return silent(board)
+
+    Board._silent = patient  # type: ignore[method-assign]
+    lost_ranks._SOON = 1.0  # nobody answers any more
+
 
 def _values(process: Process) -> None:
     """All shapes, in several states of autograd; one's own packet stays as it was."""
@@ -109,7 +148,7 @@ def _groups(process: Process) -> None:
     for group in ((0, 1), (1, 2), (2, 0), (0, 1, 2)):
         if process.rank in group:
             packet = packet_of(process.rank, (5,))
-            process.found[f"group {sorted(group)}"] = gather(packet, Ranks(group, 20.0), "in a group")
+            process.found[f"group {sorted(group)}"] = gather(packet, Ranks(group, PATIENCE), "in a group")
     alone = packet_of(process.rank, (5,))
     only = Ranks((process.rank,), 1.0)
     gathered, total = gather(alone, only, "alone"), add(alone, only, "alone")
@@ -190,9 +229,9 @@ def _register_renamed() -> None:
     distributed.Backend.register_backend("renamed", create, devices=["cpu"])
 
 
-def share(label: str, length: int = 5, ranks: Ranks = SOON) -> Tensor:
+def share(label: str, length: int = 5) -> Tensor:
     """Gather something of a length."""
-    return gather(torch.zeros(length, dtype=torch.float64), ranks, label)
+    return gather(torch.zeros(length, dtype=torch.float64), EVERYONE, label)
 
 
 def _skips(process: Process, length: int, act: Callable[..., Tensor] = gather) -> None:
@@ -200,33 +239,50 @@ def _skips(process: Process, length: int, act: Callable[..., Tensor] = gather) -
     if process.rank != 1:
         share("skipped")
     else:
-        act(torch.zeros(length, dtype=torch.float64), SOON, "next")
+        act(torch.zeros(length, dtype=torch.float64), EVERYONE, "next")
 
 
 def _sleeps(process: Process) -> None:
+    """Rank 2 still waits for rank 1 when rank 0 gives up: it would do so for long, if nobody told it."""
     share("first")
     if process.rank == 1:
-        time.sleep(4.5)
-    time.sleep(0.9 * process.rank)  # the last one still waits for rank 1 when the first has given up
-    share("waits")
+        process.hear("gave up", 0, 2)
+        share("waits")
+    elif process.rank == 0:
+        be_impatient()
+        process.hear("begins", 2)
+        process.give_up("waits")
+    else:
+        process.tell("begins")
+        process.give_up("waits")
 
 
 def _elsewhere(process: Process) -> None:
     share("first")
     if process.rank == 1:
         distributed.barrier()
-    share("waits")
+        share("waits")
+    else:
+        be_impatient()
+        process.give_up("waits")
 
 
 def _late(process: Process) -> None:
+    """As `_sleeps`, where there are no connections yet."""
     if process.rank == 1:
-        time.sleep(3.0)
-    share("first of all")
+        process.hear("gave up", 0, 2)
+        share("first of all")
+    elif process.rank == 0:
+        be_impatient()
+        process.hear("begins", 2)
+        process.give_up("first of all")
+    else:
+        process.tell("begins")
+        process.give_up("first of all")
 
 
 def fails(process: Process) -> None:
     """What must fail on every rank, and not for long."""
-    lost_ranks._SOON = 1.5  # less than the last one would go on waiting, if nobody told it
     scenarios: dict[str, Callable[[], None]] = {
         "same length": lambda: _skips(process, 5),
         "shorter": lambda: _skips(process, 2),
@@ -236,6 +292,7 @@ def fails(process: Process) -> None:
         "elsewhere": lambda: _elsewhere(process),
         "late": lambda: _late(process),
     }
+    wait_for_answers((0, 2))
     for name, act in scenarios.items():
         with process.together():
             process.attempt(name, act)
@@ -250,34 +307,56 @@ def fails(process: Process) -> None:
 
 
 def logs(process: Process) -> None:
-    """Wait for a rank that does not come: what was sent last is logged before the backend gives up."""
+    """Wait for a rank that does not come: what was sent last is logged while the backend still waits."""
     logged: list[str] = []
+
+    def note(record: logging.LogRecord) -> None:
+        logged.append(record.getMessage())
+        process.tell("logs")
+
     handler = logging.Handler()
-    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = note  # type: ignore[method-assign]
     logging.getLogger("batchnorm").addHandler(handler)
+    process.found["overdue"] = sharing._OVERDUE
+    sharing._OVERDUE = SHORT / PATIENCE
     _register_renamed()
     with process.together("renamed"):
         share("first")
         share("features.3 forward")
-        if process.rank == 0:
-            process.attempt("waits", lambda: share("features.4 forward"))
-        else:
-            time.sleep(3.5)
+        if process.rank == 1:
+            process.hear("logs", 0)
+        process.attempt("waits", lambda: share(f"features.{4 + process.rank} forward"))
         process.found["log"] = logged
+
+
+def _store_of_rank_0(process: Process) -> Any:
+    """Return a store that rank 0 takes with it, at a port that it finds free."""
+    place, host = process.folder / "port", "127.0.0.1"
+    if process.rank == 0:
+        store = distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        place.with_suffix(".new").write_text(str(store.port))
+        place.with_suffix(".new").rename(place)
+        return store
+    while not place.exists():
+        time.sleep(0.01)
+    return distributed.TCPStore(host, int(place.read_text()), timeout=timedelta(seconds=PATIENCE))
 
 
 def is_killed(process: Process) -> None:
     """Lose rank 1 in the midst of it, or rank 0, which holds the store."""
-    patient = Ranks(None, 60.0)
-    lost_ranks._SOON = 1.0
     victim = int((process.folder / "victim").read_text())
-    where = (process.folder / "where").read_text()
-    distributed.init_process_group("gloo", init_method=where, rank=process.rank, world_size=process.size)
-    share("first", ranks=patient)
+    wait_for_answers([rank for rank in range(process.size) if rank != victim])
+    store = _store_of_rank_0(process)
+    distributed.init_process_group("gloo", store=store, rank=process.rank, world_size=process.size)
+    share("first")
     if process.rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
-    process.attempt("waits", lambda: share("features.3 forward", ranks=patient))
+    process.attempt("waits", lambda: share("features.3 forward"))
     torch.save(process.found, process.folder / f"found{process.rank}.pt")
+    if process.rank == 0:
+        process.hear("has ended", 2)  # the store is there until it has
+    elif victim != 0:
+        process.tell("has ended")
     os._exit(0)  # torch.distributed has nothing to end in order any more
 
 

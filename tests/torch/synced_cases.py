@@ -92,7 +92,7 @@ class Case:
 
     def layer(self, **options: Any) -> batchnorm.SyncBatchNorm:
         """Return the layer, with its parameters and running statistics of some past."""
-        policy = batchnorm.Synced(over=self.over, timeout=60, **options)
+        policy = batchnorm.Synced(over=self.over, timeout=600, **options)
         layer = batchnorm.SyncBatchNorm(
             CHANNELS, momentum=MOMENTUM, dtype=self.parameter_dtype, activation=self.activation
         )

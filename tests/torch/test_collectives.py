@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from batchnorm.torch.ranks.collectives import (
 )
 from tests.support.ranks import found_by_ranks
 from tests.torch import collectives_rank
-from tests.torch.collectives_rank import SHAPES, loss_of, packet_of, table_of
+from tests.torch.collectives_rank import PATIENCE, SHAPES, loss_of, packet_of, table_of
 
 RANKS = range(3)
 # How far two orders of adding three numbers are apart, and more: sums of float64 of the size of 1.
@@ -156,7 +155,7 @@ def test_a_rank_that_skips_a_layer_pairs_with_nobody(failed: list[Any], scenario
     for rank, of_rank in enumerate(failed):
         found = of_rank[scenario]
         assert found["kind"] == "RankError"
-        assert found["seconds"] < 1.5  # of a timeout of 2
+        assert found["seconds"] < PATIENCE / 2  # of a timeout of PATIENCE
         assert found["layer"] == ("next" if rank == 1 else "skipped")
         others = (
             "ranks 0, 2 sent something else, 'skipped'" if rank == 1 else "rank 1 sent something else, 'next'"
@@ -176,9 +175,7 @@ def test_a_rank_that_does_not_come_is_named(failed: list[Any], scenario: str) ->
             told = "gave up before this one came" if scenario == "late" else "this rank came too late"
             assert told in found["error"]
         else:
-            assert (
-                found["seconds"] < 6.0
-            )  # the timeout, as long again to hear from others, and a busy machine
+            assert found["seconds"] < PATIENCE / 2
             named = {"no sign of rank 1, which", "rank 1 did not come within", "gave up before rank 1 came"}
             assert any(words in found["error"] for words in named), found["error"]
             assert "ranks" not in found["error"].partition(". These ranks")[0]
@@ -187,7 +184,7 @@ def test_a_rank_that_does_not_come_is_named(failed: list[Any], scenario: str) ->
 def test_after_a_failure_nothing_is_shared_until_all_begin_anew(failed: list[Any]) -> None:
     for found in failed:
         again = found["sleeps, once more"]
-        assert again["seconds"] < 0.5
+        assert again["seconds"] < PATIENCE / 2
         assert again["layer"] == "later"
         assert found["sleeps"]["error"] in again["error"]
         assert "destroy_process_group() and init_process_group() on every rank" in again["error"]
@@ -197,18 +194,12 @@ def test_after_a_failure_nothing_is_shared_until_all_begin_anew(failed: list[Any
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_rank_that_is_killed_is_missed_long_before_the_timeout(tmp_path: Path, victim: int) -> None:
     """Rank 0 takes the store with it, by which the others would tell each other."""
-    where = f"file://{tmp_path / 'meeting'}"
-    if victim == 0:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            where = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    (tmp_path / "where").write_text(where)
     (tmp_path / "victim").write_text(str(victim))
     found = found_by_ranks(collectives_rank, 3, tmp_path, 3, "is_killed", lost={victim})
     for of_rank in (found[rank]["waits"] for rank in RANKS if rank != victim):
         assert of_rank["kind"] == "RankError"
         assert of_rank["layer"] == "features.3 forward"
-        assert of_rank["seconds"] < 15.0  # of a timeout of 60
+        assert of_rank["seconds"] < PATIENCE / 2  # of a timeout of PATIENCE
         told = "no sign of rank 1, which was killed" if victim else "most often rank 0, was killed"
         assert told in of_rank["error"]
 
@@ -216,7 +207,8 @@ def test_a_rank_that_is_killed_is_missed_long_before_the_timeout(tmp_path: Path,
 def test_where_the_host_does_not_wait_a_log_lists_what_was_sent(tmp_path: Path) -> None:
     """The watchdog of a backend names a collective by its number; the log says whose it is."""
     found = found_by_ranks(collectives_rank, 2, tmp_path, 2, "logs")
-    assert found[0]["waits"]["kind"] == "RankError"
+    assert all(of_rank["waits"]["kind"] == "RankError" for of_rank in found)
+    assert 0.5 < found[0]["overdue"] < 0.9  # of the timeout
     (logged,) = found[0]["log"]
     assert "2: 'features.3 forward' (gather 5 float64)\n3: 'features.4 forward'" in logged
     assert found[1]["log"] == []  # all that it sent was received
