@@ -149,7 +149,7 @@ def become_ours(found: Found, statistics: Policy | None = None) -> None:
             mean = norm._buffers.get("running_mean")  # a layer of torch < 0.4.1 has no counter
             if mean is not None:
                 norm._buffers["num_batches_tracked"] = torch.tensor(0, dtype=torch.long, device=mean.device)
-        if is_ours(norm):
-            norm._widen_statistics()  # type: ignore[operator]
+        if is_layer(norm):
+            norm._widen_statistics()
     if statistics is not None and is_layer(norm):
         norm.statistics = statistics
