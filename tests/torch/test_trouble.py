@@ -200,10 +200,3 @@ def test_row_19_a_batch_of_one(policy: Policy, engine: str) -> None:
         torch.testing.assert_close(found[name], value, msg=name)
     with pytest.raises(OptionError, match="small_batch must be 'raise' or 'running'; got 'ignore'"):
         batchnorm.BatchNorm1d(5, small_batch="ignore")
-
-
-def test_row_19_without_running_statistics_there_is_nothing_else_to_take() -> None:
-    """Row 19: the error stays, and says so."""
-    layer = batchnorm.BatchNorm1d(5, track_running_stats=False, small_batch="running")
-    with pytest.raises(InputShapeError, match="more than 1 value"):
-        layer(torch.randn(1, 5))

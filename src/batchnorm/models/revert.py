@@ -13,7 +13,7 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import HALVES
-from batchnorm.torch.layers import PASSING
+from batchnorm.torch.layers import OPTIONS, OURS, beyond_stock
 from batchnorm.torch.sync import SyncBatchNorm
 
 from .activations import module_for
@@ -113,15 +113,13 @@ def _check(model: nn.Module, norms: list[Found]) -> None:
 
 
 def _check_options(found: Found) -> None:
-    """Refuse a layer with options that no stock layer has."""
-    norm, usual = found.module, {"nonfinite": "propagate", "small_batch": "raise", "domains": 1}
-    for name, stock in usual.items():
-        value = getattr(norm, name, stock)
-        if value != stock:
+    """Refuse a layer with options that no stock layer has, but statistics and activation (elsewhere)."""
+    for name, value in beyond_stock(found.module).items():
+        if name not in ("statistics", "activation"):
             remedy = (
                 "copy what you want to keep into a layer of one domain"
                 if name == "domains"
-                else f"layer.{name} = {stock!r} first"
+                else f"layer.{name} = {OPTIONS[name]!r} first"
             )
             raise OptionError(f"{name}={value!r}, which no stock layer has: {remedy}", str(found))
 
@@ -180,8 +178,9 @@ def _become_stock(found: Found, plain: type[nn.Module] | None = None) -> bool:
         is_placed = norm.activation is not None
         stock = plain or STOCK[cls]
     norm.__class__ = rebased(type(norm), stock)
-    for name in ("_statistics", "_learned", "_label", "_thawed", "_nonfinite", "small_batch", *PASSING):
-        vars(norm).pop(name, None)
+    for name in OURS:
+        if name != "activation":
+            vars(norm).pop(name, None)
     norm._buffers.pop("skipped", None)
     norm._non_persistent_buffers_set.discard("skipped")
     weight = getattr(norm, "weight", None)

@@ -166,7 +166,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> PooledMoments:
         count (scalar tensor), mean `[C]` and m2 `[C]`, in float64 (float32 on devices without it). They merge
         by `batchnorm.statistics.moments.merge`.
     """
-    checks.check_input(input, needs_two=False)
+    checks.check_input(input)
     checks.check_mask(mask, input)
     count, mean, m2 = engine(input).moments(input.detach(), mask=mask)
     return PooledMoments(count[0], mean[0], m2[0])
