@@ -12,8 +12,10 @@ from .convert import become_ours, check, check_policy_fits
 from .kinds import is_layer
 from .norms import Found, find_norms
 from .rollback import untouched_on_error
+from .verb import verb
 
 
+@verb()
 def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
     """Freeze every batch normalization of `model`: in training too, it uses and keeps its running statistics.
 
@@ -58,6 +60,7 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
     return model
 
 
+@verb()
 def unfreeze(model: nn.Module) -> nn.Module:
     """Undo `freeze`: every batch normalization uses and moves the statistics in training that it did before.
 

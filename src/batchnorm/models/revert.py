@@ -26,8 +26,13 @@ from .norms import Found, all_names, find_norms
 from .rewrite import FusedForward, authors_class, traced_as_written
 from .synchronised import plain_classes
 from .timm_norm import BatchNormAct2d, inner_activation
+from .verb import verb
 
 
+@verb(
+    masked="a stock layer heeds no mask",
+    pooled="a stock layer moves its statistics in every forward",
+)
 def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
     """Turn the layers of this library in `model` into stock layers, in place: the way back from `convert`.
 
@@ -182,7 +187,7 @@ def _become_stock(found: Found, plain: type[nn.Module] | None = None) -> bool:
         if name != "activation":
             vars(norm).pop(name, None)
     norm._buffers.pop("skipped", None)
-    norm._non_persistent_buffers_set.discard("skipped")
+    norm._non_persistent_buffers_set = norm._non_persistent_buffers_set - {"skipped"}
     weight = getattr(norm, "weight", None)
     for name in ("running_mean", "running_var"):
         buffer = norm._buffers.get(name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from batchnorm.errors import InputShapeError, InputTypeError, OptionError
+from batchnorm.errors import ArgumentTypeError, InputShapeError, InputTypeError, OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.serialized import POLICIES
@@ -44,6 +45,41 @@ def is_usual(
     return residual is None or (
         residual.dtype is torch.float32 and residual.is_cpu and residual.shape == shape
     )
+
+
+def check_module(model: object, verb: str) -> nn.Module:
+    """Return a model of torch; raise ArgumentTypeError for anything else: what it is, and what to pass."""
+    if isinstance(model, nn.Module):
+        return model
+    what, remedy = shown_type(model), ""
+    if isinstance(model, type):
+        what, remedy = f"the class {model.__name__}", f": pass an instance, {model.__name__}(...)"
+    elif isinstance(model, Mapping):
+        is_state = any(isinstance(value, Tensor) for value in model.values())
+        remedy = ": load it into a model first" if is_state else ": pass each model, or an nn.ModuleDict"
+    elif isinstance(model, list | tuple | set):
+        remedy = f": call {verb} for each, or pass an nn.ModuleList"
+    elif type(model).__module__.partition(".")[0] == "keras":
+        what, remedy = f"a Keras {type(model).__name__}", ": batchnorm.keras has the verbs for Keras"
+    raise ArgumentTypeError(f"{verb} takes a model or layer of torch (nn.Module); got {what}{remedy}")
+
+
+def shown_type(value: object) -> str:
+    """Return `an int`, `a list`: what was received, where only its type matters."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def not_a_tensor(input: object) -> InputTypeError:
+    """Return the error for an input that is no tensor."""
+    remedy = ": torch.as_tensor makes one of it" if hasattr(input, "__array__") else ""
+    return InputTypeError(f"expected a tensor, got {shown_type(input)}{remedy}")
+
+
+def check_tensor(input: object) -> None:
+    """Raise InputTypeError unless `input` is a tensor."""
+    if not isinstance(input, Tensor):
+        raise not_a_tensor(input)
 
 
 def check_activation(activation: str | None) -> None:
@@ -133,14 +169,21 @@ def _to_floating(input: Tensor) -> str:
     return "convert it with .dequantize()" if input.is_quantized else "convert it with .float()"
 
 
+def is_mkldnn(tensor: Tensor) -> bool:
+    """Whether a tensor is of MKL-DNN's layout, which is dense but shows no memory."""
+    return tensor.layout is torch._mkldnn  # type: ignore[attr-defined]
+
+
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Raise InputTypeError for nested and sparse tensors; MKL-DNN's, which are dense, are not for here."""
+    """Raise InputTypeError for nested, sparse and MKL-DNN tensors."""
     if tensor.is_nested:
         raise InputTypeError(
             f"{name} is a nested tensor ({tensor.layout}), which has no axis of channels: normalize "
             "its .values() [values, C] (layout=torch.jagged), or pad it with torch.nested.to_padded_tensor "
             "to [N, C, L] and pass the lengths of its sequences as lengths="
         )
+    if is_mkldnn(tensor):
+        raise InputTypeError(f"{name} is an MKL-DNN tensor: pass its .to_dense()")
     if tensor.layout is not torch.strided:
         raise InputTypeError(
             f"{name} is a sparse tensor ({tensor.layout}), and its zeros count too: pass its .to_dense(), or "

@@ -18,6 +18,7 @@ from .checks import (
     check_policy,
     check_small_batch,
     mask_of_lengths,
+    not_a_tensor,
 )
 from .contexts.domains import add_domains, check_domains, fill, select, selected
 from .contexts.pool import Pool
@@ -95,6 +96,11 @@ class _Layer(OwnBuffers):
     def statistics(self, policy: Policy) -> None:
         try:
             check_policy(policy, self.running_mean is not None and self.running_var is not None)
+            if self._pool is not None and policy.is_sequential:
+                raise OptionError(
+                    f"statistics={policy} move for each ghost batch, and the layer is within "
+                    "batchnorm.accumulate, which moves them once: set it outside of the block"
+                )
         except BatchNormError as error:
             raise error.at(qualified_name(self)) from None
         self._statistics = policy
@@ -119,7 +125,7 @@ class _Layer(OwnBuffers):
             device = None if place is None else place.device
             # Not by `register_buffer`, for which the property is in the way; not part of the state.
             self._buffers["skipped"] = counter(device)
-            self._non_persistent_buffers_set.add("skipped")
+            self._non_persistent_buffers_set = self._non_persistent_buffers_set | {"skipped"}
 
     @property
     def small_batch(self) -> str:
@@ -186,6 +192,8 @@ class _Layer(OwnBuffers):
                 raise  # torch then runs the call eagerly, and it comes here again
             raise error.at(qualified_name(self)) from None
         except Exception as error:  # of torch, for what no check looks at: a state that somebody broke
+            if not isinstance(input, Tensor):
+                raise not_a_tensor(input).at(qualified_name(self)) from None
             if not torch.compiler.is_compiling():
                 error.add_note(f"This was raised in the layer {qualified_name(self)}.")
             raise

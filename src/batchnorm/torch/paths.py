@@ -102,8 +102,15 @@ def tracked_batch_norm(
             tracked_batch_norm, tensors, input, tracked, weight, bias, residual, mask, settings
         )
         return found
+    if input.layout is not torch.strided and checks.is_mkldnn(input):
+        return _of_mkldnn(input, tracked, weight, bias, residual, mask, settings)
     mode, exporting = mode_of(input, tracked, settings, mask), is_exporting()
     check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
+    if exporting and tracked.pool is not None and mode.moves:
+        raise OptionError(
+            "batchnorm.accumulate cannot be exported in training: export outside of the block, or in "
+            "evaluation (model.eval())"
+        )
     if exporting and is_exported_as_stock(settings, mode, mask):
         y = stock(input, tracked, weight, bias, residual, settings, measures=mode.measures, moves=mode.moves)
         if mode.moves and tracked.batches is not None:
@@ -120,6 +127,22 @@ def tracked_batch_norm(
         else:
             move(tracked, batch, sequential=settings.statistics.is_sequential, skip=skip)
     return y
+
+
+def _of_mkldnn(
+    input: Tensor,
+    tracked: Tracked,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """As `tracked_batch_norm`, for an input in MKL-DNN's own layout, which the output then has too."""
+    if residual is not None and checks.is_mkldnn(residual):
+        residual = residual.to_dense()
+    y = tracked_batch_norm(input.to_dense(), tracked, weight, bias, residual, mask, settings)
+    return y.to_mkldnn()
 
 
 def _for_kernels(tracked: Tracked, settings: Settings) -> RunningStatistics | None:
