@@ -230,3 +230,23 @@ def test_one_running_statistic_without_the_other_is_refused_as_in_stock() -> Non
                 call(x)
         for key, value in state(layer).items():
             assert torch.equal(value, before[key])
+
+
+def test_conventions_carry_or_refuse_each_option() -> None:
+    """Settings for Keras dropped what its layer has too, and what it has not."""
+    to_keras = batchnorm.conventions.torch_to_keras
+    for name, value in (("nonfinite", "skip"), ("small_batch", "running")):
+        settings, _ = to_keras(batchnorm.BatchNorm1d(3, **{name: value}))
+        assert settings[name] == value
+        assert name not in to_keras(batchnorm.BatchNorm1d(3))[0]
+    refused = batchnorm.BatchNorm1d(3, nonfinite="raise")
+    with pytest.raises(OptionError, match=r"set layer\.nonfinite = \"skip\" and convert again"):
+        to_keras(refused)
+    refused.nonfinite = "skip"
+    to_keras(refused)
+    several = scramble(batchnorm.BatchNorm1d(3, domains=2))
+    with pytest.raises(OptionError, match=r"convert within batchnorm\.domain\(layer, k\)"):
+        to_keras(several)
+    with batchnorm.domain(several, 1):
+        _, weights = to_keras(several)
+        assert (weights[2] == several.running_mean.numpy()).all()
