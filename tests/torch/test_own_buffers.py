@@ -37,6 +37,7 @@ def test_the_counter_that_no_state_brings_starts_at_zero(kind: str, how: str, af
             assert torch.equal(layer.state_dict()[name], value)
     else:
         layer = layer if how == "load" else layer.to_empty(device="cpu")
+        assert layer.skipped == 0
         layer.skipped.fill_(77)
         if how == "empty, reset":
             layer.reset_parameters()

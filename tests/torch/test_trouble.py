@@ -215,7 +215,7 @@ def test_row_19_one_value_that_counts_under_a_mask_is_beta(policy: Policy, engin
     expected = torch.zeros(3, 5, 4)
     expected[1, :, 2] = layer.bias.detach().tanh()
     torch.testing.assert_close(found["y"], expected, rtol=1e-6, atol=1e-6)
-    assert found["dx"].abs().max() < 1e-6  # rounding, times 1 / sqrt(eps)
+    assert found["dx"].abs().max() < 1e-5  # rounding, times 1 / sqrt(eps)
     for name in ("running_mean", "running_var"):
         assert torch.equal(found[name], before[name])
     layer.small_batch = "running"

@@ -23,8 +23,10 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
 
     In place. Stock layers, and timm's, become layers of this library with `statistics=Running()`, as by
     `convert`: the same modules, parameters, buffers and hooks. Whoever calls `train()` after it, on the model
-    or on the layer, changes nothing of that; every other layer learns as before. To freeze a part, pass it:
-    `freeze(model.backbone)`. Before DistributedDataParallel, which fixes what learns when it is made.
+    or on the layer, changes nothing of that; nor does `reset_running_stats()`, as `torch.optim.swa_utils.
+    update_bn` calls it (`reset_parameters()` resets them). Every other layer learns as before. To freeze a
+    part, pass it: `freeze(model.backbone)`. Before DistributedDataParallel, which fixes what learns when it
+    is made.
 
     Args:
         model: with batch normalizations that have running statistics; or such a layer itself.

@@ -21,11 +21,15 @@ class OwnBuffers(nn.modules.batchnorm._BatchNorm):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As `torch.nn.Module._apply`, but running statistics never become 16-bit: they stay float32."""
         before = {name: self._buffers[name] for name in running_names(self.domains)}
+        skipped = self._buffers.get("skipped")
+        is_empty = skipped is not None and skipped.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype in HALVES and old.dtype not in HALVES:
                 self._buffers[name] = _float32(old, new.device)
+        if is_empty and (skipped := self._buffers["skipped"]) is not None and not skipped.is_meta:
+            skipped.zero_()  # `to_empty` from meta: nobody has counted yet
         return self
 
     def _widen_statistics(self) -> None:
