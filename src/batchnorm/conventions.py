@@ -34,6 +34,8 @@ _ACTIVATIONS = {
     "tanh": "tanh",
     "elu": "elu",
 }
+# Options of our layers, with the values that both frameworks have; others are each framework's usual way.
+_SHARED = {"nonfinite": "skip", "small_batch": "running"}
 _PENALTIES = ("beta_regularizer", "gamma_regularizer", "beta_constraint", "gamma_constraint")
 
 
@@ -104,6 +106,7 @@ def keras_to_torch(layer: Any, *, samples: int | None = None) -> tuple[dict[str,
         settings["activation"] = activation
     if (policy := _policy(layer)) is not None:
         settings["statistics"] = policy
+    settings |= _shared_options(layer)
 
     var = _float64(layer.moving_variance)
     values = {"running_mean": mean, "running_var": var if samples is None else var * samples / (samples - 1)}
@@ -150,7 +153,7 @@ def torch_to_keras(
     Raises:
         OptionError: (a ValueError) no such layer, or one without values (lazy, or on the meta device);
             momentum=None, track_running_stats=False, a process group, or an activation that Keras lacks;
-            samples below 2.
+            nonfinite="raise"; several domains outside of `batchnorm.domain`; samples below 2.
 
     Differs from torch: num_batches_tracked has no place in Keras but for `Renorm(...)`. Whether the layer
     trains (`.train()`, `requires_grad`) is not carried over: Keras has `trainable`.
@@ -175,6 +178,7 @@ def torch_to_keras(
         settings["statistics"] = policy
     elif _is_synchronized(layer):
         settings["synchronized"] = True
+    settings |= _shared_options(layer)
 
     values = {
         name: tensor.detach().cpu().double().numpy()
@@ -257,6 +261,18 @@ def _check_torch_layer(layer: Any) -> None:
             "and convert again",
             where,
         )
+    if getattr(layer, "nonfinite", None) == "raise":
+        raise OptionError(
+            'nonfinite="raise" is not for compiled steps, as Keras has: set layer.nonfinite = "skip" and '
+            "convert again",
+            where,
+        )
+    if getattr(layer, "domains", 1) > 1 and getattr(layer, "_domain", None) is None:
+        raise OptionError(
+            f"domains={layer.domains}, and Keras's layer has one: convert within batchnorm.domain(layer, k), "
+            "which converts the statistics of domain k",
+            where,
+        )
     policy = _policy(layer)
     if policy is not None and policy.name == "synced":
         plain = dataclasses.replace(policy, group=None, timeout=type(policy).timeout)
@@ -291,6 +307,11 @@ def _torch_name(layer: Any) -> str | None:
         "layer.activation = keras.activations.linear, convert again, and put the activation behind the layer",
         _keras_name(layer),
     )
+
+
+def _shared_options(layer: Any) -> dict[str, Any]:
+    """The options of a layer of either framework that the other one has too, where they are set."""
+    return {name: value for name, value in _SHARED.items() if getattr(layer, name, None) == value}
 
 
 def _policy(layer: Any) -> Any:

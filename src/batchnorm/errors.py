@@ -43,6 +43,10 @@ class OptionError(BatchNormError, ValueError):
     """An option has a value outside its range."""
 
 
+class ArgumentTypeError(OptionError, TypeError):
+    """An argument is of a type that the call cannot take."""
+
+
 class NonFiniteError(BatchNormError, FloatingPointError):
     """The input of a layer that refuses it (`nonfinite="raise"`) has inf or NaN."""
 

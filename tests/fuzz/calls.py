@@ -134,6 +134,8 @@ def calls(draw: st.DrawFn) -> Call:
     odd = {name: draw(st.sampled_from((any_of if draw(seldom) else usual)[name])) for name in any_of}
     if odd["lengths"] == "fitting" and not (draw(seldom) or (rank == 3 and odd["mask"] == "none")):
         odd["lengths"] = "none"
+    tracked = draw(st.sampled_from((True, True, True, False)))
+    fits = tracked or draw(seldom)  # options that need running statistics
     return Call(
         kind,
         shape,
@@ -144,15 +146,15 @@ def calls(draw: st.DrawFn) -> Call:
         draw(st.sampled_from(VALUES)),
         draw(st.booleans()),
         draw(st.booleans()),
-        draw(st.sampled_from((True, True, True, False))),
+        tracked,
         draw(st.sampled_from((True, True, False))),
         draw(st.sampled_from((0.0, -1e-5) if draw(seldom) else (1e-5, 1e-3, 1e-12, 1e-30, 1.0, 1e8))),
         draw(st.sampled_from((0.1, 0.0, 1.0, 0.3, None))),
         draw(seldom),
         draw(policies()),
         draw(st.sampled_from(("swish", "", "ReLU") if draw(seldom) else (None, None, *ACTIVATIONS))),
-        draw(st.sampled_from(("propagate", "propagate", "skip", "raise"))),
-        draw(st.sampled_from(("raise", "running"))),
+        draw(st.sampled_from(("propagate", "propagate", "raise", *(("skip",) if fits else ())))),
+        draw(st.sampled_from(("raise", "running") if fits else ("raise",))),
         **odd,
         past=draw(st.sampled_from((0, 1, 3, 6, 10**9))),
         engine=draw(st.sampled_from(("cpu", "cpu", "eager"))),

@@ -117,7 +117,7 @@ REFUSED: dict[str, Callable[[nn.Module], None]] = {
     "momentum meta": _option("momentum", torch.tensor(0.1, device="meta")),
     "activation unknown": _option("activation", "swish"),
     "activation a module": _option("activation", nn.ReLU()),
-    "small_batch unknown": _option("small_batch", "ignore"),
+    "small_batch unknown": _option("_small_batch", "ignore"),
     "nonfinite unknown": _option("_nonfinite", "ignore"),
     "statistics a class": _option("_statistics", nn.ReLU),
     "statistics None": _option("_statistics", None),

@@ -20,7 +20,9 @@ def of_constructor(call: Call) -> set[type[Exception]]:
     found: set[type[Exception]] = set()
     if call.activation is not None and call.activation not in ACTIVATIONS:
         found.add(OptionError)
-    if call.policy.needs_running and not call.tracked:
+    if not call.tracked and (
+        call.policy.needs_running or call.nonfinite == "skip" or call.small_batch == "running"
+    ):
         found.add(OptionError)
     return found
 
@@ -49,7 +51,7 @@ def of_call(call: Call, tensors: Tensors, *, ranks: tuple[int, ...] | None = Non
         call.residual, set()
     )
     found |= _of_mask(call)
-    if not found and call.nonfinite == "raise" and call.training and call.tracked and measures(call):
+    if not found and call.nonfinite == "raise" and call.training and measures(call):
         mask = mask_that_applies(call, tensors)
         keep = torch.ones((), dtype=torch.bool) if mask is None else mask.unsqueeze(1)
         if not torch.where(keep, tensors.x, 0.0).isfinite().all():

@@ -307,3 +307,15 @@ def test_missing_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'batchnorm\[torch\]'"):
         conventions.keras_to_torch(layer)
+
+
+@pytest.mark.parametrize(("name", "value"), [("nonfinite", "skip"), ("small_batch", "running")])
+def test_options_that_both_have_come_along(name: str, value: str) -> None:
+    layer = batchnorm.keras.BatchNormalization(**{name: value})
+    layer.build((None, 3))
+    settings, state = conventions.keras_to_torch(layer)
+    made = batchnorm.BatchNorm1d(**settings)
+    made.load_state_dict(state)
+    assert getattr(made, name) == value
+    again, _ = conventions.torch_to_keras(made)
+    assert again[name] == value

@@ -199,8 +199,24 @@ def test_row_19_a_batch_of_one(policy: Policy, engine: str) -> None:
         batchnorm.BatchNorm1d(5, small_batch="ignore")
 
 
-def test_row_19_without_running_statistics_there_is_nothing_else_to_take() -> None:
-    """Row 19: the error stays, and says so."""
-    layer = batchnorm.BatchNorm1d(5, track_running_stats=False, small_batch="running")
-    with pytest.raises(InputShapeError, match="more than 1 value"):
-        layer(torch.randn(1, 5))
+@pytest.mark.parametrize("engine", ["cpu", "eager"])
+@pytest.mark.parametrize("policy", [batchnorm.Batch(), batchnorm.Ghost(4), batchnorm.Synced()], ids=str)
+def test_row_19_one_value_that_counts_under_a_mask_is_beta(policy: Policy, engine: str) -> None:
+    """small_batch="raise" looks at sizes, as the host would wait for a mask: y = β, and nothing moves."""
+    layer = scramble(batchnorm.BatchNorm1d(5, statistics=policy, activation="tanh"))
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[1, 2] = True
+    before, x, dy = state(layer), torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+    with kernels.use(engine):
+        found = step(layer, x, dy, mask=mask)
+    expected = torch.zeros(3, 5, 4)
+    expected[1, :, 2] = layer.bias.detach().tanh()
+    torch.testing.assert_close(found["y"], expected, rtol=1e-6, atol=1e-6)
+    assert found["dx"].abs().max() < 1e-5  # rounding, times 1 / sqrt(eps)
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(found[name], before[name])
+    layer.small_batch = "running"
+    with kernels.use(engine):
+        y = layer(x, mask=mask)
+    twin = copy.deepcopy(layer).eval()
+    torch.testing.assert_close(y[1, :, 2], twin(x, mask=mask)[1, :, 2], rtol=1e-6, atol=1e-6)

@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from batchnorm.errors import OptionError
+from batchnorm.errors import ArgumentTypeError, OptionError
 
 from . import eager
 from .interface import Engine
@@ -88,6 +88,8 @@ def _obstacle(x: Tensor, wanted: str) -> str | None:
         return str(x.dtype)
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return f"a {type(x).__name__}"  # a fake one of the compiler, say: it has no memory to read
+    if x.is_nested:
+        return "nested tensors"
     if x.layout is not torch.strided or x.numel() == 0:
         return f"{x.layout}" if x.numel() else "tensors without values"
     if wanted == "gpu":
@@ -131,14 +133,28 @@ def load(name: str) -> Engine:
     return ENGINES[name]
 
 
-def explain(x: Tensor) -> str:
+def explain(x: Tensor | torch.nn.Module) -> str:
     """Say in one line which engine runs `x`, and why.
+
+    Args:
+        x: an input `[N, C, *S]`; or a layer or model: then of inputs of the dtype and on the device of it.
 
     Example:
         >>> batchnorm.kernels.explain(torch.randn(32, 64))
         'cpu for float32 [32, 64] on cpu: Numba kernels, at every size'
     """
+    if isinstance(x, torch.nn.Module):
+        tensors = (*x.parameters(), *x.buffers())
+        like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+        shown = torch.empty(2, 1, dtype=like.dtype, device=like.device)
+        name, reason = choose(shown)
+        kind = f"{str(shown.dtype).removeprefix('torch.')} inputs on {shown.device}"
+        return f"{name} for {type(x).__name__}, {kind}: {reason}"
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError(f"explain takes a tensor, or a layer of torch; got {type(x).__name__}")
     name, reason = choose(x)
+    if x.is_nested:
+        return f"{name} for a nested tensor on {x.device}: {reason}"
     return f"{name} for {str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}: {reason}"
 
 

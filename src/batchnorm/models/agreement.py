@@ -61,8 +61,8 @@ def checked_change(model: nn.Module, example: Any, verb: str) -> Iterator[None]:
     before = None if example is None else observe(model, example)
     if before is not None and before.unchecked:  # told before anything changes: a warning may be an error
         warnings.warn(
-            f"{verb}: {before.unchecked}", UserWarning, stacklevel=4
-        )  # contextlib, the verb, its user
+            f"{verb}: {before.unchecked}", UserWarning, stacklevel=5
+        )  # contextlib, the verb and what checks for it, its user
     with untouched_on_error(model):
         yield
         if before is not None:
@@ -100,6 +100,10 @@ def observe(
                 )
                 break
             values |= {f"output {path} in {mode}": value for path, value in _tensors(outputs)}
+            if any(value.is_meta for value in values.values()):
+                raise OptionError(
+                    "the model is on the meta device, so that there are no values to compare: pass no example"
+                )
             if is_training:
                 values |= {f"{name} after training": kept for name, kept in _kept(model, names)}
     if not values:

@@ -27,10 +27,12 @@ from .calibration.ranks import Ranks
 from .calibration.spilled import spilled
 from .calibration.tally import Layout
 from .norms import split_frozen, tracking_norms
+from .verb import verb
 
 Method = Literal["batch", "layerwise"]
 
 
+@verb()
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
@@ -136,7 +138,7 @@ def calibrate(
     passes.forget()
     if report.unreached:
         names = ", ".join(report.unreached)
-        warnings.warn(f"calibrate: no sample reached {names}; left as before", UserWarning, stacklevel=2)
+        warnings.warn(f"calibrate: no sample reached {names}; left as before", UserWarning, stacklevel=3)
     return report
 
 
@@ -167,6 +169,12 @@ def _norms(model: nn.Module) -> tuple[tuple[str, ...], dict[str, _BatchNorm]]:
         but = "that is not frozen: batchnorm.unfreeze" if frozen else "with running statistics to calibrate"
         raise OptionError(f"{type(model).__name__} has no batch normalization {but}")
     lazy = [name for name, norm in norms.items() if is_lazy(norm._buffers["running_mean"])]  # type: ignore[arg-type]
+    bare = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if bare:
+        raise OptionError(
+            f"{type(model).__name__} is on the meta device ({bare[0]}), without values: load it first, by "
+            "load_state_dict(state, assign=True)"
+        )
     if lazy:
         raise OptionError(f"{', '.join(lazy)} are not initialized: run the model once on a batch")
     return tuple(frozen), norms

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from batchnorm.errors import OptionError
+from batchnorm.torch.checks import check_module
 from batchnorm.torch.layers import _Layer
 
 from .kinds import is_layer
@@ -17,6 +18,7 @@ def layers_of(model: nn.Module, verb: str) -> list[_Layer]:
     Raises:
         OptionError: there is none, or one is not of this library.
     """
+    check_module(model, verb)
     norms = find_norms(model)
     if not norms:
         raise OptionError(f"{type(model).__name__} has no batch normalization to {verb}")

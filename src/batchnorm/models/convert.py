@@ -11,7 +11,7 @@ from batchnorm.errors import OptionError
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
-from batchnorm.torch.checks import check_policy
+from batchnorm.torch.checks import check_nonfinite, check_policy, check_small_batch
 from batchnorm.torch.contexts.domains import check_domains
 from batchnorm.torch.sync import ranks_of
 
@@ -21,10 +21,18 @@ from .hooks import is_forward_replaced
 from .kinds import is_layer, is_ours, rebased
 from .norms import Found, find_norms
 from .timm_norm import BatchNormAct2d, inner_activation
+from .verb import verb
 
 
+@verb()
 def convert(
-    model: nn.Module, statistics: Policy | None = None, *, domains: int | None = None, example: Any = None
+    model: nn.Module,
+    statistics: Policy | None = None,
+    *,
+    domains: int | None = None,
+    nonfinite: str | None = None,
+    small_batch: str | None = None,
+    example: Any = None,
 ) -> nn.Module:
     """Turn the batch normalizations of `model` into layers of this library, in place.
 
@@ -42,6 +50,7 @@ def convert(
             process group for a SyncBatchNorm, and no change for the others.
         domains: how many running statistics every layer has (`batchnorm.domain`), each of which starts as
             those that are there; None = as many as there are.
+        nonfinite, small_batch: as of `batchnorm.BatchNorm2d`, of every layer; None = as each has them.
         example: what the model takes: a tensor, a tuple of arguments or a dict of keyword arguments. If
             given, the model's outputs on it are compared before and after, in evaluation and in training.
 
@@ -50,8 +59,8 @@ def convert(
 
     Raises:
         OptionError: (a ValueError) a subclass of a stock layer, by its qualified name: what it computes is
-            not known; a layer whose `forward` was replaced, or that `statistics` or `domains` does not fit; a
-            scripted model.
+            not known; a layer whose `forward` was replaced, or that `statistics`, `domains`, `nonfinite` or
+            `small_batch` does not fit; a scripted model; `domains` within `batchnorm.domain`.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:
@@ -70,11 +79,16 @@ def convert(
         check_policy_fits(norms, statistics)
     if domains is not None:
         _check_domains_fit(norms, domains)
+    given = {"nonfinite": nonfinite, "small_batch": small_batch}
+    options = {name: value for name, value in given.items() if value is not None}
+    _check_options_fit(norms, options)
     with checked_change(model, example, "convert"):
         for found in norms:
             become_ours(found, statistics)
             if domains is not None and found.module.domains == 1:
                 found.module._add_domains(domains)  # type: ignore[operator]
+            for name, value in options.items():
+                setattr(found.module, name, value)
     return model
 
 
@@ -112,6 +126,17 @@ def check_policy_fits(norms: list[Found], statistics: Policy) -> None:
                 raise error.at(str(found)) from None
 
 
+def _check_options_fit(norms: list[Found], options: dict[str, str]) -> None:
+    """Raise OptionError, by name, for a layer that cannot have these options."""
+    checks = {"nonfinite": check_nonfinite, "small_batch": check_small_batch}
+    for found in norms:
+        for name, value in options.items():
+            try:
+                checks[name](value, getattr(found.module, "running_mean", None) is not None)
+            except OptionError as error:
+                raise error.at(str(found)) from None
+
+
 def _check_domains_fit(norms: list[Found], domains: int) -> None:
     """Raise OptionError, by name, for a layer that cannot have so many domains."""
     for found in norms:
@@ -122,6 +147,12 @@ def _check_domains_fit(norms: list[Found], domains: int) -> None:
         has = getattr(found.module, "domains", 1)
         if has not in (1, domains):
             raise OptionError(f"it has {has} domains, which cannot become {domains}", str(found))
+        if has != domains and any(getattr(other.module, "_domain", None) is not None for other in norms):
+            raise OptionError(
+                "the model is within batchnorm.domain, which this layer would not heed: give it domains "
+                "outside of the block",
+                str(found),
+            )
         if domains > 1 and "Lazy" in found.kind.name:
             raise OptionError("it is not initialized: run the model once, then give it domains", str(found))
 
@@ -149,7 +180,7 @@ def become_ours(found: Found, statistics: Policy | None = None) -> None:
             mean = norm._buffers.get("running_mean")  # a layer of torch < 0.4.1 has no counter
             if mean is not None:
                 norm._buffers["num_batches_tracked"] = torch.tensor(0, dtype=torch.long, device=mean.device)
-        if is_ours(norm):
-            norm._widen_statistics()  # type: ignore[operator]
+        if is_layer(norm):
+            norm._widen_statistics()
     if statistics is not None and is_layer(norm):
         norm.statistics = statistics

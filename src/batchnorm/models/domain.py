@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from batchnorm.errors import OptionError
+from batchnorm.torch.checks import check_module
 from batchnorm.torch.contexts.domains import selected
 from batchnorm.torch.contexts.scope import Scope
 from batchnorm.torch.layers import _Layer
@@ -38,6 +39,7 @@ def domain(model: nn.Module, k: int) -> Iterator[None]:
 
     Source: Chang et al. 2019, arXiv:1906.03950; https://github.com/pytorch/pytorch/issues/76613.
     """
+    check_module(model, "domain")
     norms = [found for found in find_norms(model) if getattr(found.module, "domains", 1) > 1]
     if not norms:
         raise OptionError(

@@ -22,14 +22,16 @@ from .flow import Flow, joined
 from .flow_recorded import recorded_flow
 from .flow_traced import traced_flow
 from .fold_plan import FoldPlan, Step, plan_on
-from .folded import stand_in
+from .folded import FOLDED, stand_in
 from .folding import scale_inputs, scale_outputs
 from .fusion_plan import inner_first, is_block
 from .kinds import is_ours
 from .norms import all_names, find_norms
 from .revert import undo_fusion
+from .verb import verb
 
 
+@verb(masked="a folded norm heeds no mask")
 def fold(model: nn.Module, example: Any = None) -> Any:
     """Return a copy of `model` for inference, its batch normalizations folded into the layers next to them.
 
@@ -196,6 +198,7 @@ def _apply(twin: nn.Module, steps: list[Step]) -> None:
             raise AgreementError("fold was taken back: a weight would be too large for its dtype", name)
     for step in steps:
         become(step.norm, stand_in(own_activation(step.norm), adds=step.adds, rank=step.rank))
+        vars(step.norm)[FOLDED] = True
 
 
 def _agrees_in_float64(model: nn.Module, twin: nn.Module, steps: list[Step], example: Any) -> bool:

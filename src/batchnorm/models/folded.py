@@ -8,6 +8,8 @@ from batchnorm.errors import InputShapeError
 
 from .activations import FUNCTIONS, module_for
 
+FOLDED = "_batchnorm_folded"  # attribute of what stands in a norm's place
+
 
 class Folded(nn.Module):
     """activation(input + residual): what is left of a norm whose scale and shift another layer has taken.

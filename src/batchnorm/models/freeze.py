@@ -12,8 +12,10 @@ from .convert import become_ours, check, check_policy_fits
 from .kinds import is_layer
 from .norms import Found, find_norms
 from .rollback import untouched_on_error
+from .verb import verb
 
 
+@verb()
 def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
     """Freeze every batch normalization of `model`: in training too, it uses and keeps its running statistics.
 
@@ -21,8 +23,10 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
 
     In place. Stock layers, and timm's, become layers of this library with `statistics=Running()`, as by
     `convert`: the same modules, parameters, buffers and hooks. Whoever calls `train()` after it, on the model
-    or on the layer, changes nothing of that; every other layer learns as before. To freeze a part, pass it:
-    `freeze(model.backbone)`. Before DistributedDataParallel, which fixes what learns when it is made.
+    or on the layer, changes nothing of that; nor does `reset_running_stats()`, as `torch.optim.swa_utils.
+    update_bn` calls it (`reset_parameters()` resets them). Every other layer learns as before. To freeze a
+    part, pass it: `freeze(model.backbone)`. Before DistributedDataParallel, which fixes what learns when it
+    is made.
 
     Args:
         model: with batch normalizations that have running statistics; or such a layer itself.
@@ -58,6 +62,7 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
     return model
 
 
+@verb()
 def unfreeze(model: nn.Module) -> nn.Module:
     """Undo `freeze`: every batch normalization uses and moves the statistics in training that it did before.
 

@@ -16,8 +16,10 @@ from .identity import silence
 from .kinds import is_ours
 from .record import add_recorded
 from .rewrite import Rewrite, fused_class
+from .verb import verb
 
 
+@verb(masked="a fused layer masks what it adds and its activation, too, so that the outputs would differ")
 def fuse(model: nn.Module, example: Any = None) -> nn.Module:
     """Make one layer of each batch normalization and the addition and activation behind it, in place.
 

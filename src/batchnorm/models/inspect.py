@@ -16,8 +16,10 @@ from .fold_plan import shown
 from .fuse import plan_with
 from .norms import all_names
 from .report import ModelReport, describe
+from .verb import verb
 
 
+@verb()
 def inspect(model: nn.Module, example: Any = None) -> ModelReport:
     """Return a table of the batch normalizations of `model`; nothing is changed.
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from batchnorm.statistics.policy import Policy
 from batchnorm.torch.contexts.domains import domain_of
-from batchnorm.torch.layers import _Layer
+from batchnorm.torch.layers import _Layer, beyond_stock
 
 from .health import health
-from .kinds import is_ours
+from .kinds import is_layer, is_ours
 from .norms import Found
 from .timm_norm import BatchNormAct2d
 
@@ -152,13 +153,11 @@ def _policy(found: Found) -> str:
     words = [_in_brief(policy) if isinstance(policy, Policy) else "batch"]
     if getattr(norm, "running_mean", None) is None:
         words.append("untracked")
-    if is_ours(norm):
-        if norm.nonfinite != "propagate":
-            words.append(f"nonfinite={norm.nonfinite}")
-        if norm.small_batch != "raise":
-            words.append(f"small_batch={norm.small_batch}")
-        if isinstance(norm, _Layer) and norm.domains > 1:
-            words.append(f"domain {domain_of(norm)} of {norm.domains}")
+    for name, value in (beyond_stock(norm) if is_layer(norm) else {}).items():
+        if name == "domains" and isinstance(norm, _Layer):
+            words.append(f"domain {domain_of(norm)} of {value}")
+        elif name not in ("statistics", "activation"):
+            words.append(f"{name}={value}")
     return ", ".join(words)
 
 
@@ -173,11 +172,11 @@ def _in_brief(policy: Policy) -> str:
 
 
 def _channels(norm: nn.Module) -> int:
-    features = getattr(norm, "num_features", None)
-    if features is None:  # FrozenBatchNorm2d has its buffers only
-        weight = getattr(norm, "weight", None)
-        features = 0 if weight is None else weight.numel()
-    return int(features)
+    for name in ("weight", "running_mean", "bias"):
+        tensor = getattr(norm, name, None)
+        if tensor is not None and not is_lazy(tensor):
+            return int(tensor.numel())
+    return int(getattr(norm, "num_features", 0))  # of a layer without tensors
 
 
 def _printable(text: str) -> str:

@@ -13,7 +13,7 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import HALVES
-from batchnorm.torch.layers import PASSING
+from batchnorm.torch.layers import OPTIONS, OURS, beyond_stock
 from batchnorm.torch.sync import SyncBatchNorm
 
 from .activations import module_for
@@ -26,8 +26,13 @@ from .norms import Found, all_names, find_norms
 from .rewrite import FusedForward, authors_class, traced_as_written
 from .synchronised import plain_classes
 from .timm_norm import BatchNormAct2d, inner_activation
+from .verb import verb
 
 
+@verb(
+    masked="a stock layer heeds no mask",
+    pooled="a stock layer moves its statistics in every forward",
+)
 def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
     """Turn the layers of this library in `model` into stock layers, in place: the way back from `convert`.
 
@@ -113,15 +118,13 @@ def _check(model: nn.Module, norms: list[Found]) -> None:
 
 
 def _check_options(found: Found) -> None:
-    """Refuse a layer with options that no stock layer has."""
-    norm, usual = found.module, {"nonfinite": "propagate", "small_batch": "raise", "domains": 1}
-    for name, stock in usual.items():
-        value = getattr(norm, name, stock)
-        if value != stock:
+    """Refuse a layer with options that no stock layer has, but statistics and activation (elsewhere)."""
+    for name, value in beyond_stock(found.module).items():
+        if name not in ("statistics", "activation"):
             remedy = (
                 "copy what you want to keep into a layer of one domain"
                 if name == "domains"
-                else f"layer.{name} = {stock!r} first"
+                else f"layer.{name} = {OPTIONS[name]!r} first"
             )
             raise OptionError(f"{name}={value!r}, which no stock layer has: {remedy}", str(found))
 
@@ -180,10 +183,11 @@ def _become_stock(found: Found, plain: type[nn.Module] | None = None) -> bool:
         is_placed = norm.activation is not None
         stock = plain or STOCK[cls]
     norm.__class__ = rebased(type(norm), stock)
-    for name in ("_statistics", "_learned", "_label", "_thawed", "_nonfinite", "small_batch", *PASSING):
-        vars(norm).pop(name, None)
+    for name in OURS:
+        if name != "activation":
+            vars(norm).pop(name, None)
     norm._buffers.pop("skipped", None)
-    norm._non_persistent_buffers_set.discard("skipped")
+    norm._non_persistent_buffers_set = norm._non_persistent_buffers_set - {"skipped"}
     weight = getattr(norm, "weight", None)
     for name in ("running_mean", "running_var"):
         buffer = norm._buffers.get(name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from batchnorm.errors import InputShapeError, InputTypeError, OptionError
+from batchnorm.errors import ArgumentTypeError, InputShapeError, InputTypeError, OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.serialized import POLICIES
@@ -26,8 +27,12 @@ def is_usual(
 
     One look in place of a dozen calls, which took longer than the kernel of a small layer.
     """
+    if input.layout is not torch.strided or input.is_nested:  # a nested one may have no shape
+        return False
     shape = input.shape
     vectors_shape = shape[1:2]
+    if (vectors[0] is None) is not (vectors[1] is None):
+        return False
     if len(shape) < 2 or input.dtype is not torch.float32 or not input.is_cpu or eps <= 0.0:
         return False
     if (shape[0] < 2) if training else (vectors[0] is None or vectors[1] is None):
@@ -42,11 +47,66 @@ def is_usual(
     )
 
 
+def check_module(model: object, verb: str) -> nn.Module:
+    """Return a model of torch; raise ArgumentTypeError for anything else: what it is, and what to pass."""
+    if isinstance(model, nn.Module):
+        return model
+    what, remedy = shown_type(model), ""
+    if isinstance(model, type):
+        what, remedy = f"the class {model.__name__}", f": pass an instance, {model.__name__}(...)"
+    elif isinstance(model, Mapping):
+        is_state = any(isinstance(value, Tensor) for value in model.values())
+        remedy = ": load it into a model first" if is_state else ": pass each model, or an nn.ModuleDict"
+    elif isinstance(model, list | tuple | set):
+        remedy = f": call {verb} for each, or pass an nn.ModuleList"
+    elif type(model).__module__.partition(".")[0] == "keras":
+        what, remedy = f"a Keras {type(model).__name__}", ": batchnorm.keras has the verbs for Keras"
+    raise ArgumentTypeError(f"{verb} takes a model or layer of torch (nn.Module); got {what}{remedy}")
+
+
+def shown_type(value: object) -> str:
+    """Return `an int`, `a list`: what was received, where only its type matters."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def not_a_tensor(input: object) -> InputTypeError:
+    """Return the error for an input that is no tensor."""
+    remedy = ": torch.as_tensor makes one of it" if hasattr(input, "__array__") else ""
+    return InputTypeError(f"expected a tensor, got {shown_type(input)}{remedy}")
+
+
+def check_tensor(input: object) -> None:
+    """Raise InputTypeError unless `input` is a tensor."""
+    if not isinstance(input, Tensor):
+        raise not_a_tensor(input)
+
+
 def check_activation(activation: str | None) -> None:
     """Raise OptionError unless `activation` is None or the name of a fused activation."""
     if activation is not None and activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise OptionError(f"activation must be None or one of {known}; got {activation!r}")
+
+
+def check_small_batch(value: object, tracked: bool) -> None:
+    """Raise OptionError unless a layer can have this `small_batch`; "running" needs running statistics."""
+    check_choice("small_batch", value, ("raise", "running"))
+    if value == "running" and not tracked:
+        raise OptionError(
+            'small_batch="running" normalizes by running statistics, and this layer has none: '
+            "make it with track_running_stats=True"
+        )
+
+
+def check_nonfinite(value: object, tracked: bool) -> None:
+    """Raise OptionError unless a layer can have this `nonfinite`; "skip" needs running statistics."""
+    check_choice("nonfinite", value, ("propagate", "skip", "raise"))
+    if value == "skip" and not tracked:
+        raise OptionError(
+            'nonfinite="skip" leaves running statistics as they are, and this layer has none: '
+            "make it with track_running_stats=True"
+        )
 
 
 def check_policy(policy: object, tracked: bool) -> None:
@@ -88,12 +148,11 @@ def check_axis(axis: int, input: Tensor) -> None:
         )
 
 
-def check_input(input: Tensor, *, needs_two: bool) -> None:
-    """Raise unless `input` is floating and has channels; and two values in each, where it needs two."""
+def check_input(input: Tensor) -> None:
+    """Raise unless `input` is dense, floating and has channels."""
+    check_dense("the input", input)
     if not input.is_floating_point():
-        raise InputTypeError(
-            f"expected a floating-point input, got {_dtype(input)}: convert it with .float()"
-        )
+        raise InputTypeError(f"expected a floating-point input, got {_dtype(input)}: {_to_floating(input)}")
     if input.dim() < 2:
         if input.numel() == 0:  # as the stock function: a 1-D tensor of no values passes
             return
@@ -101,21 +160,57 @@ def check_input(input: Tensor, *, needs_two: bool) -> None:
             f"expected an input [N, C, ...] of two or more dimensions, got shape {list(input.shape)}: "
             "add a batch axis with .unsqueeze(0)"
         )
-    if needs_two and input.shape[0] * math.prod(input.shape[2:]) == 1:
-        raise InputShapeError(
-            f"Expected more than 1 value per channel when training, got input size {input.size()}: "
-            "one value has no variance; use a larger batch, drop the last batch of one "
-            '(DataLoader(drop_last=True)), give the layer small_batch="running", or call .eval() on it'
+
+
+def _to_floating(input: Tensor) -> str:
+    """Return how a tensor that is not floating can be normalized."""
+    if input.is_complex():
+        return "normalize .real and .imag by a layer each, or torch.view_as_real of it as twice the channels"
+    return "convert it with .dequantize()" if input.is_quantized else "convert it with .float()"
+
+
+def is_mkldnn(tensor: Tensor) -> bool:
+    """Whether a tensor is of MKL-DNN's layout, which is dense but shows no memory."""
+    return tensor.layout is torch._mkldnn  # type: ignore[attr-defined]
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise InputTypeError for nested, sparse and MKL-DNN tensors."""
+    if tensor.is_nested:
+        raise InputTypeError(
+            f"{name} is a nested tensor ({tensor.layout}), which has no axis of channels: normalize "
+            "its .values() [values, C] (layout=torch.jagged), or pad it with torch.nested.to_padded_tensor "
+            "to [N, C, L] and pass the lengths of its sequences as lengths="
+        )
+    if is_mkldnn(tensor):
+        raise InputTypeError(f"{name} is an MKL-DNN tensor: pass its .to_dense()")
+    if tensor.layout is not torch.strided:
+        raise InputTypeError(
+            f"{name} is a sparse tensor ({tensor.layout}), and its zeros count too: pass its .to_dense(), or "
+            "normalize its .values() where they are [values, C]"
         )
 
 
-def check_groups(input: Tensor, size: int, smallest: int) -> None:
+def is_single(input: Tensor) -> bool:
+    """Whether an input has one value per channel."""
+    return input.dim() > 1 and input.shape[0] * math.prod(input.shape[2:]) == 1
+
+
+def too_few(input: Tensor, remedies: str) -> InputShapeError:
+    """Return the error for an input of one value per channel, in the words of torch."""
+    return InputShapeError(
+        f"Expected more than 1 value per channel when training, got input size {input.size()}: "
+        f"one value has no variance; {remedies}"
+    )
+
+
+def check_groups(input: Tensor, size: int, smallest: int, remedies: str) -> None:
     """Raise unless the smallest of the groups of `size` samples has more than one value per channel."""
     if smallest == 1:
         raise InputShapeError(
             f"Expected more than 1 value per channel when training, got input size {input.size()} in ghost "
-            f"batches of {size}, of which the last has one value, and so no variance: use another size, drop "
-            'the last batch (DataLoader(drop_last=True)), or give the layer small_batch="running"'
+            f"batches of {size}, of which the last has one value, and so no variance; use another size, or "
+            f"{remedies}"
         )
 
 
@@ -187,6 +282,11 @@ def check_running(
     running_mean: Tensor | None, running_var: Tensor | None, input: Tensor, *, given: bool
 ) -> None:
     """Raise unless both running statistics fit the input, and both are there where they are what is given."""
+    if not given and (running_mean is None) is not (running_var is None):
+        raise OptionError(
+            "running_mean and running_var must either both be None or neither be None; got "
+            f"{'running_var' if running_mean is None else 'running_mean'} alone"
+        )
     if given and (running_mean is None or running_var is None):
         raise OptionError(
             "expected running_mean and running_var outside training, got None: "
@@ -214,6 +314,7 @@ def check_residual(residual: Tensor | None, input: Tensor) -> None:
     """Raise unless `residual` is None or a floating tensor of the input's shape and device."""
     if residual is None:
         return
+    check_dense("residual", residual)
     if residual.shape != input.shape:
         raise InputShapeError(
             f"residual has shape {list(residual.shape)} and the input {list(input.shape)}: they must be equal"

@@ -73,6 +73,7 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
     """
+    checks.check_tensor(input)
     tensors = (input, running_mean, running_var, weight, bias, residual, mask)
     if has_torch_function(tensors):
         y: Tensor = handle_torch_function(
@@ -128,6 +129,7 @@ def pure_batch_norm(
         (y, running_mean, running_var); a running statistic that was None stays None, and outside training
         both come back as they were. No gradient flows into the running statistics.
     """
+    checks.check_tensor(input)
     checks.check_policy(statistics, running_mean is not None and running_var is not None)
     settings = Settings(training, eps, activation, statistics)
     tracked = Tracked(running_mean, running_var, None, momentum)
@@ -166,7 +168,8 @@ def moments(input: Tensor, mask: Tensor | None = None) -> PooledMoments:
         count (scalar tensor), mean `[C]` and m2 `[C]`, in float64 (float32 on devices without it). They merge
         by `batchnorm.statistics.moments.merge`.
     """
-    checks.check_input(input, needs_two=False)
+    checks.check_tensor(input)
+    checks.check_input(input)
     checks.check_mask(mask, input)
     count, mean, m2 = engine(input).moments(input.detach(), mask=mask)
     return PooledMoments(count[0], mean[0], m2[0])
@@ -201,6 +204,7 @@ def normalize_batch(
         y, and the moments as of `moments`, `[C]`; with a policy that has groups of samples those of each
         group, `[G, C]`, and count `[G, 1]` or a number. No gradient flows into these.
     """
+    checks.check_tensor(input)
     settings = Settings(training, eps, activation, statistics)
     tracked = Tracked(running_mean, running_var, batches)
     mode = paths.Mode(measures=True, moves=False, needs_two=False)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,22 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 
 from . import paths
-from .checks import HALVES, check_activation, check_choice, check_policy, mask_of_lengths
-from .contexts.domains import add_domains, check_domains, fill, running_names, select, selected
+from .checks import (
+    check_activation,
+    check_nonfinite,
+    check_policy,
+    check_small_batch,
+    mask_of_lengths,
+    not_a_tensor,
+)
+from .contexts.domains import add_domains, check_domains, fill, select, selected
 from .contexts.pool import Pool
 from .contexts.recomputed import Memory, may_be_recomputed
 from .contexts.scope import Scope
-from .moving import NONFINITE
 from .naming import qualified_name
+from .options import keyword_options
+from .own_buffers import OwnBuffers, counter
+from .scripted import stock_twin
 from .settings import Settings, Tracked
 
 _BATCH = Batch()
@@ -27,20 +35,23 @@ _BATCH = Batch()
 PASSING = ("_memory", "_pool", "_scope", "_domain")
 
 
-class _Layer(nn.modules.batchnorm._BatchNorm):
+class _Layer(OwnBuffers):
     """What the three layers share; each also subclasses its stock namesake, so `isinstance` holds."""
 
     _ranks: ClassVar[tuple[int, ...]]
     activation: str | None = None
-    small_batch: str = "raise"
     domains: int = 1
     _statistics: Policy = Batch()
     _nonfinite: str = "propagate"
+    _small_batch: str = "raise"
     _label: str | None = None
     _memory: Memory | None = None
     _pool: Pool | None = None
     _scope: Scope | None = None
     _domain: int | None = None  # whose statistics are in use; None = of 0, in no context
+    _thawed: Policy  # what `unfreeze` gives back
+    _learned: dict[str, bool]  # which parameters learned before `freeze`
+    _activation_at: tuple[nn.Module, ...]  # the modules that applied the activation before `fuse`
 
     def __init__(
         self,
@@ -60,8 +71,9 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         domains: int = 1,
     ) -> None:
         check_activation(activation)
-        check_choice("small_batch", small_batch, ("raise", "running"))
         try:
+            check_small_batch(small_batch, track_running_stats)
+            check_nonfinite(nonfinite, track_running_stats)
             check_domains(domains, track_running_stats)
         except BatchNormError as error:
             raise error.at(type(self).__name__) from None
@@ -72,8 +84,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         self._widen_statistics()
         self.statistics = statistics
         self.nonfinite = nonfinite
-        if small_batch != "raise":
-            self.small_batch = small_batch
+        self.small_batch = small_batch
         self._add_domains(domains)
 
     @property
@@ -85,6 +96,11 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     def statistics(self, policy: Policy) -> None:
         try:
             check_policy(policy, self.running_mean is not None and self.running_var is not None)
+            if self._pool is not None and policy.is_sequential:
+                raise OptionError(
+                    f"statistics={policy} move for each ghost batch, and the layer is within "
+                    "batchnorm.accumulate, which moves them once: set it outside of the block"
+                )
         except BatchNormError as error:
             raise error.at(qualified_name(self)) from None
         self._statistics = policy
@@ -99,7 +115,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     @nonfinite.setter
     def nonfinite(self, value: str) -> None:
         try:
-            check_choice("nonfinite", value, NONFINITE)
+            check_nonfinite(value, self.running_mean is not None and self.running_var is not None)
         except BatchNormError as error:
             raise error.at(qualified_name(self)) from None
         if value != self._nonfinite:
@@ -108,8 +124,22 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             place = next(iter(self.parameters()), self.running_mean)
             device = None if place is None else place.device
             # Not by `register_buffer`, for which the property is in the way; not part of the state.
-            self._buffers["skipped"] = torch.zeros((), dtype=torch.long, device=device)
-            self._non_persistent_buffers_set.add("skipped")
+            self._buffers["skipped"] = counter(device)
+            self._non_persistent_buffers_set = self._non_persistent_buffers_set | {"skipped"}
+
+    @property
+    def small_batch(self) -> str:
+        """What one value per channel does in training: "raise", or "running": by the running statistics."""
+        return self._small_batch
+
+    @small_batch.setter
+    def small_batch(self, value: str) -> None:
+        try:
+            check_small_batch(value, self.running_mean is not None and self.running_var is not None)
+        except BatchNormError as error:
+            raise error.at(qualified_name(self)) from None
+        if value != self._small_batch:
+            self._small_batch = value
 
     @property
     def skipped(self) -> Tensor | None:
@@ -123,20 +153,23 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             self.domains = domains
 
     def reset_running_stats(self) -> None:
-        """Set running statistics to mean 0, variance 1, no batches; within `batchnorm.domain` that one's."""
-        super().reset_running_stats()
-        if self._domain is None:
-            for k in range(1, self.domains):
-                with selected(self, k):
-                    super().reset_running_stats()
+        """Set the running statistics in use to mean 0, variance 1, no batches; frozen ones stay as they are.
+
+        In use are those of the domain of `batchnorm.domain`; outside of it, those of domain 0.
+        """
+        if self._statistics.moves(training=True):
+            super().reset_running_stats()
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, and the running statistics to mean 0, variance 1, no batches."""
-        self.reset_running_stats()
+        """Set weight to 1, bias to 0, and all running statistics to mean 0, variance 1, no batches."""
+        for k in range(self.domains):
+            with selected(self, k):
+                super().reset_running_stats()
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        self._start_counting()
 
     def forward(
         self,
@@ -159,6 +192,8 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
                 raise  # torch then runs the call eagerly, and it comes here again
             raise error.at(qualified_name(self)) from None
         except Exception as error:  # of torch, for what no check looks at: a state that somebody broke
+            if not isinstance(input, Tensor):
+                raise not_a_tensor(input).at(qualified_name(self)) from None
             if not torch.compiler.is_compiling():
                 error.add_note(f"This was raised in the layer {qualified_name(self)}.")
             raise
@@ -181,10 +216,11 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             policy, training = _BATCH, True  # as torch.nn: without running statistics, always the batch's
         elif self.track_running_stats or not policy.measures(training):
             tracked = self._tracked()
-            if training and (type(policy) is not Batch or self.small_batch != "raise"):
+            if training and (type(policy) is not Batch or self._small_batch != "raise"):
                 tracked = tracked._replace(memory=self._recall(policy))
+        nonfinite = self._nonfinite if self.training else "propagate"
         settings = Settings(
-            training, self.eps, self.activation, policy, self._nonfinite, self.small_batch, self._name
+            training, self.eps, self.activation, policy, nonfinite, self._small_batch, self._name
         )
         return paths.tracked_batch_norm(input, tracked, self.weight, self.bias, residual, mask, settings)
 
@@ -202,7 +238,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
 
     def _recall(self, policy: Policy) -> Memory | None:
         """Return what remembers the running statistics, if training normalizes by them while they move."""
-        is_needed = policy.needs_running or self.small_batch == "running"
+        is_needed = policy.needs_running or self._small_batch == "running"
         if not is_needed or not policy.measures(training=True) or torch.compiler.is_compiling():
             return None
         if self._memory is None and may_be_recomputed(training=True):
@@ -227,23 +263,9 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             )
 
     def extra_repr(self) -> str:
-        """As the stock layer's, and statistics and activation where they are not the stock layer's."""
+        """As the stock layer's, and the options that no stock layer has."""
         shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        if self._statistics != Batch():
-            shown += f", statistics={self._statistics}"
-        if self.domains > 1:
-            shown += f", domains={self.domains}"
-        return shown if self.activation is None else f"{shown}, activation={self.activation}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As `torch.nn.Module._apply`, but running statistics never become 16-bit: they stay float32."""
-        before = {name: self._buffers[name] for name in running_names(self.domains)}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype in HALVES and old.dtype not in HALVES:
-                self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
-        return self
+        return shown + "".join(f", {name}={value}" for name, value in beyond_stock(self).items())
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """As `torch.nn.Module._save_to_state_dict`: the same within a domain's context as outside."""
@@ -253,20 +275,10 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As `torch.nn.Module._load_from_state_dict`; 16-bit statistics that it assigned become float32.
-
-        Domains that the state does not have start from its domain 0.
-        """
+        """As `torch.nn.Module._load_from_state_dict`; domains that it lacks start from its domain 0."""
         fill(state_dict, prefix, self)
         with selected(self, 0):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-            self._widen_statistics()
-
-    def _widen_statistics(self) -> None:
-        for name in running_names(self.domains):
-            buffer = self._buffers[name]
-            if buffer is not None and buffer.dtype in HALVES:
-                self._buffers[name] = buffer.float()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a file has of the layer: contexts that it is in are this one's alone."""
@@ -281,31 +293,18 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
 
         torch puts what this returns into the model that is being scripted: script a copy to keep this layer.
         """
-        if self.activation is not None:
-            raise OptionError(
-                f"torch.jit.script cannot compile a layer with activation={self.activation!r}: use "
-                "torch.jit.trace or torch.export, or make the activation a module of its own",
-                type(self).__name__,
-            )
-        if self._statistics != Batch():
-            raise OptionError(
-                f"torch.jit.script cannot compile a layer with statistics={self._statistics}: use "
-                "torch.jit.trace or torch.export, or batchnorm.unfreeze a copy in evaluation",
-                type(self).__name__,
-            )
-        if self.domains > 1:
-            raise OptionError(
-                f"torch.jit.script cannot compile a layer with domains={self.domains}: use torch.jit.trace "
-                "or torch.export within batchnorm.domain",
-                type(self).__name__,
-            )
-        stock = next(
-            kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(self, kind)
-        )
-        twin = stock.__new__(stock)
-        ours = ("activation", "_statistics", *PASSING)
-        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ours})
-        return twin
+        return stock_twin(self)
+
+
+# Attributes of our layers that no stock layer has; and options, each with the value that is stock's way.
+OURS = tuple(_Layer.__annotations__)
+OPTIONS = keyword_options(_Layer.__init__)
+
+
+def beyond_stock(layer: nn.Module) -> dict[str, Any]:
+    """Return the options of a layer, or of its lazy form, that no stock layer has."""
+    found = {name: getattr(layer, name, usual) for name, usual in OPTIONS.items()}
+    return {name: value for name, value in found.items() if value != OPTIONS[name]}
 
 
 _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.

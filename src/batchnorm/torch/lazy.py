@@ -10,17 +10,32 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Layer
+from .own_buffers import OwnBuffers
 
 
-class _Lazy(nn.modules.batchnorm._BatchNorm):
+class _Lazy(OwnBuffers):
     """What the lazy form keeps for the layer that it becomes."""
 
     activation: str | None = None
-    domains: int = 1
     statistics: Any = _Layer.statistics
+    nonfinite: Any = _Layer.nonfinite
+    small_batch: Any = _Layer.small_batch
+    skipped: Any = _Layer.skipped
     _statistics: Policy = Batch()
+    _nonfinite: str = "propagate"
+    _small_batch: str = "raise"
     _pool: Any = None
     _scope: Any = None
+
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        """Let torch make the tensors, which looks at the input alone, and learn the number of channels.
+
+        Where a state has brought the tensors, torch leaves that number 0.
+        """
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        super().initialize_parameters(input)  # type: ignore[misc]
+        tensors = (*self._parameters.values(), self.running_mean)
+        self.num_features = next((t.numel() for t in tensors if t is not None), input.shape[1])
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the layer that it has become: torch takes this method, then lets the hook change the class."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import differentiable, recipes
+from .lean_savings import Savings
 
 # Max pooling keeps, as int64, where in its plane each maximum was; int16 holds that for planes of 181 x 181.
 _NARROW = (torch.uint8, torch.int16, torch.int32)
@@ -46,6 +47,10 @@ def lean() -> Iterator[None]:
     layer, residual and activation: `convert` and `fuse` the model before. It holds for what operators keep in
     this thread, and for outputs that were computed within such a context.
 
+    Warns:
+        UserWarning: (once) next to nothing is saved, as the model's norms are torch's own, or their
+            activations and additions are not fused into them; it names the calls that help.
+
     Raises:
         RuntimeError: (in the backward) as torch's own: something that is needed was written to in place.
 
@@ -61,15 +66,20 @@ def lean() -> Iterator[None]:
     if torch.compiler.is_compiling() or differentiable.is_transforming():
         yield
         return
-    with saved_tensors_hooks(_pack, _unpack):
+    saved = Savings()
+
+    def pack(tensor: Tensor) -> Packed:
+        recipe = recipes.find(tensor)
+        saved.note(tensor, is_spared=recipe is not None)
+        return _kept(tensor) if recipe is None else recipe.read(tensor)
+
+    with saved_tensors_hooks(pack, _unpack):
         yield
+    saved.warn(stacklevel=4)  # this, contextlib, the block
 
 
-def _pack(tensor: Tensor) -> Packed:
-    """Return what is kept in the place of a tensor."""
-    recipe = recipes.find(tensor)
-    if recipe is not None:
-        return recipe.read(tensor)
+def _kept(tensor: Tensor) -> Packed:
+    """Return what is kept in the place of a tensor that has no recipe."""
     if tensor.dtype == torch.int64 and tensor.dim() >= _PLANES and tensor.numel() >= _FEW:
         return _narrowed(tensor) or recipes.keep(tensor)
     return recipes.keep(tensor)

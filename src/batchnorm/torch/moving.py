@@ -14,8 +14,6 @@ from batchnorm.statistics.moments import PooledMoments, pooled
 from . import differentiable
 from .settings import Tracked
 
-NONFINITE = ("propagate", "skip", "raise")
-
 
 class Moved(NamedTuple):
     """The running statistics after a batch, wide, and what it adds to the counts."""
@@ -36,7 +34,8 @@ def pooled_groups(batch: PooledMoments) -> PooledMoments:
     """Return the moments of all groups together, `[C]`."""
     if batch.mean.shape[0] > 1:
         return pooled(batch, torch)
-    count = batch.count[0] if isinstance(batch.count, Tensor) else batch.count
+    is_each = isinstance(batch.count, Tensor) and batch.count.dim() > 0  # a tracer's sizes are tensors, too
+    count = batch.count[0] if is_each else batch.count
     return PooledMoments(count, batch.mean[0], batch.m2[0])
 
 
@@ -46,8 +45,21 @@ def is_finite(batch: PooledMoments) -> Tensor:
 
 
 def check_finite(mean: Tensor, m2: Tensor) -> None:
-    """Raise NonFiniteError unless all moments are finite; the host waits for a device here."""
-    if not bool(torch.isfinite(mean).all() & torch.isfinite(m2).all()):
+    """Raise NonFiniteError unless all moments are finite; the host waits for a device here.
+
+    Raises:
+        OptionError: a transform of torch.func hides the values.
+    """
+    try:
+        is_fine = bool(torch.isfinite(mean).all() & torch.isfinite(m2).all())
+    except RuntimeError as error:
+        if not differentiable.is_transforming():
+            raise
+        raise OptionError(
+            'nonfinite="raise" cannot look at values under torch.func.vmap: set layer.nonfinite = "skip" or '
+            '"propagate" there'
+        ) from error
+    if not is_fine:
         channels = (~(torch.isfinite(mean) & torch.isfinite(m2))).any(0).nonzero().flatten().tolist()
         first = ", ".join(map(str, channels[:5])) + (", ..." if len(channels) > 5 else "")
         raise NonFiniteError(

@@ -20,7 +20,7 @@ from .choice import Choice, known_to, samples_of
 from .contexts.recomputed import is_recomputed
 from .differentiable import Normalized
 from .exported import behind, is_exporting, stock
-from .moving import move
+from .moving import check_finite, move
 from .plan import Plan
 from .ranks import collectives
 from .settings import Settings, Tracked
@@ -72,8 +72,8 @@ def mode_of(input: Tensor, tracked: Tracked, settings: Settings, mask: Tensor | 
         and tracked.mean is not None
         and tracked.var is not None
     ):
-        smallest = _smallest_group(input, policy.groups(training))
-        is_lenient = smallest == 1 or mask is not None
+        is_traced = bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]  # for other sizes, too
+        is_lenient = mask is not None or is_traced or _smallest_group(input, policy.groups(training)) == 1
         needs_two = False
     return Mode(True, moves, needs_two, ranks, is_lenient)
 
@@ -102,8 +102,15 @@ def tracked_batch_norm(
             tracked_batch_norm, tensors, input, tracked, weight, bias, residual, mask, settings
         )
         return found
+    if input.layout is not torch.strided and checks.is_mkldnn(input):
+        return _of_mkldnn(input, tracked, weight, bias, residual, mask, settings)
     mode, exporting = mode_of(input, tracked, settings, mask), is_exporting()
     check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
+    if exporting and tracked.pool is not None and mode.moves:
+        raise OptionError(
+            "batchnorm.accumulate cannot be exported in training: export outside of the block, or in "
+            "evaluation (model.eval())"
+        )
     if exporting and is_exported_as_stock(settings, mode, mask):
         y = stock(input, tracked, weight, bias, residual, settings, measures=mode.measures, moves=mode.moves)
         if mode.moves and tracked.batches is not None:
@@ -120,6 +127,22 @@ def tracked_batch_norm(
         else:
             move(tracked, batch, sequential=settings.statistics.is_sequential, skip=skip)
     return y
+
+
+def _of_mkldnn(
+    input: Tensor,
+    tracked: Tracked,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """As `tracked_batch_norm`, for an input in MKL-DNN's own layout, which the output then has too."""
+    if residual is not None and checks.is_mkldnn(residual):
+        residual = residual.to_dense()
+    y = tracked_batch_norm(input.to_dense(), tracked, weight, bias, residual, mask, settings)
+    return y.to_mkldnn()
 
 
 def _for_kernels(tracked: Tracked, settings: Settings) -> RunningStatistics | None:
@@ -163,14 +186,27 @@ def check(
     checks.check_eps(settings.eps, settings.training)
     if exporting and torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         return  # sizes are recorded values there, and torch's own operator checks them
-    checks.check_input(input, needs_two=mode.needs_two)
+    checks.check_input(input)
+    if mode.needs_two and checks.is_single(input):
+        raise checks.too_few(input, _remedies(tracked, settings))
     if size is not None:
-        checks.check_groups(input, size, _smallest_group(input, size))
+        checks.check_groups(input, size, _smallest_group(input, size), _remedies(tracked, settings))
     checks.check_running(tracked.mean, tracked.var, input, given=not mode.measures)
     checks.check_parameter("weight", weight, input)
     checks.check_parameter("bias", bias, input)
     checks.check_residual(residual, input)
     checks.check_mask(mask, input)
+
+
+def _remedies(tracked: Tracked, settings: Settings) -> str:
+    """Return what helps against one value per channel: what a call of this layer, or function, can do."""
+    larger = "use a larger batch, drop the last batch of one (DataLoader(drop_last=True)), "
+    is_tracked = tracked.mean is not None and tracked.var is not None
+    if settings.label is None:
+        return f"{larger}or pass training=False" if is_tracked else f"{larger}or pass running statistics"
+    if is_tracked:
+        return f'{larger}give the layer small_batch="running", or call .eval() on it'
+    return f'{larger}or make the layer with track_running_stats=True and small_batch="running"'
 
 
 def normalize(
@@ -192,9 +228,12 @@ def normalize(
     if input.dim() < 2:
         return Normalized(behind(input.clone(), residual, settings.activation), None)
     plan = _plan(input, tracked, mask, settings, mode)
-    strict = settings.nonfinite == "raise" and mode.moves
+    strict = settings.nonfinite == "raise" and settings.training and mode.measures
     if exporting or differentiable.is_transforming():
-        return differentiable.normalize(input, weight, bias, residual, plan)
+        found = differentiable.normalize(input, weight, bias, residual, plan)
+        if strict and found.batch is not None:
+            check_finite(found.batch.mean.detach(), found.batch.m2.detach())
+        return found
     if torch.compiler.is_compiling():
         return compiled.apply(input, weight, bias, residual, plan, strict=strict)
     if plan.choice is not None:
@@ -243,5 +282,11 @@ def is_exported_as_stock(settings: Settings, mode: Mode, mask: Tensor | None) ->
             "statistics of several ranks cannot be exported: export in evaluation (model.eval())"
         )
     policy, training = settings.statistics, settings.training
+    if training and mode.measures and settings.nonfinite == "raise":
+        raise OptionError(
+            'nonfinite="raise" cannot be exported in training, as no graph raises: export in evaluation '
+            '(model.eval()), or set layer.nonfinite = "skip" or "propagate"'
+        )
     is_plain = policy.is_plain(training) and policy.groups(training) is None and not mode.is_lenient
+    is_plain = is_plain and not (mode.moves and settings.nonfinite == "skip")
     return mask is None and (not mode.measures or is_plain)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from batchnorm.errors import InputShapeError, OptionError
 from batchnorm.statistics.synced import Synced
 
+from .checks import check_module
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Layer
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -112,6 +113,7 @@ class SyncBatchNorm(_Layer):
 
         Source: https://github.com/pytorch/pytorch/issues/187298 (subclasses dropped silently).
         """
+        check_module(module, "convert_sync_batchnorm")
         policy = Synced(ranks_of(process_group))
         norms = {
             m: name for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)

@@ -16,11 +16,12 @@ from batchnorm.errors import BatchNormError
 from batchnorm.models.hooks import is_forward_replaced
 from batchnorm.models.kinds import is_ours, kind_of
 from batchnorm.statistics.moments import PooledMoments, merge
-from batchnorm.torch.checks import check_input
+from batchnorm.torch.checks import is_single, too_few
 from batchnorm.torch.functional import moments, normalize_batch
 from batchnorm.torch.layers import _Layer
 
 _RUNNING = ("running_mean", "running_var")
+_LARGER = "use larger batches, or drop the last batch of one (DataLoader(drop_last=True))"
 _Hear = Callable[[str, PooledMoments], None]
 
 
@@ -87,8 +88,8 @@ def by_batch(name: str, norm: _BatchNorm, hear: _Hear, *, strict: bool) -> Itera
         activation: Any = norm.activation if is_ours(norm) else None
         try:
             norm._check_input_dim(input)  # type: ignore[no-untyped-call]
-            if strict and len(input) < 2:
-                check_input(input, needs_two=True)
+            if strict and is_single(input):
+                raise too_few(input, _LARGER)
             y, found = normalize_batch(
                 input, norm.weight, norm.bias, norm.eps, residual=residual, activation=activation, mask=mask
             )

@@ -24,8 +24,9 @@ class Layout:
 
     @classmethod
     def of(cls, norms: Mapping[str, _BatchNorm]) -> Layout:
-        """Return the layout of norms by name."""
-        return cls({name: norm.num_features for name, norm in norms.items()})
+        """Return the layout of norms by name; a lazy layer that was loaded does not know its number."""
+        channels = {name: norm._buffers["running_mean"] for name, norm in norms.items()}
+        return cls({name: mean.numel() for name, mean in channels.items() if mean is not None})
 
     @property
     def total(self) -> int:

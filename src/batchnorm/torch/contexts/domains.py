@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
@@ -99,5 +100,7 @@ def fill(state_dict: dict[str, Any], prefix: str, layer: _Layer) -> None:
             found = state_dict.get(f"{prefix}{name}")
             if found is None:  # a counter, which states of torch < 0.4.1 do not have
                 found = layer._buffers[f"{name}_{k}"]
+                if found is not None and found.is_meta:  # it has no number
+                    found = torch.tensor(0, dtype=torch.long)
             if found is not None:
                 state_dict.setdefault(f"{prefix}{name}_{k}", found.detach().clone())

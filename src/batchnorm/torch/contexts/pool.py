@@ -91,6 +91,8 @@ class Pool:
     def flush(self) -> None:
         """Move the running statistics by all forwards that have come to an end, as by one batch."""
         found, self._all = self._all, {}
+        if not self.layer.statistics.moves(training=True):  # frozen meanwhile
+            return
         for domain, one in found.items():
             with selected(self.layer, domain):
                 _move(self.layer, one)
