@@ -98,7 +98,9 @@ class _Trials:
             self._places.put(place)
 
     def _settle(self, mutant: Mutant, outcome: Outcome) -> None:
-        self.rows.append(row(mutant, CAUGHT if outcome.is_caught else SURVIVED, outcome.by, outcome.seconds))
+        self.rows.append(
+            row(mutant, *((CAUGHT, outcome.by) if outcome.is_caught else (SURVIVED, "")), outcome.seconds)
+        )
         self._say(self.rows[-1].text())
 
 
@@ -114,6 +116,7 @@ def main() -> int:
     """Try a sample of mutants; return 1 where too few are caught, or a room's tests fail unmutated."""
     options = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started ends too
+    others = None if options.against is None else read(options.against)
     rooms = [room for room in ROOMS if options.room is None or room.name in options.room]
     everything = list(population(ROOT))
     mutants = sample(ROOT, everything, rooms, options.count, options.seed)
@@ -136,8 +139,8 @@ def main() -> int:
     order = [room.name for room in ROOMS]
     rows = sorted([*declared, *trials.rows], key=lambda r: (order.index(r.room), r.file, r.line))
     print("\n" + summary(rows))
-    if options.against is not None:
-        print("\n" + comparison(rows, read(options.against)))
+    if others is not None:
+        print("\n" + comparison(rows, others))
     if trials.failed:
         print(f"\nWithout a result, since their tests fail unmutated: {', '.join(trials.failed)}")
     return int(bool(trials.failed) or share(rows) < ENOUGH)

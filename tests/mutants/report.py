@@ -35,7 +35,7 @@ class Row:
     def text(self) -> str:
         """Return some lines about it."""
         verdict = (
-            f"{self.outcome} by {self.by}" if self.outcome == CAUGHT else f"{self.outcome.upper()} {self.by}"
+            f"{self.outcome} by {self.by}" if self.outcome == CAUGHT else f"{self.outcome.upper()}  {self.by}"
         )
         return (
             f"{self.room}  {self.file}:{self.line}  {self.rule}\n"
@@ -72,7 +72,8 @@ def summary(rows: list[Row]) -> str:
 
 
 def write(path: Path, rows: list[Row], **settings: Any) -> None:
-    """Write the rows, and what they were made with, as JSON."""
+    """Write the rows, and what they were made with, as JSON, in an order that hangs on no clock."""
+    rows = sorted(rows, key=lambda row: (row.room, row.key))
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {**settings, "share": share(rows), "mutants": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -73,7 +73,6 @@ def run_room(room: Room, file: Path | None, place: Path, limit: float, stop: thr
 
 
 def _pytest(run: Run, place: Path, end: float, stop: threading.Event) -> tuple[str, str]:
-    tests = [test for test in run.tests if (place / test).exists()]
     options = ["-x", "-q", "-n", "0", "-r", "fE", "--tb=line", "--color=no", "-p", "no:cacheprovider"]
     choice = ["-k", run.choice] if run.choice else []
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "KERAS_"))}
@@ -83,7 +82,7 @@ def _pytest(run: Run, place: Path, end: float, stop: threading.Event) -> tuple[s
         choice += ["-m", "not one_backend"] if run.backend != "torch" else []
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, *choice, *tests],
+            [sys.executable, "-m", "pytest", *options, *choice, *run.tests],
             cwd=place,
             env=kept | ours,
             stdin=subprocess.DEVNULL,
