@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support import interpreted  # noqa: F401  # before anything else imports Triton
 
 # The same examples in every run, others for `make fuzz`; no limit in seconds: a busy machine is not a bug.
-settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.register_profile("fuzz", derandomize=False, deadline=None, database=None, print_blob=True)
+_NO_LIMIT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", _NO_LIMIT, derandomize=True)
+settings.register_profile("fuzz", _NO_LIMIT, derandomize=False, database=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

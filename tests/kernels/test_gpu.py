@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -154,7 +155,9 @@ def test_what_is_not_finite_spoils_its_channel_and_no_other(
         clean = engine.forward(x, EPS)[0]
         x[1, 2] = bad
         y = engine.forward(x, EPS)[0]
-        assert bad == 3e38 or y[:, 2].isnan().any()
+        wide = x[:, 2].double().cpu()
+        expected = (wide - wide.mean()) / (wide.var(correction=0) + EPS).sqrt()  # all NaN, but for 3e38
+        torch.testing.assert_close(y[:, 2].double().cpu(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
         others = [0, 1, 3, 4]
         assert torch.equal(y[:, others], clean[:, others])
 
@@ -314,7 +317,7 @@ def test_row_26_the_plan_fills_a_device_and_fits_its_registers() -> None:
             assert found.part_tiles <= plan._LANE
             assert found.parts * found.part_tiles >= found.tiles
             programs = found.channel_tiles * (1 if found.is_whole else found.parts)
-            assert programs >= 128 or values * found.tiles <= 2**16 or found.tiles == found.parts
+            assert programs >= min(128, math.prod(shape) // plan._TILE)
 
 
 COMPILING = Path(__file__).parent / "compile_for_gpu.py"

@@ -27,6 +27,7 @@ def moments_of_tile(values, valid, ROWS: tl.constexpr, REAL: tl.constexpr):
     is_finite = squares < float("inf")
     if is_any(squares >= float("inf"), ROWS):
         away = away * _DOWN
+        rest = tl.where(is_finite, rest, total(away, ROWS).to(tl.float64) * _UP)
         squares = tl.where(is_finite, squares, total(away * away, ROWS).to(tl.float64) * _UP * _UP)
     count = n.to(tl.float64)
     off = rest / at_least_one(count)
