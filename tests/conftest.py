@@ -37,12 +37,18 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let tests of one `xdist_group` run in one worker, and begin before the others, as they take longest.
+    """Let tests of one `xdist_group` run in one worker, and begin early, as they take longest.
 
+    Before them come the quick tests of the reference, so that progress shows at once.
     pytest-xdist knows them by the end of their names. It sets `_nodeid` (3.8), where pytest from 9.2 on reads
     `_id`.
     """
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    items.sort(
+        key=lambda item: (
+            not item.nodeid.startswith("tests/reference/"),
+            item.get_closest_marker("xdist_group") is None,
+        )
+    )
     for item in items if getattr(config.option, "loadgroup", False) else ():
         group = item.get_closest_marker("xdist_group")
         if group is not None and hasattr(item, "_id"):
