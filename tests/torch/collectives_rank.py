@@ -78,8 +78,9 @@ class Process:
         began = time.monotonic()
         try:
             act()
-        except (RankError, OptionError) as error:
-            found = {"error": str(error), "kind": type(error).__name__, "layer": error.layer}
+        except (RuntimeError, OptionError) as error:
+            layer = getattr(error, "layer", None)
+            found = {"error": str(error), "kind": type(error).__name__, "layer": layer}
         else:
             found = {"error": "none"}
         self.found[name] = {**found, "seconds": time.monotonic() - began}
