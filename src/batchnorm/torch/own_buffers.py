@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from .checks import HALVES
 from .contexts.domains import running_names
@@ -27,7 +26,7 @@ class OwnBuffers(nn.modules.batchnorm._BatchNorm):
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype in HALVES and old.dtype not in HALVES:
-                self._buffers[name] = _float32(old, new.device)
+                self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
         if is_empty and (skipped := self._buffers["skipped"]) is not None and not skipped.is_meta:
             skipped.zero_()  # `to_empty` from meta: nobody has counted yet
         return self
@@ -36,7 +35,7 @@ class OwnBuffers(nn.modules.batchnorm._BatchNorm):
         for name in running_names(self.domains):
             buffer = self._buffers[name]
             if buffer is not None and buffer.dtype in HALVES:
-                self._buffers[name] = _float32(buffer, buffer.device)
+                self._buffers[name] = buffer.float()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -71,10 +70,3 @@ def counter(device: torch.device | None) -> Tensor:
     """Return a counter at 0, which may be counted up in any mode."""
     with torch.inference_mode(False):
         return torch.zeros((), dtype=torch.long, device=device)
-
-
-def _float32(buffer: Tensor, device: torch.device) -> Tensor:
-    """Return a buffer in float32, one that is not initialized too."""
-    if is_lazy(buffer):
-        return UninitializedBuffer(device=device, dtype=torch.float32)  # type: ignore[call-arg]
-    return buffer.to(device=device, dtype=torch.float32)
