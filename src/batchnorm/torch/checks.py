@@ -12,6 +12,8 @@ from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.serialized import POLICIES
 
+from .quantization import REVERT_FIRST
+
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -90,6 +92,8 @@ def check_axis(axis: int, input: Tensor) -> None:
 
 def check_input(input: Tensor, *, needs_two: bool) -> None:
     """Raise unless `input` is floating and has channels; and two values in each, where it needs two."""
+    if input.is_quantized:
+        raise InputTypeError(f"the input is quantized, {_dtype(input)}; {REVERT_FIRST}")
     if not input.is_floating_point():
         raise InputTypeError(
             f"expected a floating-point input, got {_dtype(input)}: convert it with .float()"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 
 from batchnorm.kernels.activations import ACTIVATIONS
@@ -14,8 +15,10 @@ from .settings import Settings, Tracked
 
 
 def is_exporting() -> bool:
-    """Whether torch.export or torch.jit.trace looks on."""
-    return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+    """Whether torch.export, torch.jit.trace or make_fx looks on: they record operators, and no kernels."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return True
+    return not torch.compiler.is_compiling() and get_proxy_mode() is not None
 
 
 def stock(

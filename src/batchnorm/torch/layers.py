@@ -20,14 +20,16 @@ from .contexts.recomputed import Memory, may_be_recomputed
 from .contexts.scope import Scope
 from .moving import NONFINITE
 from .naming import qualified_name
+from .quantization import refuse_to_fuse
 from .settings import Settings, Tracked
+from .symbolic import ITSELF, OneNode, is_symbolic
 
 _BATCH = Batch()
 # What a layer has for as long as it is in a context, or has a backward before it.
 PASSING = ("_memory", "_pool", "_scope", "_domain")
 
 
-class _Layer(nn.modules.batchnorm._BatchNorm):
+class _Layer(OneNode, nn.modules.batchnorm._BatchNorm):
     """What the three layers share; each also subclasses its stock namesake, so `isinstance` holds."""
 
     _ranks: ClassVar[tuple[int, ...]]
@@ -148,6 +150,8 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         """Return activation(norm(input) + residual), `[N, C, *S]`; see the class."""
         try:
             if lengths is not None:
+                if is_symbolic(lengths):
+                    raise OptionError(ITSELF)
                 if mask is not None:
                     raise OptionError("mask and lengths say the same thing twice: pass one of them")
                 mask = mask_of_lengths(lengths, input)
@@ -372,3 +376,7 @@ class BatchNorm2d(_Layer, nn.BatchNorm2d):
 class BatchNorm3d(_Layer, nn.BatchNorm3d):
     __doc__ = _DOC.format(name="BatchNorm3d", shapes="`[N, C, D, H, W]`")
     _ranks = (5,)
+
+
+for _ours in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
+    refuse_to_fuse(getattr(nn, _ours.__name__), _ours)

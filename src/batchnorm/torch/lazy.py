@@ -10,9 +10,10 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Layer
+from .symbolic import OneNode
 
 
-class _Lazy(nn.modules.batchnorm._BatchNorm):
+class _Lazy(OneNode, nn.modules.batchnorm._BatchNorm):
     """What the lazy form keeps for the layer that it becomes."""
 
     activation: str | None = None

@@ -191,7 +191,7 @@ def normalize(
         input = input.to(torch.promote_types(input.dtype, residual.dtype))
     if input.dim() < 2:
         return Normalized(behind(input.clone(), residual, settings.activation), None)
-    plan = _plan(input, tracked, mask, settings, mode)
+    plan = _plan(input, tracked, mask, settings, mode, exporting=exporting)
     strict = settings.nonfinite == "raise" and mode.moves
     if exporting or differentiable.is_transforming():
         return differentiable.normalize(input, weight, bias, residual, plan)
@@ -202,7 +202,9 @@ def normalize(
     return operators.apply(input, weight, bias, residual, plan, running, strict=strict)
 
 
-def _plan(input: Tensor, tracked: Tracked, mask: Tensor | None, settings: Settings, mode: Mode) -> Plan:
+def _plan(
+    input: Tensor, tracked: Tracked, mask: Tensor | None, settings: Settings, mode: Mode, *, exporting: bool
+) -> Plan:
     policy, training, eps = settings.statistics, settings.training, settings.eps
     if not mode.measures:
         assert tracked.mean is not None
@@ -210,7 +212,7 @@ def _plan(input: Tensor, tracked: Tracked, mask: Tensor | None, settings: Settin
         mean, var = tracked.mean, tracked.var
         if tracked.memory is not None:
             mean, var = tracked.memory.given(input, mean, var, training)
-        given = _given(mean, var, eps, input)
+        given = _given(mean, var, eps, input, exporting=exporting)
         return Plan(eps, settings.activation, mask, None, given)
     if type(policy) is Batch and not mode.is_lenient:  # most calls
         return Plan(eps, settings.activation, mask)
@@ -225,9 +227,11 @@ def _plan(input: Tensor, tracked: Tracked, mask: Tensor | None, settings: Settin
     return Plan(eps, settings.activation, mask, size, None, choice)
 
 
-def _given(running_mean: Tensor, running_var: Tensor, eps: float, input: Tensor) -> tuple[Tensor, Tensor]:
+def _given(
+    running_mean: Tensor, running_var: Tensor, eps: float, input: Tensor, *, exporting: bool
+) -> tuple[Tensor, Tensor]:
     """Return mean and rstd, `[1, C]`; copies, so that autograd never holds a buffer that will move."""
-    if not (differentiable.is_transforming() or torch.compiler.is_compiling()):
+    if not (exporting or differentiable.is_transforming() or torch.compiler.is_compiling()):
         found = engine(input).given(running_mean, running_var, eps)
         if found is not None:
             return found

@@ -11,6 +11,7 @@ from batchnorm.errors import InputShapeError, OptionError
 from batchnorm.statistics.synced import Synced
 
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Layer
+from .quantization import refuse_to_fuse
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
@@ -125,6 +126,10 @@ class SyncBatchNorm(_Layer):
         for norm in norms:
             become_synced(norm, policy)
         return module
+
+
+for _stock in _PLAIN:
+    refuse_to_fuse(_stock, SyncBatchNorm)
 
 
 def become_synced(norm: nn.Module, policy: Synced) -> None:
