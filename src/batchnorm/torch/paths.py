@@ -194,7 +194,7 @@ def normalize(
     plan = _plan(input, tracked, mask, settings, mode, exporting=exporting)
     strict = settings.nonfinite == "raise" and mode.moves
     if exporting or differentiable.is_transforming():
-        return differentiable.normalize(input, weight, bias, residual, plan)
+        return differentiable.normalize(input, weight, bias, residual, plan, exporting=exporting)
     if torch.compiler.is_compiling():
         return compiled.apply(input, weight, bias, residual, plan, strict=strict)
     if plan.choice is not None:
