@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import batchnorm
 
 HEAVY = (
     "torch",
@@ -44,16 +49,51 @@ def imported_by(code: str) -> set[str]:
 
 
 def test_import_is_light() -> None:
-    assert imported_by("import batchnorm, batchnorm.errors; dir(batchnorm)") == set()
+    light = "import batchnorm, batchnorm.errors, batchnorm.conventions; dir(batchnorm)"
+    assert imported_by(light) == set()
 
 
 def test_import_of_something_heavy_is_found() -> None:
     assert imported_by("import batchnorm, numpy.linalg, jinja2") == {"numpy", "jinja2"}
 
 
-def test_unknown_attribute_is_an_attribute_error() -> None:
-    import batchnorm
+MODULES = sorted(name for name, (_, attribute) in batchnorm._HOMES.items() if attribute is None)
 
+
+@pytest.mark.parametrize("first", ["import", "attribute"])
+def test_row_83_every_public_module_imports_as_one(first: str) -> None:
+    """Row 83: `import batchnorm.functional` and `from batchnorm.functional import ...`, the same object."""
+    assert {"conventions", "errors", "functional", "keras", "kernels"} <= set(MODULES)
+    imports = [f"import batchnorm.{name} as imported_{name}" for name in MODULES]
+    attributes = ["import batchnorm", *(f"attribute_{name} = batchnorm.{name}" for name in MODULES)]
+    checks = [
+        f"from batchnorm import {name}\n"
+        f"assert imported_{name} is attribute_{name} is {name} is sys.modules['batchnorm.{name}'], {name}\n"
+        f"assert all(hasattr({name}, public) for public in getattr({name}, '__all__', ())), {name}"
+        for name in MODULES
+    ]
+    both = [imports, attributes] if first == "import" else [attributes, imports]
+    run_python("\n".join(["import sys", *both[0], *both[1], *checks]))
+
+
+def test_functions_import_from_the_public_module() -> None:
+    from batchnorm.functional import batch_norm
+    from batchnorm.torch import functional
+
+    assert batch_norm is functional.batch_norm
+    assert set(batchnorm.functional.__all__) == set(functional.__all__)
+
+
+def test_type_checkers_and_completion_see_every_public_name() -> None:
+    """What they read is the block for them, and the files beside it; mypy itself takes a minute."""
+    source = ast.parse(Path(batchnorm.__file__).read_text())
+    (block,) = (node for node in source.body if isinstance(node, ast.If))
+    seen = {name.asname or name.name for node in block.body for name in node.names}
+    assert seen | {"__version__"} == set(batchnorm.__all__) == set(batchnorm._HOMES) | {"__version__"}
+    assert set(MODULES) <= {module.name for module in pkgutil.iter_modules(batchnorm.__path__)}
+
+
+def test_unknown_attribute_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'batchnorm' has no attribute 'BatchNorm4d'"):
         batchnorm.BatchNorm4d  # noqa: B018 -- the access is the test
     assert not hasattr(batchnorm, "BatchNorm4d")
@@ -84,6 +124,15 @@ def test_missing_framework_is_an_error_that_names_the_extra(name: str) -> None:
         "    assert isinstance(error, batchnorm.errors.BatchNormError)\n"
         "    assert error.name == 'torch', error.name\n"
         "    print(error)\n"
+    )
+    assert f"batchnorm.{name} needs torch" in message
+    assert "pip install 'batchnorm[torch]'" in message
+
+
+@pytest.mark.parametrize("name", ["functional", "kernels"])
+def test_import_of_a_module_names_the_extra_too(name: str) -> None:
+    message = run_python(
+        f"{BLOCK_TORCH}\ntry:\n    import batchnorm.{name}\nexcept ImportError as error:\n    print(error)\n"
     )
     assert f"batchnorm.{name} needs torch" in message
     assert "pip install 'batchnorm[torch]'" in message

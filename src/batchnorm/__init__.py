@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0.dev0"
 
-# Public name -> (the module that defines it, its name there; None for the module itself).
+# Public name -> (the module that defines it, its name there; None for a module, which has that name itself).
 _HOMES: dict[str, tuple[str, str | None]] = {
     "Adapted": ("batchnorm.statistics.adapted", "Adapted"),
     "Batch": ("batchnorm.statistics.batch", "Batch"),
@@ -31,7 +31,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "errors": ("batchnorm.errors", None),
     "fold": ("batchnorm.models.fold", "fold"),
     "freeze": ("batchnorm.models.freeze", "freeze"),
-    "functional": ("batchnorm.torch.functional", None),
+    "functional": ("batchnorm.functional", None),
     "fuse": ("batchnorm.models.fuse", "fuse"),
     "inspect": ("batchnorm.models.inspect", "inspect"),
     "keras": ("batchnorm.keras", None),
@@ -42,8 +42,6 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "revert": ("batchnorm.models.revert", "revert"),
     "unfreeze": ("batchnorm.models.freeze", "unfreeze"),
 }
-# Top-level package that a missing import names -> the extra that brings it.
-_EXTRAS = {"torch": "torch", "keras": "keras", "rich": "study"}
 
 __all__ = [
     "Adapted",
@@ -78,7 +76,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import conventions, errors, keras, kernels
+    from . import conventions, errors, functional, keras, kernels
     from .memory import reuse_memory
     from .models.accumulate import accumulate
     from .models.calibrate import calibrate
@@ -96,7 +94,6 @@ if TYPE_CHECKING:
     from .statistics.renorm import Renorm
     from .statistics.running import Running
     from .statistics.synced import Synced
-    from .torch import functional
     from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from .torch.lean import lean
     from .torch.sync import SyncBatchNorm
@@ -105,16 +102,11 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module_name, attribute = _HOMES[name]
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as missing:
-        package = (missing.name or "").partition(".")[0]
-        if package not in _EXTRAS:
-            raise
-        from .errors import MissingExtraError
+    from .errors import naming_the_extra
 
-        raise MissingExtraError(f"batchnorm.{name}", package, _EXTRAS[package]) from missing
+    module_name, attribute = _HOMES[name]
+    with naming_the_extra(f"batchnorm.{name}"):
+        module = importlib.import_module(module_name)
     value: object = module if attribute is None else getattr(module, attribute)
     globals()[name] = value
     return value

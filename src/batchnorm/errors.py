@@ -6,7 +6,12 @@ for the stock layer catches ours.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Self
+
+# Top-level package that a missing import names -> the extra that brings it.
+EXTRAS = {"torch": "torch", "keras": "keras", "rich": "study"}
 
 
 class BatchNormError(Exception):
@@ -75,3 +80,15 @@ class MissingExtraError(BatchNormError, ImportError):
             f"{name} needs {package}, which is not installed: pip install 'batchnorm[{extra}]'",
         )
         self.name = package
+
+
+@contextlib.contextmanager
+def naming_the_extra(name: str) -> Iterator[None]:
+    """Within this context, a framework that is missing is a MissingExtraError of the public `name`."""
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise MissingExtraError(name, package, EXTRAS[package]) from missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import subprocess
@@ -13,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.gpu import plan
 from tests.support.cases import ACTIVATIONS, Case, Inputs, lay_out
 from tests.support.compare import Results, assert_close, reference_results
 from tests.support.interpreted import DEVICE, every_combination, interpreting
@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.gpu import engine
+from batchnorm.kernels.gpu import engine, plan
 from batchnorm.kernels.gpu.tiles import tile_of
 
 EPS = 1e-5
@@ -318,6 +318,44 @@ def test_row_26_the_plan_fills_a_device_and_fits_its_registers() -> None:
             assert found.parts * found.part_tiles >= found.tiles
             programs = found.channel_tiles * (1 if found.is_whole else found.parts)
             assert programs >= min(128, math.prod(shape) // plan._TILE)
+
+
+BEHIND_TENSORFLOW = """
+import sys
+import torch, tensorflow
+flags = sys.getdlopenflags()
+import batchnorm
+from batchnorm import kernels
+layer = batchnorm.BatchNorm1d(3, activation="relu")
+with torch.no_grad():
+    layer.weight.uniform_(0.5, 1.5)
+    layer.bias.normal_()
+x = torch.randn(5, 3)
+with kernels.use("gpu"):
+    print(kernels.explain(x))
+    y = layer(x)
+with kernels.use("eager"):
+    torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
+assert sys.getdlopenflags() == flags
+twice = tensorflow.function(lambda a: tensorflow.exp(a) @ a, jit_compile=True)  # by its own LLVM
+assert twice(tensorflow.ones((2, 2))).shape == (2, 2)
+"""
+
+
+def test_row_84_triton_loads_behind_tensorflow() -> None:
+    """Row 84: TensorFlow's LLVM is global, and Triton's library took it for its own: the process ended."""
+    if importlib.util.find_spec("tensorflow") is None:  # not imported here, which would be in the others' way
+        pytest.skip("TensorFlow, of the extra dev, is not there")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", BEHIND_TENSORFLOW],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith("gpu for float32 [5, 3] on cpu")
 
 
 COMPILING = Path(__file__).parent / "compile_for_gpu.py"

@@ -81,6 +81,87 @@ def test_row_29_onnx_of_a_16_bit_layer(tmp_path: Path) -> None:
     torch.testing.assert_close(y, layer(x).detach(), rtol=2e-3, atol=2e-3)
 
 
+def around_norms() -> nn.Module:
+    """Norms before and behind everything that an exporter's optimizer folds them into."""
+    norm = batchnorm.BatchNorm2d
+    model = nn.Sequential(
+        norm(3),
+        nn.Conv2d(3, 4, 3),
+        norm(4, activation="elu"),
+        nn.Conv2d(4, 4, 1, bias=False),
+        norm(4, affine=False),
+        nn.ConvTranspose2d(4, 3, 2),
+        norm(3, activation="hardswish", statistics=batchnorm.Running()),
+        norm(3, activation="gelu", statistics=batchnorm.Adapted(8)),
+        nn.Flatten(),
+        nn.Linear(75, 6),
+        batchnorm.BatchNorm1d(6, activation="leaky_relu"),
+        nn.Unflatten(1, (2, 3)),
+        nn.Conv1d(2, 4, 1),
+        batchnorm.BatchNorm1d(4),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+    )
+    for layer in model:
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            scramble(layer)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Converting a tensor:torch.jit.TracerWarning")
+@pytest.mark.parametrize("exporter", ["default", "program", "traced"])
+def test_row_81_onnx_of_a_16_bit_model(exporter: str, tmp_path: Path) -> None:
+    """Row 81: it had float32 parameters folded into float16 layers, which ONNX Runtime does not load."""
+    model = around_norms()
+    x = torch.linspace(-2, 2, 4 * 3 * 36).view(4, 3, 6, 6)
+    wanted = model(x).detach()
+    y, _ = run_onnx(model.half(), (x.half(),), tmp_path, exporter)
+    assert y.dtype == torch.float16
+    # A score of roundings, of values up to 5, by 2^-11 of them each.
+    torch.testing.assert_close(y.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+class Masked(nn.Module):
+    """A norm by the running statistics, one by a policy; both with an activation, and a mask."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        adapted = batchnorm.BatchNorm1d(3, activation="gelu", statistics=batchnorm.Adapted(4))
+        self.norms = nn.ModuleList([scramble(batchnorm.BatchNorm1d(3, activation="elu")), scramble(adapted)])
+        self.norms = self.norms[:layers]
+        self.register_buffer("mask", torch.rand(4, 5) > 0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in self.norms:
+            x = norm(x, mask=self.mask)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("exporter", ["default", "traced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_onnx_of_policies_and_masks(dtype: torch.dtype, exporter: str, tmp_path: Path) -> None:
+    """ONNX Runtime has few activations in float64, and in bfloat16 little but casts."""
+    model = Masked(layers=1 if dtype == torch.bfloat16 else 2).to(dtype).eval()
+    x = torch.randn(4, 3, 5).to(dtype)
+    y, _ = run_onnx(model, (x,), tmp_path, exporter)
+    assert y.dtype == dtype
+    close = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(y, model(x).detach(), rtol=close, atol=close)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, of the function under test
+def test_a_traced_mask_counts_the_values_of_other_inputs() -> None:
+    model = batchnorm.BatchNorm1d(3, statistics=batchnorm.Adapted(4)).eval().requires_grad_(False)
+    x, mask = torch.randn(4, 3, 5), torch.rand(4, 5) > 0.4
+    traced = torch.jit.trace(lambda x, mask: model(x, mask=mask), (x, mask))
+    x, mask = torch.randn(2, 3, 9), torch.rand(2, 9) > 0.4
+    torch.testing.assert_close(traced(x, mask), model(x, mask=mask))
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_torch_export_of_16_bit_layers(dtype: torch.dtype, training: bool) -> None:

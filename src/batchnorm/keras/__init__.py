@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from batchnorm.errors import MissingExtraError
+from batchnorm.errors import naming_the_extra
 
-try:
+with naming_the_extra("batchnorm.keras"):
     import keras as _keras  # noqa: F401
-except ModuleNotFoundError as _missing:
-    if _missing.name != "keras":
-        raise  # Keras is there; what it lacks is its backend, and it says so
-    raise MissingExtraError("batchnorm.keras", "keras", "keras") from _missing
 
 from .agreement import FoldError
 from .calibrate import calibrate

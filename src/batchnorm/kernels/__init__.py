@@ -1,5 +1,8 @@
 """Speed: the engines that compute batch normalization, and the choice between them."""
 
-from .choose import explain, use
+from batchnorm.errors import naming_the_extra
+
+with naming_the_extra("batchnorm.kernels"):
+    from .choose import explain, use
 
 __all__ = ["explain", "use"]

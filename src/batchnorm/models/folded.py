@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from batchnorm.errors import InputShapeError
+from batchnorm.torch.symbolic import OneNode
 
 from .activations import FUNCTIONS, module_for
 
 FOLDED = "_batchnorm_folded"  # attribute of what stands in a norm's place
 
 
-class Folded(nn.Module):
+class Folded(OneNode):
     """activation(input + residual): what is left of a norm whose scale and shift another layer has taken.
 
     Args:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from batchnorm.errors import OptionError
+from batchnorm.torch.symbolic import is_symbolic
 
 from .activations import FUNCTIONS
 from .blocks import Block, traced
@@ -93,15 +94,6 @@ class FusedForward:
 
     _rewrite: Rewrite
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the rewritten forward, or the author's where that no longer stands for it."""
-        assert isinstance(self, nn.Module)
-        made = self._rewrite.make(self)
-        if self._rewrite.holds(self, made):
-            return made.function(self, *args, **kwargs)
-        with without_activation(self.get_submodule(path) for path, _ in self._rewrite.spec.sites):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the author's class and what to rewrite: the class made here has no name to load by."""
         reduced: Any = super().__reduce_ex__(protocol)
@@ -120,7 +112,24 @@ def authors_class(module: Any) -> type:
 def fused_class(cls: Hashable) -> Any:
     """Return the class that stands for `cls` in blocks that were rewritten."""
     assert isinstance(cls, type)
-    return type(cls.__name__, (FusedForward, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    of_author: Any = cls
+
+    @functools.wraps(of_author.forward)  # whoever reads its arguments, as torch.fx does, finds the author's
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the rewritten forward, or the author's where that no longer stands for it."""
+        made = self._rewrite.make(self)
+        if self._rewrite.holds(self, made):
+            return made.function(self, *args, **kwargs)
+        if is_symbolic(*args, *kwargs.values()):  # the graph would apply the activations all the same
+            raise OptionError(
+                "torch.fx would trace a fused block that has changed since: batchnorm.revert the model first",
+                f"{of_author.__name__} with {self._rewrite.spec.sites[0][0]}",
+            )
+        with without_activation(self.get_submodule(path) for path, _ in self._rewrite.spec.sites):
+            return of_author.forward(self, *args, **kwargs)
+
+    own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "forward": forward}
+    return type(cls.__name__, (FusedForward, cls), own)
 
 
 def _restore(cls: type) -> Any:
@@ -147,6 +156,8 @@ def normalize_and_add(norm: nn.Module, input: Tensor, residual: Any, in_place: b
     An addition broadcasts, takes numbers, and in place keeps the dtype of what it writes to: a layer's
     residual does none of that.
     """
+    if is_symbolic(input, residual):
+        return norm(input, residual)  # one node, whose layer checks the shapes
     is_plain = isinstance(residual, Tensor) and residual.shape == input.shape
     if is_plain and residual.is_floating_point() and residual.device == input.device:
         dtype = torch.promote_types(input.dtype, residual.dtype)

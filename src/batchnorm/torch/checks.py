@@ -13,6 +13,8 @@ from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.serialized import POLICIES
 
+from .quantization import REVERT_FIRST
+
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -150,6 +152,8 @@ def check_axis(axis: int, input: Tensor) -> None:
 
 def check_input(input: Tensor) -> None:
     """Raise unless `input` is dense, floating and has channels."""
+    if input.is_quantized:
+        raise InputTypeError(f"the input is quantized, {_dtype(input)}; {REVERT_FIRST}")
     check_dense("the input", input)
     if not input.is_floating_point():
         raise InputTypeError(f"expected a floating-point input, got {_dtype(input)}: {_to_floating(input)}")
@@ -166,7 +170,7 @@ def _to_floating(input: Tensor) -> str:
     """Return how a tensor that is not floating can be normalized."""
     if input.is_complex():
         return "normalize .real and .imag by a layer each, or torch.view_as_real of it as twice the channels"
-    return "convert it with .dequantize()" if input.is_quantized else "convert it with .float()"
+    return "convert it with .float()"
 
 
 def is_mkldnn(tensor: Tensor) -> bool:

@@ -54,12 +54,15 @@ def normalize(
     bias: Tensor | None,
     residual: Tensor | None,
     plan: Plan,
+    *,
+    exporting: bool = False,
 ) -> Normalized:
     """Return y = activation(weight * x̂ + bias + residual), 0 where masked.
 
     Args:
         x: `[N, C, *S]`.
         plan: by which statistics.
+        exporting: for a runtime, which has activations in float32 (ONNX Runtime has no elu in float64).
     """
     wide = cleared(x.to(wide_dtype(x.device)), plan.mask)
     batch = None
@@ -78,8 +81,9 @@ def normalize(
     z = z if weight is None else z * _spread(weight, x)
     z = z if bias is None else z + _spread(bias, x)
     z = z if residual is None else z + cleared(residual, plan.mask)
+    z = z.to(torch.promote_types(x.dtype, torch.float32)) if exporting else z
     y = z if plan.activation is None else ACTIVATIONS[plan.activation].value(z)
-    return Normalized(cleared(y.to(x.dtype), plan.mask), batch)
+    return Normalized(cleared(y, plan.mask).to(x.dtype), batch)
 
 
 def cleared(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -106,7 +110,7 @@ def _moments(wide: Tensor, plan: Plan) -> tuple[PooledMoments, Tensor, Tensor | 
     if counted is None and groups is None:
         count: float | Tensor = 1.0 * samples * positions  # not float(): of an exporter it may be a symbol
     else:
-        per_sample = wide.new_full((samples, 1), float(positions))
+        per_sample = wide.new_ones(samples, 1) * positions
         if counted is not None:
             per_sample = counted.unsqueeze(1).flatten(1).sum(1, keepdim=True).to(wide.dtype)
         count = _total(per_sample, groups, number)

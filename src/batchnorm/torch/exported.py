@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.batch import running_update
 
+from .checks import HALVES
 from .settings import Settings, Tracked
 
 
 def is_exporting() -> bool:
-    """Whether torch.export or torch.jit.trace looks on."""
-    return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+    """Whether torch.export, torch.jit.trace or make_fx looks on: they record operators, and no kernels."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return True
+    return not torch.compiler.is_compiling() and get_proxy_mode() is not None
 
 
 def stock(
@@ -36,23 +40,44 @@ def stock(
         moves: and move these.
     """
     running_mean, running_var, batches, momentum, *_ = tracked
-    if running_mean is not None and running_mean.dtype != input.dtype:
+    dtype = torch.promote_types(input.dtype, input.dtype if residual is None else residual.dtype)
+    used: tuple[Tensor | None, ...] = (running_mean, running_var) if moves or not measures else (None, None)
+    widens = _widens(input)
+    if widens:
+        input = input.float()
+        weight, bias = (None if t is None else t.float() for t in (weight, bias))
+        if not moves:
+            used = tuple(None if t is None else t.float() for t in used)
+    elif running_mean is not None and running_mean.dtype != input.dtype:
         # its 16-bit form wants float32 parameters
         weight, bias = (None if t is None else t.to(running_mean.dtype) for t in (weight, bias))
     if momentum is None:
         momentum = 0.0 if batches is None else 1.0 / (batches + 1).to(wide_dtype(batches.device))
-    used = (running_mean, running_var) if moves or not measures else (None, None)
-    if isinstance(momentum, Tensor) and moves:
-        # torch's operator takes a number: read the batch off it, and move by hand
-        mean, var = (None if t is None else torch.zeros_like(t) for t in used)
+    is_apart = widens and any(t is not None and t.dtype != input.dtype for t in used)
+    if moves and (is_apart or isinstance(momentum, Tensor)):
+        # torch's operator takes a number, and its own dtype: read the batch off it, and move by hand
+        mean, var = (
+            None if t is None else torch.zeros_like(t, dtype=input.dtype if is_apart else None) for t in used
+        )
         y = F.batch_norm(input, mean, var, weight, bias, measures, 1.0, settings.eps)
         for old, new in zip(used, (mean, var), strict=True):
             if old is not None and new is not None:
                 old.copy_(running_update(old, new, momentum))
     else:
         number = 0.0 if isinstance(momentum, Tensor) else momentum
-        y = F.batch_norm(input, *used, weight, bias, measures, number, settings.eps)
-    return behind(y, residual, settings.activation)
+        mean, var = used
+        y = F.batch_norm(input, mean, var, weight, bias, measures, number, settings.eps)
+    return behind(y, residual, settings.activation).to(dtype)
+
+
+def _widens(input: Tensor) -> bool:
+    """Whether a 16-bit call is written to a file as float32 within: cast, normalized, activated, cast back.
+
+    As one operator of mixed dtypes, ONNX's optimizer (onnxscript 0.7) folds its float32 parameters into the
+    16-bit ones of a convolution or Gemm before it, and no runtime reads that; and few activations have a form
+    for each 16-bit dtype there.
+    """
+    return input.dtype in HALVES and (torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export())
 
 
 def behind(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:

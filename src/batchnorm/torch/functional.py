@@ -13,6 +13,7 @@ from batchnorm.statistics.policy import Policy
 from . import checks, exported, paths
 from .moving import moved, pooled_groups
 from .settings import Settings, Tracked
+from .symbolic import one_node
 
 __all__ = ["batch_norm", "moments", "normalize_batch", "pure_batch_norm"]
 
@@ -105,6 +106,7 @@ def batch_norm(
     return y.movedim(1, axis)
 
 
+@one_node
 def pure_batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -155,6 +157,7 @@ def pure_batch_norm(
     return y, new_mean, new_var
 
 
+@one_node
 def moments(input: Tensor, mask: Tensor | None = None) -> PooledMoments:
     """Return count, mean and centred second moment of each channel.
 
@@ -175,6 +178,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> PooledMoments:
     return PooledMoments(count[0], mean[0], m2[0])
 
 
+@one_node
 def normalize_batch(
     input: Tensor,
     weight: Tensor | None = None,

@@ -27,15 +27,17 @@ from .contexts.scope import Scope
 from .naming import qualified_name
 from .options import keyword_options
 from .own_buffers import OwnBuffers, counter
+from .quantization import refuse_to_fuse
 from .scripted import stock_twin
 from .settings import Settings, Tracked
+from .symbolic import ITSELF, OneNode, is_symbolic
 
 _BATCH = Batch()
 # What a layer has for as long as it is in a context, or has a backward before it.
 PASSING = ("_memory", "_pool", "_scope", "_domain")
 
 
-class _Layer(OwnBuffers):
+class _Layer(OneNode, OwnBuffers):
     """What the three layers share; each also subclasses its stock namesake, so `isinstance` holds."""
 
     _ranks: ClassVar[tuple[int, ...]]
@@ -181,6 +183,8 @@ class _Layer(OwnBuffers):
         """Return activation(norm(input) + residual), `[N, C, *S]`; see the class."""
         try:
             if lengths is not None:
+                if is_symbolic(lengths):
+                    raise OptionError(ITSELF)
                 if mask is not None:
                     raise OptionError("mask and lengths say the same thing twice: pass one of them")
                 mask = mask_of_lengths(lengths, input)
@@ -371,3 +375,7 @@ class BatchNorm2d(_Layer, nn.BatchNorm2d):
 class BatchNorm3d(_Layer, nn.BatchNorm3d):
     __doc__ = _DOC.format(name="BatchNorm3d", shapes="`[N, C, D, H, W]`")
     _ranks = (5,)
+
+
+for _ours in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
+    refuse_to_fuse(getattr(nn, _ours.__name__), _ours)

@@ -11,9 +11,10 @@ from batchnorm.statistics.policy import Policy
 
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Layer
 from .own_buffers import OwnBuffers
+from .symbolic import OneNode
 
 
-class _Lazy(OwnBuffers):
+class _Lazy(OneNode, OwnBuffers):
     """What the lazy form keeps for the layer that it becomes."""
 
     activation: str | None = None

@@ -227,10 +227,10 @@ def normalize(
         input = input.to(torch.promote_types(input.dtype, residual.dtype))
     if input.dim() < 2:
         return Normalized(behind(input.clone(), residual, settings.activation), None)
-    plan = _plan(input, tracked, mask, settings, mode)
+    plan = _plan(input, tracked, mask, settings, mode, exporting=exporting)
     strict = settings.nonfinite == "raise" and settings.training and mode.measures
     if exporting or differentiable.is_transforming():
-        found = differentiable.normalize(input, weight, bias, residual, plan)
+        found = differentiable.normalize(input, weight, bias, residual, plan, exporting=exporting)
         if strict and found.batch is not None:
             check_finite(found.batch.mean.detach(), found.batch.m2.detach())
         return found
@@ -241,7 +241,9 @@ def normalize(
     return operators.apply(input, weight, bias, residual, plan, running, strict=strict)
 
 
-def _plan(input: Tensor, tracked: Tracked, mask: Tensor | None, settings: Settings, mode: Mode) -> Plan:
+def _plan(
+    input: Tensor, tracked: Tracked, mask: Tensor | None, settings: Settings, mode: Mode, *, exporting: bool
+) -> Plan:
     policy, training, eps = settings.statistics, settings.training, settings.eps
     if not mode.measures:
         assert tracked.mean is not None
@@ -249,7 +251,7 @@ def _plan(input: Tensor, tracked: Tracked, mask: Tensor | None, settings: Settin
         mean, var = tracked.mean, tracked.var
         if tracked.memory is not None:
             mean, var = tracked.memory.given(input, mean, var, training)
-        given = _given(mean, var, eps, input)
+        given = _given(mean, var, eps, input, exporting=exporting)
         return Plan(eps, settings.activation, mask, None, given)
     if type(policy) is Batch and not mode.is_lenient:  # most calls
         return Plan(eps, settings.activation, mask)
@@ -264,9 +266,11 @@ def _plan(input: Tensor, tracked: Tracked, mask: Tensor | None, settings: Settin
     return Plan(eps, settings.activation, mask, size, None, choice)
 
 
-def _given(running_mean: Tensor, running_var: Tensor, eps: float, input: Tensor) -> tuple[Tensor, Tensor]:
+def _given(
+    running_mean: Tensor, running_var: Tensor, eps: float, input: Tensor, *, exporting: bool
+) -> tuple[Tensor, Tensor]:
     """Return mean and rstd, `[1, C]`; copies, so that autograd never holds a buffer that will move."""
-    if not (differentiable.is_transforming() or torch.compiler.is_compiling()):
+    if not (exporting or differentiable.is_transforming() or torch.compiler.is_compiling()):
         found = engine(input).given(running_mean, running_var, eps)
         if found is not None:
             return found

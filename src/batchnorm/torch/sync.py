@@ -12,6 +12,7 @@ from batchnorm.statistics.synced import Synced
 
 from .checks import check_module
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Layer
+from .quantization import refuse_to_fuse
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
@@ -127,6 +128,10 @@ class SyncBatchNorm(_Layer):
         for norm in norms:
             become_synced(norm, policy)
         return module
+
+
+for _stock in _PLAIN:
+    refuse_to_fuse(_stock, SyncBatchNorm)
 
 
 def become_synced(norm: nn.Module, policy: Synced) -> None:

@@ -1,1 +1,5 @@
-"""The engine for GPUs, in Triton."""
+"""The engine for GPUs, in Triton, which is loaded here, before any of its modules."""
+
+from .loading import load_triton
+
+load_triton()

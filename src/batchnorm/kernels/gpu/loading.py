@@ -1,0 +1,36 @@
+"""Triton is loaded so that its LLVM is its own, whoever has put another one in sight."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import os
+import sys
+
+
+def load_triton() -> None:
+    """Import Triton, where it is there, bound to its own symbols where those of another LLVM are global.
+
+    TensorFlow's wheels (2.20, 2.21) load with RTLD_GLOBAL, and LLVM is in them. Triton's library then takes
+    TensorFlow's functions for its own, and ends the process: "LLVM ERROR: inconsistency in registered
+    CommandLine options" (Triton 3.9), or a segmentation fault (3.7). Source:
+    https://github.com/tensorflow/tensorflow/issues/124205.
+    """
+    if importlib.util.find_spec("triton") is None:  # the plan of a call, for one, needs none
+        return
+    own_first = getattr(os, "RTLD_DEEPBIND", 0)  # glibc has it
+    if "triton" in sys.modules or not own_first or not _sees_llvm():
+        importlib.import_module("triton")
+        return
+    before = sys.getdlopenflags()
+    sys.setdlopenflags(before | own_first)
+    try:
+        importlib.import_module("triton")
+    finally:
+        sys.setdlopenflags(before)
+
+
+def _sees_llvm() -> bool:
+    """Whether functions of some LLVM are global in this process."""
+    return hasattr(ctypes.CDLL(None), "LLVMContextCreate")

@@ -1,0 +1,65 @@
+"""Calls with symbols in place of tensors: `torch.fx` makes one node of a layer, as it does of a stock layer.
+
+torch knows its own layers by the name of their module, and calls none of them. Ours are called, and answer
+with the node, before any hook runs: hooks run when the node does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+from torch import nn
+from torch.fx import Proxy
+
+from batchnorm.errors import OptionError
+
+from .quantization import REVERT_FIRST, quantizes
+
+P = ParamSpec("P")
+R = TypeVar("R")
+ITSELF = (
+    "torch.fx traces what is around a layer, and this is the layer itself: trace torch.nn.Sequential(layer)"
+)
+
+
+def is_symbolic(*values: object) -> bool:
+    """Whether one of the arguments of a call is a symbol of `torch.fx`."""
+    return any(isinstance(value, Proxy) for value in values)
+
+
+def one_node(function: Callable[P, R]) -> Callable[P, R]:
+    """Have `torch.fx` make one node of a function, as it does of torch's own."""
+
+    @functools.wraps(function)
+    def recorded(*args: P.args, **kwargs: P.kwargs) -> R:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Proxy):
+                return cast(R, value.tracer.create_proxy("call_function", recorded, args, kwargs))
+        return function(*args, **kwargs)
+
+    return recorded
+
+
+class OneNode(nn.Module):
+    """A layer of which `torch.fx` makes one node."""
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Proxy):
+                return _node(self, value.tracer, args, kwargs)
+        return super()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _node(layer: nn.Module, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy:
+    """Return what `torch.fx` records of a call of the layer: as it is called.
+
+    Raises:
+        OptionError: torch.ao.quantization traces a norm.
+    """
+    path = tracer.path_of_module(layer)
+    if quantizes(tracer) and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        raise OptionError(REVERT_FIRST, f"{path} ({type(layer).__name__})")
+    node: Proxy = tracer.create_proxy("call_module", path, args, kwargs)
+    return node
