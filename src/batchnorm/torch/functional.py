@@ -74,7 +74,6 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
     """
-    checks.check_tensor(input)
     tensors = (input, running_mean, running_var, weight, bias, residual, mask)
     if has_torch_function(tensors):
         y: Tensor = handle_torch_function(
@@ -95,6 +94,7 @@ def batch_norm(
             axis=axis,
         )
         return y
+    checks.check_tensor(input)
     settings = Settings(training, eps, activation, statistics)
     tracked = Tracked(running_mean, running_var, None, momentum)
     checks.check_policy(statistics, running_mean is not None and running_var is not None)
