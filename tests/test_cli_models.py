@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import batchnorm
 from batchnorm.cli import app
 from batchnorm.cli.model_files import Run
+from batchnorm.kernels import choose
 
 _OWN = """
 import numpy as np
@@ -361,4 +362,18 @@ def test_an_onnx_file_needs_packages_which_are_named(own: Path, monkeypatch: pyt
     monkeypatch.setattr("batchnorm.cli.model_files.find_spec", lambda _: None)
     done = run("fold", f"{own}:net", "--input", "4x3x6x6", "--out", own.with_name("x.onnx"))
     assert_fails(done, 2, "pip install onnx onnxscript")
+    assert folder(own) == {"own.py"}
+
+
+@pytest.mark.parametrize("command", ["convert", "calibrate"])
+def test_an_engine_that_is_none_is_one_line(command: str, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choose.ENVIRONMENT_VARIABLE, "nonsense")
+    choose._environment.cache_clear()
+    try:
+        options = ["--data", f"{own}:data", "--out", own.with_name("new.safetensors")]
+        done = run(command, f"{own}:net", *options)
+    finally:
+        monkeypatch.undo()
+        choose._environment.cache_clear()
+    assert_fails(done, 1 if command == "convert" else 2, "BATCHNORM_ENGINE asks for the engine 'nonsense'")
     assert folder(own) == {"own.py"}
