@@ -256,6 +256,10 @@ def test_make_fx_records_operators_and_no_numbers(
     """Kernels are no operators: a graph had what they computed from its example as constants, silently."""
     model = scramble(batchnorm.BatchNorm2d(3, **options)).train(training)
     before = copy.deepcopy(model.state_dict())
+    if training and options.get("nonfinite") == "raise":
+        with pytest.raises(OptionError, match=r'nonfinite="raise" cannot be exported in training'):
+            make_fx(lambda x, second: how(model, x, second))(images(0), images(1))
+        return
     graph = make_fx(lambda x, second: how(model, x, second))(images(0), images(1))
     model.load_state_dict(before)
     eager = copy.deepcopy(model)
