@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -23,6 +24,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 def pytest_configure() -> None:
+    """Heed Ctrl-C, and share the cores.
+
+    What a shell runs in the background has SIGINT ignored, and so have the programs that tests start and stop.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _share_cores()
+
+
+def _share_cores() -> None:
     """Give each of several workers, and the processes that it starts, its share of the cores.
 
     Threads that wait for a core that another worker's thread has are the worst use of both: fifty small
