@@ -26,7 +26,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 def pytest_configure() -> None:
     """Heed Ctrl-C, and share the cores.
 
-    What a shell runs in the background has SIGINT ignored, and so have the programs that tests start and stop.
+    What a shell runs in the background has SIGINT ignored, and so have the programs that tests start and
+    stop.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
