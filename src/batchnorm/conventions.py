@@ -109,12 +109,18 @@ def keras_to_torch(layer: Any, *, samples: int | None = None) -> tuple[dict[str,
     settings |= _shared_options(layer)
 
     var = _float64(layer.moving_variance)
-    values = {"running_mean": mean, "running_var": var if samples is None else var * samples / (samples - 1)}
+    var = var if samples is None else var * samples / (samples - 1)
+    of_statistics: torch.dtype = getattr(
+        torch, str(layer.moving_mean.dtype)
+    )  # 16-bit layers of ours: float32
+    running = {"running_mean": mean, "running_var": var}
+    values = {}
     if layer.scale:
         values["weight"] = _float64(layer.gamma)
     if layer.center:
         values["bias"] = _float64(layer.beta)
-    state = {name: torch.tensor(value, dtype=dtype) for name, value in values.items()}
+    state = {name: torch.tensor(value, dtype=of_statistics) for name, value in running.items()}
+    state |= {name: torch.tensor(value, dtype=dtype) for name, value in values.items()}
     if layer.center and not layer.scale:
         state["weight"] = torch.ones_like(state["bias"])
     batches = getattr(layer, "batches", None)  # ours alone has it, if its policy goes by it

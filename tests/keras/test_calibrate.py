@@ -313,7 +313,7 @@ def test_nan_and_inf_are_refused_by_the_layer_that_received_them() -> None:
 
 
 def test_statistics_that_the_variables_cannot_hold_are_refused() -> None:
-    model = _single(BatchNormalization(dtype="float16"), 3)
+    model = _single(layers.BatchNormalization(dtype="float16"), 3)  # ours has float32 ones
     with pytest.raises(DataError, match="too large for float16 statistics"):
         calibrate(model, 1000 * numbers(40, 3), verbose=0)
 

@@ -219,7 +219,7 @@ def test_dtype_is_that_of_the_variables(keras_class: Any, policy: str, dtype: to
     settings, state = conventions.keras_to_torch(layer)
     assert settings["dtype"] == dtype
     for name, weight in zip(RANDOM_STATE, layer.weights, strict=True):
-        assert state[name].dtype == dtype
+        assert state[name].dtype == getattr(torch, weight.dtype)
         exact = keras.ops.convert_to_numpy(weight).astype("float64")
         np.testing.assert_array_equal(state[name].double().numpy(), exact)
     stock = to_torch(layer, nn, "BatchNorm1d")

@@ -240,7 +240,8 @@ def test_dtype_policies(policy: str, training: bool) -> None:
     y = layer(x, training=training)
     assert keras.backend.standardize_dtype(y.dtype) == layer.compute_dtype
     stored = "float64" if wide else "bfloat16" if policy == "bfloat16" else "float32"
-    assert {keras.backend.standardize_dtype(weight.dtype) for weight in layer.weights} == {stored}
+    assert {weight.dtype for weight in layer.trainable_weights} == {stored}
+    assert {weight.dtype for weight in layer.non_trainable_weights} == {"float64" if wide else "float32"}
     dtype = {"mixed_float16": torch.float16, "float64": F32}.get(policy, torch.bfloat16)
     expected = (exact - mean) / np.sqrt(var.astype(float) + layer.epsilon) * gamma + beta
     assert_close(keras.ops.convert_to_numpy(keras.ops.cast(y, "float32")), expected, dtype=dtype, what="y")

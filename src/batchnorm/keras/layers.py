@@ -64,7 +64,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     Call arguments:
         inputs: floating, any rank from 2 on.
-        training: use the batch's statistics, and move the moving ones.
+        training: use the batch's statistics, and move the moving ones. A layer that was told False wherever
+            a functional model was made of it never does; the stock layer does inside `fit`.
         mask: `[N, *S]`, the inputs' shape without the channel axis, True = the value counts in the
             statistics. Masked positions are normalized with the rest. A mask of Keras's own, of the inputs'
             shape without the last axis, serves too where the two cannot be confused.
@@ -74,11 +75,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         OptionError: (a ValueError) a policy or option that Keras cannot keep to, or two that contradict.
         ValueError: as the stock layer, for wrong options.
 
-    Differs from Keras: accurate for |mean|/std up to 1e6, where the stock layer loses float32 to
-    cancellation; masks are right for channels-first data and for one channel; a batch with no valid value
-    leaves the moving statistics alone; `synchronized` works on every backend and counts masked values
-    right; `frozen`; `statistics`, `nonfinite` and `small_batch`. A `Renorm` whose bounds open with time has
-    one weight more, `batches`.
+    Differs from Keras: moving statistics of 16-bit layers are float32; accurate for |mean|/std up to 1e6,
+    where the stock layer loses float32 to cancellation; masks are right for channels-first data and for one
+    channel; a batch with no valid value leaves the moving statistics alone; `synchronized` works on every
+    backend and counts masked values right; `frozen`; `statistics`, `nonfinite` and `small_batch`. A `Renorm`
+    whose bounds open with time has one weight more, `batches`.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; Ioffe 2017, arXiv:1702.03275.
     """
@@ -111,6 +112,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         **kwargs: Any,
     ) -> None:
         self._frozen = False  # read by `trainable`, which the base class sets
+        self._infers_in_graphs: bool | None = None  # told so in all functional models; None: in none
         super().__init__(
             axis=axis,
             momentum=momentum,
@@ -193,6 +195,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if isinstance(self.activation, keras.layers.Layer) and not self.activation.built:
             self.activation.build(input_shape)
 
+    def add_weight(self, *args: Any, trainable: bool = True, **kwargs: Any) -> keras.Variable:
+        """As every layer's; but what does not learn are statistics, which stay float32 in a 16-bit layer."""
+        if not trainable and self.variable_dtype in ("float16", "bfloat16"):
+            kwargs.setdefault("dtype", "float32")
+        return super().add_weight(*args, trainable=trainable, **kwargs)
+
     def _counter(self, name: str) -> keras.Variable:
         return self.add_weight(
             shape=(),
@@ -207,6 +215,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _label(self) -> str:
         return f"{self.name} ({type(self).__name__})"
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer; and note what the making of functional models says: to heed `training=False`.
+
+        Inside `fit` such a model (Keras 3.15) calls its layers with its own `training`, whatever they were
+        told: https://github.com/keras-team/keras/issues/20285.
+        """
+        if any(isinstance(value, keras.KerasTensor) for value in (*args, *kwargs.values())):
+            says_inference = kwargs.get("training") is False
+            self._infers_in_graphs = says_inference and self._infers_in_graphs is not False
+        return super().__call__(*args, **kwargs)
+
     def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the normalized inputs; see the class."""
         x = inputs
@@ -216,7 +235,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         except BatchNormError as error:
             # In the message itself: Keras raises it anew, with the call's arguments behind it.
             raise type(error)(f"{self._label}: {error.message}") from None
-        by_batch = bool(training) and self.trainable
+        by_batch = bool(training) and self.trainable and not self._infers_in_graphs
         if self._runs_on_kernels(x, axis, valid, by_batch):
             from .torch_backend import call
 
