@@ -248,7 +248,7 @@ def gradients(model: nn.Module, x: Tensor, second: Tensor) -> Tensor:
     ("options", "how"),
     [(options, how) for options in OPTIONS for how in (call_with_a_mask, gradients)]
     + [(options, how) for options in OPTIONS[:3] for how in (call, call_with_a_residual)],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_make_fx_records_operators_and_no_numbers(
     options: dict[str, Any], how: Callable[..., Tensor], training: bool
