@@ -347,6 +347,7 @@ def test_row_84_triton_loads_behind_tensorflow() -> None:
     if importlib.util.find_spec("tensorflow") is None:  # not imported here, which would be in the others' way
         pytest.skip("TensorFlow, of the extra dev, is not there")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment.pop("KERAS_BACKEND", None)  # TensorFlow imports Keras, and on torch that imports Triton
     done = subprocess.run(
         [sys.executable, "-c", BEHIND_TENSORFLOW],
         env=environment,

@@ -40,7 +40,7 @@ def stock(
         moves: and move these.
     """
     running_mean, running_var, batches, momentum, *_ = tracked
-    dtype = torch.promote_types(input.dtype, input.dtype if residual is None else residual.dtype)
+    dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
     used: tuple[Tensor | None, ...] = (running_mean, running_var) if moves or not measures else (None, None)
     widens = _widens(input)
     if widens:
@@ -67,7 +67,8 @@ def stock(
         number = 0.0 if isinstance(momentum, Tensor) else momentum
         mean, var = used
         y = F.batch_norm(input, mean, var, weight, bias, measures, number, settings.eps)
-    return behind(y, residual, settings.activation).to(dtype)
+    y = behind(y, residual, settings.activation)
+    return y if y.dtype == dtype else y.to(dtype)  # no operator in the graph that does nothing
 
 
 def _widens(input: Tensor) -> bool:
