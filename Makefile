@@ -4,12 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: study test test-jax test-tensorflow test-triton fuzz mutants lint resolves format bench clean help
+.PHONY: study test test-jax test-tensorflow test-triton test-benchmarks fuzz mutants lint resolves format bench clean help
 
 help:
 	@echo "make study   train networks with and without batch normalization on real digits, write a report"
 	@echo "make test    the test suite; make test-jax, make test-tensorflow: all tests of Keras on another backend;"
-	@echo "             make test-triton: the kernels for GPUs in Triton's interpreter, on the whole grid of cases"
+	@echo "             make test-triton: the kernels for GPUs in Triton's interpreter, on the whole grid of cases;"
+	@echo "             make test-benchmarks: that the measurements run"
 	@echo "make fuzz    any call of any layer against the reference: FUZZ_CASES of them (20000), by FUZZ_SEED"
 	@echo "make mutants what the suite catches: mistakes made in the code by rule, 14 in each part of it; half an hour"
 	@echo "make lint    ruff, mypy, import-linter"
@@ -39,7 +40,7 @@ $(VENV)/.kernels: $(VENV)/.dev $(wildcard src/batchnorm/kernels/cpu/*.py)
 	@touch $@
 
 test: $(VENV)/.kernels
-	$(BIN)/pytest -n auto $(ARGS)
+	$(BIN)/pytest -n auto --ignore tests/benchmarks $(ARGS)
 	KERAS_BACKEND=jax $(BIN)/pytest -n auto -m on_every_backend tests/keras
 	KERAS_BACKEND=tensorflow $(BIN)/pytest -n auto -m on_every_backend tests/keras
 
@@ -48,6 +49,9 @@ test-jax test-tensorflow: test-%: $(VENV)/.kernels
 
 test-triton: $(VENV)/.kernels
 	$(BIN)/pytest -n auto -m interpreter_grid tests/kernels tests/torch $(ARGS)
+
+test-benchmarks: $(VENV)/.kernels
+	$(BIN)/pytest -n auto tests/benchmarks $(ARGS)
 
 # What a seed finds, `make fuzz FUZZ_SEED=...` finds again, as long as FUZZ_CASES is the same.
 FUZZ_CASES ?= 20000

@@ -14,16 +14,17 @@ import torch
 from batchnorm.kernels.cpu import compiled
 
 
-def compile_kernel(name: str, dtype: torch.dtype, simple: bool) -> None:
-    """Compile a kernel, or find it on disk."""
-    compiled.kernel(name, dtype, simple)
+def compile_for(dtype: torch.dtype, simple: bool) -> None:
+    """Compile the kernels of a dtype, or find them on disk: they share what they are made of."""
+    for name in compiled._KERNELS:
+        compiled.kernel(name, dtype, simple)
 
 
 def main() -> None:
-    """Let processes, as many as there are cores, take one after the other."""
-    kernels = itertools.product(compiled._KERNELS, compiled.KINDS, (False, True))
+    """Let processes, as many as there are cores, take one dtype after the other."""
+    kinds = itertools.product(compiled.KINDS, (False, True))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_kernel, *zip(*kernels, strict=True)))
+        list(pool.map(compile_for, *zip(*kinds, strict=True)))
 
 
 if __name__ == "__main__":
