@@ -61,8 +61,8 @@ MODULES = sorted(name for name, (_, attribute) in batchnorm._HOMES.items() if at
 
 
 @pytest.mark.parametrize("first", ["import", "attribute"])
-def test_row_83_every_public_module_imports_as_one(first: str) -> None:
-    """Row 83: `import batchnorm.functional` and `from batchnorm.functional import ...`, the same object."""
+def test_row_73_every_public_module_imports_as_one(first: str) -> None:
+    """Row 73: `import batchnorm.functional` and `from batchnorm.functional import ...`, the same object."""
     assert {"conventions", "errors", "functional", "keras", "kernels"} <= set(MODULES)
     imports = [f"import batchnorm.{name} as imported_{name}" for name in MODULES]
     attributes = ["import batchnorm", *(f"attribute_{name} = batchnorm.{name}" for name in MODULES)]

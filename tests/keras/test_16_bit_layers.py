@@ -31,8 +31,8 @@ def array(value: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_row_86_statistics_are_float32(options: dict[str, Any], dtype: str) -> None:
-    """Row 86: a standard deviation of 300 has a variance beyond float16; the stock layer then gives 0."""
+def test_row_76_statistics_are_float32(options: dict[str, Any], dtype: str) -> None:
+    """Row 76: a standard deviation of 300 has a variance beyond float16; the stock layer then gives 0."""
     layer = BatchNormalization(dtype=dtype, momentum=0.5, **options)
     wide = BatchNormalization(dtype="float32", momentum=0.5, **options)
     x = ops.cast(draw((64, 3)) * 300 + 100, dtype)

@@ -342,8 +342,8 @@ assert twice(tensorflow.ones((2, 2))).shape == (2, 2)
 """
 
 
-def test_row_84_triton_loads_behind_tensorflow() -> None:
-    """Row 84: TensorFlow's LLVM is global, and Triton's library took it for its own: the process ended."""
+def test_row_74_triton_loads_behind_tensorflow() -> None:
+    """Row 74: TensorFlow's LLVM is global, and Triton's library took it for its own: the process ended."""
     if importlib.util.find_spec("tensorflow") is None:  # not imported here, which would be in the others' way
         pytest.skip("TensorFlow, of the extra dev, is not there")
     environment = os.environ | {"TRITON_INTERPRET": "1"}

@@ -112,8 +112,8 @@ def around_norms() -> nn.Module:
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Converting a tensor:torch.jit.TracerWarning")
 @pytest.mark.parametrize("exporter", ["default", "program", "traced"])
-def test_row_81_onnx_of_a_16_bit_model(exporter: str, tmp_path: Path) -> None:
-    """Row 81: it had float32 parameters folded into float16 layers, which ONNX Runtime does not load."""
+def test_row_72_onnx_of_a_16_bit_model(exporter: str, tmp_path: Path) -> None:
+    """Row 72: it had float32 parameters folded into float16 layers, which ONNX Runtime does not load."""
     model = around_norms()
     x = torch.linspace(-2, 2, 4 * 3 * 36).view(4, 3, 6, 6)
     wanted = model(x).detach()

@@ -59,8 +59,8 @@ def nodes(traced: torch.fx.GraphModule) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_row_80_a_layer_is_one_node(options: dict[str, Any], training: bool) -> None:
-    """Row 80: the graph is that of the stock model, and its layer the same module: outputs, statistics."""
+def test_row_71_a_layer_is_one_node(options: dict[str, Any], training: bool) -> None:
+    """Row 71: the graph is that of the stock model, and its layer the same module: outputs, statistics."""
     model = Block(scramble(batchnorm.BatchNorm2d(3, **options))).train(training)
     eager = copy.deepcopy(model)
     traced = torch.fx.symbolic_trace(model)
@@ -186,8 +186,8 @@ QUANTIZING = {
 @pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning")
 @pytest.mark.parametrize("flow", QUANTIZING)
 @pytest.mark.parametrize("options", [{}, {"activation": "relu"}], ids=str)
-def test_row_80_quantization_names_revert_which_helps(flow: str, options: dict[str, Any]) -> None:
-    """Row 80: one line, that changes nothing; and behind `revert` it runs as with the stock model."""
+def test_row_71_quantization_names_revert_which_helps(flow: str, options: dict[str, Any]) -> None:
+    """Row 71: one line, that changes nothing; and behind `revert` it runs as with the stock model."""
     model = Block(scramble(batchnorm.BatchNorm2d(3, **options)))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(OptionError, match=REVERT) as raised:
