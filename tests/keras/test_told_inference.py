@@ -51,14 +51,14 @@ def moves(norm: Any, model: Any) -> bool:
 
 
 @pytest.mark.parametrize("build", [direct, Subclassed])
-def test_row_85_a_layer_heeds_what_it_was_told(build: Callable[[Any], Any]) -> None:
-    """Row 85: `layer(x, training=False)` holds inside `fit`, where the stock layer moves."""
+def test_row_75_a_layer_heeds_what_it_was_told(build: Callable[[Any], Any]) -> None:
+    """Row 75: `layer(x, training=False)` holds inside `fit`, where the stock layer moves."""
     norm = BatchNormalization()
     assert not moves(norm, build(norm))
 
 
-def test_row_85_the_guide_needs_freeze() -> None:
-    """Row 85: what a base model was told never reaches its layers."""
+def test_row_75_the_guide_needs_freeze() -> None:
+    """Row 75: what a base model was told never reaches its layers."""
     for kind in (layers.BatchNormalization, BatchNormalization):
         norm = kind()
         assert moves(norm, guide(norm))
