@@ -83,8 +83,9 @@ ROOMS = (
         (
             Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint_contexts"),
                  *_in("models", "calibrate_masked")), only=("torch/*", "models/*")),
+            Run(_in("models", "arguments"), choice="mask or other_doors", only=("models/*",)),
             Run(_in("keras", "masks"), backend="torch", only=("keras/*",)),
-            Run(_in("keras", "masks"), backend="jax", only=("keras/*",)),
+            Run(_in("keras", "masks"), backend="tensorflow", only=("keras/*",)),  # of unknown shapes, too
         ),
     ),
     Room(
@@ -94,7 +95,7 @@ ROOMS = (
         (
             Run((*_in("torch", "statistics", "accumulate"), *_in("kernels", "running"),
                  *_in("statistics", "statistics"),
-                 *_in("torch", "checkpoint", "against_reference", "trouble")),
+                 *_in("torch", "checkpoint", "checkpoint_contexts", "against_reference", "trouble")),
                 choice=f"{_NOT_COMPILED} and not (test_running and gpu)",
                 only=("torch/*", "models/*", "statistics/*", "kernels/cpu/*")),
             Run((*_in("torch", "gpu"), *_in("kernels", "running")), choice="gpu", only=("kernels/gpu/*",)),
