@@ -136,6 +136,7 @@ ROOMS = (
         "ranks",
         ("torch/ranks/*.py", "torch/sync.py", "statistics/synced.py"),
         (
+            Run(_in("statistics", "statistics"), only=("statistics/*",)),
             Run((*_in("torch", "gloo_wire", "lost_ranks"), *_in("models", "synchronised"),
                  *_in("torch", "synced", "contexts_on_ranks", "collectives", "ddp"))),
         ),
