@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import batchnorm
-from batchnorm.errors import ArgumentTypeError, OptionError
+from batchnorm.errors import OptionError
 from batchnorm.kernels import choose
 from tests.support.interpreted import DEVICE, HAS_TRITON
 
@@ -44,11 +44,6 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_explain_says_what_and_why() -> None:
     text = batchnorm.kernels.explain(torch.zeros(2, 3))
     assert text == "cpu for float32 [2, 3] on cpu: Numba kernels, at every size"
-
-
-def test_explain_names_what_is_no_tensor() -> None:
-    with pytest.raises(ArgumentTypeError, match="takes a tensor, or a layer of torch; got list"):
-        batchnorm.kernels.explain([torch.zeros(2, 3)])
 
 
 class Tagged(torch.Tensor):

@@ -109,7 +109,7 @@ ROOMS = (
         ("kernels/eager.py", "kernels/activations.py", "kernels/layout.py", "kernels/choose.py"),
         (
             Run((*_in("kernels", "activations", "choose", "engines", "running", "again"),
-                 *_in("torch", "against_reference", "accuracy", "functional_transforms")),
+                 *_in("torch", "layouts", "against_reference", "accuracy", "functional_transforms")),
                 choice="not ((test_engines or test_running) and gpu)"),
         ),
     ),
@@ -167,7 +167,7 @@ ROOMS = (
         ("torch/layers.py", "torch/checks.py", "torch/paths.py", "torch/functional.py", "torch/settings.py",
          "torch/lazy.py", "torch/plan.py"),
         (
-            Run(_in("torch", "errors", "layers", "modules", "axis", "statistics", "policies",
+            Run(_in("torch", "errors", "layouts", "layers", "modules", "axis", "statistics", "policies",
                     "against_reference", "masks_of_layers", "domains", "functional_transforms", "ghost",
                     "options_travel", "export", "opinfo", "trouble", "checkpoint", "compile"),
                 choice=f"{_NOT_COMPILED} and not with_inductor"),
