@@ -131,6 +131,21 @@ def test_an_empty_batch_moves_nothing() -> None:
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.on_every_backend
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere a layer knows all shapes")
+def test_a_mask_of_known_shape_fits_inputs_of_unknown_shape() -> None:
+    import tensorflow as tf
+
+    layer, other = made(4, -1, 3), made(4, -1, 3)
+    x, mask = draw((8, 5, 4), 1), np.random.default_rng(0).random((8, 5)) < 0.5
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 5, 4])])
+    def found(x: Any) -> Any:
+        return layer(x, training=True, mask=mask)
+
+    assert_close(found(x).numpy(), other(x, training=True, mask=mask).numpy(), dtype=F32, what="y")
+
+
 def test_inference_ignores_the_mask() -> None:
     layer = made(3, -1, 3)
     x = draw((4, 5, 3), 1)

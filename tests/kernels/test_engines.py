@@ -102,6 +102,18 @@ def test_given_statistics_are_constants_of_the_gradient(name: str, activation: s
 
 
 @every_engine
+@pytest.mark.parametrize("by", ["a mask", "its group"])
+def test_one_value_per_channel_is_its_own_mean(name: str, by: str) -> None:
+    x = (torch.randn(3, 5) + 4).to(device(name))
+    mask = torch.tensor([False, True, False], device=x.device) if by == "a mask" else None
+    count, mean, m2 = choose.load(name).moments(x, mask=mask, group_size=1 if mask is None else None)
+    expected = (x if mask is None else x[1:2]).double()
+    assert (count == 1).all()
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0)
+    torch.testing.assert_close(m2, torch.zeros_like(m2), rtol=0, atol=0)
+
+
+@every_engine
 def test_nothing_is_written_to_the_inputs(name: str) -> None:
     engine = choose.load(name)
     case = Case("inputs", (5, 4, 6, 3), masked=True, residual=True, activation="silu", dtype=torch.float64)

@@ -59,6 +59,8 @@ def test_other_doors_name_what_they_got() -> None:
         batchnorm.SyncBatchNorm.convert_sync_batchnorm([nn.BatchNorm1d(3)])
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'model'"):
         batchnorm.freeze()
+    with pytest.raises(ArgumentTypeError, match=r"^mask takes a model.*got a Tensor"):
+        batchnorm.mask(MASK, nn.BatchNorm1d(3)).__enter__()
     assert next(iter(inspect.signature(batchnorm.convert).parameters)) == "model"
     assert batchnorm.freeze(model=nn.BatchNorm1d(3)).statistics == batchnorm.Running()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -143,3 +144,20 @@ def test_norms_whose_class_is_not_known_are_heard_by_their_mask_too() -> None:
     batchnorm.calibrate(plain, batches(), forward=masked)
     assert report.layers[0].values == 33
     torch.testing.assert_close(model[0].running_var, plain[0].running_var)
+
+
+CALLS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "mask": lambda norm, x, mask: norm(x, mask=mask),
+    "lengths": lambda norm, x, mask: norm(input=x, lengths=mask.sum(1)),
+    "in order": lambda norm, x, mask: norm(x, None, mask),
+}
+
+
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_mask_that_a_norm_is_called_with_is_heeded(call: Any, options: dict[str, Any]) -> None:
+    norm = scramble(batchnorm.BatchNorm1d(3))
+    other = copy.deepcopy(norm)
+    batchnorm.calibrate(norm, batches(), forward=lambda norm, batch: call(norm, *batch), **options)
+    batchnorm.calibrate(other, batches(), forward=masked)
+    torch.testing.assert_close(state(norm), state(other))

@@ -83,8 +83,9 @@ ROOMS = (
         (
             Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint_contexts"),
                  *_in("models", "calibrate_masked")), only=("torch/*", "models/*")),
+            Run(_in("models", "arguments"), choice="mask or other_doors", only=("models/*",)),
             Run(_in("keras", "masks"), backend="torch", only=("keras/*",)),
-            Run(_in("keras", "masks"), backend="jax", only=("keras/*",)),
+            Run(_in("keras", "masks"), backend="tensorflow", only=("keras/*",)),  # of unknown shapes, too
         ),
     ),
     Room(
@@ -94,7 +95,7 @@ ROOMS = (
         (
             Run((*_in("torch", "statistics", "accumulate"), *_in("kernels", "running"),
                  *_in("statistics", "statistics"),
-                 *_in("torch", "checkpoint", "against_reference", "trouble")),
+                 *_in("torch", "checkpoint", "checkpoint_contexts", "against_reference", "trouble")),
                 choice=f"{_NOT_COMPILED} and not (test_running and gpu)",
                 only=("torch/*", "models/*", "statistics/*", "kernels/cpu/*")),
             Run((*_in("torch", "gpu"), *_in("kernels", "running")), choice="gpu", only=("kernels/gpu/*",)),
@@ -108,7 +109,7 @@ ROOMS = (
         ("kernels/eager.py", "kernels/activations.py", "kernels/layout.py", "kernels/choose.py"),
         (
             Run((*_in("kernels", "activations", "choose", "engines", "running", "again"),
-                 *_in("torch", "against_reference", "accuracy", "functional_transforms")),
+                 *_in("torch", "layouts", "against_reference", "accuracy", "functional_transforms")),
                 choice="not ((test_engines or test_running) and gpu)"),
         ),
     ),
@@ -135,6 +136,7 @@ ROOMS = (
         "ranks",
         ("torch/ranks/*.py", "torch/sync.py", "statistics/synced.py"),
         (
+            Run(_in("statistics", "statistics"), only=("statistics/*",)),
             Run((*_in("torch", "gloo_wire", "lost_ranks"), *_in("models", "synchronised"),
                  *_in("torch", "synced", "contexts_on_ranks", "collectives", "ddp"))),
         ),
@@ -165,7 +167,7 @@ ROOMS = (
         ("torch/layers.py", "torch/checks.py", "torch/paths.py", "torch/functional.py", "torch/settings.py",
          "torch/lazy.py", "torch/plan.py"),
         (
-            Run(_in("torch", "errors", "layers", "modules", "axis", "statistics", "policies",
+            Run(_in("torch", "errors", "layouts", "layers", "modules", "axis", "statistics", "policies",
                     "against_reference", "masks_of_layers", "domains", "functional_transforms", "ghost",
                     "options_travel", "export", "opinfo", "trouble", "checkpoint", "compile"),
                 choice=f"{_NOT_COMPILED} and not with_inductor"),

@@ -116,7 +116,11 @@ def test_a_pass_before_any_context_had_none(way: Way) -> None:
 
 @each_way
 def test_masks_do_not_pile_up(way: Way) -> None:
-    """A pass that has come again is forgotten at the next one; an inference holds nothing."""
+    """A pass that has come again is forgotten at the next one; an inference holds nothing, wherever it is."""
+
+    def inferred(ctx: nn.Module) -> Tensor:  # named as in the forward of an autograd Function, and none
+        return ctx(x)
+
     net = made({})
     for x in batches(5):
         with batchnorm.mask(net, torch.rand(7, 5, 4) > 0.4):
@@ -127,6 +131,7 @@ def test_masks_do_not_pile_up(way: Way) -> None:
     net = made({}).eval()
     with torch.no_grad(), batchnorm.mask(net, torch.rand(7, 5, 4) > 0.4):
         net(x)
+        inferred(net)
         assert not net.first._scope._passes
     assert net.first._scope is None
 

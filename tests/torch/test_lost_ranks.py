@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import distributed
 
-from batchnorm.torch.ranks import lost_ranks
+from batchnorm.torch.ranks import lost_ranks, sharing
 from batchnorm.torch.ranks.lost_ranks import Board, MeetingError
 from batchnorm.torch.ranks.messages import mark_of
 
@@ -146,3 +146,33 @@ def test_an_error_waits_for_an_answer_and_no_longer_than_a_short_while(
     clock.now = 0.0
     assert "no sign" not in str(first.error("x", MARK, RuntimeError("closed")))
     assert clock.now == 0.0
+
+
+class SilentWire:
+    """Its device does not say whether what was sent has arrived."""
+
+    def gather(self, packet: torch.Tensor, _: object) -> torch.Tensor:
+        return packet[None]
+
+    def overdue(self) -> str:
+        return "7: norm forward"
+
+
+def test_what_may_not_have_arrived_is_logged_once_before_the_timeout(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sharing, "time", clock)
+    monkeypatch.setattr(sharing, "_look_after", lambda _: None)
+    (board,) = boards(1, 10.0)
+    shared = sharing.Sharing(board, SilentWire, 10.0)
+    for _ in range(2):  # once for each time that nothing follows
+        shared.exchange("gather", torch.ones(2), "norm")
+        clock.now += 7.9
+        shared.look()
+        assert not caplog.messages
+        for _ in range(2):
+            clock.now += 0.2
+            shared.look()
+        assert [text.partition(" s. ")[0] for text in caplog.messages] == ["nothing was shared for 8"]
+        assert caplog.messages[0].endswith("7: norm forward")
+        caplog.clear()

@@ -188,6 +188,19 @@ def test_a_mask_is_reduced_once_for_all_layers_of_a_grid_and_anew_when_written_t
         assert not masked.of(x[..., ::2]).any()
 
 
+def test_a_mask_that_was_made_in_inference_mode_is_as_any_other() -> None:
+    """It has no version by which one could tell that it was written to."""
+    model = Encoder().eval()
+    x, mask = sequences([4, 2, 3])
+    with torch.inference_mode():
+        made = mask.clone()
+    found = []
+    for one in (mask, made):
+        with torch.no_grad(), batchnorm.mask(model, one):
+            found.append(model(x))
+    assert torch.equal(*found)
+
+
 def test_what_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
     model = Encoder()
     x, mask = sequences([4, 2, 3])

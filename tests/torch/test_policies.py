@@ -66,6 +66,26 @@ def test_a_call_in_training_keeps_and_computes_what_one_in_evaluation_does() -> 
     assert sorted(found[0][1]) == sorted(found[1][1])
 
 
+class Cut(torch.autograd.Function):
+    """Its backward gives no gradient."""
+
+    @staticmethod
+    def forward(_: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(*_: object) -> None:
+        return None
+
+
+@pytest.mark.parametrize("policy", [batchnorm.Batch, batchnorm.Running, batchnorm.Adapted, batchnorm.Renorm])
+def test_where_no_gradient_comes_none_goes_on(policy: type) -> None:
+    """As torch.nn: not one of zeros, by which an optimizer with momentum or weight decay would step."""
+    layer, x = batchnorm.BatchNorm1d(5, statistics=policy()), torch.randn(4, 5, requires_grad=True)
+    Cut.apply(layer(x)).square().sum().backward()
+    assert (x.grad, layer.weight.grad, layer.bias.grad) == (None, None, None)
+
+
 def test_a_policy_is_plain_data() -> None:
     for policy in (batchnorm.Batch(), batchnorm.Running()):
         assert repr(policy) == f"{type(policy).__name__}()"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm
+from batchnorm.errors import OptionError
 from tests.support.compare import as_array, assert_close
 from tests.support.ranks import found_by_ranks
 from tests.torch import synced_cases, synced_lost_rank, synced_rank, synced_scenarios
@@ -183,6 +184,16 @@ def test_without_processes_it_is_the_plain_layer() -> None:
         if case.samples[0] > 1:
             found = synced_rank.run(case, 0)
             _assert_as_one(case, [found], synced_cases.expected(case, (0,)))
+
+
+def test_a_torch_that_was_built_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no other function there."""
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    x, layer, other = torch.randn(6, 4, 3), batchnorm.SyncBatchNorm(4), batchnorm.BatchNorm1d(4)
+    assert torch.equal(layer(x), other(x))
+    with pytest.raises(OptionError, match=r"torch\.distributed is not initialized"):
+        batchnorm.SyncBatchNorm(4, process_group=object())
 
 
 def test_it_is_no_stock_synchronised_layer_and_has_its_signature() -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import InputTypeError, OptionError
-from batchnorm.torch.checks import check_module
 from batchnorm.torch.contexts.masks import Masked
 from batchnorm.torch.contexts.scope import Scope
 
@@ -76,8 +75,8 @@ def mask(
         raise OptionError("batchnorm.mask takes a mask, None for no mask, or lengths=: one of them")
     if lengths is None and size is not None:
         raise OptionError("size= is the padded length that goes with lengths=")
-    masked = _masked(model, mask, lengths, size)
     layers = layers_of(model, "mask")
+    masked = _masked(mask, lengths, size)
     folded = [name for name, module in model.named_modules() if FOLDED in vars(module)]
     if masked is not None and folded:
         raise OptionError(
@@ -108,10 +107,7 @@ def mask(
                 vars(layer).pop("_scope", None)
 
 
-def _masked(
-    model: nn.Module, mask: Tensor | Absent | None, lengths: Tensor | None, size: int | None
-) -> Masked | None:
-    check_module(model, "mask")
+def _masked(mask: Tensor | Absent | None, lengths: Tensor | None, size: int | None) -> Masked | None:
     if lengths is not None:
         return Lengths(lengths, size)
     if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 1):

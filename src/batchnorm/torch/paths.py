@@ -248,10 +248,7 @@ def _plan(
     if not mode.measures:
         assert tracked.mean is not None
         assert tracked.var is not None
-        mean, var = tracked.mean, tracked.var
-        if tracked.memory is not None:
-            mean, var = tracked.memory.given(input, mean, var, training)
-        given = _given(mean, var, eps, input, exporting=exporting)
+        given = _given(tracked.mean, tracked.var, eps, input, exporting=exporting)
         return Plan(eps, settings.activation, mask, None, given)
     if type(policy) is Batch and not mode.is_lenient:  # most calls
         return Plan(eps, settings.activation, mask)

@@ -145,7 +145,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Delete the file."""
         self.path.unlink(missing_ok=True)
         self.budget.take(-self._held)
-        self._held, self._steps, self._saved = 0, [], {}
+        self._steps, self._saved = [], {}
 
     def step(self, name: str, compute: Callable[[], Any], arguments: Any) -> Any:
         """Return what an operator returns: looked up if it has run before this forward stopped."""

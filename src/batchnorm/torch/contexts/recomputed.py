@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Known
 from batchnorm.torch import differentiable
@@ -104,15 +103,6 @@ class Memory:
         if may_be_recomputed(training):
             self._passes.appendleft(_Pass(_key(batch), known))
         return known
-
-    def given(self, input: Tensor, mean: Tensor, var: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """As `known`, for a batch of one value per channel, `[1, C, 1, ...]`: return mean and var."""
-        value = input.detach().reshape(1, -1).to(wide_dtype(input.device))
-        copies = Known(mean.detach().clone(), var.detach().clone(), None, 1, 0.0)
-        found = self.known(copies, PooledMoments(1.0, value, torch.zeros_like(value)), training)
-        assert found.mean is not None
-        assert found.var is not None
-        return found.mean, found.var
 
     def _found(self, known: Known, key: Tensor) -> Known:
         passes = [p for p in self._passes if p.key.shape == key.shape and p.key.device == key.device]
