@@ -34,11 +34,6 @@ def pytest_configure() -> None:
     _share_cores()
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Return one worker more than there are cores: tests of ranks and of commands wait for processes."""
-    return (os.cpu_count() or 1) + 1
-
-
 def _share_cores() -> None:
     """Give each of several workers, and the processes that it starts, its share of the cores.
 
