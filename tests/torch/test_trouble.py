@@ -112,7 +112,9 @@ def test_row_3_a_layer_that_refuses_bad_batches_names_itself(policy: Policy, bad
 
 def test_row_3_the_counter_is_no_part_of_the_state() -> None:
     """Row 3: stock's state_dict; but copies have it, and it goes where the layer goes."""
-    layer = norm(nonfinite="skip")
+    layer = norm()
+    layer.register_buffer("users", torch.zeros(2), persistent=False)  # it stays out of the state, too
+    layer.nonfinite = "skip"
     layer(batch(float("nan")))
     assert list(layer.state_dict()) == list(batchnorm.BatchNorm2d(5).state_dict())
     assert copy.deepcopy(layer).skipped == 1
