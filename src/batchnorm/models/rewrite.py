@@ -114,7 +114,7 @@ def fused_class(cls: Hashable) -> Any:
     assert isinstance(cls, type)
     of_author: Any = cls
 
-    @functools.wraps(of_author.forward)  # whoever reads its arguments, as torch.fx does, finds the author's
+    @functools.wraps(of_author.forward)  # torch.fx, which reads its arguments, finds the author's
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the rewritten forward, or the author's where that no longer stands for it."""
         made = self._rewrite.make(self)

@@ -28,7 +28,7 @@ class OwnBuffers(nn.modules.batchnorm._BatchNorm):
             if old is not None and new is not None and new.dtype in HALVES and old.dtype not in HALVES:
                 self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
         if is_empty and (skipped := self._buffers["skipped"]) is not None and not skipped.is_meta:
-            skipped.zero_()  # `to_empty` from meta: nobody has counted yet
+            skipped.zero_()  # `to_empty` from meta: no batch was counted yet
         return self
 
     def _widen_statistics(self) -> None:

@@ -1,4 +1,4 @@
-"""Triton is loaded so that its LLVM is its own, whoever has put another one in sight."""
+"""Loads Triton with its own LLVM, even where another library has made a different LLVM global."""
 
 from __future__ import annotations
 
