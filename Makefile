@@ -4,12 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: study test test-jax test-tensorflow test-triton test-benchmarks fuzz mutants lint resolves format bench clean help
+.PHONY: study test test-slow differs-on-jax differs-on-tensorflow test-jax test-tensorflow test-benchmarks fuzz mutants lint resolves format bench clean help
 
 help:
 	@echo "make study   train networks with and without batch normalization on real digits, write a report"
-	@echo "make test    the test suite; make test-jax, make test-tensorflow: all tests of Keras on another backend;"
-	@echo "             make test-triton: the kernels for GPUs in Triton's interpreter, on the whole grid of cases;"
+	@echo "make test    the test suite; make test-slow: what it leaves out of large grids, and what takes long;"
+	@echo "             make test-jax, make test-tensorflow: all tests of Keras on another backend;"
 	@echo "             make test-benchmarks: that the measurements run"
 	@echo "make fuzz    any call of any layer against the reference: FUZZ_CASES of them (20000), by FUZZ_SEED"
 	@echo "make mutants what the suite catches: mistakes made in the code by rule, 14 in each part of it; half an hour"
@@ -41,14 +41,17 @@ $(VENV)/.kernels: $(VENV)/.dev $(wildcard src/batchnorm/kernels/cpu/*.py)
 
 test: $(VENV)/.kernels
 	$(BIN)/pytest -n auto --ignore tests/benchmarks $(ARGS)
-	KERAS_BACKEND=jax $(BIN)/pytest -n auto -m on_every_backend tests/keras
-	KERAS_BACKEND=tensorflow $(BIN)/pytest -n auto -m on_every_backend tests/keras
+	$(MAKE) --jobs 2 differs-on-jax differs-on-tensorflow
+
+# What differs between the backends of Keras: a process each, as starting one is most of its time.
+differs-on-jax differs-on-tensorflow: differs-on-%: $(VENV)/.kernels
+	KERAS_BACKEND=$* $(BIN)/pytest --quiet -m "on_every_backend and not slow" tests/keras
+
+test-slow: $(VENV)/.kernels
+	$(BIN)/pytest -n auto -m slow --ignore tests/benchmarks $(ARGS)
 
 test-jax test-tensorflow: test-%: $(VENV)/.kernels
 	KERAS_BACKEND=$* $(BIN)/pytest -n auto -m "not one_backend" tests/keras $(ARGS)
-
-test-triton: $(VENV)/.kernels
-	$(BIN)/pytest -n auto -m interpreter_grid tests/kernels tests/torch $(ARGS)
 
 test-benchmarks: $(VENV)/.kernels
 	$(BIN)/pytest -n auto tests/benchmarks $(ARGS)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
@@ -47,8 +49,30 @@ def _share_cores() -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Mark as slow what `one_in` leaves out, before `-m` selects; put what is selected in order."""
+    _mark_slow(items)
+    yield
+    _put_in_order(config, items)
+
+
+def _mark_slow(items: list[pytest.Item]) -> None:
+    """Of a test with the mark `one_in(n)`, mark all cases but each n-th as slow.
+
+    Let n have no divisor in common with the lengths of the test's lists of parameters: the cases that stay
+    then have every value of every list.
+    """
+    cases: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark is not None and item.get_closest_marker("slow") is None:
+            test = item.nodeid.partition("[")[0]
+            if next(cases[test]) % mark.args[0]:
+                item.add_marker("slow")
+
+
+def _put_in_order(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let tests of one `xdist_group` run in one worker, and begin early, as they take longest.
 
     Before them come the quick tests of the reference, so that progress shows at once.

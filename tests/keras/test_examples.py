@@ -11,6 +11,7 @@ from tests.support.programs import EXAMPLES, held_out_accuracy
 PROGRAM = EXAMPLES / "keras_digits.py"
 
 
+@pytest.mark.slow
 def test_keras_digits() -> None:
     assert held_out_accuracy(PROGRAM) > 0.85
 

@@ -89,6 +89,7 @@ def trained(norm: Any, run_eagerly: bool = False, jit_compile: bool | str = "aut
     return model, history.history["loss"], model.predict(x, verbose=0)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.on_every_backend)])
 @pytest.mark.parametrize("options", [{}, {"renorm": True}, {"scale": False, "momentum": 0.7}])
 def test_training_goes_as_with_the_stock_layer(how: str, options: dict[str, Any]) -> None:
@@ -105,6 +106,7 @@ def test_training_goes_as_with_the_stock_layer(how: str, options: dict[str, Any]
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-3, atol=1e-4, err_msg=one.path)
 
 
+@pytest.mark.slow
 @pytest.mark.on_every_backend
 def test_keras_files_of_ours_load_anywhere(tmp_path: Path) -> None:
     model = network(BatchNormalization, activation="silu")

@@ -38,6 +38,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.on_every_backend
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("shape", "axis", "mask_shape", "new_axis"), CASES)

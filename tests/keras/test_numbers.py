@@ -58,6 +58,7 @@ def moved(old: Array, batch: Array) -> Array:
     return old * MOMENTUM + batch * (1 - MOMENTUM)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.on_every_backend
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)

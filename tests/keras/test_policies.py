@@ -110,6 +110,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 @every_case
 def test_rows_21_and_35_compiled_and_far_from_zero(

@@ -99,6 +99,7 @@ def study(own: Path) -> tuple[StudyResult, Counting]:
         return run_study(options(own), display), display
 
 
+@pytest.mark.slow
 def test_a_study_leaves_what_one_in_torch_leaves(study: tuple[StudyResult, Counting], backend: str) -> None:
     result, display = study
     assert (display.started, display.left) == ((2, 0), 0)
@@ -118,6 +119,7 @@ def test_a_study_leaves_what_one_in_torch_leaves(study: tuple[StudyResult, Count
     assert {len(arm["seconds_per_step"]) for arm in timed.values()} == {9}
 
 
+@pytest.mark.slow
 def test_every_verdict_is_given(study: tuple[StudyResult, Counting], backend: str) -> None:
     result, _ = study
     (network,) = read(result.folder / "results.json").networks
@@ -131,6 +133,7 @@ def test_every_verdict_is_given(study: tuple[StudyResult, Counting], backend: st
     assert page.count("<svg") >= 6
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_and_is_not_mixed_with_one_in_torch(
     study: tuple[StudyResult, Counting], own: Path
 ) -> None:

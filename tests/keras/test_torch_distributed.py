@@ -23,6 +23,7 @@ F32 = torch.float32
 pytestmark = [
     pytest.mark.skipif(keras.backend.backend() != "torch", reason="a way of the torch backend"),
     pytest.mark.xdist_group("keras on torch.distributed"),
+    pytest.mark.slow,
 ]
 POLICIES = {"ghost": True, "ghost-in-turn": False, "renorm": False}  # masked?
 MASKS = ("none", "one-empty")

@@ -53,6 +53,7 @@ def group_sizes(samples: int) -> set[int]:
     return {1, 2, max(1, samples // 2 - 1), samples // 2, samples - 1} - {0}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["cpu", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
@@ -64,6 +65,7 @@ def test_small_tensors_in_every_layout(activation: str | None, dtype: torch.dtyp
                 assert differing(name, x, added, activation, affine=added is not None) == 0, (shape, layout)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", ["cpu", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_masked", [False, True], ids=["all", "masked"])
@@ -81,6 +83,7 @@ def test_small_tensors_with_masks_and_groups(
                     assert found == 0, (shape, layout, group_size)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("is_masked", [False, True], ids=["all", "masked"])

@@ -232,6 +232,7 @@ def run_cold(folder: Path, before: str = "") -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_first_process_compiles_and_says_so_and_the_second_does_not(tmp_path: Path) -> None:
     assert run_cold(tmp_path).count("compiling the kernels") == 1
     assert "compiling" not in run_cold(tmp_path)

@@ -39,6 +39,7 @@ def _assert_gradients(
         assert_close(dresidual, expected.dresidual, dtype=case.dtype, what="dresidual")
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("chunks")
 @every_engine_and_case(NAMES, CASES)
 def test_split_primitives(name: str, case: Case) -> None:
@@ -69,6 +70,7 @@ def test_split_primitives(name: str, case: Case) -> None:
     _assert_gradients(case, expected, dx, sums[1].sum(0), sums[0].sum(0), dresidual)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("chunks")
 @every_engine_and_case(NAMES, CASES)
 def test_fused_pairs(name: str, case: Case) -> None:

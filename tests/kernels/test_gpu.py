@@ -219,6 +219,7 @@ def test_normalize_gives_the_output_of_forward_again(
         assert again.stride() == y.stride()
 
 
+@pytest.mark.one_in(3)
 @every_combination("layout, name", ["contiguous", "channels_last", "strided"], REGIMES, strength=1)
 def test_signs_stand_for_bias_and_residual(monkeypatch: pytest.MonkeyPatch, layout: str, name: str) -> None:
     """Bit for bit the same gradients, from one bit per value that either half of a forward has written."""
@@ -342,6 +343,7 @@ assert twice(tensorflow.ones((2, 2))).shape == (2, 2)
 """
 
 
+@pytest.mark.slow
 def test_row_74_triton_loads_behind_tensorflow() -> None:
     """Row 74: TensorFlow's LLVM is global, and Triton's library took it for its own: the process ended."""
     if importlib.util.find_spec("tensorflow") is None:  # not imported here, which would be in the others' way
@@ -362,7 +364,7 @@ def test_row_74_triton_loads_behind_tensorflow() -> None:
 COMPILING = Path(__file__).parent / "compile_for_gpu.py"
 
 
-@pytest.mark.parametrize("steps", ["few", pytest.param("all", marks=pytest.mark.interpreter_grid)])
+@pytest.mark.parametrize("steps", ["few", pytest.param("all", marks=pytest.mark.slow)])
 def test_every_kernel_compiles_for_a_gpu_where_there_is_none(steps: str, tmp_path: Path) -> None:
     """By Triton's compiler, to machine code: what the interpreter lets pass, the compiler may not."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}

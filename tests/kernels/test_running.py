@@ -67,6 +67,7 @@ def groups_of(case: Case, x: Tensor, mask: Tensor | None) -> reference.Moments:
     return reference.moments(as_array(x), None if mask is None else mask.numpy(), case.group_size)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("chunks")
 @in_turn_or_together
 @every_engine_and_case(("cpu", *GPU), tuple(FULL.values()))
@@ -105,6 +106,7 @@ ODD = [
 ]
 
 
+@pytest.mark.one_in(5)
 @in_turn_or_together
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("case", ODD, ids=str)

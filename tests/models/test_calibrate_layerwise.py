@@ -44,6 +44,7 @@ def _assert_expected(model: nn.Module, expected: dict[str, tuple[Tensor, Tensor]
         torch.testing.assert_close(norm.running_var.double(), var, rtol=1e-6, atol=0, msg=name)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("network", ["residual", "branches", "dense"])
 def test_any_split_gives_the_statistics_of_the_deployed_network(network: str, split: str) -> None:

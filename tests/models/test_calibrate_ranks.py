@@ -34,6 +34,7 @@ def _assert_same_on_all(found: Found, scenario: str) -> None:
             assert torch.equal(other["running"][name], value), f"{scenario}: {name}"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scenario", ["all", "parallel", "afterwards"])
 def test_any_number_of_ranks_finds_what_one_finds(found: Found, method: str, scenario: str) -> None:

@@ -96,6 +96,7 @@ def _traced(model: nn.Module, x: Tensor) -> Any:
     return torch.jit.trace(model, x)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("to", [_exported, _traced, None], ids=["export", "trace", "onnx"])
 @pytest.mark.parametrize("convert", [False, True], ids=["stock", "ours"])

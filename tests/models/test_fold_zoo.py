@@ -47,6 +47,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_what_can_be_absorbed_is_and_nothing_is_wrong(name: str) -> None:
     """Rows 12 and 13: over networks that people use; the second count does not know how `fold` works."""

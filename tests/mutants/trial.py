@@ -80,7 +80,7 @@ def _pytest(run: Run, place: Path, end: float, stop: threading.Event) -> tuple[s
     if run.backend:
         ours["KERAS_BACKEND"] = run.backend
         if run.backend != "torch":  # beside what pyproject.toml leaves out, which this replaces
-            choice += ["-m", "not one_backend and not interpreter_grid"]
+            choice += ["-m", "not one_backend and not slow"]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, *choice, *run.tests],

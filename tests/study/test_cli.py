@@ -140,6 +140,7 @@ def test_ctrl_c_stops_keeps_finished_runs_and_the_same_command_goes_on(own: Path
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(own: Path) -> None:
     """In the midst of a run, which would take a day."""
     with slow_study(own, "--epochs", "100000000") as process:

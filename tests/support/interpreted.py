@@ -45,14 +45,14 @@ def every_engine_and_case(names: Sequence[str], cases: Sequence[Case]) -> pytest
     """Parametrize a test by `name` and `case`: each engine on each case that it takes.
 
     Of an empty tensor that is "eager". Triton's interpreter is slow: `make test` gives it a covering subset
-    of the cases, and `make test-triton` the others, which carry the mark `interpreter_grid`.
+    of the cases, and `make test-slow` the others.
     """
     few = covering_cases(case for case in cases if math.prod(case.shape))
 
     return pytest.mark.parametrize(
         ("name", "case"),
         [
-            pytest.param(name, case, id=f"{name}-{case}", marks=_grid(name != "gpu" or case in few))
+            pytest.param(name, case, id=f"{name}-{case}", marks=_slow_unless(name != "gpu" or case in few))
             for name in names
             for case in cases
             if math.prod(case.shape) or name == "eager"
@@ -63,20 +63,20 @@ def every_engine_and_case(names: Sequence[str], cases: Sequence[Case]) -> pytest
 def every_combination(names: str, *options: Sequence[Any], strength: int = 2) -> pytest.MarkDecorator:
     """Parametrize a test of the interpreter by all combinations of the options.
 
-    `make test` takes a covering array of that strength, and `make test-triton` the rest.
+    `make test` takes a covering array of that strength, and `make test-slow` the rest.
     """
     few = covering_array(*options, strength=strength)
     return pytest.mark.parametrize(
         names,
         [
-            pytest.param(*one, id="-".join(map(str, one)), marks=_grid(one in few))
+            pytest.param(*one, id="-".join(map(str, one)), marks=_slow_unless(one in few))
             for one in itertools.product(*options)
         ],
     )
 
 
-def _grid(in_make_test: bool) -> list[pytest.MarkDecorator]:
-    return [] if in_make_test or DEVICE != "cpu" else [pytest.mark.interpreter_grid]
+def _slow_unless(in_make_test: bool) -> list[pytest.MarkDecorator]:
+    return [] if in_make_test or DEVICE != "cpu" else [pytest.mark.slow]
 
 
 @contextlib.contextmanager

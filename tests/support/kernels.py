@@ -5,7 +5,7 @@ Without it each worker of pytest compiles what the others are compiling.
 
 from __future__ import annotations
 
-import itertools
+import gc
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
@@ -14,17 +14,18 @@ import torch
 from batchnorm.kernels.cpu import compiled
 
 
-def compile_for(dtype: torch.dtype, simple: bool) -> None:
+def compile_for(dtype: torch.dtype) -> None:
     """Compile the kernels of a dtype, or find them on disk: they share what they are made of."""
+    gc.disable()  # the compiler makes much that stays, through which the collector would go again and again
     for name in compiled._KERNELS:
-        compiled.kernel(name, dtype, simple)
+        for simple in (False, True):
+            compiled.kernel(name, dtype, simple)
 
 
 def main() -> None:
     """Let processes, as many as there are cores, take one dtype after the other."""
-    kinds = itertools.product(compiled.KINDS, (False, True))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_for, *zip(*kinds, strict=True)))
+        list(pool.map(compile_for, compiled.KINDS))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from tests.torch.checkpointed import (
 from tests.torch.twins import assert_identical, scramble
 
 
+@pytest.mark.one_in(3)
 @every_way
 @pytest.mark.parametrize("options", POLICIES.values(), ids=POLICIES)
 @pytest.mark.parametrize("with_mask", [False, True], ids=["plain", "masked"])
@@ -191,6 +192,7 @@ def test_one_backward_through_several_passes(way: Way) -> None:
     assert_identical(found[1], found[0])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["batch", "ghost", "renorm", "lenient"])
 def test_compiled_with_what_is_checkpointed(name: str) -> None:
     """The compiler itself computes again: rightly, or not at all."""

@@ -26,6 +26,7 @@ from tests.torch.checkpointed import (
 from tests.torch.twins import assert_identical, scramble
 
 
+@pytest.mark.one_in(3)
 @every_way
 @pytest.mark.parametrize("name", ["batch", "renorm", "running", "lenient", "ghost"])
 @pytest.mark.parametrize("around", ["outside", "within the last"])
@@ -145,6 +146,7 @@ DOMAINS = {
 }
 
 
+@pytest.mark.one_in(3)
 @every_way
 @pytest.mark.parametrize(("options", "training"), DOMAINS.values(), ids=DOMAINS)
 @pytest.mark.parametrize("around", ["outside", "within another"])

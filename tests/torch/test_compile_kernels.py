@@ -41,6 +41,7 @@ def graphs() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", KERNELS)
 def test_row_28_graphs_hold_the_launches_of_an_eager_step(graphs: dict[str, Any], case: str) -> None:
     """Row 28: the same kernels, programs, warps and numbers, both ways; nothing opaque, and no copies."""
@@ -53,6 +54,7 @@ def test_row_28_graphs_hold_the_launches_of_an_eager_step(graphs: dict[str, Any]
     assert len(found["copies"]) == (2 if case == "given" else 0)  # statistics `[1, C]`, kept as they are now
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("case", KERNELS)
 def test_the_compiler_knows_what_kernels_write(graphs: dict[str, Any], case: str) -> None:
     for launch in graphs[case]["launches"]:

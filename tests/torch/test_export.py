@@ -108,6 +108,7 @@ def around_norms() -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Converting a tensor:torch.jit.TracerWarning")
@@ -139,6 +140,7 @@ class Masked(nn.Module):
         return x
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("exporter", ["default", "traced"])

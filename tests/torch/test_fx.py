@@ -243,6 +243,7 @@ def gradients(model: nn.Module, x: Tensor, second: Tensor) -> Tensor:
     )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     ("options", "how"),

@@ -49,6 +49,7 @@ def one_layer(
     return found | state(layer), was_kept
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("engine", ["cpu", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
@@ -117,6 +118,7 @@ def test_row_23_a_network_keeps_no_outputs_of_norms() -> None:
     assert watch.alive() == (0, 0)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("activation", ["relu", None], ids=str)
 @pytest.mark.parametrize("depth", [3, 11])
 def test_row_23_a_chain_of_residuals(

@@ -59,6 +59,7 @@ def test_output_gradients_and_statistics(index: int, dtype: torch.dtype) -> None
     assert_same(*found, tolerance=(rtol, atol * scale))
 
 
+@pytest.mark.one_in(5)
 @CASES
 @HALVES
 def test_16_bit_is_stock_in_float64_rounded_once(index: int, dtype: torch.dtype) -> None:
@@ -70,6 +71,7 @@ def test_16_bit_is_stock_in_float64_rounded_once(index: int, dtype: torch.dtype)
     assert_same(found, expected, tolerance=(torch.finfo(dtype).eps, 1e-7))
 
 
+@pytest.mark.one_in(5)
 @CASES
 @HALVES
 def test_16_bit_input_with_float32_parameters(index: int, dtype: torch.dtype) -> None:
@@ -101,6 +103,7 @@ def differentiable(sample: Any) -> tuple[Any, tuple[Tensor, ...]]:
     return function, tuple(everything[i].detach().requires_grad_() for i in places)
 
 
+@pytest.mark.one_in(2)
 @CASES
 def test_gradcheck(index: int) -> None:
     function, inputs = differentiable(function_samples(torch.float64)[index])
@@ -114,6 +117,7 @@ def test_gradcheck(index: int) -> None:
     )
 
 
+@pytest.mark.one_in(2)
 @CASES
 def test_gradgradcheck(index: int) -> None:
     function, inputs = differentiable(function_samples(torch.float64)[index])

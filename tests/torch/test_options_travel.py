@@ -134,6 +134,7 @@ def test_row_29_torch_export_in_training(policy: Policy) -> None:
         torch.testing.assert_close(exported.state_dict()[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "all"])
 @pytest.mark.parametrize("policy", [batchnorm.Batch(), batchnorm.Ghost(3), batchnorm.Adapted(2.0)], ids=str)
 def test_row_29_onnx(policy: Policy, masked: bool, tmp_path: Path) -> None:

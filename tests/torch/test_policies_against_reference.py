@@ -174,6 +174,7 @@ LIKE_ANOTHER = {
 FEW = covering_cases(CASES)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("case", "name"),
     [(case, name) for name in POLICIES for case in CASES if name not in LIKE_ANOTHER or case in FEW],

@@ -45,6 +45,7 @@ def stepped(layer: nn.Module, *tensors: Tensor, **masks: Tensor | None) -> dict[
 SMOOTH, SKIPS = {"activation": "silu"}, {"momentum": None, "nonfinite": "skip"}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("masks", "options"), [("none", SKIPS), ("mask", SMOOTH), ("mask", SKIPS), ("lengths", SMOOTH)], ids=str
 )
@@ -67,6 +68,7 @@ def test_row_28_compiled_is_eager(
         assert_same(found, expected, TOLERANCES[torch.float32])
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "all"])
 @pytest.mark.parametrize(
     "policy",
@@ -94,6 +96,7 @@ def test_row_21_and_28_few_graphs_for_all_batch_sizes(policy: Policy, masked: bo
     assert len(graphs) <= most
 
 
+@pytest.mark.one_in(2)
 @EVERY_CALL
 def test_row_28_other_policies_and_options_are_noticed(policy: Policy, training: bool) -> None:
     """Row 28: what is set on a compiled layer holds from the next call on."""

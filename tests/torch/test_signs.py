@@ -40,6 +40,7 @@ def gradients_of(
     return dict(zip(("y", "dx", "dresidual", "dweight", "dbias"), (y.detach(), *found), strict=True))
 
 
+@pytest.mark.one_in(2)
 @every_combination(
     "statistics, dtype, activation, layout",
     [batchnorm.Batch(), batchnorm.Ghost(2), batchnorm.Running()],

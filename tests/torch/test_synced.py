@@ -62,6 +62,7 @@ def _assert_as_one(case: Case, found: list[Any], expected: Expected) -> None:
         assert_close(total, getattr(expected, name), dtype=case.parameter_dtype, what=name)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("world", [2, 3])
 def test_rows_5_16_27_ranks_are_as_one(case: Case, world: int, request: pytest.FixtureRequest) -> None:

@@ -63,6 +63,7 @@ def call(layer: nn.Module, path: str, x: Tensor, mask: Tensor | None = None) -> 
         return layer(x, None, mask)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("policy", "path", "bad"), covering_array(POLICIES, PATHS, BAD), ids=str)
 def test_row_3_a_bad_batch_leaves_no_trace_but_a_count(policy: Policy, path: str, bad: float) -> None:
     """Row 3: skipped and counted; the next batch moves the statistics as if there had been none."""
@@ -89,6 +90,7 @@ def test_row_3_without_it_one_bad_batch_is_in_the_statistics_for_ever() -> None:
     assert layer.skipped is None
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("policy", "bad", "path"), covering_array(POLICIES, BAD, PATHS[:3]), ids=str)
 def test_row_3_a_layer_that_refuses_bad_batches_names_itself(policy: Policy, bad: float, path: str) -> None:
     """Row 3: with the channel; nothing has changed; no reason is what is masked, or evaluated."""
