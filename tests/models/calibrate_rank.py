@@ -7,6 +7,8 @@ is as it was.
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,12 +121,28 @@ def scenarios(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def main(rank: int, ranks: int, folder: Path) -> None:
-    """Run the scenarios and save what came of them."""
+def one_is_killed(rank: int, ranks: int) -> dict[str, Any]:
+    """Lose the last rank within its data; return what came of that on the others."""
+    model, x = whole()
+
+    def data() -> Iterator[Tensor]:
+        yield x[:8]
+        if rank == ranks - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield x[8:16]
+
+    return attempt(model, lambda model: batchnorm.calibrate(model, data()))
+
+
+def main(rank: int, ranks: int, what: str, folder: Path) -> None:
+    """Run the scenarios, or lose a rank, and save what came of it."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=ranks
     )
-    torch.save(scenarios(rank, ranks, folder), folder / f"found{rank}.pt")
+    found = scenarios(rank, ranks, folder) if what == "scenarios" else one_is_killed(rank, ranks)
+    torch.save(found, folder / f"found{rank}.pt")
+    if what != "scenarios":
+        os._exit(0)  # no barrier: one is gone
     distributed.barrier()
     distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,15 @@ Found = list[dict[str, Any]]
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each rank found in each scenario."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    return found_by_ranks(calibrate_rank, request.param, folder, request.param)
+    return found_by_ranks(calibrate_rank, request.param, folder, request.param, "scenarios")
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
+    """Long before the timeout of the process group, half an hour; and nothing has changed."""
+    for of_rank in found_by_ranks(calibrate_rank, 3, tmp_path, 3, "one is killed", lost={2})[:2]:
+        assert of_rank["error"].startswith("RankError: calibrate: rank ")
+        assert "no sign of rank 2, which was killed" in of_rank["error"]
+        assert of_rank["is_unchanged"]
 
 
 def _assert_same_on_all(found: Found, scenario: str) -> None:

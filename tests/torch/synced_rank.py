@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
+from batchnorm.errors import RankError
 from batchnorm.torch.ranks import collectives
 from batchnorm.torch.ranks.sharing import Sharing
 from tests.torch import synced_scenarios
@@ -204,9 +205,9 @@ def counted(rank: int) -> Found:
     calls: list[str] = []
     real = Sharing.exchange
 
-    def spy(self: Sharing, act: Any, packet: Tensor, label: str) -> Tensor:
+    def spy(self: Sharing, act: Any, *more: Any) -> Tensor:
         calls.append(act)
-        return real(self, act, packet, label)
+        return real(self, act, *more)
 
     case, counts = CASES[0], {}
     layer, part = case.layer(), case.part(rank)
@@ -224,6 +225,26 @@ def counted(rank: int) -> Found:
     finally:
         Sharing.exchange = real  # type: ignore[method-assign]
     return {name: torch.tensor(count) for name, count in counts.items()}
+
+
+BACKWARDS = ("eager", "compiled", "twice differentiable")
+
+
+def _forward(way: str) -> tuple[Tensor, Tensor]:
+    """Return an input of a synchronised layer, and its output."""
+    layer = nn.Sequential(batchnorm.SyncBatchNorm(3))
+    x = torch.randn(4, 3, requires_grad=True)
+    module = torch.compile(layer, backend="aot_eager") if way == "compiled" else layer
+    return x, module(x)
+
+
+def _refusal(way: str, x: Tensor, y: Tensor) -> str:
+    """Return the error of the backward."""
+    try:
+        torch.autograd.grad(y, x, torch.randn_like(y), create_graph=way == "twice differentiable")
+    except RankError as error:
+        return str(error)
+    return "none"
 
 
 def main(rank: int, world: int, folder: Path) -> None:
@@ -244,8 +265,10 @@ def main(rank: int, world: int, folder: Path) -> None:
             "counted": counted(rank),
             "scenarios": synced_scenarios.on_rank(rank),
         }
-    torch.save(found, folder / f"found{rank}.pt")
+    calls = {} if world == 3 else {way: _forward(way) for way in BACKWARDS}
     distributed.barrier()
     distributed.destroy_process_group()
+    found["destroyed"] = {way: _refusal(way, *call) for way, call in calls.items()}
+    torch.save(found, folder / f"found{rank}.pt")
     assert collectives.members(collectives.Ranks(None, 1.0)) == 1
     copy.deepcopy(CASES[0].layer())(CASES[0].part(0).x)  # once more a plain layer

@@ -210,5 +210,5 @@ def test_where_the_host_does_not_wait_a_log_lists_what_was_sent(tmp_path: Path) 
     assert all(of_rank["waits"]["kind"] == "RankError" for of_rank in found)
     assert 0.5 < found[0]["overdue"] < 0.9  # of the timeout
     (logged,) = found[0]["log"]
-    assert "2: 'features.3 forward' (gather 5 float64)\n3: 'features.4 forward'" in logged
+    assert "2: 'features.3 forward' (gather 5 float64) of call 0\n3: 'features.4" in logged
     assert found[1]["log"] == []  # all that it sent was received

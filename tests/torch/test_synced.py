@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +170,47 @@ def test_row_16_a_rank_that_does_not_come_is_found_out(how: str, tmp_path: Path)
     """Row 16: an error in time that names the layer and the rank; nothing has moved."""
     lost = {1} if how == "killed" else set()
     first, second = found_by_ranks(synced_lost_rank, 2, tmp_path, how, lost=lost)
-    assert first["error"].startswith("first (BatchNorm1d) forward"), first
+    assert first["error"].startswith("RankError: first (BatchNorm1d) forward"), first
     assert "rank 1" in first["error"]
     assert first["unchanged"]
     assert first["seconds"] < synced_lost_rank.TIMEOUT / 2
     if how == "skips":
         assert "second (BatchNorm1d) forward" in first["error"]
-        assert second["error"].startswith("second (BatchNorm1d) forward")
+        assert second["error"].startswith("RankError: second (BatchNorm1d) forward")
         assert "rank 0 sent something else, 'first (BatchNorm1d) forward" in second["error"]
         assert second["unchanged"]
+
+
+def test_ctrl_c_reaches_a_rank_that_waits(tmp_path: Path) -> None:
+    """Long before the timeout; and the other rank learns of it when it comes."""
+    first, second = found_by_ranks(synced_lost_rank, 2, tmp_path, "interrupted")
+    assert first["error"].startswith("KeyboardInterrupt")
+    assert first["seconds"] < synced_lost_rank.TIMEOUT / 2
+    assert second["error"].startswith("RankError: first (BatchNorm1d) forward")
+    assert first["unchanged"]
+    assert second["unchanged"]
+
+
+def test_the_backward_of_one_call_never_pairs_with_that_of_another(tmp_path: Path) -> None:
+    """A layer is called twice, and a rank runs one backward only: the last calls' begin first elsewhere."""
+    for found in found_by_ranks(synced_lost_rank, 2, tmp_path, "half a backward"):
+        assert found["error"].startswith("RankError: first (BatchNorm1d) backward"), found
+        assert found["seconds"] < synced_lost_rank.TIMEOUT / 2
+        assert re.search(
+            r"sent something else, 'first \(BatchNorm1d\) backward.* of call [34]", found["error"]
+        )
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "twice differentiable"])
+def test_a_backward_without_the_ranks_of_its_forward_is_refused(of_two: list[Any], way: str) -> None:
+    """The process group was destroyed between them: sums of one rank alone are another gradient."""
+    for of_rank in of_two:
+        error = of_rank["destroyed"][way]
+        assert "SyncBatchNorm" in error.partition(":")[0]
+        assert (
+            "shared statistics with 2 ranks, and its backward finds 1: call backward() before destroy"
+            in error
+        )
 
 
 def test_without_processes_it_is_the_plain_layer() -> None:

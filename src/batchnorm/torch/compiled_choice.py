@@ -11,7 +11,7 @@ from batchnorm.errors import RecomputeError
 from batchnorm.kernels.choose import engine
 from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments
-from batchnorm.statistics.policy import Chosen, Known
+from batchnorm.statistics.policy import Chosen, Known, Policy
 from batchnorm.statistics.serialized import from_text
 from batchnorm.statistics.synced import Synced
 
@@ -21,7 +21,7 @@ from .compiled_groups import groups_of
 from .contexts.recomputed import is_in_backward
 from .differentiable import Normalized, cleared
 from .plan import Plan
-from .ranks.collectives import Ranks
+from .ranks.collectives import Ranks, numbered, sharing_ranks
 
 # The tensors that a choice knows, per channel or one number each.
 _NONE = (None,) * 4
@@ -31,27 +31,25 @@ def _plan(
     x: Tensor,
     mask: Tensor | None,
     known: tuple[Tensor | None, ...],
-    policy: str,
+    policy: Policy,
     training: bool,
-    shares: bool,
+    ranks: Ranks | None,
     is_lenient: bool,
     label: str,
     activation: str | None,
     eps: float,
 ) -> Plan:
     """Return the plan of a call, put together again from what an operator's arguments can be."""
-    found = from_text(policy)
     mean, var, batches, samples = known
-    ranks = Ranks(found.group, found.timeout) if shares and isinstance(found, Synced) else None
     choice = Choice(
-        found,
+        policy,
         training,
         Known(mean, var, batches, float(x.shape[0]) if samples is None else samples, eps),
         ranks,
         label,
         is_lenient,
     )
-    return Plan(eps, activation, mask, found.groups(training), None, choice)
+    return Plan(eps, activation, mask, policy.groups(training), None, choice)
 
 
 @torch.library.custom_op("batchnorm::normalize_chosen", mutates_args=())
@@ -73,9 +71,12 @@ def _normalize(
     activation: str | None,
     eps: float,
     strict: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    known = (known_mean, known_var, batches, samples)
-    plan = _plan(x, mask, known, policy, training, shares, is_lenient, label, activation, eps)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    known, found, ranks = (known_mean, known_var, batches, samples), from_text(policy), None
+    if shares and isinstance(found, Synced):
+        ranks = sharing_ranks(found.group, found.timeout)
+        ranks = None if ranks is None else numbered(ranks, x.device)
+    plan = _plan(x, mask, known, found, training, ranks, is_lenient, label, activation, eps)
     assert plan.choice is not None
     if training and (is_lenient or plan.choice.policy.needs_running) and is_in_backward():
         raise RecomputeError(
@@ -88,7 +89,8 @@ def _normalize(
     y = engine(x).normalize(x, chosen.mean, chosen.rstd, weight, bias, residual=residual, **plan.options)
     count = torch.zeros_like(batch.mean[:, :1]) + batch.count
     tables = [value + torch.zeros_like(batch.mean) for value in chosen]  # some may be numbers
-    return y, count, torch.stack([batch.mean, batch.m2, *tables])
+    sharers = torch.tensor([0, 0] if ranks is None else [ranks.size, ranks.call])
+    return y, count, torch.stack([batch.mean, batch.m2, *tables]), sharers
 
 
 @_normalize.register_fake
@@ -110,12 +112,13 @@ def _(
     activation: str | None,  # noqa: ARG001
     eps: float,  # noqa: ARG001
     strict: bool,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = from_text(policy).groups(training)
     groups = groups_of(x, size)
     wide = wide_dtype(x.device)
     tables = x.new_empty(7, groups, x.shape[1], dtype=wide)
-    return torch.empty_like(x), x.new_empty(groups, 1, dtype=wide), tables
+    sharers = torch.empty(2, dtype=torch.int64, device="cpu")
+    return torch.empty_like(x), x.new_empty(groups, 1, dtype=wide), tables, sharers
 
 
 @torch.library.custom_op("batchnorm::normalize_chosen_backward", mutates_args=())
@@ -128,13 +131,17 @@ def _normalize_backward(
     mask: Tensor | None,
     count: Tensor,
     tables: Tensor,
+    sharers: Tensor,
     policy: str,
     training: bool,
-    shares: bool,
     label: str,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan = _plan(x, mask, _NONE, policy, training, shares, False, label, activation, 0.0)
+    found, ranks = from_text(policy), None
+    members, call = sharers.tolist()
+    if members and isinstance(found, Synced):
+        ranks = Ranks(found.group, found.timeout, members, call)
+    plan = _plan(x, mask, _NONE, found, training, ranks, False, label, activation, 0.0)
     mean, m2, *chosen = tables.unbind()
     batch = PooledMoments(count, mean, m2)
     dx, dweight, dbias, dresidual = halves.gradients_of(
@@ -154,9 +161,9 @@ def _(
     mask: Tensor | None,  # noqa: ARG001
     count: Tensor,  # noqa: ARG001
     tables: Tensor,  # noqa: ARG001
+    sharers: Tensor,  # noqa: ARG001
     policy: str,  # noqa: ARG001
     training: bool,  # noqa: ARG001
-    shares: bool,  # noqa: ARG001
     label: str,  # noqa: ARG001
     activation: str | None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -167,18 +174,18 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, residual, mask, _, _, _, _, policy, training, shares, _, label, activation, _, _ = inputs
-    _, count, tables = output
+    x, weight, bias, residual, mask, _, _, _, _, policy, training, _, _, label, activation, _, _ = inputs
+    _, count, tables, sharers = output
     behind = (bias, residual) if activation is not None else (None, None)
-    ctx.save_for_backward(x, weight, *behind, mask, count, tables)
-    ctx.settings = (policy, training, shares, label, activation)
+    ctx.save_for_backward(x, weight, *behind, mask, count, tables, sharers)
+    ctx.settings = (policy, training, label, activation)
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias, residual))
-    ctx.mark_non_differentiable(count, tables)
+    ctx.mark_non_differentiable(count, tables, sharers)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, weight, bias, residual, mask, count, tables = ctx.saved_tensors
-    dx, *parameters = _normalize_backward(x, dy, weight, bias, residual, mask, count, tables, *ctx.settings)
+    x, weight, bias, residual, mask, *kept = ctx.saved_tensors
+    dx, *parameters = _normalize_backward(x, dy, weight, bias, residual, mask, *kept, *ctx.settings)
     if ctx.settings[-1] is None:
         parameters[2] = cleared(dy, mask)
     cast = (None if dtype is None else g.to(dtype) for g, dtype in zip(parameters, ctx.dtypes, strict=True))
@@ -201,7 +208,7 @@ def apply(
     choice = plan.choice
     assert choice is not None
     mean, var, batches, samples, eps = choice.known
-    y, count, tables = _normalize(
+    y, count, tables, _ = _normalize(
         x,
         weight,
         bias,

@@ -62,8 +62,7 @@ def mode_of(input: Tensor, tracked: Tracked, settings: Settings, mask: Tensor | 
     moves = is_tracked and policy.moves(training) and not is_recomputed()
     ranks = None
     if isinstance(policy, Synced) and training:
-        everyone = collectives.Ranks(policy.group, policy.timeout)
-        ranks = everyone if collectives.members(everyone) > 1 else None
+        ranks = collectives.sharing_ranks(policy.group, policy.timeout)
     needs_two = training and ranks is None
     is_lenient = False
     if (
@@ -258,8 +257,11 @@ def _plan(
     known = known_to(
         tracked.mean, tracked.var, tracked.batches, samples_of(input, mask), eps, wide_dtype(input.device)
     )
-    label = "batch_norm" if mode.ranks is None or settings.label is None else settings.label()
-    choice = Choice(policy, training, known, mode.ranks, label, mode.is_lenient, tracked.memory)
+    label, ranks = "batch_norm", mode.ranks
+    if ranks is not None:
+        label = label if settings.label is None else settings.label()
+        ranks = collectives.numbered(ranks, input.device)
+    choice = Choice(policy, training, known, ranks, label, mode.is_lenient, tracked.memory)
     return Plan(eps, settings.activation, mask, size, None, choice)
 
 

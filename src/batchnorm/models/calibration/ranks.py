@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from batchnorm.errors import OptionError, RankError
+from batchnorm.torch.ranks import collectives
 
 _TOLD = 240  # bytes of an error's text that the other ranks are told
 
@@ -31,12 +33,16 @@ class Ranks:
             raise OptionError(
                 "group= needs torch.distributed, which is not initialized: init_process_group()"
             )
-        self.is_alone = group is False or not is_initialized
-        self.group = None if self.is_alone else group
-        self.rank = 0 if self.is_alone else distributed.get_rank(self.group)
-        self.size = 1 if self.is_alone else distributed.get_world_size(self.group)
+        self.rank, self.size = 0, 1
+        if group is False or not is_initialized:
+            return
+        self.rank = distributed.get_rank(group)
         if self.rank < 0:
             raise OptionError("this process is not of the group that calibrates: call calibrate on its ranks")
+        self.size = distributed.get_world_size(group)
+        process_group = distributed.group.WORLD if group is None else group
+        members = distributed.get_process_group_ranks(process_group)
+        self._everyone = collectives.Ranks(tuple(members), _timeout(process_group))
 
     def gather(self, work: Callable[[], Tensor], length: int) -> list[Tensor]:
         """Do the work of this rank and return what every rank found, in the order of ranks.
@@ -48,17 +54,17 @@ class Ranks:
             length: of the row, the same on every rank.
 
         Raises:
-            RankError: the work of another rank raised.
+            RankError: the work of another rank raised, or another rank is missing.
             BaseException: what the work of this one raised.
         """
-        if self.is_alone:
+        if self.size == 1:
             return [work()]
         error: BaseException | None = None
         try:
             row = work()
         except BaseException as caught:
             error, row = caught, torch.zeros(length, dtype=torch.float64)
-        rows = self._all_gather(torch.cat((_told(error), row)))
+        rows = collectives.gather(torch.cat((_told(error), row)), self._everyone, "calibrate")
         if error is not None:
             raise error
         for rank, other in enumerate(rows):
@@ -68,13 +74,13 @@ class Ranks:
                 )
         return [other[1 + _TOLD :] for other in rows]
 
-    def _all_gather(self, row: Tensor) -> list[Tensor]:
-        backend = distributed.get_backend(self.group)
-        device = torch.device("cuda" if "nccl" in backend else "cpu")
-        row = row.to(device)
-        rows = [torch.empty_like(row) for _ in range(self.size)]
-        distributed.all_gather(rows, row, group=self.group)
-        return [other.cpu() for other in rows]
+
+def _timeout(group: Any) -> float:
+    """Return the seconds that a group of torch.distributed waits for its members."""
+    for device in ("cpu", "cuda"):
+        with contextlib.suppress(RuntimeError):  # the group has no backend for it
+            return float(group._get_backend(torch.device(device)).options._timeout.total_seconds())
+    return float(distributed.distributed_c10d.default_pg_timeout.total_seconds())
 
 
 def _told(error: BaseException | None) -> Tensor:

@@ -30,6 +30,8 @@ class BackendWire:
         timeout: seconds.
     """
 
+    is_on_cpu = False
+
     def __init__(self, members: tuple[int, ...], timeout: float) -> None:
         # Made by the members only. Its name counts the groups that a process has (torch 2.13): all members
         # must have made equally many before.

@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .process_groups import Ranks, index_of, members, sharing
+from .process_groups import Ranks, index_of, members, members_as_before, numbered, sharing, sharing_ranks
 
-__all__ = ["Ranks", "add", "differentiable_add", "differentiable_gather", "gather", "members"]
+__all__ = [
+    "Ranks",
+    "add",
+    "differentiable_add",
+    "differentiable_gather",
+    "gather",
+    "members",
+    "numbered",
+    "sharing_ranks",
+]
 
 
 def gather(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
@@ -27,12 +36,13 @@ def gather(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
         `[R, *packet.shape]`, a tensor of its own.
 
     Raises:
-        RankError: a rank is missing after the timeout, or sent another layer's packet.
+        RankError: a rank is missing after the timeout, or sent another layer's packet or that of
+            another call of the same; or there are not as many ranks as there were in the forward.
         OptionError: this process is not one of the group.
     """
-    if members(ranks) == 1:
+    if members_as_before(ranks, label) == 1:
         return packet.detach().clone()[None]
-    return sharing(ranks, packet.device).exchange("gather", packet.detach(), label)
+    return sharing(ranks, packet.device).exchange("gather", packet.detach(), label, ranks.call)
 
 
 def add(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
@@ -43,9 +53,9 @@ def add(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
     Returns:
         of the packet's shape, a tensor of its own.
     """
-    if members(ranks) == 1:
+    if members_as_before(ranks, label) == 1:
         return packet.detach().clone()
-    return sharing(ranks, packet.device).exchange("add", packet.detach(), label)
+    return sharing(ranks, packet.device).exchange("add", packet.detach(), label, ranks.call)
 
 
 def differentiable_gather(packet: Tensor, ranks: Ranks, label: str) -> Tensor:

@@ -35,6 +35,8 @@ class GlooWire:
         timeout: seconds until an exchange in which a member does not take part raises RuntimeError.
     """
 
+    is_on_cpu = True
+
     def __init__(self, store: Any, index: int, size: int, timeout: float) -> None:
         self._backend: Any = distributed.distributed_c10d.ProcessGroupGloo(
             store, index, size, timedelta(seconds=timeout)
@@ -47,7 +49,7 @@ class GlooWire:
         After round k a rank has the packets of its 2ᵏ⁺¹ successors, itself included.
         """
         exchange = _Exchange(self._backend, mark.number, self.timeout)
-        rows = packet.new_empty((self.size, packet.numel()), device="cpu")
+        rows = packet.new_empty((self.size, packet.numel()))
         rows[0] = packet.flatten()
         have = 1
         while have < self.size:
@@ -55,8 +57,7 @@ class GlooWire:
             to, source = (self.index - have) % self.size, (self.index + have) % self.size
             exchange(to=to, sent=rows[:more], source=source, received=rows[have : have + more])
             have += more
-        in_order = rows.roll(self.index, 0).reshape(self.size, *packet.shape)
-        return in_order.to(packet.device)
+        return rows.roll(self.index, 0).reshape(self.size, *packet.shape)
 
     def add(self, packet: Tensor, mark: Mark) -> Tensor:
         """Return the sum of all packets, the same bits on every rank.
@@ -65,13 +66,13 @@ class GlooWire:
         the largest power of two hand their packet to one below before, and are handed the sum after.
         """
         exchange = _Exchange(self._backend, mark.number, self.timeout)
-        total = packet.flatten().to("cpu", copy=True)
+        total = packet.flatten().clone()
         other = torch.empty_like(total)
         power = 1 << (self.size.bit_length() - 1)
         if self.index >= power:
             exchange(to=self.index - power, sent=total)
             exchange(source=self.index - power, received=total)
-            return total.reshape(packet.shape).to(packet.device)
+            return total.reshape(packet.shape)
         has_guest = self.index + power < self.size
         if has_guest:
             exchange(source=self.index + power, received=other)
@@ -84,7 +85,7 @@ class GlooWire:
             distance *= 2
         if has_guest:
             exchange(to=self.index + power, sent=total)
-        return total.reshape(packet.shape).to(packet.device)
+        return total.reshape(packet.shape)
 
     def hang_up(self) -> None:
         """Close all connections: whoever waits at their other end, or in another thread here, raises.

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+_FACTOR = 0x9E3779B97F  # odd, so that the last bits of its multiples differ: those that float32 carries
+
 
 class Mark(NamedTuple):
     """What a rank sends, and for which layer.
@@ -21,6 +23,16 @@ class Mark(NamedTuple):
     act: str
     sent: str
     number: int
+
+    def of_call(self, call: int) -> Mark:
+        """Return the mark with the number of a call, by which one layer's calls are told apart.
+
+        Of two calls of a layer, one rank may run the first one's backward only, where others begin with that
+        of the second.
+        """
+        number = (self.number + call * _FACTOR) % (1 << 40)
+        act, sent = (f"{text} of call {call}" for text in (self.act, self.sent))
+        return Mark(act, sent, number)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import distributed
 
-from batchnorm.errors import OptionError
+from batchnorm.errors import OptionError, RankError
 
 from .backend_wire import BackendWire
 from .gloo_wire import GlooWire
@@ -30,10 +30,14 @@ class Ranks:
     Args:
         group: global ranks; None = all.
         timeout: seconds to wait for others before an error names those that are missing.
+        size: how many they were in the forward, which its backward must find again; None = any number.
+        call: of those who share, the number of the forward: its backward has it too.
     """
 
     group: tuple[int, ...] | None
     timeout: float
+    size: int | None = None
+    call: int = 0
 
 
 # By default process group: by what was asked for, and by what that comes to.
@@ -61,6 +65,32 @@ def members(ranks: Ranks) -> int:
     return len(ranks.group)
 
 
+def sharing_ranks(group: tuple[int, ...] | None, timeout: float) -> Ranks | None:
+    """Return who shares statistics in a forward that begins now; None = this process shares with no other.
+
+    Args, Raises: as `Ranks`, as `members`.
+    """
+    size = members(Ranks(group, timeout))
+    return Ranks(group, timeout, size) if size > 1 else None
+
+
+def members_as_before(ranks: Ranks, label: str) -> int:
+    """Return the number of processes that take part in what `label` shares.
+
+    Raises:
+        RankError: they are not as many as they were in the forward.
+        OptionError: as `members`.
+    """
+    size = members(ranks)
+    if ranks.size not in (None, size):
+        raise RankError(
+            f"the forward shared statistics with {ranks.size} ranks, and its backward finds {size}: "
+            "call backward() before destroy_process_group(), and with the group of the forward",
+            layer=label,
+        )
+    return size
+
+
 def index_of(ranks: Ranks) -> int:
     """Return the place of this process among those that take part."""
     if members(ranks) == 1:
@@ -69,11 +99,21 @@ def index_of(ranks: Ranks) -> int:
     return rank if ranks.group is None else sorted(ranks.group).index(rank)
 
 
+def numbered(ranks: Ranks, device: torch.device) -> Ranks:
+    """Return who shares statistics of a forward on a device, with the number of its call.
+
+    While a program is traced there is none: its operators ask for one whenever they run.
+    """
+    if torch.compiler.is_compiling():
+        return ranks
+    return replace(ranks, call=sharing(ranks, device).next_call())
+
+
 def sharing(ranks: Ranks, device: torch.device) -> Sharing:
     """Return the connections of those who share tensors on a device; nobody has to be there yet."""
     default = distributed.group.WORLD
     table = _made.get(default)
-    found = None if table is None else table.get((ranks, device.type))
+    found = None if table is None else table.get((ranks.group, ranks.timeout, device.type))
     return _make(default, ranks, device) if found is None else found
 
 
@@ -87,7 +127,7 @@ def _make(default: Any, ranks: Ranks, device: torch.device) -> Sharing:
         table = _made.setdefault(default, {})
         if key not in table:
             table[key] = _sharing(everyone, ranks.timeout, backend)
-        table[ranks, device.type] = table[key]
+        table[ranks.group, ranks.timeout, device.type] = table[key]
         return table[key]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -18,13 +20,19 @@ from .lost_ranks import Board
 from .messages import Mark, mark_of
 
 _log = logging.getLogger("batchnorm")
-_LOOKS = 0.5  # seconds between two looks after an exchange
-_PATIENCE = 0.5  # seconds that an exchange may take before anybody asks whether another rank's failed
+_LOOKS = 0.2  # seconds between two looks after an exchange
+_PATIENCE = 0.2  # seconds that an exchange may take before anybody asks whether another rank's failed
 _OVERDUE = 0.8  # of the timeout
 
 
 class Wire(Protocol):
-    """Connections between the members, whatever they are made of."""
+    """Connections between the members, whatever they are made of.
+
+    Attributes:
+        is_on_cpu: it carries tensors on CPUs only.
+    """
+
+    is_on_cpu: bool
 
     def gather(self, packet: Tensor, mark: Mark) -> Tensor:
         """Return every member's packet, `[size, *packet.shape]`, in order."""
@@ -54,13 +62,25 @@ class Sharing:
         self._failed: str | None = None
         self._process = os.getpid()
         self._lock = threading.Lock()
+        self._calls = itertools.count(1)
+        self._thread = ThreadPoolExecutor(1, "batchnorm: exchanges")
         self._began: float | None = None  # while an exchange is going on
         self._latest = time.monotonic()
         self._is_logged = True
         _look_after(self)
 
-    def exchange(self, act: Literal["gather", "add"], packet: Tensor, label: str) -> Tensor:
+    def next_call(self) -> int:
+        """Return the number of a call that begins: the same on every rank, as long as none skips one."""
+        return next(self._calls)
+
+    def exchange(self, act: Literal["gather", "add"], packet: Tensor, label: str, call: int = 0) -> Tensor:
         """Gather packets or add them.
+
+        Args:
+            act: which of both.
+            packet: of the same shape on every rank.
+            label: what identifies the sender.
+            call: the number of its call.
 
         Raises:
             RankError: a member is missing, or sent something else; or that was so before.
@@ -71,15 +91,14 @@ class Sharing:
                 "initialize it in the process that runs the layer",
                 layer=label,
             )
-        mark = mark_of(label, act, packet.shape, packet.dtype)
+        mark = mark_of(label, act, packet.shape, packet.dtype).of_call(call)
         with self._lock:
             if self._failed is not None:
                 raise RankError(f"nothing is shared any more, since this failed: {self._failed}", layer=label)
             self._began = self._latest = time.monotonic()
             self._is_logged = False
             try:
-                wire = self._connected()
-                return wire.gather(packet, mark) if act == "gather" else wire.add(packet, mark)
+                return self._exchange(self._connected(), act, packet, mark)
             except BaseException as error:
                 self._fail(error, label, mark)
                 raise
@@ -91,6 +110,18 @@ class Sharing:
             self._board.meet()
             self._wire = self._connect()
         return self._wire
+
+    def _exchange(self, wire: Wire, act: Literal["gather", "add"], packet: Tensor, mark: Mark) -> Tensor:
+        """Exchange; where the host waits for the other ranks, in a thread.
+
+        Python's handler of Ctrl-C runs in the main thread, between two of its own instructions: while it
+        waits within torch's code, not before the timeout.
+        """
+        exchange = wire.gather if act == "gather" else wire.add
+        sent = packet.cpu() if wire.is_on_cpu else packet
+        if not sent.is_cpu or threading.current_thread() is not threading.main_thread():
+            return exchange(sent, mark).to(packet.device)
+        return self._thread.submit(exchange, sent, mark).result().to(packet.device)
 
     def _fail(self, error: BaseException, label: str, mark: Mark) -> None:
         """Let the others know, stop all exchanges, and raise what is known of the reason."""
