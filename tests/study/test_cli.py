@@ -122,6 +122,8 @@ def test_ctrl_c_stops_keeps_finished_runs_and_the_same_command_goes_on(own: Path
     with slow_study(own, "--jobs", "2", HANG_AFTER="2") as process:
         wait_until((own.parent / "hangs").exists)
         kept = {path: path.stat().st_mtime_ns for path in own.parent.glob("runs/*/runs/*.json")}
+        second = run(tiny(own, "slow", "--batch-size", "10"), own.parent)
+        assert_fails_in_one_line(second, 1, "another study is at work in runs/study", "--out")
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=PATIENCE)  # until all that have stderr, the workers too, end
         wait_until(lambda: is_gone(process.pid))
@@ -192,7 +194,7 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_no_part_of_it(own:
 
     done = run(tiny(own), own.parent, no_file_beyond_8_bytes)
     assert_fails_in_one_line(done, 1, "error: ", os.strerror(errno.EFBIG), "every finished run is kept")
-    assert [path.name for path in own.parent.glob("runs/*/*")] == ["runs"]
+    assert sorted(path.name for path in own.parent.glob("runs/*/*")) == [".lock", "runs"]
 
 
 def test_version_and_help() -> None:
