@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any, Self
 
@@ -16,14 +17,15 @@ from .frameworks import framework_in_words
 from .options import shown_number
 
 _SECONDS_BETWEEN_LINES = 30.0
-_AS_IT_IS = {"highlight": False, "markup": False, "emoji": False}  # brackets and colons may be part of a name
+# Brackets and colons may be part of a name.
+_plain_console = functools.partial(Console, highlight=False, markup=False, emoji=False)
 
 
 class TerminalDisplay:
     """A progress bar on a terminal, a line now and then elsewhere; on stderr: stdout is for the results."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, soft_wrap=True, **_AS_IT_IS)
+        self._console = _plain_console(stderr=True, soft_wrap=True)
         self._bar: Progress | None = None
         self._bar_task = TaskID(0)
         self._runs = self._finished = self._steps = self._taken = 0
@@ -83,7 +85,7 @@ class TerminalDisplay:
 
 def print_results(results: dict[str, Any]) -> None:
     """Print one table per network: each arm at its best learning rate."""
-    console = Console(**_AS_IT_IS)
+    console = _plain_console()
     provenance = results["provenance"]
     target = f"{provenance['target_accuracy']:.0%}"
     framework = framework_in_words(provenance)
