@@ -197,6 +197,33 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_no_part_of_it(own:
     assert sorted(path.name for path in own.parent.glob("runs/*/*")) == [".lock", "runs"]
 
 
+FIRST_MOMENTS = {
+    "typer": "study",
+    "batchnorm.cli.one_line": "study",
+    "numpy": "study",
+    "filelock": "study",
+    "rich.progress": "study",
+    "batchnorm.cli.model_files": "inspect a.b:c",
+    "safetensors": "convert a.b:c --out a.safetensors",
+    "torch": "calibrate a.b:c --out a.safetensors --data digits",
+    "a": "fold a.b:c --out a.safetensors",  # the user's own
+}
+
+
+@pytest.mark.parametrize("when", FIRST_MOMENTS)
+def test_ctrl_c_in_the_first_moments_is_one_line(tmp_path: Path, when: str) -> None:
+    """When a module is looked for, of those that are imported one after the other."""
+    press = (
+        "import signal, sys\n"
+        "class Finder:\n    def find_spec(self, name, *_):\n"
+        f"        if name == {when!r}: signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    command = [sys.executable, "-c", press + COMMAND[-1], *FIRST_MOMENTS[when].split()]
+    done = run(command, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
 def test_version_and_help() -> None:
     version = run([*COMMAND, "--version"], Path())
     assert version.stdout == f"batchnorm {batchnorm.__version__}\n"

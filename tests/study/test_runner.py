@@ -174,6 +174,36 @@ def test_a_network_that_raises_is_named_with_its_line(shared: tuple[Path, Worker
         list(pool.run([task(f"{own}:raises")]))
 
 
+@pytest.mark.parametrize(
+    ("network", "error"),
+    [("exits", "SystemExit: 0"), ("presses", "KeyboardInterrupt"), ("closes", "GeneratorExit")],
+)
+def test_a_network_that_would_end_its_process_is_named_with_its_line(
+    shared: tuple[Path, WorkerPool], network: str, error: str
+) -> None:
+    own, pool = shared
+    with pytest.raises(StudyError, match=rf"own\.py:{network}, arm batchnorm.*: {error}.* \(own\.py, line "):
+        list(pool.run([task(f"{own}:{network}")]))
+
+
+@pytest.mark.parametrize("network", ["forks", "forks_in_training", "forks_and_exits"])
+def test_a_network_that_forks_is_trained_once_and_its_child_ended(
+    shared: tuple[Path, WorkerPool], network: str
+) -> None:
+    own, pool = shared
+    run = task(f"{own}:{network}")
+    (finished,) = (event for event in pool.run([run]) if not isinstance(event, Progress))
+    assert isinstance(finished, Finished)
+    assert finished.result["network"] == f"own.py:{network}"
+    assert [type(event) for event in pool.run([task(f"{own}:net")])] == [Finished]
+
+
+def test_what_a_network_writes_on_the_pipe_ends_its_worker(shared: tuple[Path, WorkerPool]) -> None:
+    own, pool = shared
+    with pytest.raises(StudyError, match=r"died again, .*writes_on_the_pipe"):
+        list(pool.run([task(f"{own}:writes_on_the_pipe")]))
+
+
 def test_a_worker_that_dies_twice_on_a_run_ends_the_study(shared: tuple[Path, WorkerPool]) -> None:
     own, pool = shared
     with pytest.raises(StudyError, match=r"died again, with exit code 3, on .*dies"):

@@ -12,7 +12,7 @@ import typer
 
 from batchnorm.errors import BatchNormError, FileError, OptionError, in_one_line
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+from .interrupt import INTERRUPTED, raising_interrupts
 
 
 @contextlib.contextmanager
@@ -24,9 +24,10 @@ def one_clear_line(debug: bool, kept: str = "") -> Iterator[None]:
         kept: what an error of a file leaves behind, in words.
     """
     try:
-        yield
+        with raising_interrupts():
+            yield
     except KeyboardInterrupt as interrupted:
-        _fail(str(interrupted) or "stopped", _INTERRUPTED)
+        _fail(str(interrupted) or "stopped", INTERRUPTED)
     except (BatchNormError, OSError) as error:
         if debug:
             typer.echo(getattr(error, "details", None) or traceback.format_exc(), err=True)
