@@ -12,12 +12,13 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm.errors import DataError
+from batchnorm.errors import DataError, FileError, in_one_line
 from batchnorm.files import read_within
 
 Array = npt.NDArray[Any]
 
 _LONGEST_HEADER = 2**16
+_LONGEST_MESSAGE = 160
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -38,11 +39,12 @@ def read_npz(path: Path, kinds: Mapping[str, str], most: int) -> list[Array]:
     try:
         with zipfile.ZipFile(io.BytesIO(read_within(path, most))) as archive:
             return [_read(archive, name, kind, most) for name, kind in kinds.items()]
+    except (DataError, FileError) as error:
+        said = str(error)
+        raise DataError(said if str(path) in said else f"{path}: {said}") from error
     except Exception as broken:  # zipfile and NumPy raise a dozen kinds of errors on damaged files
-        said = str(broken).strip('"')
-        raise DataError(
-            said if said.startswith(str(path)) else f"{path} cannot be read as .npz: {said or repr(broken)}"
-        ) from broken
+        said = in_one_line(str(broken) or type(broken).__name__)[:_LONGEST_MESSAGE]  # parts of the file, too
+        raise DataError(f"{path} cannot be read as .npz: {said}") from broken
 
 
 def _read(archive: zipfile.ZipFile, name: str, kinds: str, most: int) -> Array:
