@@ -57,8 +57,11 @@ def forks(norm):
 
 
 class Forking(nn.Module):
+    forked = False
+
     def forward(self, x):
-        if self.training:
+        if self.training and not self.forked:
+            self.forked = True
             os.fork()
         return x
 

@@ -143,6 +143,7 @@ NPZ: dict[str, Callable[[], bytes]] = {
     "a member without content": lambda: member(b""),
     "713 TiB": lambda: member(header(IMAGES, (10**6, 28 * 1000, 28 * 1000))),
     "one image more than there is": lambda: member(header(IMAGES, (21, 28, 28))),
+    "one image less than there is": lambda: member(header(IMAGES, (19, 28, 28))),
     "negative lengths": lambda: member(header(IMAGES, (20, -28, -28))),
     "a shape beyond integers": lambda: member(header(IMAGES, (10**400,))),
     "encrypted": lambda: member(header(IMAGES, IMAGES.shape), lambda info: setattr(info, "flag_bits", 1)),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -191,8 +192,9 @@ def test_a_network_that_forks_is_trained_once_and_its_child_ended(
     shared: tuple[Path, WorkerPool], network: str
 ) -> None:
     own, pool = shared
-    run = task(f"{own}:{network}")
-    (finished,) = (event for event in pool.run([run]) if not isinstance(event, Progress))
+    run = dataclasses.replace(task(f"{own}:{network}"), epochs=10)
+    progress, finished = pool.run([run])
+    assert progress == Progress(run, 25)  # of the 30 steps, once
     assert isinstance(finished, Finished)
     assert finished.result["network"] == f"own.py:{network}"
     assert [type(event) for event in pool.run([task(f"{own}:net")])] == [Finished]

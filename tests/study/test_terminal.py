@@ -20,7 +20,7 @@ def test_a_name_is_no_markup(capsys: pytest.CaptureFixture[str], monkeypatch: py
         display.run_ended(f"{NAME}\x1b[2J", diverged=True)
         display.notice(f"{NAME}\nand more")
     told = capsys.readouterr()
-    assert f"{NAME}\\x1b[2J on own, each arm" in told.out
+    assert f"{NAME}\\x1b[2J on own, each arm" in " ".join(told.out.split())
     assert told.err.splitlines() == [
         NAME,
         f"{NAME}\\x1b[2J: diverged, its loss is no longer finite; kept as a result",

@@ -86,14 +86,13 @@ def naming_the_line(
     try:
         yield
     except (kept, KeyboardInterrupt):
-        end_if_forked(process, doing)
         raise
     except BaseException as theirs:
         if isinstance(theirs, SystemExit) and os.getpid() != process:
             os._exit(theirs.code if isinstance(theirs.code, int) else theirs.code is not None)
-        end_if_forked(process, doing)
         raise StudyError(f"{doing}: {blame(theirs, source)}", traceback.format_exc()) from theirs
-    end_if_forked(process, doing)
+    finally:
+        end_if_forked(process, doing)
 
 
 def end_if_forked(process: int, doing: str) -> None:
