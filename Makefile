@@ -11,7 +11,7 @@ help:
 	@echo "make test    the test suite; make test-slow: what it leaves out of large grids, and what takes long;"
 	@echo "             make test-jax, make test-tensorflow: all tests of Keras on another backend;"
 	@echo "             make test-benchmarks: that the measurements run"
-	@echo "make fuzz    any call of any layer against the reference: FUZZ_CASES of them (20000), by FUZZ_SEED"
+	@echo "make fuzz    any call of any layer against the reference, and damaged files: FUZZ_CASES of them (20000), by FUZZ_SEED"
 	@echo "make mutants what the suite catches: mistakes made in the code by rule, 14 in each part of it; half an hour"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make resolves  what users and developers install has a solution on every platform, by the registry's metadata"

@@ -7,11 +7,21 @@ for the stock layer catches ours.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Self
 
 # Top-level package that a missing import names -> the extra that brings it.
 EXTRAS = {"torch": "torch", "keras": "keras", "rich": "study"}
+
+
+# What moves the cursor or colours a terminal, ends a line, or turns the direction of writing.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def in_one_line(text: str) -> str:
+    """Return `text` as one line that a terminal only shows, whatever a file's name or content put into it."""
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], " ".join(text.splitlines()))
 
 
 class BatchNormError(Exception):

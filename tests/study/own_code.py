@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 _OWN = """
-import os, time
+import os, stat, time
 from pathlib import Path
 import numpy as np
 from torch import nn
@@ -49,6 +49,53 @@ def dies_once(norm):
 
 def dies(norm):
     os._exit(3)
+
+
+def forks(norm):
+    os.fork()  # what comes back in the child goes on with the study
+    return net(norm)
+
+
+class Forking(nn.Module):
+    forked = False
+
+    def forward(self, x):
+        if self.training and not self.forked:
+            self.forked = True
+            os.fork()
+        return x
+
+
+def forks_in_training(norm):
+    return nn.Sequential(*net(norm), Forking())
+
+
+def forks_and_exits(norm):
+    if os.fork() == 0:
+        raise SystemExit
+    return net(norm)
+
+
+def exits(norm):
+    raise SystemExit(0)
+
+
+def presses(norm):
+    raise KeyboardInterrupt
+
+
+def closes(norm):
+    raise GeneratorExit
+
+
+def writes_on_the_pipe(norm):
+    for descriptor in range(3, 64):
+        try:
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                os.write(descriptor, b"\\0\\0\\0\\4text")
+        except OSError:
+            pass
+    return net(norm)
 
 
 def raises(norm):

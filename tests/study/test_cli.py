@@ -122,6 +122,8 @@ def test_ctrl_c_stops_keeps_finished_runs_and_the_same_command_goes_on(own: Path
     with slow_study(own, "--jobs", "2", HANG_AFTER="2") as process:
         wait_until((own.parent / "hangs").exists)
         kept = {path: path.stat().st_mtime_ns for path in own.parent.glob("runs/*/runs/*.json")}
+        second = run(tiny(own, "slow", "--batch-size", "10"), own.parent)
+        assert_fails_in_one_line(second, 1, "another study is at work in runs/study", "--out")
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=PATIENCE)  # until all that have stderr, the workers too, end
         wait_until(lambda: is_gone(process.pid))
@@ -192,7 +194,34 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_no_part_of_it(own:
 
     done = run(tiny(own), own.parent, no_file_beyond_8_bytes)
     assert_fails_in_one_line(done, 1, "error: ", os.strerror(errno.EFBIG), "every finished run is kept")
-    assert [path.name for path in own.parent.glob("runs/*/*")] == ["runs"]
+    assert sorted(path.name for path in own.parent.glob("runs/*/*")) == [".lock", "runs"]
+
+
+FIRST_MOMENTS = {
+    "typer": "study",
+    "batchnorm.cli.one_line": "study",
+    "numpy": "study",
+    "filelock": "study",
+    "rich.progress": "study",
+    "batchnorm.cli.model_files": "inspect a.b:c",
+    "safetensors": "convert a.b:c --out a.safetensors",
+    "torch": "calibrate a.b:c --out a.safetensors --data digits",
+    "a": "fold a.b:c --out a.safetensors",  # the user's own
+}
+
+
+@pytest.mark.parametrize("when", FIRST_MOMENTS)
+def test_ctrl_c_in_the_first_moments_is_one_line(tmp_path: Path, when: str) -> None:
+    """When a module is looked for, of those that are imported one after the other."""
+    press = (
+        "import signal, sys\n"
+        "class Finder:\n    def find_spec(self, name, *_):\n"
+        f"        if name == {when!r}: signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    command = [sys.executable, "-c", press + COMMAND[-1], *FIRST_MOMENTS[when].split()]
+    done = run(command, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
 def test_version_and_help() -> None:

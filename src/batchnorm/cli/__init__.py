@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Any
 
-import typer
-
-import batchnorm
-
-from . import models
-from .study import study
-
-app = typer.Typer(
-    help="Batch normalization for PyTorch and Keras.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command()(study)
-for command in models.COMMANDS:
-    app.command()(command)
+from .interrupt import stop_at_once
 
 
 def main() -> None:
     """Entry point of the `batchnorm` command."""
+    stop_at_once()  # before imports that take their time
+    from .commands import app
+
     app()
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"batchnorm {batchnorm.__version__}")
-        raise typer.Exit
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from .commands import app
 
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -85,13 +85,8 @@ class Run:
 
     def verb(self, verb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a verb on the model; what the model's own code raises becomes a line that names its line."""
-        try:
+        with naming_the_line(f"running {self.spec}", source_of(self.spec), kept=BatchNormError):
             return verb(self.model, *args, **kwargs)
-        except BatchNormError:
-            raise
-        except Exception:
-            with naming_the_line(f"running {self.spec}", source_of(self.spec)):
-                raise
 
     def write(self, model: nn.Module, out: Path, force: bool, example: Tensor | None = None) -> None:
         """Write a model or its state, by the suffix of the file: whole, or not at all."""

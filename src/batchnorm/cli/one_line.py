@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import typer
 
-from batchnorm.errors import BatchNormError, OptionError
+from batchnorm.errors import BatchNormError, FileError, OptionError, in_one_line
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+from .interrupt import INTERRUPTED, raising_interrupts
 
 
 @contextlib.contextmanager
@@ -24,18 +24,14 @@ def one_clear_line(debug: bool, kept: str = "") -> Iterator[None]:
         kept: what an error of a file leaves behind, in words.
     """
     try:
-        yield
+        with raising_interrupts():
+            yield
     except KeyboardInterrupt as interrupted:
-        _fail(str(interrupted) or "stopped", _INTERRUPTED)
-    except BatchNormError as error:
+        _fail(str(interrupted) or "stopped", INTERRUPTED)
+    except (BatchNormError, OSError) as error:
         if debug:
             typer.echo(getattr(error, "details", None) or traceback.format_exc(), err=True)
-        _fail(f"error: {error}", 2 if isinstance(error, OptionError) else 1)
-    except OSError as error:
-        if debug:
-            typer.echo(traceback.format_exc(), err=True)
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"error: {where}{error.strerror or error}{'; ' if kept else ''}{kept}", 1)
+        _fail(_told(error, kept), 2 if isinstance(error, OptionError) else 1)
 
 
 @contextlib.contextmanager
@@ -48,13 +44,17 @@ def warnings_as_lines() -> Iterator[None]:
         finally:
             for warning in caught:
                 if issubclass(warning.category, UserWarning):
-                    typer.echo(f"warning: {_in_one_line(str(warning.message))}", err=True)
+                    typer.echo(f"warning: {in_one_line(str(warning.message))}", err=True)
+
+
+def _told(error: BatchNormError | OSError, kept: str) -> str:
+    if not isinstance(error, OSError):
+        return f"error: {error}"
+    text = str(error) if isinstance(error, FileError) else error.strerror or str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"error: {where}{text}{'; ' if kept else ''}{kept}"
 
 
 def _fail(line: str, code: int) -> None:
-    typer.echo(_in_one_line(line), err=True)
+    typer.echo(in_one_line(line), err=True)
     sys.exit(code)
-
-
-def _in_one_line(text: str) -> str:
-    return " ".join(text.splitlines())

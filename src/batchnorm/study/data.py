@@ -6,17 +6,20 @@ import hashlib
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from batchnorm.errors import DataError
 
+from .arrays import as_array
 from .mnist import load_mnist
 from .user_code import is_user_code, load_function, naming_the_line, source_of
 
 _SPLIT_SEED = 2015
+# Labels beyond this, and beyond the number of examples, count no classes: each would get an output.
+_CLASSES_OF_FEW_EXAMPLES = 1000
+_NUMBERED = "numpy.unique(y, return_inverse=True)[1] numbers classes of any kind"
 _DIGITS_HELD_OUT_PER_CLASS = 250
 
 
@@ -148,10 +151,12 @@ def _load_own(spec: str) -> Dataset:
     return Dataset(name, f"the user's own, {name}", x_train, y_train, x_test, y_test)
 
 
-def _checked_inputs(spec: str, which: str, values: Any) -> npt.NDArray[np.float32]:
-    array = np.asarray(values)
+def _checked_inputs(spec: str, which: str, values: object) -> npt.NDArray[np.float32]:
+    array = as_array(f"data {spec}: {which}", values)
     if array.dtype.kind not in "fiub":
-        raise DataError(f"data {spec}: {which} holds {array.dtype}, not numbers")
+        raise DataError(
+            f"data {spec}: {which} holds {array.dtype}, not real numbers: return it as .astype(numpy.float32)"
+        )
     if array.ndim < 2 or array.size == 0:
         raise DataError(
             f"data {spec}: {which} has shape {array.shape}, not [examples, ...] with some of each"
@@ -164,8 +169,8 @@ def _checked_inputs(spec: str, which: str, values: Any) -> npt.NDArray[np.float3
     return array
 
 
-def _checked_classes(spec: str, which: str, values: Any, examples: int) -> npt.NDArray[np.int64]:
-    array = np.asarray(values)
+def _checked_classes(spec: str, which: str, values: object, examples: int) -> npt.NDArray[np.int64]:
+    array = as_array(f"data {spec}: {which}", values)
     if array.ndim != 1 or len(array) != examples:
         x = which.replace("y", "x")
         raise DataError(f"data {spec}: {which} has shape {array.shape}, not [{examples}] as {x} asks")
@@ -173,15 +178,20 @@ def _checked_classes(spec: str, which: str, values: Any, examples: int) -> npt.N
         array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.round(array)).all()
     ):
         raise DataError(
-            f"data {spec}: {which} holds {array.dtype}, not whole numbers that count classes from 0"
+            f"data {spec}: {which} holds {array.dtype}, not whole numbers that count classes from 0: "
+            f"{_NUMBERED}"
         )
-    array = array.astype(np.int64)
-    if array.min() < 0 or (which == "y_train" and array.max() == 0):
+    low, high = array.min(), array.max()
+    if low < 0 or (which == "y_train" and high == 0):
         raise DataError(
-            f"data {spec}: {which} holds classes {array.min()} to {array.max()}, "
-            "not two or more counted from 0"
+            f"data {spec}: {which} holds classes {low} to {high}, not two or more counted from 0: {_NUMBERED}"
         )
-    return array
+    if high >= (most := max(_CLASSES_OF_FEW_EXAMPLES, examples)):
+        raise DataError(
+            f"data {spec}: {which} holds labels up to {high}, and classes counted from 0 stay below {most}: "
+            f"{_NUMBERED}"
+        )
+    return array.astype(np.int64)
 
 
 def _what(value: object) -> str:

@@ -14,6 +14,7 @@ from batchnorm.memory import reuse_memory
 from .data import Dataset
 from .errors import StudyError
 from .frameworks import Framework
+from .run_form import Run
 from .tasks import RunTask, TimingTask
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class Engine(Protocol):
     """Trains and times networks, on one thread."""
 
-    def train(self, task: RunTask, report: Callable[[int], None]) -> dict[str, Any]:
+    def train(self, task: RunTask, report: Callable[[int], None]) -> Run:
         """Train once; the record, and meanwhile steps to `report`."""
 
     def time(self, task: TimingTask) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class TorchEngine:
         self._data = data
         self._tensors: TensorData | None = None
 
-    def train(self, task: RunTask, report: Callable[[int], None]) -> dict[str, Any]:
+    def train(self, task: RunTask, report: Callable[[int], None]) -> Run:
         from . import train_torch
 
         return train_torch.train(task, self._prepared(), report)
@@ -80,7 +81,7 @@ class KerasEngine:
         self._backend = backend
         self._is_set_up = False
 
-    def train(self, task: RunTask, report: Callable[[int], None]) -> dict[str, Any]:
+    def train(self, task: RunTask, report: Callable[[int], None]) -> Run:
         self._set_up()
         from . import train_keras
 

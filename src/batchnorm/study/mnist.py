@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import os
 import struct
-import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm.errors import DataError
+from batchnorm.errors import DataError, FileError
+from batchnorm.files import read_within
+
+from .npz import read_npz
 
 Bytes = npt.NDArray[np.uint8]
-Arrays = tuple[Bytes, Bytes, Bytes, Bytes]
+Labels = npt.NDArray[Any]
+Arrays = tuple[Bytes, Labels, Bytes, Labels]
 
 # (stem of the name, dimensions), in the order x_train, y_train, x_test, y_test.
 _FILES = (("train-images", 3), ("train-labels", 1), ("t10k-images", 3), ("t10k-labels", 1))
+# The same of Keras's file, with the kinds of their dtypes: whole numbers.
+_KERAS_ARRAYS = {"x_train": "u", "y_train": "iu", "x_test": "u", "y_test": "iu"}
 _UNSIGNED_BYTE = 0x08
+_CHUNK = 2**20
+# MNIST's largest file has 47 million bytes, and EMNIST's digits, in the same format, have 190 million.
+_MOST_BYTES = 2**28
 _HOW_TO_GET_IT = (
     "put mnist.npz (https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz) or the four IDX "
     "files (https://ossci-datasets.s3.amazonaws.com/mnist/) into a folder, and name it with --data-dir"
 )
+_AGAIN = "download it again"
 
 
 def load_mnist(data_dir: Path | None = None) -> tuple[Arrays, str]:
@@ -58,31 +69,44 @@ def read_idx(path: Path, dimensions: int) -> Bytes:
     """Read one IDX file of bytes, plain or gzipped.
 
     The format: two zero bytes, the type (8 for unsigned bytes), the number of dimensions, each dimension as a
-    big-endian 32-bit integer, then the values.
+    big-endian 32-bit integer, then the values. No more is unpacked than the header says.
 
     Raises:
-        DataError: the file cannot be read, is not IDX of that many dimensions, or is shorter or longer than
-            it says.
+        DataError: the file cannot be read, is not IDX of that many dimensions, is shorter or longer than it
+            says, or says more than any set of digits has.
     """
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        content = read_within(path, _MOST_BYTES)
+        plain = io.BytesIO(content)
+        with gzip.GzipFile(fileobj=plain) if content[:2] == b"\x1f\x8b" else plain as stream:
+            return _read_idx(path, dimensions, stream)
+    except DataError:
+        raise
+    except FileError as error:
+        raise DataError(f"{error}; {_AGAIN}") from error
     except (OSError, EOFError, zlib.error) as broken:
-        raise DataError(f"{path} cannot be read: {broken}") from broken
-    header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
+        raise DataError(f"{path} cannot be read: {broken}; {_AGAIN}") from broken
+
+
+def _read_idx(path: Path, dimensions: int, stream: io.BufferedIOBase) -> Bytes:
+    header = stream.read(4 + 4 * dimensions)
+    if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
         raise DataError(
             f"{path} is not an IDX file of bytes in {dimensions} dimensions: it starts with "
-            f"{content[:4].hex(' ') or 'nothing'}"
+            f"{header[:4].hex(' ') or 'nothing'}; {_AGAIN}"
         )
-    shape = struct.unpack(f">{dimensions}I", content[4:header])
-    if len(content) - header != math.prod(shape):
-        raise DataError(
-            f"{path} is damaged: its header says {' x '.join(map(str, shape))} bytes, "
-            f"and {len(content) - header:,} follow"
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    shape = struct.unpack(f">{dimensions}I", header[4:])
+    size = math.prod(shape)
+    claim = f"its header says {' x '.join(map(str, shape))} bytes"
+    if size > _MOST_BYTES:
+        raise DataError(f"{path} is no set of digits: {claim}, and none has more than {_MOST_BYTES:,}")
+    values = bytearray()
+    while chunk := stream.read(min(_CHUNK, size + 1 - len(values))):
+        values += chunk
+    if len(values) != size:
+        follow = "more" if len(values) > size else f"{len(values):,}"
+        raise DataError(f"{path} is damaged: {claim}, and {follow} follow; {_AGAIN}")
+    return np.frombuffer(values, np.uint8).reshape(shape)
 
 
 def _candidate_folders(data_dir: Path | None) -> Iterator[Path]:
@@ -118,10 +142,10 @@ def _read_idx_files(folder: Path, paths: list[Path | None]) -> Arrays:
 
 def _read_npz(path: Path) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = (stored["x_train"], stored["y_train"], stored["x_test"], stored["y_test"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as broken:
-        raise DataError(f"{path} cannot be read as Keras's mnist.npz: {broken}") from broken
+        x_train, y_train, x_test, y_test = read_npz(path, _KERAS_ARRAYS, _MOST_BYTES)
+    except DataError as error:
+        raise DataError(f"{error}: it is not Keras's mnist.npz; {_AGAIN}") from error
+    arrays = (x_train, y_train, x_test, y_test)
     _check(arrays, path)
     return arrays
 
@@ -130,8 +154,9 @@ def _check(arrays: Arrays, where: Path) -> None:
     for images, labels in (arrays[:2], arrays[2:]):
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or len(images) == 0:
             raise DataError(f"{where}: images of shape {images.shape} do not go with labels {labels.shape}")
-        if images.dtype != np.uint8 or labels.max() > 9:
-            raise DataError(f"{where}: not digits: images of {images.dtype}, labels up to {labels.max()}")
+        if images.dtype != np.uint8 or labels.min() < 0 or labels.max() > 9:
+            span = f"{labels.min()} to {labels.max()}"
+            raise DataError(f"{where}: not digits: images of {images.dtype}, labels {span}")
     if arrays[0].shape[1:] != arrays[2].shape[1:]:
         raise DataError(
             f"{where}: training images are {arrays[0].shape[1:]}, held-out ones {arrays[2].shape[1:]}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +84,22 @@ class StudyOptions:
             raise OptionError(
                 f"--target-accuracy {self.target_accuracy} is not a fraction above 0 and up to 1"
             )
-        shown = [display_name(name) for name in self.networks]
-        if len({slug(name) for name in shown}) < len(shown):
-            raise OptionError(f"two networks would share the files of one: {', '.join(shown)}")
+        object.__setattr__(self, "learning_rates", tuple(map(float, self.learning_rates)))
+        self._check_that_no_two_runs_share_a_file()
+
+    def _check_that_no_two_runs_share_a_file(self) -> None:
+        """Raise where two runs would have one name: also on a file system that knows no upper and lower case.
+
+        One seed is enough, as a name ends with it.
+        """
+        runs: dict[str, str] = {}
+        for network, arm, rate in itertools.product(self.networks, self.arms, self.learning_rates):
+            name, run = run_name(network, arm, rate, 0), f"{network}, {arm}, {shown_number(rate)}"
+            if (other := runs.setdefault(name.casefold(), run)) != run:
+                raise OptionError(
+                    f"two runs would share the file {name}.json: {other} and {run}; rename a network's file "
+                    "or function, or study them in two folders"
+                )
 
     @property
     def folder(self) -> Path:
@@ -100,23 +115,23 @@ class StudyOptions:
         return self.jobs if self.jobs is not None else usable_cores()
 
     def command(self) -> str:
-        """The command line that asks for this study, without folders."""
-        rates = ",".join(f"{rate:g}" for rate in self.learning_rates)
-        parts = {
+        """The command line that asks for this study, without folders, as a shell reads it."""
+        parts: dict[str, object] = {
             "network": ",".join(display_name(name) for name in self.networks),
             "data": display_name(self.data),
             "arms": ",".join(self.arms),
-            "learning-rate": rates,
+            "learning-rate": ",".join(map(shown_number, self.learning_rates)),
             "seeds": self.seeds,
             "epochs": self.epochs,
             "batch-size": self.batch_size,
-            "target-accuracy": f"{self.target_accuracy:g}",
+            "target-accuracy": shown_number(self.target_accuracy),
         }
         which = ""
         if self.framework == "keras":
-            which = f"KERAS_BACKEND={keras_backend()} "
+            which = f"KERAS_BACKEND={shlex.quote(keras_backend())} "
             parts = {"framework": self.framework, **parts}
-        return f"{which}batchnorm study " + " ".join(f"--{name} {value}" for name, value in parts.items())
+        words = [word for name, value in parts.items() for word in (f"--{name}", str(value))]
+        return which + shlex.join(["batchnorm", "study", *words])
 
 
 def usable_cores() -> int:
@@ -130,6 +145,16 @@ def display_name(spec: str) -> str:
     """A network's or data set's name without folders: `/home/x/net.py:build` is `net.py:build`."""
     place, colon, function = spec.rpartition(":")
     return f"{Path(place).name}:{function}" if colon else spec
+
+
+def shown_number(value: float) -> str:
+    """The shortest text that reads back as the same number, such as 0.001 or 3e-05: no two have one text."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def run_name(network: str, arm: str, rate: float, seed: int) -> str:
+    """The name of a run's file, without its ending."""
+    return f"{slug(display_name(network))}-{arm}-{shown_number(rate)}-{seed}"
 
 
 def slug(name: str) -> str:

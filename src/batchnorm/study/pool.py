@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import pickle
 import signal
 import threading
 from collections import deque
@@ -102,6 +103,7 @@ class WorkerPool:
                 if isinstance(event, Died):
                     attempts[event.task] = attempts.get(event.task, 1) + 1
                     if attempts[event.task] > _ATTEMPTS:
+                        self._members.remove(member)
                         raise StudyError(
                             f"a worker process died again, {event.how}, on {event.task.describe()}"
                         )
@@ -154,7 +156,7 @@ class WorkerPool:
         assert task is not None
         try:
             kind, *content = member.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError, pickle.UnpicklingError):  # closed, or written to by the user's code
             return Died(task, self._end(member))
         if kind == "progress":
             member.steps += content[0]
@@ -167,10 +169,13 @@ class WorkerPool:
     def _end(self, member: _Member) -> str:
         """Make sure that a process is gone, and say how it went."""
         member.process.join(_SECONDS_TO_END)
-        if member.process.is_alive():
+        hangs = member.process.is_alive()
+        if hangs:
             member.process.kill()
             member.process.join()
         member.connection.close()
+        if hangs:
+            return "no longer answering"
         code = member.process.exitcode or 0
         return (
             f"killed by signal {-code} ({signal.Signals(-code).name})"

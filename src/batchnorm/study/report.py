@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from batchnorm.errors import DataError
+from batchnorm.files import write_whole
 from batchnorm.study.frameworks import framework_in_words
+from batchnorm.study.options import shown_number
 from batchnorm.study.plots import Picture, illustrate
-from batchnorm.study.records import write_whole
 from batchnorm.study.verdicts import RULE, Claim, Grade, Network, Study, judge, read
 from batchnorm.study.verdicts import quantities as q
 from batchnorm.study.verdicts.measured import NAN, Sample
@@ -105,16 +105,14 @@ def write_report(folder: Path) -> Path:
         The path of the report.
 
     Raises:
-        DataError: `results.json` is missing, unreadable or malformed, or the report cannot be written.
+        DataError: `results.json` is missing or malformed.
+        FileError: it cannot be read, or the report not written.
     """
     study = read(folder / "results.json")
     path = folder / "report.html"
     # A name may hold half a surrogate pair, which no file in UTF-8 can.
     page = render(study).encode("utf-8", "replace").decode("utf-8")
-    try:
-        write_whole(path, page)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    write_whole(path, page)
     return path
 
 
@@ -278,7 +276,7 @@ def _in_words(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:g}"
+        return shown_number(value)
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from .options import display_name
+from .run_form import Epoch, Number, Run, TestTimeStatistics
 from .tasks import RunTask
 
 TRAINING_SAMPLE = (
@@ -41,18 +41,18 @@ class RunRecord:
         self.steps_per_epoch = examples // task.batch_size
         self.step = 0  # updates taken so far
         self.steps_to_target: int | None = None
-        self.epochs: list[dict[str, float]] = []
+        self.epochs: list[Epoch] = []
         self._report = report
-        self._step_loss: list[float] = []
+        self._step_loss: list[Number] = []
         self._steps = self.steps_per_epoch * task.epochs
         self._probe_at = probe_steps(self._steps)
         self._check_every = math.ceil(self.steps_per_epoch / _CHECKS_PER_EPOCH)
         self._next_check = self._check_every
         self._probed: list[int] = []
         names = list(layers)
-        self._gradients: dict[str, list[float]] = {name: [] for name in names}
-        self._means: dict[str, list[float]] = {name: [] for name in names}
-        self._stds: dict[str, list[float]] = {name: [] for name in names}
+        self._gradients: dict[str, list[Number]] = {name: [] for name in names}
+        self._means: dict[str, list[Number]] = {name: [] for name in names}
+        self._stds: dict[str, list[Number]] = {name: [] for name in names}
 
     def add_loss(self, loss: float) -> bool:
         """Keep the cross-entropy of the step under way; whether it is finite, so that training goes on."""
@@ -110,8 +110,8 @@ class RunRecord:
         finished: bool,
         parameters: int,
         bytes_kept: int | None,
-        test_time_statistics: dict[str, float] | None,
-    ) -> dict[str, Any]:
+        test_time_statistics: TestTimeStatistics | None,
+    ) -> Run:
         """The record as it is stored; `bytes_kept` is None where the framework does not tell."""
         return {
             "network": display_name(self.task.network),

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from batchnorm.errors import OptionError
+from batchnorm.files import naming, write_whole
 
 from .data import Dataset, load_data
 from .display import Display, Quiet
-from .errors import StudyInterrupted
+from .errors import StudyError, StudyInterrupted
 from .frameworks import Framework, find_framework
 from .options import StudyOptions, display_name
 from .pool import Died, Finished, Progress, WorkerPool
-from .records import Record, json_safe, read_finished, read_if_same, write_json, write_whole
-from .summary import Timing, curves_csv, summarize
+from .records import Record, json_safe, read_finished, read_if_same, settings_at, write_json
+from .run_form import Timing, is_run, is_timing
+from .summary import curves_csv, summarize
 from .tasks import RunTask, TimingTask, plan, settings_of
 
 
@@ -40,7 +46,7 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
     Files: `runs/*.json` (one per training run), `timing.json`, `results.json`, `curves.csv` and `report.html`
     below `options.folder`. Each is written whole or not at all. Runs that are there already are not done
     again if they were made with the same settings, data, code and versions; runs made with others are an
-    error, never overwritten.
+    error, never overwritten. A damaged record counts as not there. One study at a time works in a folder.
 
     Training and timing happen in processes of their own: this process's random state and threads stay as they
     are. From a script, call it under `if __name__ == "__main__":`, as everything that spawns processes.
@@ -48,9 +54,10 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
     Raises:
         MissingExtraError: the framework is not installed.
         OptionError, DataError: an option or the data is wrong, or the folder holds another study's runs.
-        StudyError: a network raised, or a worker process died twice on the same run.
+        StudyError: a network raised, a worker process died twice on the same run, or another study is at
+            work in the folder.
         StudyInterrupted: Ctrl-C; every finished run is kept.
-        OSError: a file could not be written; every finished run is kept.
+        FileError: a file could not be read or written; every finished run is kept.
     """
     framework = find_framework(options.framework)
     display = display or Quiet()
@@ -59,16 +66,42 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
         raise OptionError(
             f"--batch-size {options.batch_size} is more than the {len(data.x_train)} training examples"
         )
-    study = _Study(options, data, framework, display)
-    records, timing, threads = study.measure()
-    display.stage("writing the report")
-    results = json_safe(summarize(options, data, records, timing, threads, framework))
-    assert isinstance(results, dict)
-    write_json(study.folder / "results.json", results)
-    write_whole(study.folder / "curves.csv", curves_csv(records))
-    from .report import write_report
+    with _alone_in(options.folder):
+        study = _Study(options, data, framework, display)
+        records, timing, threads = study.measure()
+        display.stage("writing the report")
+        results = json_safe(summarize(options, data, records, timing, threads, framework))
+        assert isinstance(results, dict)
+        write_json(study.folder / "results.json", results)
+        write_whole(study.folder / "curves.csv", curves_csv(records))
+        from .report import write_report
 
-    return StudyResult(study.folder, results, write_report(study.folder))
+        return StudyResult(study.folder, results, write_report(study.folder))
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep a second study out of a folder, which is made if it is not there, until this one ends or dies.
+
+    Raises:
+        StudyError: another one is at work there.
+        FileError: the folder, or the lock's file in it, cannot be made.
+    """
+    with naming(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    with naming(folder / ".lock", "written"):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StudyError(
+                f"another study is at work in {folder}: wait until it has ended, or name another folder "
+                "with --out"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class _Study:
@@ -80,11 +113,12 @@ class _Study:
 
     def measure(self) -> tuple[list[Record], Timing, int]:
         """Do what is not on disk yet; the records as planned, the timing, and the threads it used."""
-        self._runs.mkdir(parents=True, exist_ok=True)
+        with naming(self._runs, "written"):
+            self._runs.mkdir(exist_ok=True)
         settings = {task: self._settings_of(task) for task in self.tasks}
         records: dict[RunTask, Record] = {}
         for task in self.tasks:
-            if (record := read_finished(self._path(task), settings[task])) is not None:
+            if (record := self._stored(task, settings[task])) is not None:
                 records[task] = record
         try:
             with WorkerPool(self.options.workers, self.data, self.framework) as pool:
@@ -107,6 +141,9 @@ class _Study:
     def _path(self, task: RunTask) -> Path:
         return self._runs / f"{task.name}.json"
 
+    def _stored(self, task: RunTask, settings: dict[str, object]) -> Record | None:
+        return read_finished(self._path(task), settings, lambda record: is_run(record, settings))
+
     def _time(self, pool: WorkerPool) -> tuple[Timing, int]:
         """Measure seconds per step while nothing else of ours runs, unless the same was measured before."""
         path = self.folder / "timing.json"
@@ -115,7 +152,9 @@ class _Study:
             for network in self.options.networks
         ]
         settings = {display_name(task.network): self._settings_of(task) for task in tasks}
-        if (stored := read_if_same(path, settings)) is not None:
+        before = settings_at(path)
+        arms = dict.fromkeys(settings, self.options.arms)
+        if (stored := read_if_same(path, settings, lambda found: is_timing(found, arms))) is not None:
             return stored["timing"], stored["threads"]
         self.display.stage("timing the arms, one step at a time")
         timing: Timing = {}
@@ -129,6 +168,8 @@ class _Study:
                     self.display.notice(
                         f"a worker process died, {event.how}, on {task.describe()}; it is done again"
                     )
+        if settings_at(path) != before:
+            raise StudyError(f"another study wrote {path} meanwhile: name another folder with --out")
         write_json(path, {"settings": settings, "threads": threads, "timing": timing})
         return timing, threads
 
@@ -154,6 +195,7 @@ class _Study:
             else:
                 assert isinstance(event.task, RunTask)
                 record = {"settings": settings[event.task], **event.result}
+                self._stored(event.task, settings[event.task])  # raises where another study's came meanwhile
                 write_json(self._path(event.task), record)
                 records[event.task] = json_safe(record)  # type: ignore[assignment]
                 self.display.advance(steps - reported.get(event.task, 0))

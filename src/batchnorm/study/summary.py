@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 import batchnorm
+from batchnorm.errors import in_one_line
 
 from .arms import L1_STRENGTH, L2_STRENGTH
 from .data import Dataset
 from .frameworks import Framework
 from .options import StudyOptions, display_name, usable_cores
 from .records import Record
-
-Timing = dict[str, dict[str, dict[str, list[float]]]]
+from .run_form import Timing
 
 
 def summarize(
@@ -67,7 +67,7 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def curves_csv(records: Sequence[Record]) -> str:
-    """One line for each epoch of each run."""
+    """One line for each epoch of each run; no name in it is a formula to a spreadsheet."""
     measures = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -75,9 +75,16 @@ def curves_csv(records: Sequence[Record]) -> str:
     for record in records:
         for row in record["epochs"]:
             step = row["epoch"] * record["steps_per_epoch"]
-            run = (record[key] for key in ("network", "arm", "learning_rate", "seed"))
-            writer.writerow((*run, row["epoch"], step, *(row[measure] for measure in measures)))
+            names = (_no_formula(record[key]) for key in ("network", "arm"))
+            numbers = (record["learning_rate"], record["seed"], row["epoch"], step)
+            writer.writerow((*names, *numbers, *(row[measure] for measure in measures)))
     return text.getvalue()
+
+
+def _no_formula(name: str) -> str:
+    """A name in one line, behind an apostrophe where a spreadsheet would compute it, as OWASP has it."""
+    line = in_one_line(name)
+    return f"'{line}" if line.lstrip().startswith(("=", "+", "-", "@")) else line
 
 
 def _at_best_rate(

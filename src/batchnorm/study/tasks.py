@@ -9,7 +9,7 @@ import batchnorm
 
 from .data import Dataset
 from .frameworks import Framework
-from .options import NETWORKS, StudyOptions, display_name, slug
+from .options import NETWORKS, StudyOptions, display_name, run_name, shown_number
 from .user_code import source_of
 
 _FORMAT = 1  # of the record that a run leaves; older ones are not mixed with newer ones
@@ -30,10 +30,10 @@ class RunTask:
     @property
     def name(self) -> str:
         """The run's file name without its ending."""
-        return f"{slug(display_name(self.network))}-{self.arm}-{self.learning_rate:g}-{self.seed}"
+        return run_name(self.network, self.arm, self.learning_rate, self.seed)
 
     def describe(self) -> str:
-        rate = f"learning rate {self.learning_rate:g}"
+        rate = f"learning rate {shown_number(self.learning_rate)}"
         return f"network {display_name(self.network)}, arm {self.arm}, {rate}, seed {self.seed}"
 
 

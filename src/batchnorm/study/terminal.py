@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any, Self
 
@@ -10,16 +11,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from batchnorm.errors import in_one_line
+
 from .frameworks import framework_in_words
+from .options import shown_number
 
 _SECONDS_BETWEEN_LINES = 30.0
+# Brackets and colons may be part of a name.
+_plain_console = functools.partial(Console, highlight=False, markup=False, emoji=False)
 
 
 class TerminalDisplay:
     """A progress bar on a terminal, a line now and then elsewhere; on stderr: stdout is for the results."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = _plain_console(stderr=True, soft_wrap=True)
         self._bar: Progress | None = None
         self._bar_task = TaskID(0)
         self._runs = self._finished = self._steps = self._taken = 0
@@ -33,7 +39,7 @@ class TerminalDisplay:
 
     def stage(self, text: str) -> None:
         self._end_bar()
-        self._console.print(text, markup=False)
+        self._console.print(in_one_line(text))
 
     def training(self, runs: int, finished: int, steps: int, workers: int) -> None:
         self._runs, self._finished, self._steps, self._taken = runs, finished, steps, 0
@@ -69,7 +75,7 @@ class TerminalDisplay:
             self.notice(f"{name}: diverged, its loss is no longer finite; kept as a result")
 
     def notice(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(in_one_line(text))
 
     def _end_bar(self) -> None:
         if self._bar is not None:
@@ -79,7 +85,7 @@ class TerminalDisplay:
 
 def print_results(results: dict[str, Any]) -> None:
     """Print one table per network: each arm at its best learning rate."""
-    console = Console(highlight=False)
+    console = _plain_console()
     provenance = results["provenance"]
     target = f"{provenance['target_accuracy']:.0%}"
     framework = framework_in_words(provenance)
@@ -87,7 +93,9 @@ def print_results(results: dict[str, Any]) -> None:
         kept = {arm: measured["bytes_kept_for_backward"]["mean"] for arm, measured in arms.items()}
         is_kept_known = any(size is not None for size in kept.values())
         table = Table(
-            title=f"{network} on {provenance['data']['name']}, each arm at its best learning rate"
+            title=in_one_line(
+                f"{network} on {provenance['data']['name']}, each arm at its best learning rate"
+            )
             + (f"\n{framework}" if framework else ""),
             box=SIMPLE_HEAD,  # without edges, for 80 columns
             show_edge=False,
@@ -102,7 +110,7 @@ def print_results(results: dict[str, Any]) -> None:
         for arm, measured in arms.items():
             table.add_row(
                 arm,
-                f"{measured['best_learning_rate']:g}",
+                shown_number(measured["best_learning_rate"]),
                 _accuracy(measured),
                 _steps(measured["steps_to_target"]),
                 f"{1e3 * measured['seconds_per_step']['median']:.2f}",

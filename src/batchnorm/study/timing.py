@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from .arms import Arm, parse_arm
 from .options import display_name
+from .run_form import ArmTiming
 from .tasks import TimingTask
 from .user_code import naming_the_line, source_of
 
@@ -17,10 +18,9 @@ _WARM_UP_STEPS = 5
 _SECONDS_PER_BLOCK = 0.1  # slow networks take fewer steps per block, so that timing stays a matter of seconds
 
 Step = Callable[[], None]
-Seconds = dict[str, dict[str, list[float]]]
 
 
-def in_turns(task: TimingTask, step_of: Callable[[Arm], Step]) -> Seconds:
+def in_turns(task: TimingTask, step_of: Callable[[Arm], Step]) -> dict[str, ArmTiming]:
     """Time every arm of a network: `{arm: {"seconds_per_step": [one median per block]}}`.
 
     A step is forward, loss, backward and update, at the batch size of training. Arms take turns block by

@@ -18,6 +18,7 @@ from .arms import Arm, parse_arm
 from .data import Dataset
 from .networks_keras import build_network
 from .optimizer_keras import make_adam
+from .run_form import ArmTiming, Run, TestTimeStatistics
 from .run_record import PROBE_BATCH, TRAINING_SAMPLE, RunRecord
 from .tasks import RunTask, TimingTask
 
@@ -27,7 +28,7 @@ Array = npt.NDArray[Any]
 _EVALUATION_BATCH = 250
 
 
-def train(task: RunTask, data: Dataset, report: Callable[[int], None]) -> dict[str, Any]:
+def train(task: RunTask, data: Dataset, report: Callable[[int], None]) -> Run:
     """Train once and return the run's record; Keras's session and the process's random state are the run's.
 
     Arms of one seed start from the same weights and see the same batches in the same order.
@@ -44,7 +45,7 @@ def train(task: RunTask, data: Dataset, report: Callable[[int], None]) -> dict[s
     return _Run(task, data, model, arm, report).complete()
 
 
-def time_steps(task: TimingTask, data: Dataset) -> timing.Seconds:
+def time_steps(task: TimingTask, data: Dataset) -> dict[str, ArmTiming]:
     """Time `model.train_on_batch` of every arm of a network, in turns."""
     x, y = data.x_train[: task.batch_size], data.y_train[: task.batch_size].astype(np.int32)
 
@@ -120,7 +121,7 @@ class _Run:
         self.y_train = data.y_train.astype(np.int32)  # the widest that JAX has
         self.seen = _fixed_sample(data)
 
-    def complete(self) -> dict[str, Any]:
+    def complete(self) -> Run:
         size = self.task.batch_size
         kept = probes.bytes_kept_for_backward(
             self.model, self.data.x_train[:size].copy(), self.y_train[:size].copy(), _cross_entropy()
@@ -176,7 +177,7 @@ class _Run:
             evaluate(self.model, self.data.x_test, self.data.y_test),
         )
 
-    def _test_time_statistics(self) -> dict[str, float] | None:
+    def _test_time_statistics(self) -> TestTimeStatistics | None:
         if not probes.batch_norms(self.model):
             return None
         x, y = self.data.x_test, self.data.y_test

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from . import probes, timing
 from .arms import Arm, parse_arm
 from .data import Dataset
 from .networks import build_network
+from .run_form import ArmTiming, Run, TestTimeStatistics
 from .run_record import PROBE_BATCH, TRAINING_SAMPLE, RunRecord
 from .tasks import RunTask, TimingTask
 
@@ -84,7 +84,7 @@ class Learner:
         self._optimizer.step()
 
 
-def train(task: RunTask, data: TensorData, report: Callable[[int], None]) -> dict[str, Any]:
+def train(task: RunTask, data: TensorData, report: Callable[[int], None]) -> Run:
     """Train once and return the run's record; the caller's random state is as before.
 
     Arms of one seed start from the same weights and see the same batches in the same order.
@@ -101,7 +101,7 @@ def train(task: RunTask, data: TensorData, report: Callable[[int], None]) -> dic
         return _Run(task, data, Learner(model, arm, task.learning_rate), report).complete()
 
 
-def time_steps(task: TimingTask, data: TensorData) -> timing.Seconds:
+def time_steps(task: TimingTask, data: TensorData) -> dict[str, ArmTiming]:
     """Time a training step of every arm of a network, in turns; the caller's random state is as before."""
     x, y = data.x_train[: task.batch_size], data.y_train[: task.batch_size]
 
@@ -127,7 +127,7 @@ class _Run:
         self.record = RunRecord(task, len(data.x_train), learner.layers, report)
         self.x_seen, self.y_seen = _fixed_sample(data)
 
-    def complete(self) -> dict[str, Any]:
+    def complete(self) -> Run:
         data, size = self.data, self.task.batch_size
         self._check_output()
         # Cloned: a slice would share, and count, the storage of the whole data set.
@@ -193,7 +193,7 @@ class _Run:
             evaluate(self.model, self.data.x_test, self.data.y_test),
         )
 
-    def _test_time_statistics(self) -> dict[str, float] | None:
+    def _test_time_statistics(self) -> TestTimeStatistics | None:
         if not probes.batch_norms(self.model):
             return None
         x, y = self.data.x_test, self.data.y_test

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import traceback
 from multiprocessing.connection import Connection
 
 from .data import Dataset
@@ -10,7 +12,7 @@ from .engines import Engine, engine_for
 from .errors import StudyError
 from .frameworks import Framework
 from .tasks import RunTask, TimingTask
-from .user_code import naming_the_line, source_of
+from .user_code import blame, end_if_forked, naming_the_line, source_of
 
 Task = RunTask | TimingTask
 
@@ -36,19 +38,27 @@ class _Worker:
     def __init__(self, connection: Connection, engine: Engine) -> None:
         self._connection = connection
         self._engine = engine
+        self._process = os.getpid()
 
     def serve(self) -> None:
         while True:
             task: Task = self._connection.recv()
+            doing, source = task.describe(), source_of(task.network)
             try:
-                with naming_the_line(task.describe(), source_of(task.network)):
+                with naming_the_line(doing, source):
                     result = self._do(task)
             except StudyError as error:
-                self._connection.send(("failed", str(error), error.details))
+                self._answer(doing, "failed", str(error), error.details)
+            except KeyboardInterrupt as theirs:  # Ctrl-C is ignored here: it is one that the network raises
+                self._answer(doing, "failed", f"{doing}: {blame(theirs, source)}", traceback.format_exc())
             else:
-                self._connection.send(("finished", result))
+                self._answer(doing, "finished", result)
 
     def _do(self, task: Task) -> object:
         if isinstance(task, TimingTask):
             return self._engine.time(task)
-        return self._engine.train(task, lambda steps: self._connection.send(("progress", steps)))
+        return self._engine.train(task, lambda steps: self._answer(task.describe(), "progress", steps))
+
+    def _answer(self, doing: str, *message: object) -> None:
+        end_if_forked(self._process, doing)  # two processes on one pipe would garble it
+        self._connection.send(message)

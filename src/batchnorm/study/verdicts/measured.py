@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from batchnorm.errors import DataError
+from batchnorm.errors import DataError, FileError
+from batchnorm.study.records import MOST_OF_A_STUDY, read_json
 
 NAN = math.nan
 KINDS_OF_TEST_STATISTICS = ("batch", "running", "calibrated")
@@ -177,10 +178,12 @@ def read(path: Path) -> Study:
     """
     remedy = "run `batchnorm study` to make one"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, MOST_OF_A_STUDY)
+    except FileError as error:
+        raise DataError(f"{error}; {remedy}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); {remedy}") from error
     try:
         return _study(content)
@@ -327,5 +330,5 @@ def _text(value: object, where: str) -> str:
 def _shown(value: object) -> str:
     if value is None:
         return "missing"
-    text = repr(value)
+    text = reprlib.repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+from batchnorm.study.options import shown_number
 from batchnorm.study.verdicts.measured import Sample
 
 MISSING = "–"
@@ -64,7 +65,7 @@ def power_of_ten(value: float) -> str:
 
 def rate(value: float) -> str:
     """A learning rate, without noughts to spare: 0.001, 3e−05."""
-    return f"{value:g}".replace("-", MINUS) if math.isfinite(value) else MISSING
+    return shown_number(value).replace("-", MINUS) if math.isfinite(value) else MISSING
 
 
 def duration(seconds: float, like: float | None = None, /) -> str:

@@ -1,0 +1,176 @@
+"""What a study finds on disk: its own, another's, or damaged and to be done again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchnorm.errors import DataError, FileError
+from batchnorm.study.records import read_finished, read_if_same, settings_at, write_json
+from batchnorm.study.run_form import is_run, is_timing
+from batchnorm.study.run_record import RunRecord
+from batchnorm.study.tasks import RunTask
+
+TASK = RunTask("mlp", "batchnorm", 1e-3, 0, 2, 5, 0.9)
+SETTINGS: dict[str, object] = {
+    "format": 1, "network": "mlp", "arm": "batchnorm", "learning_rate": 1e-3, "seed": 0, "epochs": 2,
+    "batch_size": 5, "target_accuracy": 0.9, "network_source": None,
+}  # fmt: skip
+ARMS = {"mlp": ("none", "batchnorm")}
+TIMING = {
+    "settings": {"mlp": SETTINGS},
+    "threads": 1,
+    "timing": {"mlp": {arm: {"seconds_per_step": [0.1, 2e-3]} for arm in ARMS["mlp"]}},
+}
+
+
+def run_of_two_epochs() -> dict[str, Any]:
+    """A record as a run makes it, with the settings that it was made with."""
+    record = RunRecord(TASK, 10, ["first", "last"], lambda _: None)
+    for epoch in (1, 2):
+        for _ in range(2):
+            assert record.add_loss(0.5)
+            if record.probe_is_due:
+                record.add_probe({"first": 0.1}, {"first": (0.0, 1.0), "last": (float("nan"), 1.0)})
+            record.end_step()
+        assert record.add_epoch(epoch, (0.5, 0.8), (0.6, 0.75))
+    statistics: Any = {"batch": 0.7, "running": 0.75, "calibrated": 0.76}
+    whole = record.complete(finished=True, parameters=9, bytes_kept=None, test_time_statistics=statistics)
+    return {"settings": SETTINGS, **whole}
+
+
+def found(path: Path) -> dict[str, Any] | None:
+    return read_finished(path, SETTINGS, lambda record: is_run(record, SETTINGS))
+
+
+def found_timing(path: Path) -> dict[str, Any] | None:
+    return read_if_same(path, TIMING["settings"], lambda record: is_timing(record, ARMS))
+
+
+def places(value: object, *before: object) -> Iterator[tuple[Any, ...]]:
+    """Where every value below one is: a path of keys and positions."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*before, key)
+        yield from places(item, *before, key)
+
+
+def at(value: Any, place: tuple[Any, ...]) -> Any:
+    for key in place:
+        value = value[key]
+    return value
+
+
+MISSING = object()
+
+STORED: dict[str, tuple[dict[str, Any], Callable[[Path], object]]] = {
+    "run": (json.loads(json.dumps(run_of_two_epochs()).replace("NaN", "null")), found),
+    "timing": (TIMING, found_timing),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_what_a_study_writes_it_reads(tmp_path: Path, kind: str) -> None:
+    whole, read = STORED[kind]
+    assert read(tmp_path / "a.json") is None
+    write_json(tmp_path / "a.json", whole)
+    assert read(tmp_path / "a.json") == whole
+    assert settings_at(tmp_path / "a.json") == whole["settings"]
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_where_any_field_is_missing_or_of_another_kind_it_is_done_again(tmp_path: Path, kind: str) -> None:
+    whole, read = STORED[kind]
+    path = tmp_path / "a.json"
+    for place in places(whole):
+        if place[0] == "settings":
+            continue
+        for wrong in (MISSING, "x", [], {}, True, -1.5e300, 10**400, [None], {"": [[[]]]}):
+            damaged = copy.deepcopy(whole)
+            *outer, last = place
+            if wrong is MISSING:
+                del at(damaged, tuple(outer))[last]
+            else:
+                at(damaged, tuple(outer))[last] = wrong
+            path.write_text(json.dumps(damaged))
+            if not is_free(place, wrong):
+                assert read(path) is None, (place, wrong)
+
+
+def is_free(place: tuple[Any, ...], wrong: object) -> bool:
+    """Whether a record may be so: how many layers, losses and timings there are is not told beforehand."""
+    if wrong is MISSING:
+        return place[-2:-1] in (("layers",), ("step_loss",), ("seconds_per_step",))
+    return (place[-1] == "layers" and wrong == {}) or (place[-1] == "step_loss" and wrong in ([], [None]))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: run.update(arm="none"),
+        lambda run: run.update(seed=1),
+        lambda run: run.update(epochs=run["epochs"][:1]),
+        lambda run: run.update(epochs=[]),
+        lambda run: run["epochs"].reverse(),
+        lambda run: run["gradient_norm"]["layers"]["last"].pop(),
+        lambda run: run["input_drift"]["layers"]["last"]["std"].append(1.0),
+        lambda run: run.update(steps_per_epoch=0),
+        lambda run: run.update(status="?"),
+        lambda run: run.update(more={}),
+    ],
+)
+def test_a_record_of_the_right_form_that_cannot_be_right_is_done_again(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], None]
+) -> None:
+    run = copy.deepcopy(STORED["run"][0])
+    damage(run)
+    write_json(tmp_path / "a.json", run)
+    assert found(tmp_path / "a.json") is None
+
+
+def test_a_run_that_diverged_has_fewer_epochs(tmp_path: Path) -> None:
+    run = STORED["run"][0] | {"status": "diverged", "epochs": [], "test_time_statistics": None}
+    write_json(tmp_path / "a.json", run)
+    assert found(tmp_path / "a.json") == run
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b'{"settings": {"epo', b"[]", b"3", b"\xff\xfe\x00", b"[" * 100_000, b"9" * 5000, b"NaN",
+        b'{"settings": 3}', b'{"settings": ' + b"[" * 500 + b"]" * 500 + b"}",
+    ],
+)  # fmt: skip
+def test_what_is_no_record_is_not_there(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    assert found(path) is found_timing(path) is settings_at(path) is None
+
+
+def test_a_file_beyond_any_run_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.touch()
+    os.truncate(path, 2**40)
+    assert found(path) is None
+
+
+def test_a_pipe_is_no_record(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(FileError, match="no regular file"):
+        found(tmp_path / "a.json")
+
+
+def test_a_record_of_other_settings_is_an_error_in_one_short_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    other = {**SETTINGS, "epochs": 10, "x\n\x1b[31m": "y" * 10_000, **{f"k{i}": [i] for i in range(1000)}}
+    write_json(path, {"settings": other})
+    with pytest.raises(DataError, match=r"epochs 10 \(now 2\).*--out") as caught:
+        found(path)
+    assert len(str(caught.value)) < 1000
+    assert str(caught.value).isprintable()
