@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from batchnorm.errors import OptionError
+from batchnorm.files import write_whole
 
 # Inches. As wide as a phone's screen less its margins: there, one point of text is about one pixel.
 WIDTH = 4.2
@@ -113,6 +114,7 @@ def save(picture: Picture, path: Path) -> None:
 
     Raises:
         OptionError: the name of the file does not end in .svg.
+        FileError: it cannot be written.
     """
     if path.suffix.lower() != ".svg":
         raise OptionError(f"pictures are drawn as SVG: name a file that ends in .svg, not {path.name!r}")
@@ -120,7 +122,7 @@ def save(picture: Picture, path: Path) -> None:
     style = f"<style>{palette}svg {{ background: var(--page); }}</style>"
     opening, rest = picture.svg.split(">", 1)
     opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    path.write_text(f"{opening}>{style}{rest}\n", encoding="utf-8")
+    write_whole(path, f"{opening}>{style}{rest}\n")
 
 
 def shown(name: str, limit: int = 22) -> str:
