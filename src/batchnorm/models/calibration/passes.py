@@ -208,8 +208,8 @@ class Passes:
 
 def _other_data(seen: Seen) -> DataError:
     return DataError(
-        f"data is not what it was: the progress file has {seen.samples} samples in {seen.batches} batches, and "
-        "those differ now; delete the file to start over, or give the same batches in the same order"
+        f"data is not what it was: the progress file has {seen.samples} samples in {seen.batches} batches, "
+        "and those differ now; delete the file to start over, or give the same batches in the same order"
     )
 
 
