@@ -297,7 +297,7 @@ def test_a_place_that_cannot_be_is_refused_before_any_work(path: Path, kind: str
     places = {
         "no folder": path / "there",
         "a device": Path("/dev/full"),
-        "a name too long": path / ("x" * 300),
+        "a name too long": path.with_name("x" * 300),
     }
     data = Stopping([images(8)], 0)
     with pytest.raises(FileError, match=r"^the progress file .* cannot be written: .*; free some space"):
