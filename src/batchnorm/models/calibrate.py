@@ -27,6 +27,7 @@ from .calibration.ranks import Ranks
 from .calibration.spilled import spilled
 from .calibration.tally import Layout
 from .norms import split_frozen, tracking_norms
+from .rollback import as_before_on_error
 from .verb import verb
 
 Method = Literal["batch", "layerwise"]
@@ -129,27 +130,39 @@ def calibrate(
 
     _check_agreement(ranks.gather(prepare, 3))
     ((frozen, norms, passes),) = prepared
+    with as_before_on_error(model):
+        report = _finish(
+            norms, _found(model, norms, passes, method, spill, keep_progress), frozen, method, passes
+        )
+        if not keep_progress:
+            passes.forget()
+        if report.unreached:
+            names = ", ".join(report.unreached)
+            message = f"calibrate: no sample reached {names}; left as before"
+            warnings.warn(message, UserWarning, stacklevel=3)
+    return report
+
+
+def _found(
+    model: nn.Module,
+    norms: dict[str, _BatchNorm],
+    passes: Passes,
+    method: str,
+    spill: str | Path | int | None,
+    keep: bool,
+) -> Result:
+    """Return what all passes find, or have found in an earlier call."""
     if passes.is_finished:
-        found = passes.result()
-    elif method == "batch":
+        return passes.result()
+    if method == "batch":
         found = in_one_pass(norms, passes)
     elif spill is None:
         found = layerwise(model, norms, passes)
     else:
         found = spilled(model, norms, passes, spill)
-    if keep_progress and not passes.is_finished:
+    if keep:
         passes.keep(found)
-    try:
-        report = _finish(norms, found, frozen, method, ranks.size)
-    except DataError:
-        passes.forget()  # or the same result would be refused again
-        raise
-    if not keep_progress:
-        passes.forget()
-    if report.unreached:
-        names = ", ".join(report.unreached)
-        warnings.warn(f"calibrate: no sample reached {names}; left as before", UserWarning, stacklevel=3)
-    return report
+    return found
 
 
 def _check_options(
@@ -211,15 +224,19 @@ def _check_agreement(rows: list[Tensor]) -> None:
 
 
 def _finish(
-    norms: dict[str, _BatchNorm], found: Result, frozen: tuple[str, ...], method: str, ranks: int
+    norms: dict[str, _BatchNorm], found: Result, frozen: tuple[str, ...], method: str, passes: Passes
 ) -> CalibrationReport:
     """Check everything, then write everything."""
     changes, values = [], []
-    for name, norm in norms.items():
-        if name in found.moments:
-            mean, var = running_statistics(name, norm, found.moments[name])
-            changes.append(change(name, norm, found.moments[name], name not in found.dependent))
-            values += [(norm.running_mean, mean), (norm.running_var, var)]
+    try:
+        for name, norm in norms.items():
+            if name in found.moments:
+                mean, var = running_statistics(name, norm, found.moments[name])
+                changes.append(change(name, norm, found.moments[name], name not in found.dependent))
+                values += [(norm.running_mean, mean), (norm.running_var, var)]
+    except DataError:
+        passes.forget()  # or the same result would be refused again
+        raise
     write(values)
     tally = found.tally
     return CalibrationReport(
@@ -230,5 +247,5 @@ def _finish(
         frozen=frozen,
         method=method,
         passes=found.passes,
-        ranks=ranks,
+        ranks=passes.ranks.size,
     )

@@ -1,7 +1,7 @@
-"""Compiled kernels on disk, by Numba's own cache: with a digest, so that nothing damaged is unpickled or run.
+"""Compiled kernels on disk, by Numba's cache: with a digest, so that nothing damaged is unpickled or run.
 
-Numba itself raises for a damaged file, in every process until somebody deletes it; and it runs code in which a
-few bytes are wrong.
+Numba itself raises for a damaged file, in every process until somebody deletes it; and it runs code in which
+a few bytes are wrong.
 """
 
 from __future__ import annotations
