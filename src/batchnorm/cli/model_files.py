@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import io
-import pickle
-from collections.abc import Callable, Mapping
+import math
+import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import _remove_duplicate_names, load_model, save
+from safetensors.torch import _remove_duplicate_names, save
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, DataError, OptionError
 from batchnorm.files import check_writable, write_whole
 from batchnorm.study.data import load_data
 from batchnorm.study.user_code import is_user_code, load_function, naming_the_line, source_of
+
+from .weights import in_short, load_weights
 
 
 class Run:
@@ -55,7 +58,8 @@ class Run:
         self._inputs = None if data is None else self._load(data, data_dir, samples)
 
     def _load(self, data: str, data_dir: Path | None, samples: int | None) -> Tensor:
-        inputs = torch.from_numpy(load_data(data, data_dir).x_train)[:samples]
+        inputs = torch.from_numpy(load_data(data, data_dir).x_train)
+        inputs = inputs[: min(samples or len(inputs), len(inputs))]
         if self._shape is None:
             return inputs
         try:
@@ -69,7 +73,7 @@ class Run:
     def batches(self) -> tuple[Tensor, ...]:
         """Return the training examples in batches."""
         assert self._inputs is not None
-        return torch.split(self._inputs, self._batch_size)
+        return torch.split(self._inputs, min(self._batch_size, len(self._inputs)))
 
     def example(self, *, needed: bool = False) -> Tensor | None:
         """Return an input of the model: the first batch of data, else random of the shape, else None."""
@@ -114,38 +118,6 @@ def _build(spec: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise OptionError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state into a model: safetensors, or what `torch.save` wrote, of tensors and plain values only.
-
-    Raises:
-        DataError: no such format, code in the file, or another model's state.
-        OSError: the file cannot be read.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            with path.open("rb"):  # an OSError that names the file
-                load_model(model, path, strict=True)
-            return
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path} is not read: it is no plain checkpoint, and reading it might run code; where you trust "
-            "it, save its state_dict by torch.save, or as safetensors"
-        ) from error
-    except safetensors.SafetensorError as error:
-        raise DataError(f"{path} is no safetensors file: {error}") from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: {_first_lines(error)}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise DataError(f"{path} holds no state: a dict of tensors, or one under the key state_dict")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise DataError(f"{path}: {_first_lines(error)}") from error
 
 
 def check_out(out: Path, suffixes: tuple[str, ...], force: bool, option: str = "--out") -> None:
@@ -193,9 +165,7 @@ def _state_of(model: nn.Module, spec: str) -> bytes:
                 del state[name]
         return save({name: value.contiguous() for name, value in state.items()}, notes)
     except (RuntimeError, ValueError, KeyError, AttributeError, safetensors.SafetensorError) as error:
-        raise DataError(
-            f"the state of {spec} does not fit into safetensors: {_first_lines(error)}"
-        ) from error
+        raise DataError(f"the state of {spec} does not fit into safetensors: {in_short(error)}") from error
 
 
 def _exported(model: nn.Module, example: Tensor, suffix: str) -> bytes:
@@ -214,10 +184,17 @@ def _exported(model: nn.Module, example: Tensor, suffix: str) -> bytes:
 
 def _parse_shape(text: str) -> tuple[int, ...]:
     parts = text.split("x")
-    if len(parts) < 2 or not all(part.isdecimal() and int(part) for part in parts):
+    if len(parts) < 2 or not all(part.isdecimal() and len(part) < 20 and int(part) for part in parts):
         raise OptionError(f"--input {text!r} is no shape such as 1x3x224x224")
-    return tuple(map(int, parts))
+    shape = tuple(map(int, parts))
+    if 4 * math.prod(shape) > _memory():
+        raise OptionError(f"--input {text} is a tensor of more bytes than this machine's memory has")
+    return shape
 
 
-def _first_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
+def _memory() -> int:
+    """Return how many bytes of memory this machine has; where it does not tell, a number that none has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**43
