@@ -67,6 +67,13 @@ def test_weights_of_every_form_and_wrong_ones(own: Path) -> None:
         assert_fails(done, 1, f"no-{name}", "No such file")
 
 
+class Zeros:
+    """A checkpoint that takes 10 GB of memory as soon as it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (bytearray, (10**10,))
+
+
 def _saved(content: object, *, legacy: bool = False) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
@@ -110,6 +117,8 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "zeros": ("w.pt", lambda: bytes(500), "is not read"),
     "a scripted model": ("w.pt", _scripted, "is not read"),
     "a compressed zip": ("w.pt", _compressed, "its members are compressed"),
+    "10 GB of zeros": ("w.pt", lambda: _saved(Zeros()), "it makes a bytearray"),
+    "10 GB of zeros, legacy": ("w.pt", lambda: _saved(Zeros(), legacy=True), "it makes a bytearray"),
     "an index": ("w.safetensors.index.json", lambda: b'{"weight_map": {}}', "is not read"),
     "a header of no end": ("w.safetensors", lambda: (2**62).to_bytes(8, "little") + b"{}", "is not read"),
     "a huge tensor": ("w.safetensors", lambda: _header(_HUGE), "is not read"),

@@ -57,6 +57,8 @@ def _checkpoint(content: bytes) -> Any:
             sum(member.file_size for member in members) > len(content)
         ):
             raise ValueError("its members are compressed")
+    if b"bytearray" in content:  # torch lets it be made, of any size: no state has one
+        raise ValueError("it makes a bytearray")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of how it rebuilds what it has written itself
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
