@@ -10,13 +10,17 @@ import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.support import interpreted  # noqa: F401  # before anything else imports Triton
+from tests.support import (
+    commands,
+    interpreted,  # noqa: F401  # before anything else imports Triton
+)
 
 # The same examples in every run, others for `make fuzz`; no limit in seconds: a busy machine is not a bug.
 _NO_LIMIT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -124,3 +128,11 @@ def _poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Return a user's file, with functions that make models and data."""
+    path = tmp_path / "own.py"
+    path.write_text(commands.OWN)
+    return path

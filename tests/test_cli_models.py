@@ -11,111 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
-from safetensors.torch import load_file, load_model, save_file
-from torch import nn
-from typer.testing import CliRunner
+from safetensors.torch import load_file, load_model
 
 import batchnorm
-from batchnorm.cli import app
 from batchnorm.cli.model_files import Run
 from batchnorm.kernels import choose
-
-_OWN = """
-import numpy as np
-import torch
-from torch import nn
-
-
-def data():
-    random = np.random.default_rng(0)
-    x, y = 3 + 2 * random.standard_normal((60, 3, 6, 6)), np.arange(60) % 3
-    return x[:40], y[:40], x[40:], y[40:]
-
-
-def flat():
-    x, *rest = data()
-    return x.reshape(40, -1), rest[0], rest[1].reshape(20, -1), rest[2]
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
-
-
-def tied():
-    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
-    model[3].weight = model[1].weight
-    return model
-
-
-def plain():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout())
-
-
-class Branching(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.act = nn.BatchNorm2d(3), nn.SiLU()
-
-    def forward(self, x):
-        return self.act(self.norm(x)) if x.sum() < 1e9 else x
-
-
-class Special(nn.BatchNorm2d):
-    pass
-
-
-def special():
-    return nn.Sequential(Special(3))
-
-
-class Raising(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        raise RuntimeError("no such road")
-
-
-def number():
-    return 3
-
-
-def broken():
-    raise RuntimeError("nothing here")
-"""
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
-    path = tmp_path / "own.py"
-    path.write_text(_OWN)
-    return path
-
-
-def run(command: str, model: str, *options: object) -> Result:
-    return CliRunner().invoke(app, [command, model, *map(str, options)])
-
-
-def assert_fails(done: Result, code: int, *parts: str) -> None:
-    line = done.stderr.splitlines()[-1]
-    assert done.exit_code == code, done.output
-    assert line.startswith("error: "), done.stderr
-    assert all(part in line for part in parts), line
-    assert "Traceback" not in done.output
-
-
-def folder(own: Path) -> set[str]:
-    return {path.name for path in own.parent.iterdir()} - {"__pycache__"}
-
-
-def built(own: Path, function: str) -> nn.Module:
-    scope: dict[str, object] = {}
-    exec(compile(own.read_text(), str(own), "exec"), scope)
-    return scope[function]()
+from tests.support.commands import assert_fails, built, folder, run
 
 
 def test_the_real_command_calibrates_and_the_state_fits(own: Path) -> None:
@@ -192,55 +93,6 @@ def test_warnings_are_lines(own: Path) -> None:
     assert "1 of 1 batch normalizations are layers of batchnorm now" in done.stdout
 
 
-class Malicious:
-    """A checkpoint that makes a file as soon as it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (os.mkdir, (str(self.path),))
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(own: Path) -> None:
-    ran = own.with_name("it-ran")
-    weights = own.with_name("bad.pt")
-    torch.save({"state_dict": built(own, "net").state_dict(), "extra": Malicious(ran)}, weights)
-    done = run("inspect", f"{own}:net", "--weights", weights)
-    assert_fails(done, 1, "bad.pt is not read", "might run code")
-    assert not ran.exists()
-    torch.load(weights, weights_only=False)  # it would have run
-    assert ran.exists()
-
-
-def test_weights_of_every_form_and_wrong_ones(own: Path) -> None:
-    state = built(own, "net").state_dict()
-    state["2.weight"] = torch.zeros(4)
-    plain, nested, tensors = (own.with_name(name) for name in ("plain.pth", "nested.ckpt", "w.safetensors"))
-    torch.save(state, plain)
-    torch.save({"state_dict": state, "epoch": 3}, nested)
-    save_file(state, tensors)
-    for weights in (plain, nested, tensors):
-        done = run("inspect", f"{own}:net", "--weights", weights)
-        assert "dead weight (4 of 4)" in done.stdout, done.output
-    wrong = own.with_name("wrong.pt")
-    for content, parts in (
-        ({"0.weight": torch.ones(3)}, ["wrong.pt", "Missing key"]),
-        ({"epoch": 3}, ["wrong.pt holds no state"]),
-        ([torch.ones(3)], ["wrong.pt holds no state"]),
-    ):
-        torch.save(content, wrong)
-        assert_fails(run("inspect", f"{own}:net", "--weights", wrong), 1, *parts)
-    save_file({"0.weight": torch.ones(3)}, own.with_name("few.safetensors"))
-    done = run("inspect", f"{own}:net", "--weights", own.with_name("few.safetensors"))
-    assert_fails(done, 1, "few.safetensors", "Missing key")
-    for name in ("text.safetensors", "text.pt"):
-        own.with_name(name).write_text("no weights at all, only words")
-        assert_fails(run("inspect", f"{own}:net", "--weights", own.with_name(name)), 1, name)
-        done = run("inspect", f"{own}:net", "--weights", own.with_name(f"no-{name}"))
-        assert_fails(done, 1, f"no-{name}", "No such file")
-
-
 @pytest.mark.parametrize(
     ("function", "options", "code", "parts"),
     [
@@ -261,30 +113,6 @@ def test_what_a_user_does_wrong_is_one_line(
     done = run("convert", f"{own}:{function}", "--out", own.with_name("x.safetensors"), *options)
     assert_fails(done, code, *parts)
     assert folder(own) == {"own.py"}
-
-
-def test_no_file_is_written_over_or_left_half(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = own.with_name("x.safetensors")
-    out.write_text("mine")
-    assert_fails(run("convert", f"{own}:net", "--out", out), 2, "is there already: --force")
-    assert out.read_text() == "mine"
-    assert_fails(run("convert", f"{own}:net", "--out", own.with_name("x.pt")), 2, "must end in .safetensors")
-    assert_fails(
-        run("convert", f"{own}:net", "--out", own.parent / "no" / "x.safetensors"), 1, "No such file"
-    )
-
-    def interrupted(*args: object, **_: object) -> None:
-        Path(args[1]).write_text("half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("batchnorm.cli.model_files.save_model", interrupted)
-        done = run("convert", f"{own}:net", "--out", out, "--force")
-    assert (done.exit_code, done.stderr) == (130, "stopped\n")
-    assert out.read_text() == "mine"
-    assert folder(own) == {"own.py", "x.safetensors"}
-    assert run("convert", f"{own}:net", "--out", out, "--force").exit_code == 0
-    assert load_file(out).keys() == built(own, "net").state_dict().keys()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

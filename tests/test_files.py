@@ -70,6 +70,8 @@ def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
 def test_a_place_where_no_file_can_be_is_named(tmp_path: Path, act: object) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert callable(act)
+    with pytest.raises(FileError, match="cannot be written: embedded null byte"):
+        act(tmp_path / "a\0b")
     with pytest.raises(FileError, match=r"there is no folder .*nowhere"):
         act(tmp_path / "nowhere" / "a")
     with pytest.raises(FileError, match="a cannot be written: Not a directory"):
@@ -86,6 +88,19 @@ def test_a_place_that_can_be_written_is_as_it_was(tmp_path: Path) -> None:
     path.write_bytes(b"earlier")
     files.check_writable(path)
     assert path.read_bytes() == b"earlier"
+
+
+def test_a_name_of_many_bytes_is_written(tmp_path: Path) -> None:
+    files.write_whole(tmp_path / ("語" * 80), b"")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_device_and_no_pipe_is_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/null")):
+        with pytest.raises(FileError, match=rf"{path} cannot be written: it is no regular file"):
+            files.check_writable(path)
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -36,10 +37,12 @@ def check_writable(path: Path) -> None:
 
     It is for the time before long work whose result goes there.
     """
-    if path.is_dir():
-        raise FileError(f"{path} cannot be written: it is a folder")
-    with naming(path, "written"), _draft(path) as (_, handle):
-        os.close(handle)
+    with naming(path, "written"):
+        if path.exists() and not path.is_file():  # a rename would replace a device or a pipe
+            kind = "it is a folder" if path.is_dir() else "it is no regular file"
+            raise FileError(f"{path} cannot be written: {kind}")
+        with _draft(path) as (_, handle):
+            os.close(handle)
 
 
 def read_within(path: Path, most: int | None = None) -> bytes:
@@ -71,7 +74,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     """
     with naming(path, "read"):
         # A pipe that nobody writes to would hold back a plain open.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        handle = _open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(handle, "rb") as file:
             mode = os.fstat(handle).st_mode
             if not stat.S_ISREG(mode):
@@ -102,9 +105,17 @@ def naming(path: Path, what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _draft(path: Path) -> Iterator[tuple[Path, int]]:
     """Make a file beside `path` under a name that is new, and remove it in the end if it is still there."""
-    draft = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    # 50 characters are 200 bytes at most, of the 255 that a name may have.
+    draft = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
+    handle = _open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         yield draft, handle
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
+    except ValueError as error:  # a name with a null byte, or one that no file system can hold
+        raise OSError(errno.EINVAL, str(error)) from error

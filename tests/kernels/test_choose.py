@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,10 +76,68 @@ def test_eager_runs_what_the_cpu_engine_does_not_take(x: torch.Tensor, obstacle:
         assert reason == f"plain torch operations; the engine for CPUs does not take {obstacle}"
 
 
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Let libraries be looked for again."""
+    choose._missing.cache_clear()
+    yield
+    choose._missing.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
 def test_without_numba_eager_runs_and_the_reason_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "_has_numba", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert choose.choose(torch.zeros(2, 3)).name == "eager"
     assert "pip install numba" in batchnorm.kernels.explain(torch.zeros(2, 3))
+
+
+_BROKEN = """
+import torch, batchnorm
+from batchnorm.kernels import choose
+torch.manual_seed(0)
+x, layer = torch.randn(8, 3), batchnorm.BatchNorm1d(3)
+assert torch.allclose(layer(x), torch.nn.BatchNorm1d(3)(x), atol=1e-5)
+print(batchnorm.kernels.explain(layer))
+print(choose._missing("gpu"))
+"""
+
+
+def test_libraries_that_cannot_be_imported_are_done_without(tmp_path: Path) -> None:
+    for library, error in (
+        ("numba", "ImportError('Numba needs NumPy 2.3 or less. Got NumPy 2.4.')"),
+        ("triton", "SystemError('no\\ndriver')"),
+    ):
+        (tmp_path / library).mkdir()
+        (tmp_path / library / "__init__.py").write_text(f"raise {error}")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", _BROKEN], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    on_cpu, missing = done.stdout.splitlines()
+    assert on_cpu == (
+        "eager for BatchNorm1d, float32 inputs on cpu: plain torch operations; the engine for CPUs does not "
+        "take anything, as Numba cannot be imported (ImportError: Numba needs NumPy 2.3 or "
+        "less. Got NumPy 2.4.)"
+    )
+    assert missing == "anything, as Triton cannot be imported (SystemError: no driver)"
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("engine", ["cpu", "gpu"])
+@pytest.mark.parametrize("error", [OSError("no libLLVM"), AttributeError("x"), RuntimeError("a\nb")])
+def test_whatever_a_library_raises_is_in_the_reason(
+    engine: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def import_module(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(choose, "ENGINES", {})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    said = str(error).replace("\n", " ")
+    assert f"cannot be imported ({type(error).__name__}: {said})" in str(choose._missing(engine))
 
 
 @needs_triton
@@ -117,12 +180,14 @@ def on_cuda(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.empty(shape, device="cuda")
 
 
+@pytest.mark.usefixtures("fresh")
 def test_on_gpus_triton_runs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     x = on_cuda((2, 3))
     assert choose.choose(x).reason.endswith("the engine for GPUs does not take a FakeTensor")
     monkeypatch.setattr(choose, "type", lambda _: torch.Tensor, raising=False)
     assert batchnorm.kernels.explain(x) == "gpu for float32 [2, 3] on cuda:0: Triton kernels, at every size"
-    monkeypatch.setattr(choose, "_has_triton", lambda: False)
+    choose._missing.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert choose.choose(x).name == "eager"
     assert "does not take anything without Triton: pip install triton" in batchnorm.kernels.explain(x)
 

@@ -244,6 +244,64 @@ def test_without_a_folder_that_can_be_written_to_every_process_compiles(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+DAMAGED = """
+import os, pathlib, torch
+from batchnorm.kernels.cpu import compiled
+from numba.core.ccallback import CFunc
+
+calls, compile_uncached = [], CFunc._compile_uncached
+
+def counted(self):
+    calls.append(self)
+    return compile_uncached(self)
+
+CFunc._compile_uncached = counted
+
+def compiles():
+    calls.clear()
+    compiled.kernel.cache_clear()
+    assert compiled.kernel("take_running", torch.float32, True)
+    return bool(calls)
+
+folder = pathlib.Path(os.environ["NUMBA_CACHE_DIR"])
+assert compiles() and not compiles()
+files = sorted(path for path in folder.rglob("*.nb?"))
+assert [path.suffix for path in files] == [".nbc", ".nbi"], files
+whole = [path.read_bytes() for path in files]
+damages = {
+    "empty": lambda old: b"",
+    "a byte": lambda old: b"x",
+    "truncated": lambda old: old[:-7],
+    "zeroed": lambda old: bytes(len(old)),
+    "zeroed in part": lambda old: old[:40] + bytes(40) + old[80:],
+    "garbage": lambda old: bytes(range(256)) * 9,
+    "a bit": lambda old: old[: len(old) // 2] + bytes([old[len(old) // 2] ^ 4]) + old[len(old) // 2 + 1 :],
+    "longer": lambda old: old + b"more",
+    "of Numba alone": lambda old: old[:-32],
+}
+for name, damage in damages.items():
+    for path, old in zip(files, whole):
+        path.write_bytes(damage(old))
+        assert compiles(), (name, path.suffix)
+        assert not compiles(), (name, path.suffix, "stays damaged")
+        for file, content in zip(files, whole):
+            file.write_bytes(content)
+files[0].unlink()
+assert compiles() and not compiles()
+"""
+
+
+def test_damaged_files_on_disk_are_compiled_again_and_mended(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DAMAGED],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_kernels_on_disk_are_those_of_this_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A number that changes with the text of any kernel is part of what Numba looks up."""
     before = compiled.source()

@@ -118,6 +118,15 @@ def scenarios(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     found["files"] = sorted(file.name for file in folder.glob("progress*"))
     distributed.barrier()
     found["resumed"] = attempt(copy.deepcopy(model), lambda m: batchnorm.calibrate(m, mine, **options))
+    distributed.barrier()
+    for name in ("kept", "taken"):
+        found[name] = attempt(
+            copy.deepcopy(model), lambda m: batchnorm.calibrate(m, mine, keep_progress=True, **options)
+        )
+    other = [*mine, mine[0] if mine else images(8)] if rank == 0 else mine
+    found["taken, other data"] = attempt(
+        copy.deepcopy(model), lambda m: batchnorm.calibrate(m, other, keep_progress=True, **options)
+    )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from typing import Any
 
@@ -205,3 +206,29 @@ def test_lengths_that_cannot_be_told_are_refused() -> None:
             pass
     assert not model._forward_pre_hooks
     assert model[0]._scope is None
+
+
+@pytest.mark.parametrize("kind", ["leaf", "made by an operation"])
+@pytest.mark.parametrize(
+    "verb", ["inspect", "convert", "fuse", "fold", "revert", "freeze", "calibrate", "layerwise"]
+)
+def test_running_statistics_that_require_grad_are_values_like_others(verb: str, kind: str) -> None:
+    torch.manual_seed(5)
+    x = torch.randn(6, 3)
+    plain = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU())
+    scramble(plain[1])
+    model = copy.deepcopy(plain)
+    for name in ("running_mean", "running_var"):
+        buffer = model[1]._buffers[name].clone().requires_grad_()
+        model[1]._buffers[name] = buffer if kind == "leaf" else buffer * 1
+    found = []
+    for one in (plain, model):
+        given = {"calibrate": ([x],), "layerwise": ([x],), "freeze": ()}.get(verb, (x,))
+        options = {"method": "layerwise"} if verb == "layerwise" else {}
+        if verb in ("convert", "revert"):
+            given, options = (), {"example": x}
+        result = getattr(batchnorm, "calibrate" if verb == "layerwise" else verb)(one, *given, **options)
+        with torch.no_grad():  # a stock layer refuses such statistics where it differentiates
+            found.append((str(result), (result if isinstance(result, nn.Module) else one).eval()(x)))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=0)

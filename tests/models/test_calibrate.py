@@ -160,11 +160,15 @@ def test_an_interruption_of_the_last_write_leaves_the_model_as_it_was(
             raise KeyboardInterrupt
         return copy_(self, *args, **kwargs)
 
-    values = [(buffer, buffer + 1.0) for name, buffer in model.named_buffers() if "running" in name]
-    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    def write(values: list[tuple[torch.Tensor | None, torch.Tensor]]) -> None:
+        monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
         _write(values)
+
+    monkeypatch.setattr("batchnorm.models.calibrate.write", write)
+    with pytest.raises(KeyboardInterrupt):
+        batchnorm.calibrate(model, [_data(8, 5)])
     monkeypatch.undo()
+    assert len(calls) == 3
     _assert_same_state(before, _state(model))
 
 

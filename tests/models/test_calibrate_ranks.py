@@ -126,6 +126,15 @@ def test_each_rank_goes_on_from_its_own_file(found: Found) -> None:
             assert torch.equal(of_rank["resumed"]["running"][name], value), name
 
 
+def test_each_rank_takes_a_kept_result_from_its_own_file(found: Found) -> None:
+    for of_rank in found:
+        for name, value in of_rank["batch all"]["running"].items():
+            assert torch.equal(of_rank["kept"]["running"][name], value), name
+            assert torch.equal(of_rank["taken"]["running"][name], value), name
+        assert "data is not what it was" in of_rank["taken, other data"]["error"]
+        assert of_rank["taken, other data"]["is_unchanged"]
+
+
 def test_a_group_needs_torch_distributed() -> None:
     model, x = whole()
     with pytest.raises(OptionError, match=r"group= needs torch\.distributed"):

@@ -149,8 +149,10 @@ def test_a_budget_that_is_too_small_is_refused() -> None:
 
 
 def test_a_folder_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
+    data = iter(images(12).split(4))
     with pytest.raises(FileError, match=rf"spill: .*there cannot be used .{os.strerror(errno.ENOENT)}"):
-        _spilled(Branches(), images(12).split(4), spill=tmp_path / "there")
+        _spilled(Branches(), data, spill=tmp_path / "there")
+    assert len(list(data)) == 3  # before any work
 
 
 class Random(nn.Module):

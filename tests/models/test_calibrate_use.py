@@ -318,3 +318,26 @@ def test_stock_layers_have_their_own_forward_again(method: str, error: BaseExcep
     with pytest.raises(type(error)):
         batchnorm.calibrate(model, [images(4)], method=method)
     assert anatomy(model) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "layerwise"}, {"method": "layerwise", "spill": 10**7}])
+def test_a_model_that_is_a_norm_goes_by_its_class(options: dict[str, Any]) -> None:
+    x = torch.randn(8, 3)
+    x[2, 1] = float("nan")
+    with pytest.raises(DataError, match=r"^BatchNorm1d: received NaN or inf"):
+        batchnorm.calibrate(nn.BatchNorm1d(3), [x], **options)
+    with pytest.raises((InputShapeError, RuntimeError), match="should contain 4 elements not 3"):
+        batchnorm.calibrate(nn.BatchNorm1d(3), [torch.randn(8, 4)], **options)
+    with pytest.raises(OptionError, match=r"^LazyBatchNorm1d are not initialized"):
+        batchnorm.calibrate(nn.LazyBatchNorm1d(), [x], **options)
+    with pytest.warns(UserWarning, match="no sample reached BatchNorm1d; left as before"):
+        batchnorm.calibrate(nn.BatchNorm1d(3), [x], forward=lambda *_: None, **options)
+    if options:
+        with pytest.raises(
+            OptionError, match=r"(for BatchNorm1d: the input|spill: BatchNorm1d is called sev)"
+        ):
+            batchnorm.calibrate(
+                nn.BatchNorm1d(3), [torch.ones(4, 3)], forward=lambda m, b: m(m(b)), **options
+            )
+    report = batchnorm.calibrate(nn.BatchNorm1d(3), [torch.randn(8, 3)], **options)
+    assert str(report).splitlines()[2].startswith("BatchNorm1d ")

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
+import math
 import os
-import pickle
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import _remove_duplicate_names, save
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, DataError, OptionError
+from batchnorm.files import check_writable, write_whole
 from batchnorm.study.data import load_data
 from batchnorm.study.user_code import is_user_code, load_function, naming_the_line, source_of
+
+from .weights import in_short, load_weights
 
 
 class Run:
@@ -56,7 +58,8 @@ class Run:
         self._inputs = None if data is None else self._load(data, data_dir, samples)
 
     def _load(self, data: str, data_dir: Path | None, samples: int | None) -> Tensor:
-        inputs = torch.from_numpy(load_data(data, data_dir).x_train)[:samples]
+        inputs = torch.from_numpy(load_data(data, data_dir).x_train)
+        inputs = inputs[: min(samples or len(inputs), len(inputs))]
         if self._shape is None:
             return inputs
         try:
@@ -70,7 +73,7 @@ class Run:
     def batches(self) -> tuple[Tensor, ...]:
         """Return the training examples in batches."""
         assert self._inputs is not None
-        return torch.split(self._inputs, self._batch_size)
+        return torch.split(self._inputs, min(self._batch_size, len(self._inputs)))
 
     def example(self, *, needed: bool = False) -> Tensor | None:
         """Return an input of the model: the first batch of data, else random of the shape, else None."""
@@ -91,13 +94,13 @@ class Run:
     def write(self, model: nn.Module, out: Path, force: bool, example: Tensor | None = None) -> None:
         """Write a model or its state, by the suffix of the file: whole, or not at all."""
         check_out(out, (out.suffix,), force)
-        with _replacing(out) as part:
-            if out.suffix == ".safetensors":
-                save_model(model, str(part), metadata={"format": "pt"})
-            else:
-                assert example is not None
-                with naming_the_line(f"exporting {self.spec}", source_of(self.spec)):
-                    _export(model, example, part, out.suffix)
+        if out.suffix == ".safetensors":
+            content = _state_of(model, self.spec)
+        else:
+            assert example is not None
+            with naming_the_line(f"exporting {self.spec}", source_of(self.spec)):
+                content = _exported(model, example, out.suffix)
+        write_whole(out, content)
         print(f"written: {out}")
 
 
@@ -112,64 +115,28 @@ def _build(spec: str) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state into a model: safetensors, or what `torch.save` wrote, of tensors and plain values only.
+def check_out(out: Path, suffixes: tuple[str, ...], force: bool, option: str = "--out") -> None:
+    """Raise OptionError for a file of another kind, or one that is there, unless forced.
 
     Raises:
-        DataError: no such format, code in the file, or another model's state.
-        OSError: the file cannot be read.
+        FileError: it cannot be written.
     """
-    try:
-        if path.suffix == ".safetensors":
-            with path.open("rb"):  # an OSError that names the file
-                load_model(model, path, strict=True)
-            return
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path} is not read: it is no plain checkpoint, and reading it might run code; where you trust "
-            "it, save its state_dict by torch.save, or as safetensors"
-        ) from error
-    except safetensors.SafetensorError as error:
-        raise DataError(f"{path} is no safetensors file: {error}") from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: {_first_lines(error)}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise DataError(f"{path} holds no state: a dict of tensors, or one under the key state_dict")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise DataError(f"{path}: {_first_lines(error)}") from error
-
-
-def check_out(out: Path, suffixes: tuple[str, ...], force: bool, option: str = "--out") -> None:
-    """Raise OptionError for a file of another kind, or one that is there, unless forced."""
     if out.suffix not in suffixes:
         raise OptionError(f"{option} {out}: its name must end in {' or '.join(suffixes)}")
     if out.exists() and not force:
         raise OptionError(f"{option} {out} is there already: --force writes over it")
+    check_writable(out)
 
 
-@contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """Let the block write a file beside `out`, which becomes `out` at the end and is gone on an error."""
-    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.stem}-", suffix=out.suffix)
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        part.chmod(0o666 & ~_umask())  # as any new file has it, where mkstemp lets nobody else read
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+def check_progress(resume: Path, *others: Path | None) -> None:
+    """Raise OptionError where the progress file, which is deleted in the end, is another file of the command.
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    Raises:
+        FileError: it cannot be written.
+    """
+    if any(other is not None and other.resolve() == resume.resolve() for other in others):
+        raise OptionError(f"--resume {resume} is the name of another file of this command: give it its own")
+    check_writable(resume)
 
 
 def check_exporter(suffix: str) -> None:
@@ -179,22 +146,50 @@ def check_exporter(suffix: str) -> None:
         raise OptionError(f"an .onnx file needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def _export(model: nn.Module, example: Tensor, part: Path, suffix: str) -> None:
-    """Write a program of torch.export, or the same as ONNX; the number of examples stays open if it can."""
+# Files are made in memory: on a full disk, torch's writer ends the process, and that of safetensors raises
+# errors of its own.
+
+
+def _state_of(model: nn.Module, spec: str) -> bytes:
+    """Return a state as `safetensors.torch.save_model` writes it: of tensors that share memory, one."""
+    state, notes = model.state_dict(), {"format": "pt"}
+    try:
+        for kept, others in _remove_duplicate_names(state).items():
+            notes |= dict.fromkeys(others, kept)
+            for name in others:
+                del state[name]
+        return save({name: value.contiguous() for name, value in state.items()}, notes)
+    except (RuntimeError, ValueError, KeyError, AttributeError, safetensors.SafetensorError) as error:
+        raise DataError(f"the state of {spec} does not fit into safetensors: {in_short(error)}") from error
+
+
+def _exported(model: nn.Module, example: Tensor, suffix: str) -> bytes:
+    """Return a program of torch.export, or the same as ONNX; the number of examples stays open if it can."""
     open_batch = ({0: torch.export.Dim.AUTO},)
     program = torch.export.export(model.eval(), (example,), dynamic_shapes=open_batch)
     if suffix == ".pt2":
-        torch.export.save(program, part)
-        return
-    torch.onnx.export(program, (), part, external_data=False, verbose=False)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        return buffer.getvalue()
+    made = torch.onnx.export(program, (), verbose=False)
+    assert made is not None
+    content: bytes = made.model_proto.SerializeToString()
+    return content
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:
     parts = text.split("x")
-    if len(parts) < 2 or not all(part.isdecimal() and int(part) for part in parts):
+    if len(parts) < 2 or not all(part.isdecimal() and len(part) < 20 and int(part) for part in parts):
         raise OptionError(f"--input {text!r} is no shape such as 1x3x224x224")
-    return tuple(map(int, parts))
+    shape = tuple(map(int, parts))
+    if 4 * math.prod(shape) > _memory():
+        raise OptionError(f"--input {text} is a tensor of more bytes than this machine's memory has")
+    return shape
 
 
-def _first_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
+def _memory() -> int:
+    """Return how many bytes of memory this machine has; where it does not tell, a number that none has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**43

@@ -114,13 +114,16 @@ def calibrate(
 ) -> None:
     """Set running statistics to those of all training data, say how far off they were, write the state."""
     with _clearly(debug):
-        from .model_files import Run, check_out
+        from .model_files import Run, check_out, check_progress
 
         check_out(out, (".safetensors",), force)
         if picture is not None:
             check_out(picture, (".svg",), force, "--picture")
+        if resume is not None:
+            check_progress(resume, out, picture, weights)
         run = Run(model, weights, data, data_dir, samples, batch_size, input)
         options = {"progress": True, "method": method, "progress_file": resume}
+        options["keep_progress"] = resume is not None  # until all is written
         report = run.verb(batchnorm.calibrate, run.batches(), **options)
         typer.echo(str(report))
         run.write(run.model, out, force)
@@ -129,6 +132,9 @@ def calibrate(
 
             draw(report, picture)
             typer.echo(f"written: {picture}")
+        if resume is not None:
+            with contextlib.suppress(OSError):  # all is done: a file that stays costs nobody anything
+                resume.unlink(missing_ok=True)
 
 
 def fold(

@@ -27,6 +27,7 @@ ENVIRONMENT_VARIABLE = "BATCHNORM_ENGINE"
 ENGINES: dict[str, Engine] = {"eager": cast(Engine, eager)}
 # Imported on first use: Numba takes half a second, and Triton may not be there.
 _LATER = {"cpu": "batchnorm.kernels.cpu.engine", "gpu": "batchnorm.kernels.gpu.engine"}
+_LIBRARIES = {"cpu": "Numba", "gpu": "Triton"}
 _KERNELS = {"cpu": "Numba kernels, at every size", "gpu": "Triton kernels, at every size"}
 _ENGINE_FOR = {"cpu": "the engine for CPUs", "gpu": "the engine for GPUs"}
 # Devices that Triton compiles for; AMD's GPUs are called cuda by torch.
@@ -92,25 +93,30 @@ def _obstacle(x: Tensor, wanted: str) -> str | None:
         return "nested tensors"
     if x.layout is not torch.strided or x.numel() == 0:
         return f"{x.layout}" if x.numel() else "tensors without values"
-    if wanted == "gpu":
-        return None if _has_triton() else "anything without Triton: pip install triton"
-    return None if _has_numba() else "anything without Numba: pip install numba"
+    return _missing(wanted)
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _missing(wanted: str) -> str | None:
+    """Return what an engine cannot be loaded without, or None.
+
+    A library that is there may raise anything: Numba refuses a NumPy that is newer than itself, for one.
+    """
+    library = _LIBRARIES[wanted]
+    if importlib.util.find_spec(library.lower()) is None:
+        return f"anything without {library}: pip install {library.lower()}"
+    try:
+        load(wanted)
+    except Exception as error:
+        said = " ".join(str(error).split())
+        return f"anything, as {library} cannot be imported ({type(error).__name__}: {said})"
+    return None
 
 
 @functools.cache
 def _interprets_triton() -> bool:
     """Whether Triton's kernels run on CPUs, in its interpreter: TRITON_INTERPRET=1 when they are imported."""
-    return _has_triton() and bool(importlib.import_module(f"{_LATER['gpu']}").IS_INTERPRETED)
-
-
-@functools.cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    return _missing("gpu") is None and bool(importlib.import_module(_LATER["gpu"]).IS_INTERPRETED)
 
 
 def engine(x: Tensor) -> Engine:
@@ -123,7 +129,7 @@ def compiles(device: str, dtype: torch.dtype) -> bool:
     """Whether tensors of this kind are the engine's for GPUs, and its kernels can be shown to a compiler."""
     wanted = _override.get() or _environment() or "gpu"
     is_its = wanted == "gpu" and device in _GPUS and dtype in _FLOATING
-    return is_its and _has_triton() and not _interprets_triton()
+    return is_its and _missing("gpu") is None and not _interprets_triton()
 
 
 def load(name: str) -> Engine:

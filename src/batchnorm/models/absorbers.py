@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from .hooks import is_forward_replaced
 
@@ -122,12 +123,15 @@ def computed_weights(module: nn.Module) -> Weights | None:
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
-    """Return a deep copy; a weight that a hook has computed, which deepcopy refuses, is copied by value."""
+    """Return a deep copy; a tensor that an operation has made, which deepcopy refuses, is copied by value.
+
+    It may be a weight that a hook has computed, a buffer, or what a forward has kept in an attribute.
+    """
     memo = {} if memo is None else memo
     for part in module.modules():
-        for value in vars(part).values():
+        for value in pytree.tree_leaves(vars(part)):
             if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+                memo.setdefault(id(value), value.detach().clone())
     return copy.deepcopy(module, memo)
 
 

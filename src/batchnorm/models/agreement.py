@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from batchnorm.errors import BatchNormError, OptionError
 
-from .rollback import untouched_on_error
+from .rollback import Snapshot, untouched_on_error
 
 # Largest |difference| of an output over its largest |value|, by the coarsest dtype in play. What rounds
 # differently in one layer is amplified by those behind it, in training above all: tens of layers with the
@@ -162,32 +162,22 @@ def set_mode(model: nn.Module, training: bool) -> None:
 
 @contextlib.contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Put modes, buffers and the state of random numbers back after the block."""
+    """Put back after the block what running the model changes in it, and the state of random numbers.
+
+    Raises:
+        OptionError: a layer is not initialized yet.
+        BatchNormError: something cannot be put back; all else is.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     if any(is_lazy(tensor) for tensor in tensors):
         raise OptionError("the model has layers that are not initialized: run it once, or pass no example")
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
     devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.is_cuda})
+    snapshot = Snapshot(model)
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                if buffer is not None and value is not None and not _is_equal(buffer, value):
-                    buffer.copy_(value)
-                module._buffers[name] = buffer
-
-
-def _is_equal(buffer: Tensor, value: Tensor) -> bool:
-    return buffer.is_meta or torch.equal(buffer, value)
+        snapshot.put_back()
 
 
 def _kept(model: nn.Module, names: dict[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
@@ -195,12 +185,17 @@ def _kept(model: nn.Module, names: dict[nn.Module, str]) -> Iterator[tuple[str, 
         constants = {n: p for n, p in module._parameters.items() if p is not None and not p.requires_grad}
         for name, tensor in {**module._buffers, **constants}.items():
             if module in names and tensor is not None and tensor.is_floating_point():
-                yield f"{names[module]}.{name}".lstrip("."), tensor.detach().clone()
+                yield f"{names[module]}.{name}".lstrip("."), _values(tensor)
 
 
 def _tensors(outputs: Any) -> list[tuple[str, Tensor]]:
     found = []
     for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            found.append((pytree.keystr(path), leaf.detach().clone()))
+            found.append((pytree.keystr(path), _values(leaf)))
     return found
+
+
+def _values(tensor: Tensor) -> Tensor:
+    values = tensor.detach()
+    return values.clone() if values.layout is torch.strided else values.to_dense()

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from batchnorm.errors import DataError, OptionError
+from batchnorm.errors import ArgumentTypeError, DataError, OptionError
 from batchnorm.statistics.calibration import CalibrationReport
 
 from .calibration.batches import Forward
@@ -27,6 +27,7 @@ from .calibration.ranks import Ranks
 from .calibration.spilled import spilled
 from .calibration.tally import Layout
 from .norms import split_frozen, tracking_norms
+from .rollback import as_before_on_error
 from .verb import verb
 
 Method = Literal["batch", "layerwise"]
@@ -45,6 +46,7 @@ def calibrate(
     group: Any = None,
     progress_file: str | Path | None = None,
     save_every: float = 60.0,
+    keep_progress: bool = False,
 ) -> CalibrationReport:
     """Set the running statistics of every batch normalization to the statistics of all of `data`.
 
@@ -83,6 +85,8 @@ def calibrate(
             goes on from there and finds the same statistics bit for bit. Removed in the end. With several
             processes, each has its own, with its rank behind the name.
         save_every: seconds between two writes of that file.
+        keep_progress: leave that file in the end, with the result, which the same call then takes from it:
+            delete it once what you make of the model is safe.
 
     Returns:
         A report: layers, samples, and how far each layer's statistics moved, in standard deviations.
@@ -109,6 +113,7 @@ def calibrate(
 
     def prepare() -> Tensor:
         _check_options(method, samples, spill, progress_file, data)
+        _check_progress(progress_file, save_every, keep_progress)
         frozen, norms = _norms(model)
         layout = Layout.of(norms)
         file = None
@@ -119,27 +124,45 @@ def calibrate(
             file = ProgressFile(path, fingerprint(model, norms, options), save_every)
         passes = Passes(model, data, forward, samples, layout, ranks, file, progress)
         prepared.append((frozen, norms, passes))
-        identity = zlib.crc32(json.dumps([method, spill is None, dict(layout.channels)]).encode())
-        return torch.tensor([identity, passes.number], dtype=torch.float64)
+        same = [method, spill is None, keep_progress, dict(layout.channels)]
+        identity = zlib.crc32(json.dumps(same).encode())
+        return torch.tensor([identity, passes.number, passes.is_finished], dtype=torch.float64)
 
-    _check_agreement(ranks.gather(prepare, 2))
+    _check_agreement(ranks.gather(prepare, 3))
     ((frozen, norms, passes),) = prepared
+    with as_before_on_error(model):
+        report = _finish(
+            norms, _found(model, norms, passes, method, spill, keep_progress), frozen, method, passes
+        )
+        if not keep_progress:
+            passes.forget()
+        if report.unreached:
+            names = ", ".join(report.unreached)
+            message = f"calibrate: no sample reached {names}; left as before"
+            warnings.warn(message, UserWarning, stacklevel=3)
+    return report
+
+
+def _found(
+    model: nn.Module,
+    norms: dict[str, _BatchNorm],
+    passes: Passes,
+    method: str,
+    spill: str | Path | int | None,
+    keep: bool,
+) -> Result:
+    """Return what all passes find, or have found in an earlier call."""
+    if passes.is_finished:
+        return passes.result()
     if method == "batch":
         found = in_one_pass(norms, passes)
     elif spill is None:
         found = layerwise(model, norms, passes)
     else:
         found = spilled(model, norms, passes, spill)
-    try:
-        report = _finish(norms, found, frozen, method, ranks.size)
-    except DataError:
-        passes.forget()  # or the same result would be refused again
-        raise
-    passes.forget()
-    if report.unreached:
-        names = ", ".join(report.unreached)
-        warnings.warn(f"calibrate: no sample reached {names}; left as before", UserWarning, stacklevel=3)
-    return report
+    if keep:
+        passes.keep(found)
+    return found
 
 
 def _check_options(
@@ -162,6 +185,15 @@ def _check_options(
         )
 
 
+def _check_progress(progress_file: object, save_every: object, keep_progress: bool) -> None:
+    if progress_file is not None and not isinstance(progress_file, (str, Path)):
+        raise ArgumentTypeError(f"progress_file is a path; got a {type(progress_file).__name__}")
+    if isinstance(save_every, bool) or not isinstance(save_every, (int, float)) or not save_every >= 0:
+        raise OptionError(f"save_every is a number of seconds, 0 or more; got {save_every!r}")
+    if keep_progress and progress_file is None:
+        raise OptionError("keep_progress=True is for progress_file=: name one")
+
+
 def _norms(model: nn.Module) -> tuple[tuple[str, ...], dict[str, _BatchNorm]]:
     """Return the names of the layers that are frozen, and the others."""
     frozen, norms = split_frozen(tracking_norms(model))
@@ -182,25 +214,29 @@ def _norms(model: nn.Module) -> tuple[tuple[str, ...], dict[str, _BatchNorm]]:
 
 def _check_agreement(rows: list[Tensor]) -> None:
     """Raise unless all ranks have the same layers and options, and are at the same pass."""
-    identities, numbers = zip(*(row.tolist() for row in rows), strict=True)
+    identities, *passes = zip(*(row.tolist() for row in rows), strict=True)
     if len(set(identities)) > 1:
         raise OptionError("calibrate was called with another model or method on some ranks than on others")
-    if len(set(numbers)) > 1:
+    if any(len(set(numbers)) > 1 for numbers in passes):
         raise OptionError(
             "the progress files of the ranks are not of the same pass: delete them to start over"
         )
 
 
 def _finish(
-    norms: dict[str, _BatchNorm], found: Result, frozen: tuple[str, ...], method: str, ranks: int
+    norms: dict[str, _BatchNorm], found: Result, frozen: tuple[str, ...], method: str, passes: Passes
 ) -> CalibrationReport:
     """Check everything, then write everything."""
     changes, values = [], []
-    for name, norm in norms.items():
-        if name in found.moments:
-            mean, var = running_statistics(name, norm, found.moments[name])
-            changes.append(change(name, norm, found.moments[name], name not in found.dependent))
-            values += [(norm.running_mean, mean), (norm.running_var, var)]
+    try:
+        for name, norm in norms.items():
+            if name in found.moments:
+                mean, var = running_statistics(name, norm, found.moments[name])
+                changes.append(change(name, norm, found.moments[name], name not in found.dependent))
+                values += [(norm.running_mean, mean), (norm.running_var, var)]
+    except DataError:
+        passes.forget()  # or the same result would be refused again
+        raise
     write(values)
     tally = found.tally
     return CalibrationReport(
@@ -211,5 +247,5 @@ def _finish(
         frozen=frozen,
         method=method,
         passes=found.passes,
-        ranks=ranks,
+        ranks=passes.ranks.size,
     )

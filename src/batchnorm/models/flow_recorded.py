@@ -33,7 +33,7 @@ def recorded_flow(
     """Run a model on an example in evaluation; return its flow and the modules that were called.
 
     Args:
-        model: it stays as it was, but for plain attributes that its forward sets.
+        model: it stays as it was.
         example: as of `fold`.
         leaves: modules of which a call is one call in the flow, whatever they do inside.
     """

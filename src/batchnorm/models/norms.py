@@ -11,9 +11,12 @@ from .kinds import Kind, is_layer, kind_of
 
 
 def tracking_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the layers of `model` that keep running statistics, by qualified name, each layer once."""
+    """Return the layers of `model` that keep running statistics, by qualified name, each layer once.
+
+    A model that is itself such a layer has none, and goes by its class.
+    """
     return {
-        name: module
+        name or type(module).__name__: module
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm)
         and module.running_mean is not None

@@ -16,6 +16,7 @@ from numba.core import event
 
 from . import groups, planes, rows, running, statistics
 from .access import finished, number_finished, take_number
+from .on_disk import Kept
 from .packet import FINISHED, NEXT, read
 from .vector import FULL, SIMPLE, function, part_of_one
 
@@ -184,9 +185,11 @@ def kernel(name: str, dtype: torch.dtype, simple: bool) -> int:
     """
     kind, real = KINDS[dtype]
     entry = _KERNELS[name](kind, real, SIMPLE if simple else FULL, source())
+    made: Any = Kept(entry, (_WORK.args, _WORK.return_type), locals={}, options={"error_model": "numpy"})
     with event.install_listener("numba:compile", _announcer):
         try:
-            made = cfunc(_WORK, cache=True, error_model="numpy")(entry)
-        except (RuntimeError, OSError):  # no folder that can be written to: compiled again in every process
+            made.enable_caching()
+            made.compile()
+        except Exception:  # no folder that can be written to, or as bad: compiled again in every process
             made = cfunc(_WORK, error_model="numpy")(entry)
     return int(made.address)

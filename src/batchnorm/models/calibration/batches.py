@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,13 +73,45 @@ def limited(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
             return
 
 
-def checksum(batch: Any) -> int:
-    """Return a checksum of the first tensor of a batch, to tell whether data is what it was."""
-    first = first_tensor(batch)
-    if first is None:
-        return 0
-    flat = first.detach().cpu().contiguous().flatten()
-    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
+@dataclass(frozen=True)
+class Seen:
+    """Which batches went by, to tell whether data is what it was.
+
+    Attributes:
+        samples: in all of them.
+        batches: how many.
+        checksum: of their tensors and plain values, in this order.
+    """
+
+    samples: int = 0
+    batches: int = 0
+    checksum: int = 0
+
+    def with_batch(self, batch: Any) -> Seen:
+        """Return this after one more batch."""
+        return Seen(self.samples + samples_in(batch), self.batches + 1, _checksum(batch, self.checksum))
+
+
+def _checksum(part: Any, before: int) -> int:
+    """Return the checksum of all that came `before`, and then of a part of a batch."""
+    if isinstance(part, Tensor):
+        form = f"{part.dtype} {tuple(part.shape)}" if part.layout is torch.strided else str(part.layout)
+        values = as_bytes(part) if part.layout is torch.strided and not part.is_quantized else b""
+        return zlib.crc32(values, zlib.crc32(form.encode(), before))
+    if isinstance(part, np.ndarray) and not part.dtype.hasobject:
+        form = f"{part.dtype} {part.shape}"
+        return zlib.crc32(np.ascontiguousarray(part).tobytes(), zlib.crc32(form.encode(), before))
+    if isinstance(part, (str, bytes, int, float)):
+        return zlib.crc32(repr(part).encode(), before)
+    for inner in _parts(part):
+        before = _checksum(inner, before)
+    return before
+
+
+def as_bytes(tensor: Tensor) -> Any:
+    """Return the values of a dense tensor as a buffer of bytes."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 def _parts(batch: Any) -> Iterable[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -44,7 +45,7 @@ def change(name: str, norm: _BatchNorm, found: PooledMoments, exact: bool) -> La
     """Return how far the statistics in the buffers are from what was found."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    old_mean, old_var = (buffer.cpu().double().numpy() for buffer in (norm.running_mean, norm.running_var))
+    old_mean, old_var = (b.detach().cpu().double().numpy() for b in (norm.running_mean, norm.running_var))
     var = (found.m2 / (found.count - 1)).numpy()
     return LayerChange.between(
         name, int(found.count), (old_mean, old_var), (found.mean.numpy(), var), norm.eps, exact
@@ -72,17 +73,11 @@ def in_place_of(name: str, norm: _BatchNorm, found: PooledMoments) -> Iterator[N
 
 
 def write(values: list[tuple[Tensor | None, Tensor]]) -> None:
-    """Copy each value into its buffer; on an interruption midway, put all of them back."""
-    before = [None if buffer is None else buffer.clone() for buffer, _ in values]
-    try:
+    """Copy each value into its buffer."""
+    with torch.no_grad():  # a buffer that learns is written to all the same
         for buffer, value in values:
             if buffer is not None:
                 buffer.copy_(value)
-    except BaseException:
-        for (buffer, _), old in zip(values, before, strict=True):
-            if buffer is not None and old is not None:
-                buffer.copy_(old)
-        raise
 
 
 def _as_in(norm: _BatchNorm, place: str, value: Tensor) -> Tensor:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import DataError, FileError, MissingExtraError
 from batchnorm.statistics.moments import PooledMoments
 
-from .batches import Forward, checksum, limited, run, samples_in
+from .batches import Forward, Seen, limited, run, samples_in
 from .listening import Listener, evaluation
 from .progress_file import Progress, ProgressFile
 from .ranks import Ranks
@@ -71,11 +73,54 @@ class Passes:
         self.layout, self.ranks, self.file, self.progress = layout, ranks, file, progress
         self.number = 0
         self.settled: dict[str, PooledMoments] = {}
-        self._seen: int | None = None  # samples in the first pass
-        self._resumed = None if file is None else file.load()
+        self._seen: Seen = Seen()  # in the pass that is going on, on this rank
+        self._samples: int | None = None  # in the first pass, on all ranks
+        self._resumed = None if file is None else file.load(layout)
         if self._resumed is not None:
             self.number = self._resumed.number
             self.settled = layout.split(self._resumed.settled)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier call has done everything, and its file is there."""
+        return self._resumed is not None and self._resumed.is_finished
+
+    def result(self) -> Result:
+        """Return what the earlier call found, if data is still what it was.
+
+        Raises:
+            DataError: it is not.
+            RankError: on another rank.
+        """
+        resumed = self._resumed
+        assert resumed is not None
+
+        def check() -> Tensor:
+            batches = limited(self.data, self.samples)
+            self._skip(batches, resumed.seen)
+            if next(batches, None) is not None:
+                raise _other_data(resumed.seen)
+            return torch.zeros(1, dtype=torch.float64)
+
+        self.ranks.gather(check, 1)
+        tally = Tally.from_numbers(self.layout, resumed.tally)
+        return Result(self.settled, tally.dependent, tally, self.number)
+
+    def keep(self, found: Result) -> None:
+        """Write what was found into the file, on every rank or on none that goes on.
+
+        Raises:
+            FileError: it cannot be written.
+            RankError: on another rank.
+        """
+
+        def work() -> Tensor:
+            if self.file is not None:
+                settled, tally = self.layout.row(found.moments), found.tally.numbers()
+                self.file.save(Progress(found.passes, settled, tally, self._seen, is_finished=True))
+            return torch.zeros(1, dtype=torch.float64)
+
+        self.ranks.gather(work, 1)
 
     def run(self, listener: Listener, settled: dict[str, PooledMoments]) -> Tally:
         """Go over the data once, on all ranks, and return what all of them heard together."""
@@ -91,12 +136,12 @@ class Passes:
             raise DataError(
                 "calibrate received no batch: data is empty, or an iterator that was used up before"
             )
-        if self._seen not in (None, tally.samples):
+        if self._samples not in (None, tally.samples):
             raise DataError(
-                f"data gave {self._seen} samples in the first pass and {tally.samples} in pass "
+                f"data gave {self._samples} samples in the first pass and {tally.samples} in pass "
                 f"{self.number + 1}: it must give the same samples each time; the model is unchanged"
             )
-        self._seen, self._resumed = tally.samples, None
+        self._samples, self._resumed = tally.samples, None
         self.number += 1
         return tally
 
@@ -108,52 +153,49 @@ class Passes:
 
     def _over_data(self, listener: Listener) -> Tally:
         """Return what this rank hears; saved now and then, and when anything is raised."""
-        tally, mark, done = Tally.empty(self.layout), 0, 0
+        tally, self._seen = Tally.empty(self.layout), Seen()
         if self._resumed is not None:
-            tally, mark = Tally.from_numbers(self.layout, self._resumed.tally), self._resumed.checksum
-            done = tally.batches
+            tally, self._seen = Tally.from_numbers(self.layout, self._resumed.tally), self._resumed.seen
         elif self.number:
-            self._save(tally, mark)
+            self._save(tally)
+        done = tally.batches
         batches = iter(shown(limited(self.data, self.samples), self.bar()))
         try:
-            self._skip(batches, done, tally.samples, mark)
+            self._skip(batches, self._seen)
             for batch in batches:
-                arrived = 0 if self.file is None else checksum(batch)  # before a forward writes into it
+                # Before a forward writes into it.
+                arrived = self._seen if self.file is None else self._seen.with_batch(batch)
                 with listener.one_batch():
                     run(self.model, batch, self.forward)
                 tally = tally.with_batch(
                     samples_in(batch), listener.heard, listener.values, listener.dependent
                 )
-                mark = arrived
+                self._seen = arrived
                 if self.file is not None and self.file.is_due():
-                    self._save(tally, mark)
+                    self._save(tally)
         except BaseException:
             if tally.batches > done:
                 with contextlib.suppress(FileError):  # what was raised says more
-                    self._save(tally, mark)
+                    self._save(tally)
             raise
         return tally
 
-    def _skip(self, batches: Iterator[Any], count: int, samples: int, mark: int) -> None:
+    def _skip(self, batches: Iterator[Any], seen: Seen) -> None:
         """Pass over the batches that an interrupted pass has done.
 
         Raises:
             DataError: they are not what they were.
         """
-        last, passed = None, 0
-        for _ in range(count):
-            last = next(batches, None)
-            passed += samples_in(last)
-        if count and (passed != samples or checksum(last) != mark):
-            raise DataError(
-                f"data is not what it was: the progress file has {samples} samples in {count} batches, and "
-                "those differ now; delete the file to start over, or give the same batches in the same order"
-            )
+        passed = Seen()
+        for batch in itertools.islice(batches, seen.batches):
+            passed = passed.with_batch(batch)
+        if passed != seen:
+            raise _other_data(seen)
 
-    def _save(self, tally: Tally, mark: int) -> None:
+    def _save(self, tally: Tally) -> None:
         if self.file is not None:
             settled = self.layout.row(self.settled)
-            self.file.save(Progress(self.number, settled, tally.numbers(), mark))
+            self.file.save(Progress(self.number, settled, tally.numbers(), self._seen, is_finished=False))
 
     def bar(self) -> tuple[str, int | None] | None:
         """Return what the progress bar says and counts up to, None without one."""
@@ -162,6 +204,13 @@ class Passes:
         is_counted = isinstance(self.data, Sized) and self.samples is None
         description = "Calibrating" if not self.number else f"Calibrating, pass {self.number + 1}"
         return description, len(self.data) if is_counted else None  # type: ignore[arg-type]  # it is Sized
+
+
+def _other_data(seen: Seen) -> DataError:
+    return DataError(
+        f"data is not what it was: the progress file has {seen.samples} samples in {seen.batches} batches, "
+        "and those differ now; delete the file to start over, or give the same batches in the same order"
+    )
 
 
 def in_one_pass(norms: Mapping[str, _BatchNorm], passes: Passes) -> Result:

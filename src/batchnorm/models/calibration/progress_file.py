@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import DataError, FileError, MissingExtraError
+from batchnorm.files import check_writable, read_within, write_whole
 
-_FORMAT = "batchnorm calibration 1"
+from .batches import Seen, as_bytes
+from .tally import Layout, Tally
+
+_FORMAT = "batchnorm calibration 2"
+_ANY_FORMAT = "batchnorm calibration "
 _REMEDY = "delete it to start over"
 
 
@@ -29,14 +33,16 @@ class Progress:
     Attributes:
         number: passes over the data that are finished.
         settled: moments of the layers that have theirs, `[3, total]`.
-        tally: of the pass that is going on, as a row of numbers.
-        checksum: of the last batch of that pass.
+        tally: of the pass that is going on, as a row of numbers; of the last one if all are finished.
+        seen: the batches of that pass, on this rank.
+        is_finished: whether no pass is left.
     """
 
     number: int
     settled: Tensor
     tally: Tensor
-    checksum: int
+    seen: Seen
+    is_finished: bool
 
 
 class ProgressFile:
@@ -46,6 +52,9 @@ class ProgressFile:
         path: of the file.
         fingerprint: of the model and the options.
         every: seconds between two writes.
+
+    Raises:
+        FileError: it could not be written.
     """
 
     def __init__(self, path: Path, fingerprint: str, every: float) -> None:
@@ -56,6 +65,8 @@ class ProgressFile:
         self.path, self.fingerprint, self.every = path, fingerprint, every
         self._files = safetensors.torch
         self._written = time.monotonic()
+        with _with_a_remedy():
+            check_writable(path)
 
     def is_due(self) -> bool:
         """Whether it is time to save again."""
@@ -68,55 +79,43 @@ class ProgressFile:
             FileError: it cannot be written; an earlier one is as it was.
         """
         tensors = {"settled": progress.settled, "tally": progress.tally}
-        facts = {
-            "format": _FORMAT,
-            "fingerprint": self.fingerprint,
-            "number": str(progress.number),
-            "checksum": str(progress.checksum),
-        }
+        numbers = {"number": progress.number, "is_finished": int(progress.is_finished)}
+        facts = {"format": _FORMAT, "fingerprint": self.fingerprint}
+        facts |= {name: str(number) for name, number in (numbers | asdict(progress.seen)).items()}
         facts["digest"] = _digest(facts, tensors)
-        draft = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with draft.open("wb") as file:
-                file.write(self._files.save(tensors, facts))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self.path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
-            raise FileError(
-                f"the progress file {self.path} cannot be written ({error.strerror or error}): free some "
-                "space or name another place; the model is unchanged"
-            ) from error
+        with _with_a_remedy():
+            write_whole(self.path, self._files.save(tensors, facts))
         self._written = time.monotonic()
 
-    def load(self) -> Progress | None:
+    def load(self, layout: Layout) -> Progress | None:
         """Return what was saved, None where there is no file.
+
+        Args:
+            layout: of the channels of the norms.
 
         Raises:
             DataError: the file is none of calibrate's, damaged, or of another model or other options.
             FileError: it cannot be read.
         """
         try:
-            content = self.path.read_bytes()
+            content = read_within(self.path)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise FileError(
-                f"the progress file {self.path} cannot be read: {error.strerror or error}"
-            ) from error
         tensors, facts = self._parsed(content)
         if facts.get("format") != _FORMAT:
+            if facts.get("format", "").startswith(_ANY_FORMAT):
+                raise DataError(f"the progress file {self.path} is of another version: {_REMEDY}")
             raise DataError(f"{self.path} is not a progress file of calibrate: name another path")
-        digest = facts.pop("digest", "")
-        if digest != _digest(facts, tensors):
+        if facts.pop("digest", "") != _digest(facts, tensors):
             raise DataError(f"the progress file {self.path} is damaged: {_REMEDY}")
-        if facts["fingerprint"] != self.fingerprint:
+        if facts.get("fingerprint") != self.fingerprint:
             raise DataError(
                 f"the progress file {self.path} is of another model, or of other options: {_REMEDY}"
             )
-        return Progress(int(facts["number"]), tensors["settled"], tensors["tally"], int(facts["checksum"]))
+        try:
+            return _progress(tensors, facts, layout)
+        except (KeyError, ValueError) as error:  # its digest is right: somebody made it so
+            raise DataError(f"the progress file {self.path} is damaged: {_REMEDY}") from error
 
     def remove(self) -> None:
         """Delete the file: its work is done."""
@@ -150,7 +149,7 @@ def fingerprint(model: nn.Module, norms: Mapping[str, _BatchNorm], options: Mapp
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) not in ours:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(_bytes(tensor))
+            digest.update(as_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -158,10 +157,27 @@ def _digest(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
-        digest.update(_bytes(tensors[name]))
+        digest.update(as_bytes(tensors[name]))
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+def _progress(tensors: Mapping[str, Tensor], facts: Mapping[str, str], layout: Layout) -> Progress:
+    """Return what a file says; KeyError or ValueError where it says too little, or nonsense."""
+    names = ("number", "is_finished", "samples", "batches", "checksum")
+    number, is_finished, *seen = (int(facts[name]) for name in names)
+    settled, tally = tensors["settled"], tensors["tally"]
+    forms = [(settled, (3, layout.total)), (tally, (Tally.length(layout),))]
+    if min(number, *seen) < 0 or any(t.shape != form or t.dtype is not torch.float64 for t, form in forms):
+        raise ValueError
+    Tally.from_numbers(layout, tally)
+    return Progress(number, settled, tally, Seen(*seen), bool(is_finished))
+
+
+@contextlib.contextmanager
+def _with_a_remedy() -> Iterator[None]:
+    try:
+        yield
+    except FileError as error:
+        raise FileError(
+            f"the progress file {error}; free some space or name another place; the model is unchanged"
+        ) from error

@@ -19,7 +19,7 @@ from batchnorm.statistics.moments import PooledMoments
 from batchnorm.torch.functional import moments
 
 from .batches import limited, run, samples_in
-from .listening import evaluation, received
+from .listening import evaluation, input_of, received
 from .outcome import in_place_of
 from .passes import Passes, Result, shown
 from .replay import Budget, Replay
@@ -167,7 +167,7 @@ class Spilled:
             if name in self.called:
                 raise OptionError(f"spill: {name} is called several times in a forward: {_WITHOUT}")
             self.called.add(name)
-            if name in self.settled:
+            if name in self.settled or not self._fits(name, input_of(args, kwargs)):
                 return
             one.replay.is_paused = True
             self.heard[name] = moments(*received(norm, args, kwargs))
@@ -175,6 +175,10 @@ class Spilled:
             raise _Stop
 
         return arrive
+
+    def _fits(self, name: str, input: Tensor) -> bool:
+        """Whether a norm can take its input; if not, it says so better itself."""
+        return input.dim() > 1 and input.shape[1] == self.passes.layout.channels[name]
 
     def _check(self) -> Tensor:
         """Run the first batch in one go: every norm must receive what it received before.

@@ -47,7 +47,7 @@ def picture(key: str, report: CalibrationReport) -> Picture:
         _ranges(left, shifts, layers)
         _ranges(right, ratios, layers)
         right.axvline(1.0, color=SOFT, linewidth=0.8)
-        names = [shown(layer.name or "(the model)") + ("" if layer.exact else " *") for layer in layers]
+        names = [shown(layer.name) + ("" if layer.exact else " *") for layer in layers]
         left.set_yticks(range(len(layers)), names)
         left.set_ylim(len(layers) - 0.4, -0.6)
         left.set_xlim(left=_LEAST)

@@ -1,0 +1,95 @@
+"""Weights from a file that nobody trusts: no code in it runs, and whatever is wrong with it is one line."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import _remove_duplicate_names, load
+from torch import Tensor, nn
+
+from batchnorm.errors import DataError
+from batchnorm.files import read_within
+
+_ZIP = b"PK\3\4"
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state into a model: safetensors, or what `torch.save` wrote, of tensors and plain values only.
+
+    Raises:
+        DataError: no such format, damage, code in the file, or another model's state.
+        FileError: the file cannot be read, or is a folder, a device or a pipe.
+        FileNotFoundError: there is none.
+    """
+    content = read_within(path)
+    try:
+        state = load(content) if path.suffix == ".safetensors" else _checkpoint(content)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path} is not read: it is damaged or no plain checkpoint, and reading it might run code; where "
+            "you trust it, save its state_dict by torch.save, or as safetensors"
+        ) from error
+    except Exception as error:  # readers raise what they come across: of any type, for damaged files
+        raise DataError(f"{path} is not read, as damaged or of another format: {in_short(error)}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    try:
+        _check(state, model.state_dict())
+        model.load_state_dict(_with_ties(dict(state), model))
+    except Exception as error:
+        raise DataError(f"{path}: {in_short(error)}") from error
+
+
+def _checkpoint(content: bytes) -> Any:
+    """Return what `torch.save` wrote, of this or of older versions of torch."""
+    if content.startswith(_ZIP):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = archive.infolist()
+        # torch.save compresses nothing: what is larger than the file would fill the memory.
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
+            sum(member.file_size for member in members) > len(content)
+        ):
+            raise ValueError("its members are compressed")
+    if b"bytearray" in content:  # torch lets it be made, of any size: no state has one
+        raise ValueError("it makes a bytearray")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of how it rebuilds what it has written itself
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _check(state: Any, own: Mapping[str, Any]) -> None:
+    """Raise DataError for what is no state, or cannot be one of a model whose state is `own`."""
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise DataError("it holds no state: a dict of tensors, or one under the key state_dict")
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise DataError(f"it holds no state: its keys are names, and one is {str(name)[:40]!r}")
+        strange = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else ""
+        if value.layout is not torch.strided or value.is_nested:
+            strange = "nested" if value.is_nested else str(value.layout)
+        if strange:
+            raise DataError(f"{name} is {strange}: save it as a plain tensor")
+        there = own.get(name)
+        if isinstance(there, Tensor) and not torch.can_cast(value.dtype, there.dtype):
+            raise DataError(f"{name} is {value.dtype}, where the model has {there.dtype}: convert it first")
+
+
+def _with_ties(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return a state with every name of tensors that the model shares: safetensors hold one of them."""
+    for kept, others in _remove_duplicate_names(model.state_dict(), preferred_names=list(state)).items():
+        for name in others:
+            if kept in state and name not in state:
+                state[name] = state[kept]
+    return state
+
+
+def in_short(error: Exception) -> str:
+    """Return the first lines of an error's text as one."""
+    return " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
