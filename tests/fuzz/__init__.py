@@ -1,1 +1,1 @@
-"""Layers and functions on all that hypothesis thinks of, and damaged files: an answer, or a documented error."""
+"""Layers and functions on what hypothesis thinks of, and damaged files: an answer, or a documented error."""
