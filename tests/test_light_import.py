@@ -60,7 +60,7 @@ def test_import_of_something_heavy_is_found() -> None:
 MODULES = sorted(name for name, (_, attribute) in batchnorm._HOMES.items() if attribute is None)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["import", "attribute"])
 def test_row_73_every_public_module_imports_as_one(first: str) -> None:
     """Row 73: `import batchnorm.functional` and `from batchnorm.functional import ...`, the same object."""

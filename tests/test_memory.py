@@ -35,6 +35,7 @@ def page_faults(how: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's allocator")
 def test_large_blocks_are_used_again() -> None:
     assert page_faults("reuse") < page_faults("default") / 10

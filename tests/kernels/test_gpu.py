@@ -364,6 +364,7 @@ def test_row_74_triton_loads_behind_tensorflow() -> None:
 COMPILING = Path(__file__).parent / "compile_for_gpu.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", ["few", pytest.param("all", marks=pytest.mark.slow)])
 def test_every_kernel_compiles_for_a_gpu_where_there_is_none(steps: str, tmp_path: Path) -> None:
     """By Triton's compiler, to machine code: what the interpreter lets pass, the compiler may not."""

@@ -188,6 +188,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(own: Path) -> None:
     assert_fails_in_one_line(done, 1, "error: ", "own.py", os.strerror(errno.ENOTDIR))
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_one_line_and_leaves_no_part_of_it(own: Path) -> None:
     def no_file_beyond_8_bytes() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))

@@ -200,12 +200,14 @@ def test_a_network_that_forks_is_trained_once_and_its_child_ended(
     assert [type(event) for event in pool.run([task(f"{own}:net")])] == [Finished]
 
 
+@pytest.mark.slow
 def test_what_a_network_writes_on_the_pipe_ends_its_worker(shared: tuple[Path, WorkerPool]) -> None:
     own, pool = shared
     with pytest.raises(StudyError, match=r"died again, .*writes_on_the_pipe"):
         list(pool.run([task(f"{own}:writes_on_the_pipe")]))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_twice_on_a_run_ends_the_study(shared: tuple[Path, WorkerPool]) -> None:
     own, pool = shared
     with pytest.raises(StudyError, match=r"died again, with exit code 3, on .*dies"):
@@ -268,6 +270,7 @@ def test_a_lock_is_no_link_to_follow(own: Path) -> None:
     assert own.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_another_study_wrote_meanwhile_is_not_written_over(own: Path) -> None:
     """As one does whose lock this one does not see, on another machine of a network's file system."""
     asked = options(own, seeds=1, arms=("none",))

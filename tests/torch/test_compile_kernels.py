@@ -63,6 +63,7 @@ def test_the_compiler_knows_what_kernels_write(graphs: dict[str, Any], case: str
         assert launch["writes"] == sorted([*expected, "dresidual"] if has_residual else expected)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("case", KERNELS)
 def test_nothing_is_lost_on_the_way_through_inductor(
     graphs: dict[str, Any], case: str, tmp_path: Path

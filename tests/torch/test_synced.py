@@ -165,7 +165,7 @@ def test_row_5_torchs_scenarios_of_other_sizes_and_16_bits(of_two: list[Any]) ->
         assert half["gradient"].isfinite().all()
 
 
-@pytest.mark.parametrize("how", ["skips", "killed", "asleep"])
+@pytest.mark.parametrize("how", ["skips", "killed", pytest.param("asleep", marks=pytest.mark.slow)])
 def test_row_16_a_rank_that_does_not_come_is_found_out(how: str, tmp_path: Path) -> None:
     """Row 16: an error in time that names the layer and the rank; nothing has moved."""
     lost = {1} if how == "killed" else set()
