@@ -9,8 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import batchnorm
+from batchnorm.errors import OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.models import activations
 from batchnorm.models import fuse as fuse_module
@@ -352,6 +354,39 @@ def test_a_list_that_grows_brings_the_authors_forward_back() -> None:
         torch.manual_seed(3)
         one.convs.append(nn.Conv2d(4, 4, 1).double())
         one.norms.append(scrambled(nn.BatchNorm2d(4)))
+    assert_alike(model, stock, _input())
+
+
+class WithGelu(nn.Module):
+    """A norm, and an activation that a test may write anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.norm(x))
+
+
+def test_another_forward_of_the_class_is_not_taken_for_the_one_that_was_fused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file with a fused model is loaded where the code has changed since."""
+    model = scrambled(WithGelu())
+    assert fused(model) == {"norm": "gelu"}
+    file = pickle.dumps(model)
+    monkeypatch.setattr(WithGelu, "forward", lambda self, x: F.silu(self.norm(x)))
+    with pytest.raises(
+        OptionError, match=r"forward of WithGelu is not the one that was fused \(silu follows"
+    ):
+        pickle.loads(file)(_input())
+
+
+def test_an_activation_with_options_is_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WithGelu, "forward", lambda self, x: F.gelu(self.norm(x), approximate="tanh"))
+    stock = scrambled(WithGelu())
+    model = copy.deepcopy(stock)
+    assert not fused(model)
     assert_alike(model, stock, _input())
 
 

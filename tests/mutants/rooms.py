@@ -83,7 +83,7 @@ ROOMS = (
         (
             Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint_contexts"),
                  *_in("models", "calibrate_masked")), only=("torch/*", "models/*")),
-            Run(_in("models", "arguments"), choice="mask or other_doors", only=("models/*",)),
+            Run(_in("models", "arguments"), choice="mask or lengths or other_doors", only=("models/*",)),
             Run(_in("keras", "masks"), backend="torch", only=("keras/*",)),
             Run(_in("keras", "masks"), backend="tensorflow", only=("keras/*",)),  # of unknown shapes, too
         ),
@@ -101,6 +101,7 @@ ROOMS = (
             Run((*_in("torch", "gpu"), *_in("kernels", "running")), choice="gpu", only=("kernels/gpu/*",)),
             Run(_in("keras", "numbers"), backend="jax", only=("keras/*",)),
             Run(_in("keras", "numbers"), backend="torch", only=("keras/*",)),
+            Run(_in("keras", "policies"), choice="in-turn", backend="jax", only=("keras/*",)),
         ),
         patience=240.0,
     ),
@@ -171,6 +172,7 @@ ROOMS = (
                     "against_reference", "masks_of_layers", "domains", "functional_transforms", "ghost",
                     "options_travel", "export", "opinfo", "trouble", "checkpoint", "compile"),
                 choice=f"{_NOT_COMPILED} and not with_inductor"),
+            Run(_in("models", "calibrate_masked"), only=("torch/layers.py",)),  # who asks for a layer's mask
         ),
     ),
     Room(

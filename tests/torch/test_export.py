@@ -64,6 +64,20 @@ def test_row_29_torch_export(options: dict[str, Any], training: bool) -> None:
             torch.testing.assert_close(moved[name], getattr(eager.norm, name), rtol=1e-5, atol=1e-5)
 
 
+def test_row_29_pure_batch_norm_exports_as_the_stock_operator() -> None:
+    """Row 29: running statistics go in and come out as values."""
+
+    class Pure(nn.Module):
+        def forward(self, x: Tensor, mean: Tensor, var: Tensor) -> Any:
+            return batchnorm.functional.pure_batch_norm(x, mean, var, training=True, momentum=0.3, eps=0.25)
+
+    given = (INPUTS[1], torch.randn(5), torch.rand(5) + 0.5)
+    program = torch.export.export(Pure(), given)
+    assert sum("batch_norm" in str(node.target) for node in calls(program)) == 1
+    for found, expected in zip(program.module()(*given), Pure()(*given), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("activation", ["relu", None])
 def test_row_29_onnx(activation: str | None, tmp_path: Path) -> None:
     """Row 29: the exported network computes in onnxruntime what the layer computes in evaluation."""

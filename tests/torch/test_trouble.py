@@ -112,6 +112,14 @@ def test_row_3_a_layer_that_refuses_bad_batches_names_itself(policy: Policy, bad
     assert_identical(state(layer), after)
 
 
+def test_row_3_a_layer_refuses_bad_batches_within_a_transform_too() -> None:
+    """Row 3: of `torch.func`; a good batch goes through."""
+    layer = norm(nonfinite="raise")
+    with pytest.raises(NonFiniteError, match=r"inf or NaN in channel 2 \(1 of 5\)"):
+        call(layer, "transformed", batch(float("nan")))
+    assert call(layer, "transformed", batch()).isfinite().all()
+
+
 def test_row_3_the_counter_is_no_part_of_the_state() -> None:
     """Row 3: stock's state_dict; but copies have it, and it goes where the layer goes."""
     layer = norm()
