@@ -104,7 +104,7 @@ def test_a_study_leaves_what_one_in_torch_leaves(study: tuple[StudyResult, Count
     result, display = study
     assert (display.started, display.left) == ((2, 0), 0)
     names = {path.name for path in result.folder.iterdir()}
-    assert names == {"runs", "timing.json", "results.json", "curves.csv", "report.html"}
+    assert names == {".lock", "runs", "timing.json", "results.json", "curves.csv", "report.html"}
     provenance = result.results["provenance"]
     assert (provenance["framework"], provenance["backend"]) == ("keras", backend)
     assert provenance["versions"]["keras"] == keras.__version__
@@ -140,7 +140,7 @@ def test_a_study_goes_on_and_is_not_mixed_with_one_in_torch(
     again = Counting()
     assert run_study(options(own), again).results["runs"] == study[0].results["runs"]
     assert again.started is None
-    with pytest.raises(DataError, match=r"framework keras \(now None\).*--out"):
+    with pytest.raises(DataError, match=r"'framework' 'keras' \(now None\).*--out"):
         run_study(options(own, framework="torch"))
 
 
