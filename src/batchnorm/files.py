@@ -73,7 +73,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         FileError: it cannot be read, or is a folder, a device or a pipe.
     """
     with naming(path, "read"):
-        # A pipe that nobody writes to would hold back a plain open.
+        # A plain open of a pipe would wait for a process that writes to it.
         handle = _open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(handle, "rb") as file:
             mode = os.fstat(handle).st_mode

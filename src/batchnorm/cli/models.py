@@ -133,7 +133,7 @@ def calibrate(
             draw(report, picture)
             typer.echo(f"written: {picture}")
         if resume is not None:
-            with contextlib.suppress(OSError):  # all is done: a file that stays costs nobody anything
+            with contextlib.suppress(OSError):  # all is done: a file that stays does no harm
                 resume.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Weights from a file that nobody trusts: no code in it runs, and whatever is wrong with it is one line."""
+"""Weights from a file that is not trusted: no code in it runs, and whatever is wrong with it is one line."""
 
 from __future__ import annotations
 

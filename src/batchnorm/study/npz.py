@@ -1,4 +1,4 @@
-"""Arrays of a `.npz` file that nobody vouches for: nothing is unpickled, no claim about a size believed."""
+"""Arrays of a `.npz` file that is not trusted: nothing is unpickled, no claim about a size believed."""
 
 from __future__ import annotations
 

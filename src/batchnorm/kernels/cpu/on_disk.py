@@ -1,6 +1,6 @@
 """Compiled kernels on disk, by Numba's cache: with a digest, so that nothing damaged is unpickled or run.
 
-Numba itself raises for a damaged file, in every process until somebody deletes it; and it runs code in which
+Numba itself raises for a damaged file, in every process until the file is deleted; and it runs code in which
 a few bytes are wrong.
 """
 

@@ -148,7 +148,7 @@ class Passes:
     def forget(self) -> None:
         """Remove the file: there is nothing left to go on with."""
         if self.file is not None:
-            with contextlib.suppress(OSError):  # all is done: a file that stays costs nobody anything
+            with contextlib.suppress(OSError):  # all is done: a file that stays does no harm
                 self.file.remove()
 
     def _over_data(self, listener: Listener) -> Tally:

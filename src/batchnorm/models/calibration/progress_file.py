@@ -114,7 +114,7 @@ class ProgressFile:
             )
         try:
             return _progress(tensors, facts, layout)
-        except (KeyError, ValueError) as error:  # its digest is right: somebody made it so
+        except (KeyError, ValueError) as error:  # its digest is right: the file was made so
             raise DataError(f"the progress file {self.path} is damaged: {_REMEDY}") from error
 
     def remove(self) -> None:

@@ -21,7 +21,7 @@ from .messages import Mark, mark_of
 
 _log = logging.getLogger("batchnorm")
 _LOOKS = 0.2  # seconds between two looks after an exchange
-_PATIENCE = 0.2  # seconds that an exchange may take before anybody asks whether another rank's failed
+_PATIENCE = 0.2  # seconds of an exchange before the other thread asks whether another rank's failed
 _OVERDUE = 0.8  # of the timeout
 
 
