@@ -75,11 +75,18 @@ def step(
     mean, var = torch.empty(2, shape[1], dtype=real).unbind()
     skipped = torch.tensor(0) if masked else None
     running = RunningStatistics(mean, var, torch.tensor(0), 0.1, skipped, sequential)
-    signs = engine.signs(x, fused, group_size)
-    _, found, rstd = engine.forward(x, 1e-5, weight, bias, running=running, signs=signs, **options)
+    activation_mask = engine.activation_mask(x, fused, group_size)
+    _, found, rstd = engine.forward(
+        x, 1e-5, weight, bias, running=running, activation_mask=activation_mask, **options
+    )
     engine.backward(x, x, found.mean, rstd, False, weight, bias, **options)
-    if signs is not None:
-        kept = {"activation": fused, "mask": options["mask"], "group_size": group_size, "signs": signs}
+    if activation_mask is not None:
+        kept = {
+            "activation": fused,
+            "mask": options["mask"],
+            "group_size": group_size,
+            "activation_mask": activation_mask,
+        }
         engine.backward(x, x, found.mean, rstd, False, weight, **kept)
     engine.normalize(x, found.mean, rstd, weight, bias, **options)
     engine.backward_reduce(x, x, found.mean, rstd, weight, bias, **options)

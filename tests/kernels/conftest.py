@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from batchnorm.kernels import eager
-from batchnorm.kernels.cpu import call, plan
-from batchnorm.kernels.gpu import plan as gpu_plan
+from batchnorm.kernels.cpu import call, partition
+from batchnorm.kernels.gpu import partition as gpu_partition
 
 
 @pytest.fixture(params=["default", "small"])
@@ -19,23 +19,23 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setattr(eager, "_ROW", 4)
         monkeypatch.setattr(call, "_PLANE", 2)
         monkeypatch.setattr(call, "_PLANES", 60)
-        monkeypatch.setattr(plan, "SHORT", 12)
-        monkeypatch.setattr(plan, "_ROW", 12)
-        monkeypatch.setattr(plan, "_ROWS", 1)
-        monkeypatch.setattr(plan, "_BLOCK", 16)
-        monkeypatch.setattr(plan, "_PART", 5)
-        monkeypatch.setattr(gpu_plan, "_SINGLE", 8)
-        monkeypatch.setattr(gpu_plan, "_WHOLE", 64)
-        monkeypatch.setattr(gpu_plan, "_ENOUGH", 4)
-        monkeypatch.setattr(gpu_plan, "_TILE", 32)
-        monkeypatch.setattr(gpu_plan, "_LANE", 3)
-        monkeypatch.setattr(gpu_plan, "_SHORT", 8)
-        monkeypatch.setattr(gpu_plan, "_SEGMENT", 2)
-        monkeypatch.setattr(gpu_plan, "_LINE", 4)
-        monkeypatch.setattr(gpu_plan, "_PROGRAMS", 8)
-        monkeypatch.setattr(gpu_plan, "_TILES", 3)
-        monkeypatch.setattr(gpu_plan, "_MERGED", 8)
-        monkeypatch.setattr(gpu_plan, "_BLOCK", 2)
+        monkeypatch.setattr(partition, "SHORT", 12)
+        monkeypatch.setattr(partition, "_ROW", 12)
+        monkeypatch.setattr(partition, "_ROWS", 1)
+        monkeypatch.setattr(partition, "_BLOCK", 16)
+        monkeypatch.setattr(partition, "_PART", 5)
+        monkeypatch.setattr(gpu_partition, "_SINGLE", 8)
+        monkeypatch.setattr(gpu_partition, "_WHOLE", 64)
+        monkeypatch.setattr(gpu_partition, "_ENOUGH", 4)
+        monkeypatch.setattr(gpu_partition, "_TILE", 32)
+        monkeypatch.setattr(gpu_partition, "_LANE", 3)
+        monkeypatch.setattr(gpu_partition, "_SHORT", 8)
+        monkeypatch.setattr(gpu_partition, "_SEGMENT", 2)
+        monkeypatch.setattr(gpu_partition, "_LINE", 4)
+        monkeypatch.setattr(gpu_partition, "_PROGRAMS", 8)
+        monkeypatch.setattr(gpu_partition, "_TILES", 3)
+        monkeypatch.setattr(gpu_partition, "_MERGED", 8)
+        monkeypatch.setattr(gpu_partition, "_BLOCK", 2)
     clear()
     yield str(request.param)
     clear()
@@ -43,5 +43,5 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 def clear() -> None:
     """Forget plans by other numbers."""
-    plan.plan.cache_clear()
-    gpu_plan.plan.cache_clear()
+    partition.partition.cache_clear()
+    gpu_partition.partition.cache_clear()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import batchnorm
-from batchnorm.kernels.cpu import compiled, engine, huge_pages, tasks
-from batchnorm.kernels.cpu.plan import plan
+from batchnorm.kernels.cpu import engine, huge_pages, jit, parallel
+from batchnorm.kernels.cpu.partition import partition
 from tests.support.cases import Case
 from tests.support.compare import assert_close, reference_results
 
@@ -68,7 +68,7 @@ def test_columns_that_stay_in_the_cache(shape: tuple[int, ...], masked: bool) ->
     """Blocks of columns of moderate length are one task each, which reads them twice."""
     case = Case("columns", shape, "channels_last", masked=masked, residual=True, activation="relu")
     inputs = case.make()
-    assert plan(shape, inputs.x.stride(), masked, None).parts == 1
+    assert partition(shape, inputs.x.stride(), masked, None).parts == 1
     expected = reference_results(case, inputs)
     x, weight, bias, residual, dy, mask = inputs
     options = {"residual": residual, "activation": "relu", "mask": mask}
@@ -170,7 +170,7 @@ def test_several_python_threads_at_a_time() -> None:
 def test_threads_of_our_own_where_torch_has_no_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(LARGE)
     expected = step(x)
-    monkeypatch.setattr(tasks, "_on_threads", lambda: tasks._on_threads_of_our_own)
+    monkeypatch.setattr(parallel, "_on_threads", lambda: parallel._on_threads_of_our_own)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert all(map(torch.equal, step(x), expected))
 
@@ -178,7 +178,7 @@ def test_threads_of_our_own_where_torch_has_no_openmp(monkeypatch: pytest.Monkey
 def test_row_25_on_linux_the_threads_are_torchs() -> None:
     """Evaluation too: one thread per core, and no second pool beside torch's."""
     if sys.platform.startswith("linux"):
-        assert tasks._on_threads() is not tasks._on_threads_of_our_own
+        assert parallel._on_threads() is not parallel._on_threads_of_our_own
 
 
 def test_torchs_number_of_threads_is_followed_and_left() -> None:
@@ -215,7 +215,7 @@ def test_a_forked_child_computes_too() -> None:
 COLD = """
 import logging, sys, torch
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-from batchnorm.kernels.cpu.compiled import kernel
+from batchnorm.kernels.cpu.jit import kernel
 assert kernel("take_running", torch.float32, True)  # the smallest: it compiles in a moment
 """
 
@@ -246,7 +246,7 @@ def test_without_a_folder_that_can_be_written_to_every_process_compiles(tmp_path
 
 DAMAGED = """
 import os, pathlib, torch
-from batchnorm.kernels.cpu import compiled
+from batchnorm.kernels.cpu import jit
 from numba.core.ccallback import CFunc
 
 calls, compile_uncached = [], CFunc._compile_uncached
@@ -259,8 +259,8 @@ CFunc._compile_uncached = counted
 
 def compiles():
     calls.clear()
-    compiled.kernel.cache_clear()
-    assert compiled.kernel("take_running", torch.float32, True)
+    jit.kernel.cache_clear()
+    assert jit.kernel("take_running", torch.float32, True)
     return bool(calls)
 
 folder = pathlib.Path(os.environ["NUMBA_CACHE_DIR"])
@@ -304,13 +304,13 @@ def test_damaged_files_on_disk_are_compiled_again_and_mended(tmp_path: Path) -> 
 
 def test_kernels_on_disk_are_those_of_this_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A number that changes with the text of any kernel is part of what Numba looks up."""
-    before = compiled.source()
+    before = jit.source()
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b" " * (path.name == "rows.py"))
-    compiled.source.cache_clear()
-    assert compiled.source() != before
+    jit.source.cache_clear()
+    assert jit.source() != before
     monkeypatch.undo()
-    compiled.source.cache_clear()
+    jit.source.cache_clear()
 
 
 def test_large_outputs_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:

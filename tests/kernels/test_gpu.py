@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.gpu import engine, plan
+from batchnorm.kernels.gpu import engine, partition
 from batchnorm.kernels.gpu.tiles import tile_of
 
 EPS = 1e-5
@@ -61,7 +61,7 @@ def assert_right(
 
 
 def regime(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let every plan be of one regime: a single tile, several tiles of a program, or parts."""
+    """Let every partition be of one regime: a single tile, several tiles of a program, or parts."""
     sizes = {
         "single": {"_SINGLE": 2**20},
         "whole": {"_SINGLE": 1, "_WHOLE": 2**20, "_ENOUGH": 0, "_TILE": 64, "_LANE": 2**20},
@@ -76,15 +76,15 @@ def regime(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         },
     }
     for number, value in sizes[name].items():
-        monkeypatch.setattr(plan, number, value)
-    plan.plan.cache_clear()
+        monkeypatch.setattr(partition, number, value)
+    partition.partition.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def plans_anew(monkeypatch: pytest.MonkeyPatch) -> Any:
     yield
     monkeypatch.undo()
-    plan.plan.cache_clear()
+    partition.partition.cache_clear()
 
 
 SHAPES = {
@@ -102,7 +102,7 @@ SHAPES = {
 def test_every_regime_gives_the_same(monkeypatch: pytest.MonkeyPatch, case: Case, name: str) -> None:
     regime(monkeypatch, name)
     inputs = case.make()
-    found = plan.plan(inputs.x.shape, inputs.x.stride(), case.group_size)
+    found = partition.partition(inputs.x.shape, inputs.x.stride(), case.group_size)
     assert (found.is_whole, found.tiles == 1) == (name != "parts", name == "single")
     assert found.is_even == case.name.startswith("even")
     first = run(case, inputs)
@@ -224,7 +224,9 @@ def test_normalize_gives_the_output_of_forward_again(
 def test_signs_stand_for_bias_and_residual(monkeypatch: pytest.MonkeyPatch, layout: str, name: str) -> None:
     """Bit for bit the same gradients, from one bit per value that either half of a forward has written."""
     regime(monkeypatch, name)
-    case = Case("signs", (7, 5, 9, 8), layout, residual=True, activation="relu6", masked=True, group_size=3)
+    case = Case(
+        "activation_mask", (7, 5, 9, 8), layout, residual=True, activation="relu6", masked=True, group_size=3
+    )
     x, weight, bias, residual, dy, mask = put(case.make())
     options = {"mask": mask, "group_size": 3, "activation": "relu6"}
     _, found, rstd = engine.forward(x, EPS, weight, bias, residual=residual, **options)
@@ -232,10 +234,14 @@ def test_signs_stand_for_bias_and_residual(monkeypatch: pytest.MonkeyPatch, layo
     tensors = (x, dy, *statistics, False, weight)
     expected = engine.backward(*tensors, bias, residual=residual, **options)
     for half in ("forward", "normalize"):
-        signs = engine.signs(x, "relu6", 3)
+        activation_mask = engine.activation_mask(x, "relu6", 3)
         given = (EPS,) if half == "forward" else statistics
-        getattr(engine, half)(x, *given, weight, bias, residual=residual, signs=signs, **options)
-        for ours, theirs in zip(engine.backward(*tensors, signs=signs, **options), expected, strict=True):
+        getattr(engine, half)(
+            x, *given, weight, bias, residual=residual, activation_mask=activation_mask, **options
+        )
+        for ours, theirs in zip(
+            engine.backward(*tensors, activation_mask=activation_mask, **options), expected, strict=True
+        ):
             assert torch.equal(ours, theirs)
 
 
@@ -311,14 +317,14 @@ def test_row_26_the_plan_fills_a_device_and_fits_its_registers() -> None:
             like = torch.empty(shape, device="meta").to(memory_format=torch.channels_last)
             strides.add(like.stride())
         for stride in strides:
-            found = plan.plan(shape, stride, None)
+            found = partition.partition(shape, stride, None)
             values = found.outer * found.inner
-            assert values <= max(plan._SINGLE, plan._TILE)
+            assert values <= max(partition._SINGLE, partition._TILE)
             assert values // (found.warps * 32) <= 16
-            assert found.part_tiles <= plan._LANE
+            assert found.part_tiles <= partition._LANE
             assert found.parts * found.part_tiles >= found.tiles
             programs = found.channel_tiles * (1 if found.is_whole else found.parts)
-            assert programs >= min(128, math.prod(shape) // plan._TILE)
+            assert programs >= min(128, math.prod(shape) // partition._TILE)
 
 
 BEHIND_TENSORFLOW = """

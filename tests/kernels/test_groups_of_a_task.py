@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from batchnorm.kernels.cpu import plan
+from batchnorm.kernels.cpu import partition
 from tests.kernels import test_engines
 from tests.support.cases import CASES, Case
 
@@ -18,10 +18,10 @@ every_grouped_case = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def few_tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plan one task where there would be many: what is planned for many small groups, of a small tensor."""
-    monkeypatch.setattr(plan, "_TASKS", 1)
-    plan.plan.cache_clear()
+    monkeypatch.setattr(partition, "_TASKS", 1)
+    partition.partition.cache_clear()
     yield
-    plan.plan.cache_clear()
+    partition.partition.cache_clear()
 
 
 @every_grouped_case
@@ -37,5 +37,5 @@ def test_fused_pairs(case: Case) -> None:
 def test_a_task_has_several() -> None:
     """What these tests are of: else they would repeat others."""
     dense, planes = ((11, 4), (4, 1)), ((7, 3, 5, 20), (300, 100, 20, 1))
-    assert plan.plan(*dense, False, 4).span == 3
-    assert plan.plan(*planes, False, 3).block > 1
+    assert partition.partition(*dense, False, 4).span == 3
+    assert partition.partition(*planes, False, 3).block > 1

@@ -90,8 +90,9 @@ ROOMS = (
     ),
     Room(
         "running statistics",
-        ("torch/moving.py", "kernels/cpu/running.py", "kernels/gpu/running.py", "torch/contexts/pool.py",
-         "torch/contexts/recomputed.py", "models/accumulate.py", "keras/moving.py", "statistics/running.py"),
+        ("torch/running_stats.py", "kernels/cpu/running.py", "kernels/gpu/running.py",
+         "torch/contexts/accumulation.py", "torch/contexts/recomputed.py", "models/accumulate.py",
+         "keras/moving.py", "statistics/running.py"),
         (
             Run((*_in("torch", "statistics", "accumulate"), *_in("kernels", "running"),
                  *_in("statistics", "statistics"),
@@ -152,21 +153,21 @@ ROOMS = (
     ),
     Room(
         "statistics and policies",
-        ("statistics/*.py", "torch/choice.py", "torch/halves.py", "torch/differentiable.py",
+        ("statistics/*.py", "torch/policy_step.py", "torch/halves.py", "torch/composite.py",
          "torch/operators.py"),
         (
             Run((*_in("statistics", "statistics"),
                  *_in("torch", "policies", "ghost", "policies_against_reference", "against_reference",
                       "layers", "functional_transforms", "policies_transformed", "determinism", "errors",
                       "options_travel"),
-                 *_in("models", "policies", "freeze"), *_in("torch", "trouble", "signs")),
+                 *_in("models", "policies", "freeze"), *_in("torch", "trouble", "activation_mask")),
                 choice=_NOT_COMPILED),
         ),
     ),
     Room(
         "layers",
-        ("torch/layers.py", "torch/checks.py", "torch/paths.py", "torch/functional.py", "torch/settings.py",
-         "torch/lazy.py", "torch/plan.py"),
+        ("torch/layers.py", "torch/checks.py", "torch/dispatch.py", "torch/functional.py",
+         "torch/settings.py", "torch/lazy.py", "torch/plan.py"),
         (
             Run(_in("torch", "errors", "layouts", "layers", "modules", "axis", "statistics", "policies",
                     "against_reference", "masks_of_layers", "domains", "functional_transforms", "ghost",

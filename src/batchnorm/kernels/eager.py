@@ -357,8 +357,8 @@ def backward(
     return dx, sum_dy_xhat.sum(0).to(dtype), sum_dy.sum(0).to(dtype), dresidual
 
 
-def signs(x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:  # noqa: ARG001
-    """See `interface.Engine.signs`: it keeps none."""
+def activation_mask(x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:  # noqa: ARG001
+    """See `interface.Engine.activation_mask`: it keeps none."""
     return None
 
 

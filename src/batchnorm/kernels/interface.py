@@ -186,11 +186,11 @@ class Engine(Protocol):
         all groups, `[C]`, in float64 where x is, and else float32.
         """
 
-    def signs(self, x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:
+    def activation_mask(self, x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:
         """Return room for one bit per value, whether the activation has a slope there; None: none is kept.
 
-        An engine that returns it takes it as `signs=` in `forward` and `normalize`, which fill it, and in
-        `backward`, where it stands for residual and bias, which are then None; dresidual is laid out as x.
+        An engine that returns it takes it as `activation_mask=` in `forward` and `normalize`, which fill it,
+        and in `backward`, where residual and bias are then None; dresidual is laid out as x.
         """
 
     def given(self, running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from batchnorm.errors import OptionError
-from batchnorm.torch.contexts.pool import Pool
+from batchnorm.torch.contexts.accumulation import Pool
 from batchnorm.torch.contexts.recomputed import is_recomputed
 from batchnorm.torch.layers import _Layer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from batchnorm.torch.differentiable import cleared
+from batchnorm.torch.composite import cleared
 from batchnorm.torch.layers import BatchNorm2d
 
 from .activations import module_activation

@@ -19,9 +19,9 @@ from batchnorm.statistics.moments import PooledMoments
 
 from . import compiled_choice
 from .compiled_groups import groups_of
-from .differentiable import Normalized, cleared
-from .moving import check_finite, of_groups
+from .composite import Normalized, cleared
 from .plan import Plan
+from .running_stats import check_finite, of_groups
 
 
 @torch.library.custom_op("batchnorm::normalize", mutates_args=())

@@ -16,11 +16,11 @@ from batchnorm.statistics.serialized import from_text
 from batchnorm.statistics.synced import Synced
 
 from . import halves
-from .choice import Choice
 from .compiled_groups import groups_of
+from .composite import Normalized, cleared
 from .contexts.recomputed import is_in_backward
-from .differentiable import Normalized, cleared
 from .plan import Plan
+from .policy_step import Choice
 from .ranks.collectives import Ranks, numbered, sharing_ranks
 
 # The tensors that a choice knows, per channel or one number each.
@@ -34,7 +34,7 @@ def _plan(
     policy: Policy,
     training: bool,
     ranks: Ranks | None,
-    is_lenient: bool,
+    small_batch_fallback: bool,
     label: str,
     activation: str | None,
     eps: float,
@@ -47,7 +47,7 @@ def _plan(
         Known(mean, var, batches, float(x.shape[0]) if samples is None else samples, eps),
         ranks,
         label,
-        is_lenient,
+        small_batch_fallback,
     )
     return Plan(eps, activation, mask, policy.groups(training), None, choice)
 
@@ -66,7 +66,7 @@ def _normalize(
     policy: str,
     training: bool,
     shares: bool,
-    is_lenient: bool,
+    small_batch_fallback: bool,
     label: str,
     activation: str | None,
     eps: float,
@@ -76,9 +76,9 @@ def _normalize(
     if shares and isinstance(found, Synced):
         ranks = sharing_ranks(found.group, found.timeout)
         ranks = None if ranks is None else numbered(ranks, x.device)
-    plan = _plan(x, mask, known, found, training, ranks, is_lenient, label, activation, eps)
+    plan = _plan(x, mask, known, found, training, ranks, small_batch_fallback, label, activation, eps)
     assert plan.choice is not None
-    if training and (is_lenient or plan.choice.policy.needs_running) and is_in_backward():
+    if training and (small_batch_fallback or plan.choice.policy.needs_running) and is_in_backward():
         raise RecomputeError(
             f"a compiled forward with statistics={plan.choice.policy} is computed again by activation "
             "checkpointing, and its running statistics have moved since: leave this layer out of "
@@ -107,7 +107,7 @@ def _(
     policy: str,
     training: bool,
     shares: bool,  # noqa: ARG001
-    is_lenient: bool,  # noqa: ARG001
+    small_batch_fallback: bool,  # noqa: ARG001
     label: str,  # noqa: ARG001
     activation: str | None,  # noqa: ARG001
     eps: float,  # noqa: ARG001
@@ -221,7 +221,7 @@ def apply(
         choice.policy.text,
         choice.training,
         choice.ranks is not None,
-        choice.is_lenient,
+        choice.small_batch_fallback,
         choice.label,
         plan.activation,
         eps,

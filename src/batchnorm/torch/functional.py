@@ -10,8 +10,8 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Policy
 
-from . import checks, exported, paths
-from .moving import moved, pooled_groups
+from . import checks, dispatch, exported
+from .running_stats import moved, pooled_groups
 from .settings import Settings, Tracked
 from .symbolic import one_node
 
@@ -99,10 +99,10 @@ def batch_norm(
     tracked = Tracked(running_mean, running_var, None, momentum)
     checks.check_policy(statistics, running_mean is not None and running_var is not None)
     if axis == 1:
-        return paths.tracked_batch_norm(input, tracked, weight, bias, residual, mask, settings)
+        return dispatch.tracked_batch_norm(input, tracked, weight, bias, residual, mask, settings)
     checks.check_axis(axis, input)
     residual = None if residual is None else residual.movedim(axis, 1)
-    y = paths.tracked_batch_norm(input.movedim(axis, 1), tracked, weight, bias, residual, mask, settings)
+    y = dispatch.tracked_batch_norm(input.movedim(axis, 1), tracked, weight, bias, residual, mask, settings)
     return y.movedim(1, axis)
 
 
@@ -135,16 +135,16 @@ def pure_batch_norm(
     checks.check_policy(statistics, running_mean is not None and running_var is not None)
     settings = Settings(training, eps, activation, statistics)
     tracked = Tracked(running_mean, running_var, None, momentum)
-    mode, exporting = paths.mode_of(input, tracked, settings, mask), exported.is_exporting()
-    paths.check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
-    if exporting and paths.is_exported_as_stock(settings, mode, mask):
+    mode, exporting = dispatch.mode_of(input, tracked, settings, mask), exported.is_exporting()
+    dispatch.check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
+    if exporting and dispatch.is_exported_as_stock(settings, mode, mask):
         new_mean, new_var = (None if t is None else t.clone() for t in (running_mean, running_var))
         copies = tracked._replace(mean=new_mean, var=new_var)
         y = exported.stock(
             input, copies, weight, bias, residual, settings, measures=mode.measures, moves=mode.moves
         )
         return y, new_mean, new_var
-    y, batch, _ = paths.normalize(
+    y, batch, _ = dispatch.normalize(
         input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting
     )
     if batch is None or not mode.moves:
@@ -211,10 +211,10 @@ def normalize_batch(
     checks.check_tensor(input)
     settings = Settings(training, eps, activation, statistics)
     tracked = Tracked(running_mean, running_var, batches)
-    mode = paths.Mode(measures=True, moves=False, needs_two=False)
+    mode = dispatch.Mode(measures=True, moves=False, needs_two=False)
     exporting = exported.is_exporting()
-    paths.check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
-    y, batch, _ = paths.normalize(
+    dispatch.check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
+    y, batch, _ = dispatch.normalize(
         input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting
     )
     assert batch is not None

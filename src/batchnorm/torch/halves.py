@@ -17,10 +17,10 @@ from batchnorm.kernels.interface import Engine
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Chosen, gradient_coefficients
 
-from . import differentiable, recipes
-from .choice import array, shows_its_memory, tensor
-from .moving import check_finite, of_groups
+from . import composite, output_recipes
 from .plan import Plan
+from .policy_step import array, shows_its_memory, tensor
+from .running_stats import check_finite, of_groups
 
 
 class _Chosen(torch.autograd.Function):
@@ -53,7 +53,7 @@ class _Chosen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        recipes.settle(ctx)
+        output_recipes.release(ctx)
         if dy is None:
             return (None,) * 8
         x, weight, bias, residual, count, mean, m2, *found, mask = ctx.saved_tensors
@@ -61,17 +61,15 @@ class _Chosen(torch.autograd.Function):
         plan = plan._replace(mask=mask)
         batch = PooledMoments(ctx.count if count is None else count, mean, m2)
         chosen = Chosen(*(n if t is None else t for t, n in zip(found, ctx.numbers, strict=True)))
-        if torch.is_grad_enabled() or differentiable.is_transforming() or differentiable.is_batch(dy):
-            gradients = differentiable.gradients(ctx, x, dy, weight, bias, residual, plan)
+        if torch.is_grad_enabled() or composite.is_transforming() or composite.is_batch(dy):
+            gradients = composite.gradients(ctx, x, dy, weight, bias, residual, plan)
         else:
             gradients = gradients_of(
                 engine, x, dy, weight, bias, residual, plan, batch, chosen, ctx.needs_input_grad[1]
             )
         dx, dweight, dbias, dresidual = gradients
         if plan.activation is None:
-            dresidual = (
-                dy if mask is None or not ctx.needs_input_grad[4] else differentiable.cleared(dy, mask)
-            )
+            dresidual = dy if mask is None or not ctx.needs_input_grad[4] else composite.cleared(dy, mask)
         needed, dtypes = ctx.needs_input_grad, ctx.dtypes
         return (
             None,
@@ -153,15 +151,15 @@ def apply(
     plan: Plan,
     *,
     strict: bool,
-) -> differentiable.Normalized:
-    """Normalize eagerly by what the plan's choice takes, as `differentiable.normalize`."""
+) -> composite.Normalized:
+    """Normalize eagerly by what the plan's choice takes, as `composite.normalize`."""
     chosen_engine = engine(x)
     batch, chosen = measured(chosen_engine, x, plan, strict=strict)
     if torch.is_grad_enabled():
         y = _Chosen.apply(chosen_engine, x, weight, bias, residual, plan, batch, chosen)  # type: ignore[no-untyped-call]
-        recipes.record(y, chosen_engine, x, residual, chosen[:2], (weight, bias), plan)
+        output_recipes.record(y, chosen_engine, x, residual, chosen[:2], (weight, bias), plan)
     else:
         y = chosen_engine.normalize(
             x, chosen.mean, chosen.rstd, weight, bias, residual=residual, **plan.options
         )
-    return differentiable.Normalized(y, batch)
+    return composite.Normalized(y, batch)

@@ -11,7 +11,7 @@ from batchnorm.errors import BatchNormError, InputShapeError, OptionError
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 
-from . import paths
+from . import dispatch
 from .checks import (
     check_activation,
     check_nonfinite,
@@ -20,8 +20,8 @@ from .checks import (
     mask_of_lengths,
     not_a_tensor,
 )
+from .contexts.accumulation import Pool
 from .contexts.domains import add_domains, check_domains, fill, select, selected
-from .contexts.pool import Pool
 from .contexts.recomputed import Memory, may_be_recomputed
 from .contexts.scope import Scope
 from .naming import qualified_name
@@ -226,7 +226,7 @@ class _Layer(OneNode, OwnBuffers):
         settings = Settings(
             training, self.eps, self.activation, policy, nonfinite, self._small_batch, self._name
         )
-        return paths.tracked_batch_norm(input, tracked, self.weight, self.bias, residual, mask, settings)
+        return dispatch.tracked_batch_norm(input, tracked, self.weight, self.bias, residual, mask, settings)
 
     def _tracked(self) -> Tracked:
         """Return the running statistics that are in use, and what goes with them."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from . import differentiable, recipes
+from . import composite, output_recipes
 from .lean_savings import Savings
 
 # Max pooling keeps, as int64, where in its plane each maximum was; int16 holds that for planes of 181 x 181.
@@ -30,7 +30,7 @@ class _Narrow:
         return self.values.to(torch.int64)
 
 
-Packed = recipes.Kept | recipes.Reading | _Narrow
+Packed = output_recipes.Kept | output_recipes.Reading | _Narrow
 
 
 @contextlib.contextmanager
@@ -63,13 +63,13 @@ def lean() -> Iterator[None]:
     Source: the idea of recomputing what is cheap, Chen et al. 2016, arXiv:1604.06174; for norm and activation
     by inverting them, Rota Bulò et al. 2017, arXiv:1712.02616.
     """
-    if torch.compiler.is_compiling() or differentiable.is_transforming():
+    if torch.compiler.is_compiling() or composite.is_transforming():
         yield
         return
     saved = Savings()
 
     def pack(tensor: Tensor) -> Packed:
-        recipe = recipes.find(tensor)
+        recipe = output_recipes.find(tensor)
         saved.note(tensor, is_spared=recipe is not None)
         return _kept(tensor) if recipe is None else recipe.read(tensor)
 
@@ -81,8 +81,8 @@ def lean() -> Iterator[None]:
 def _kept(tensor: Tensor) -> Packed:
     """Return what is kept in the place of a tensor that has no recipe."""
     if tensor.dtype == torch.int64 and tensor.dim() >= _PLANES and tensor.numel() >= _FEW:
-        return _narrowed(tensor) or recipes.keep(tensor)
-    return recipes.keep(tensor)
+        return _narrowed(tensor) or output_recipes.keep(tensor)
+    return output_recipes.keep(tensor)
 
 
 def _unpack(packed: Packed) -> Tensor:

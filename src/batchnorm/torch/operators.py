@@ -17,13 +17,13 @@ from batchnorm.kernels.choose import engine
 from batchnorm.kernels.interface import Engine, RunningStatistics
 from batchnorm.statistics.moments import PooledMoments
 
-from . import differentiable, recipes
-from .moving import check_finite, of_groups
+from . import composite, output_recipes
 from .plan import Plan
+from .running_stats import check_finite, of_groups
 
 
 class _BatchNorm(torch.autograd.Function):
-    """(engine, x, weight, bias, residual, plan, running, found, signs) -> y; see `apply`.
+    """(engine, x, weight, bias, residual, plan, running, found, activation_mask) -> y; see `apply`.
 
     The batch's count, mean, m2 and rstd are appended to the list `found`: as further outputs they would cost
     a quarter of the time of a whole small stock layer.
@@ -40,10 +40,10 @@ class _BatchNorm(torch.autograd.Function):
         plan: Plan,
         running: RunningStatistics | None,
         found: list[Tensor],
-        signs: Tensor | None,
+        activation_mask: Tensor | None,
     ) -> Tensor:
         eps, activation, mask, group_size, given, _ = plan
-        kept: dict[str, Any] = {} if signs is None else {"signs": signs}
+        kept: dict[str, Any] = {} if activation_mask is None else {"activation_mask": activation_mask}
         if given is None:
             y, moments, rstd = engine.forward(
                 x,
@@ -64,8 +64,8 @@ class _BatchNorm(torch.autograd.Function):
             y = engine.normalize(
                 x, mean, rstd, weight, bias, residual=residual, activation=activation, mask=mask, **kept
             )
-        behind = (bias, residual) if activation is not None and signs is None else (None, None)
-        ctx.save_for_backward(x, weight, *behind, mean, rstd, mask, signs)
+        behind = (bias, residual) if activation is not None and activation_mask is None else (None, None)
+        ctx.save_for_backward(x, weight, *behind, mean, rstd, mask, activation_mask)
         ctx.settings = (engine, eps, activation, group_size, given is not None)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias, residual))
         ctx.set_materialize_grads(False)
@@ -73,17 +73,20 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        recipes.settle(ctx)
+        output_recipes.release(ctx)
         if dy is None:
             return (None,) * 9
-        x, weight, bias, residual, mean, rstd, mask, signs = ctx.saved_tensors
+        x, weight, bias, residual, mean, rstd, mask, activation_mask = ctx.saved_tensors
         engine, eps, activation, group_size, given = ctx.settings
-        kept: dict[str, Any] = {} if signs is None else {"signs": signs}
-        if torch.is_grad_enabled() or differentiable.is_transforming() or differentiable.is_batch(dy):
-            if signs is not None:
-                dy, activation = dy * _slopes(engine, x, mean, rstd, activation, group_size, signs), None
+        kept: dict[str, Any] = {} if activation_mask is None else {"activation_mask": activation_mask}
+        if torch.is_grad_enabled() or composite.is_transforming() or composite.is_batch(dy):
+            if activation_mask is not None:
+                dy, activation = (
+                    dy * _slopes(engine, x, mean, rstd, activation, group_size, activation_mask),
+                    None,
+                )
             plan = Plan(eps, activation, mask, group_size, (mean, rstd) if given else None)
-            gradients = differentiable.gradients(ctx, x, dy, weight, bias, residual, plan)
+            gradients = composite.gradients(ctx, x, dy, weight, bias, residual, plan)
         else:
             gradients = engine.backward(
                 x,
@@ -102,7 +105,7 @@ class _BatchNorm(torch.autograd.Function):
         dx, dweight, dbias, dresidual = gradients
         needed, dtypes = ctx.needs_input_grad, ctx.dtypes
         if activation is None and needed[4]:
-            dresidual = differentiable.cleared(dy, mask)
+            dresidual = composite.cleared(dy, mask)
         return (
             None,
             dx if needed[1] else None,
@@ -120,11 +123,15 @@ def _slopes(
     rstd: Tensor,
     activation: str,
     group_size: int | None,
-    signs: Tensor,
+    activation_mask: Tensor,
 ) -> Tensor:
     """Return the activation's slopes as a tensor, 0 or 1: what a cotangent of ones is behind it."""
     with torch.no_grad():
-        options: dict[str, Any] = {"activation": activation, "group_size": group_size, "signs": signs}
+        options: dict[str, Any] = {
+            "activation": activation,
+            "group_size": group_size,
+            "activation_mask": activation_mask,
+        }
         found = engine.backward(x, torch.ones_like(x), mean, rstd, True, **options)[3]
         assert found is not None
         return found
@@ -139,8 +146,8 @@ def apply(
     running: RunningStatistics | None = None,
     *,
     strict: bool = False,
-) -> differentiable.Normalized:
-    """Normalize eagerly, as `differentiable.normalize`; differentiable where an input requires a gradient.
+) -> composite.Normalized:
+    """Normalize eagerly, as `composite.normalize`; differentiable where an input requires a gradient.
 
     Args:
         plan: without a choice: by the moments of each group, or by given statistics.
@@ -154,21 +161,25 @@ def apply(
     if not torch.is_grad_enabled():
         if plan.given is not None:
             y = chosen.normalize(x, *plan.given, weight, bias, residual=residual, **plan.options)
-            return differentiable.Normalized(y, None)
+            return composite.Normalized(y, None)
         y, moments, _ = chosen.forward(
             x, plan.eps, weight, bias, residual=residual, running=running, **plan.options
         )
-        return differentiable.Normalized(y, _batch(x, plan, *moments, strict=strict), moved)
+        return composite.Normalized(y, _batch(x, plan, *moments, strict=strict), moved)
     found: list[Tensor] = []
-    signs = None if residual is None else chosen.signs(x, plan.activation, plan.group_size)
-    y = _BatchNorm.apply(chosen, x, weight, bias, residual, plan, running, found, signs)  # type: ignore[no-untyped-call]
+    activation_mask = (
+        None if residual is None else chosen.activation_mask(x, plan.activation, plan.group_size)
+    )
+    y = _BatchNorm.apply(chosen, x, weight, bias, residual, plan, running, found, activation_mask)  # type: ignore[no-untyped-call]
     if plan.given is not None:
-        recipes.record(y, chosen, x, residual, plan.given, (weight, bias), plan, signs is None)
-        return differentiable.Normalized(y, None)
+        output_recipes.record(
+            y, chosen, x, residual, plan.given, (weight, bias), plan, activation_mask is None
+        )
+        return composite.Normalized(y, None)
     count, mean, m2, rstd = found
     batch = _batch(x, plan, count, mean, m2, strict=strict)
-    recipes.record(y, chosen, x, residual, (mean, rstd), (weight, bias), plan, signs is None)
-    return differentiable.Normalized(y, batch, moved)
+    output_recipes.record(y, chosen, x, residual, (mean, rstd), (weight, bias), plan, activation_mask is None)
+    return composite.Normalized(y, batch, moved)
 
 
 def _batch(x: Tensor, plan: Plan, count: Tensor, mean: Tensor, m2: Tensor, *, strict: bool) -> PooledMoments:

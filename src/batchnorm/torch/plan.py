@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .choice import Choice
+from .policy_step import Choice
 
 
 class Plan(NamedTuple):

@@ -46,7 +46,7 @@ def _narrowed(builder: Any, value: Any, kind: Any) -> Any:
     """Rounded to nearest, ties to even, as everywhere; NaN stays NaN.
 
     To bfloat16 that is an addition to the bits, which would carry over in a NaN whose bits are all set. None
-    comes here: in values that were 16-bit the last bits are 0, and parameters are `packet.plain`.
+    comes here: in values that were 16-bit the last bits are 0, and parameters are `kernel_args.plain`.
     """
     if kind.instance_type == types.int16:
         return builder.bitcast(builder.fptrunc(value, many(ir.HalfType())), many(I16))

@@ -1,4 +1,4 @@
-"""One call of the engine: a packet is filled, kernels run."""
+"""One call of the engine: a args is filled, kernels run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from batchnorm.kernels.layout import is_alike, laid_out_as
 from . import huge_pages
 from .access import LINE
 from .activations import BOUNDS, CLAMP, CODES, IDENTITY
+from .elementwise import PARAMETERS
+from .kernel_args import KernelArgs
 from .llvm import LANES
-from .packet import Packet
-from .plan import SHORT, Plan, plan
-from .room import PER_CHANNEL, PER_COLUMN
-from .runs import PARAMETERS
+from .parallel import run
+from .partition import SHORT, Partition, partition
 from .statistics import CHANNELS
-from .tasks import run
+from .workspace import PER_CHANNEL, PER_COLUMN
 
 _PLANE = 128  # values side by side from which a tensor is normalized as it lies in memory, plane by plane
 _PLANES = 2**15  # values of such a task
@@ -30,43 +30,43 @@ _STREAM, _STREAM_GIVEN = 2**19, 2**22
 
 
 class Call:
-    """One call: its tensors in the layout of x, and the packet that the kernels read."""
+    """One call: its tensors in the layout of x, and the args that the kernels read."""
 
     def __init__(self, x: Tensor, mask: Tensor | None, group_size: int | None) -> None:
         if x.is_neg():
             x = x.resolve_neg()
         masked = mask is not None
-        self.plan: Plan = plan(x.shape, x.stride(), masked, group_size)
-        if not self.plan.is_dense:
+        self.partition: Partition = partition(x.shape, x.stride(), masked, group_size)
+        if not self.partition.is_dense:
             x = x.contiguous()
-            self.plan = plan(x.shape, x.stride(), masked, group_size)
+            self.partition = partition(x.shape, x.stride(), masked, group_size)
         self.x = x
         self.real = torch.float64 if x.dtype == torch.float64 else torch.float32  # of the arithmetic
         self.mask = None if mask is None else mask.contiguous()
         self.kept: list[Tensor] = []
-        self.packet = packet = Packet()
+        self.args = args = KernelArgs()
         (
             _,
             _,
-            packet.channels,
-            packet.positions,
-            packet.groups,
-            packet.units,
-            packet.group_units,
-            packet.parts,
-            packet.columns,
-            packet.block,
-            packet.span,
+            args.channels,
+            args.positions,
+            args.groups,
+            args.units,
+            args.group_units,
+            args.parts,
+            args.columns,
+            args.block,
+            args.span,
             _,
-        ) = self.plan
-        packet.x = self.x.data_ptr()
+        ) = self.partition
+        args.x = self.x.data_ptr()
         if self.mask is not None:
-            packet.mask = self.mask.data_ptr()
-        packet.low = packet.high = packet.low_kink = packet.high_kink = math.nan  # no bounds
+            args.mask = self.mask.data_ptr()
+        args.low = args.high = args.low_kink = args.high_kink = math.nan  # no bounds
 
     def affine(self, weight: Tensor | None, bias: Tensor | None) -> None:
         """Take weight and bias."""
-        self.packet.weight, self.packet.bias = self._parameter(weight), self._parameter(bias)
+        self.args.weight, self.args.bias = self._parameter(weight), self._parameter(bias)
 
     def _parameter(self, values: Tensor | None) -> int:
         if values is None:
@@ -78,7 +78,7 @@ class Call:
 
     def statistics(self, mean: Tensor, rstd: Tensor) -> None:
         """Take mean and rstd, `[G, C]`."""
-        self.packet.mean, self.packet.rstd = self.wide(mean), self.wide(rstd)
+        self.args.mean, self.args.rstd = self.wide(mean), self.wide(rstd)
 
     def wide(self, values: Tensor) -> int:
         """Return the address of statistics that are given."""
@@ -89,13 +89,13 @@ class Call:
 
     def behind(self, residual: Tensor | None, activation: str | None) -> None:
         """Take what comes behind the normalization."""
-        packet = self.packet
-        packet.activation = CODES[activation]
+        args = self.args
+        args.activation = CODES[activation]
         if activation in BOUNDS:
-            packet.low, packet.high = packet.low_kink, packet.high_kink = BOUNDS[activation]
-            packet.low_kink = TINY.get(self.x.dtype, 0.0)
+            args.low, args.high = args.low_kink, args.high_kink = BOUNDS[activation]
+            args.low_kink = TINY.get(self.x.dtype, 0.0)
         if residual is not None:
-            packet.residual = self.laid_out(residual)
+            args.residual = self.laid_out(residual)
 
     def laid_out(self, values: Tensor) -> int:
         """Return the address of values in the dtype and layout of x."""
@@ -106,13 +106,13 @@ class Call:
 
     def table(self) -> Tensor:
         """Return a table for a number per group and channel, `[G, C]`."""
-        return torch.empty((self.plan.groups, self.plan.channels), dtype=torch.float64)
+        return torch.empty((self.partition.groups, self.partition.channels), dtype=torch.float64)
 
     def scratch(self, *sizes: int) -> list[int]:
-        """Return addresses of room for so many numbers each."""
-        room = torch.empty(sum(sizes), dtype=torch.float64)
-        self.kept.append(room)
-        addresses, free = [], room.data_ptr()
+        """Return addresses of workspace for so many numbers each."""
+        workspace = torch.empty(sum(sizes), dtype=torch.float64)
+        self.kept.append(workspace)
+        addresses, free = [], workspace.data_ptr()
         for size in sizes:
             addresses.append(free)
             free += 8 * size
@@ -120,26 +120,26 @@ class Call:
 
     def move(self, running: RunningStatistics) -> list[Tensor]:
         """Let the kernel move running statistics; return what it may write to."""
-        packet = self.packet
-        mean, var, batches, packet.momentum, skipped, sequential = running
+        args = self.args
+        mean, var, batches, args.momentum, skipped, sequential = running
         written = []
         if mean is not None:
-            packet.running_mean = mean.data_ptr()
+            args.running_mean = mean.data_ptr()
             written.append(mean)
         if var is not None:
-            packet.running_var = var.data_ptr()
+            args.running_var = var.data_ptr()
             written.append(var)
         if batches is not None:
-            packet.batches = batches.data_ptr()
+            args.batches = batches.data_ptr()
             written.append(batches)
         if skipped is not None:
-            packet.skipped = skipped.data_ptr()
+            args.skipped = skipped.data_ptr()
             written.append(skipped)
-        if self.plan.groups == 1:
-            packet.moves = 1
+        if self.partition.groups == 1:
+            args.moves = 1
         else:
-            packet.pooled_mean, packet.pooled_m2 = self.scratch(self.plan.channels, self.plan.channels)
-            packet.sequential = sequential
+            args.pooled_mean, args.pooled_m2 = self.scratch(self.partition.channels, self.partition.channels)
+            args.sequential = sequential
         return written
 
     def output(self) -> Tensor:
@@ -152,36 +152,40 @@ class Call:
 
     def run(self, half: str, *, measure: bool, apply: bool) -> None:
         """Run the forward or the backward kernel: its statistics, its output, or both."""
-        packet, plan = self.packet, self.plan
-        merges = plan.groups * math.ceil(plan.channels / CHANNELS) if measure and plan.parts > 1 else 0
+        args, partition = self.args, self.partition
+        merges = (
+            partition.groups * math.ceil(partition.channels / CHANNELS)
+            if measure and partition.parts > 1
+            else 0
+        )
         passes = 2 if merges and apply else 1
-        family, tasks = plan.family, plan.tasks
+        family, tasks = partition.family, partition.tasks
         is_given = half == "forward" and not measure
-        packet.stream = self.x.numel() >= (_STREAM_GIVEN if is_given else _STREAM)
-        if family == "planes" and plan.positions < SHORT:
-            packet.stream = False  # masked; most of a short run's lines are shared with its neighbours
-        if is_given and plan.positions >= _PLANE:
-            family, packet.planes = "planes", max(1, _PLANES // plan.positions)
-            tasks = math.ceil(plan.units * plan.channels / packet.planes)
+        args.stream = self.x.numel() >= (_STREAM_GIVEN if is_given else _STREAM)
+        if family == "planes" and partition.positions < SHORT:
+            args.stream = False  # masked; most of a short run's lines are shared with its neighbours
+        if is_given and partition.positions >= _PLANE:
+            family, args.planes = "planes", max(1, _PLANES // partition.positions)
+            tasks = math.ceil(partition.units * partition.channels / args.planes)
             # Of two planes that share a cache line, neither can write it whole, past the caches.
-            packet.stream = packet.stream and plan.positions * self.x.element_size() % LINE == 0
-        packet.measure, packet.apply = measure, apply
-        packet.tasks, packet.merges, packet.total = tasks, merges, passes * tasks + merges
-        packet.room = self._room(family)
-        simple = not packet.mask and packet.activation in (IDENTITY, CLAMP)
-        run(f"{family}_{half}", self.x.dtype, simple, packet, self.x.numel())
+            args.stream = args.stream and partition.positions * self.x.element_size() % LINE == 0
+        args.measure, args.apply = measure, apply
+        args.tasks, args.merges, args.total = tasks, merges, passes * tasks + merges
+        args.workspace = self._workspace(family)
+        simple = not args.mask and args.activation in (IDENTITY, CLAMP)
+        run(f"{family}_{half}", self.x.dtype, simple, args, self.x.numel())
 
-    def _room(self, family: str) -> int:
+    def _workspace(self, family: str) -> int:
         """Return how many bytes a thread needs to compute in."""
         number = 8 if self.real == torch.float64 else 4
         if family == "planes":
             return PARAMETERS * LANES * number
-        wide = min(self.plan.block, self.plan.columns) + LANES
+        wide = min(self.partition.block, self.partition.columns) + LANES
         return (PER_COLUMN * number + PER_CHANNEL * 8) * wide
 
     def close(self, half: str) -> None:
         """Put several groups together, behind the forward or the backward."""
-        packet = self.packet
-        packet.tasks = packet.total = math.ceil(self.plan.channels / CHANNELS)
-        packet.next = packet.finished = 0
-        run(f"groups_{half}", self.real, True, packet, self.plan.groups * self.plan.channels)
+        args = self.args
+        args.tasks = args.total = math.ceil(self.partition.channels / CHANNELS)
+        args.next = args.finished = 0
+        run(f"groups_{half}", self.real, True, args, self.partition.groups * self.partition.channels)

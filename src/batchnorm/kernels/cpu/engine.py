@@ -9,8 +9,8 @@ from torch.autograd.graph import increment_version
 from batchnorm.kernels.interface import Coefficients, Moments, RunningStatistics
 
 from .call import Call
-from .packet import Packet
-from .tasks import run
+from .kernel_args import KernelArgs
+from .parallel import run
 
 _REALS = (torch.float32, torch.float64)  # dtypes that running statistics have here
 
@@ -22,16 +22,16 @@ def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = N
 
 
 def _measured(call: Call, eps: float, *, apply: bool) -> tuple[Moments, Tensor]:
-    packet = call.packet
-    count = torch.empty(call.plan.groups, dtype=torch.float64)
+    args = call.args
+    count = torch.empty(call.partition.groups, dtype=torch.float64)
     mean, m2, rstd = call.table(), call.table(), call.table()
-    packet.count, packet.mean, packet.m2 = count.data_ptr(), mean.data_ptr(), m2.data_ptr()
-    packet.rstd, packet.eps = rstd.data_ptr(), eps
-    if call.plan.parts == 1:
-        packet.part_count, packet.part_mean, packet.part_m2 = packet.count, packet.mean, packet.m2
+    args.count, args.mean, args.m2 = count.data_ptr(), mean.data_ptr(), m2.data_ptr()
+    args.rstd, args.eps = rstd.data_ptr(), eps
+    if call.partition.parts == 1:
+        args.part_count, args.part_mean, args.part_m2 = args.count, args.mean, args.m2
     else:
-        groups, table = call.plan.parts * count.numel(), call.plan.parts * mean.numel()
-        packet.part_count, packet.part_mean, packet.part_m2 = call.scratch(groups, table, table)
+        groups, table = call.partition.parts * count.numel(), call.partition.parts * mean.numel()
+        args.part_count, args.part_mean, args.part_m2 = call.scratch(groups, table, table)
     call.run("forward", measure=True, apply=apply)
     return Moments(count, mean, m2), rstd
 
@@ -54,7 +54,7 @@ def normalize(
     call.statistics(mean, rstd)
     call.behind(residual, activation)
     y = call.output()
-    call.packet.y = y.data_ptr()
+    call.args.y = y.data_ptr()
     call.run("forward", measure=False, apply=True)
     return call.returned(y, x)
 
@@ -76,11 +76,11 @@ def forward(
     call.affine(weight, bias)
     call.behind(residual, activation)
     y = call.output()
-    call.packet.y = y.data_ptr()
+    call.args.y = y.data_ptr()
     written = None if running is None else call.move(running)
     found, rstd = _measured(call, eps, apply=True)
     if written is not None:
-        if call.plan.groups > 1:
+        if call.partition.groups > 1:
             call.close("forward")
         increment_version(written)
     return call.returned(y, x), found, rstd
@@ -102,36 +102,36 @@ def _backward_call(
     call.affine(weight, bias)
     call.statistics(mean, rstd)
     call.behind(residual, activation)
-    call.packet.dy = call.laid_out(dy)
+    call.args.dy = call.laid_out(dy)
     return call
 
 
 def _with_sums(call: Call) -> None:
-    """Make room for the gradient's sums and coefficients."""
-    packet, groups, parts = call.packet, call.plan.groups, call.plan.parts
-    table = groups * call.plan.channels
-    packet.part_count, packet.a, packet.b, packet.c, packet.sum_dy, packet.sum_dy_xhat = call.scratch(
+    """Make workspace for the gradient's sums and coefficients."""
+    args, groups, parts = call.args, call.partition.groups, call.partition.parts
+    table = groups * call.partition.channels
+    args.part_count, args.a, args.b, args.c, args.sum_dy, args.sum_dy_xhat = call.scratch(
         parts * groups, *[table] * 5
     )
-    packet.part_dy, packet.part_dy_xhat = packet.sum_dy, packet.sum_dy_xhat
+    args.part_dy, args.part_dy_xhat = args.sum_dy, args.sum_dy_xhat
     if parts > 1:
-        packet.part_dy, packet.part_dy_xhat = call.scratch(parts * table, parts * table)
+        args.part_dy, args.part_dy_xhat = call.scratch(parts * table, parts * table)
 
 
 def _with_parameters(call: Call) -> tuple[Tensor, Tensor]:
     """Return tensors for dweight and dbias, `[C]`; the kernel fills them for a call with one group."""
-    dweight, dbias = (torch.empty(call.plan.channels, dtype=call.real) for _ in range(2))
-    if call.plan.groups == 1:
-        call.packet.dweight, call.packet.dbias = dweight.data_ptr(), dbias.data_ptr()
+    dweight, dbias = (torch.empty(call.partition.channels, dtype=call.real) for _ in range(2))
+    if call.partition.groups == 1:
+        call.args.dweight, call.args.dbias = dweight.data_ptr(), dbias.data_ptr()
     return dweight, dbias
 
 
 def _with_outputs(call: Call, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     dx = call.output()
     dresidual = None if residual is None else call.output()
-    call.packet.dx = dx.data_ptr()
+    call.args.dx = dx.data_ptr()
     if dresidual is not None:
-        call.packet.dresidual = dresidual.data_ptr()
+        call.args.dresidual = dresidual.data_ptr()
     return dx, dresidual
 
 
@@ -152,9 +152,9 @@ def backward_reduce(
     call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
     _with_sums(call)
     sums = call.table(), call.table()
-    call.packet.sum_dy, call.packet.sum_dy_xhat = (t.data_ptr() for t in sums)
-    if call.plan.parts == 1:
-        call.packet.part_dy, call.packet.part_dy_xhat = call.packet.sum_dy, call.packet.sum_dy_xhat
+    call.args.sum_dy, call.args.sum_dy_xhat = (t.data_ptr() for t in sums)
+    if call.partition.parts == 1:
+        call.args.part_dy, call.args.part_dy_xhat = call.args.sum_dy, call.args.sum_dy_xhat
     call.run("backward", measure=True, apply=False)
     return sums
 
@@ -175,7 +175,7 @@ def backward_apply(
 ) -> tuple[Tensor, Tensor | None]:
     """See `interface.Engine.backward_apply`."""
     call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
-    call.packet.a, call.packet.b, call.packet.c = map(call.wide, coefficients)
+    call.args.a, call.args.b, call.args.c = map(call.wide, coefficients)
     dx, dresidual = _with_outputs(call, residual)
     call.run("backward", measure=False, apply=True)
     return call.returned(dx, x), None if dresidual is None or residual is None else call.returned(
@@ -200,12 +200,12 @@ def backward(
     """See `interface.Engine.backward`."""
     call = _backward_call(x, dy, mean, rstd, weight, bias, residual, activation, mask, group_size)
     _with_sums(call)
-    call.packet.constant = given
+    call.args.constant = given
     dweight, dbias = _with_parameters(call)
     dx, dresidual = _with_outputs(call, residual)
     call.run("backward", measure=True, apply=True)
-    if call.plan.groups > 1:
-        call.packet.dweight, call.packet.dbias = dweight.data_ptr(), dbias.data_ptr()
+    if call.partition.groups > 1:
+        call.args.dweight, call.args.dbias = dweight.data_ptr(), dbias.data_ptr()
         call.close("backward")
     return (
         call.returned(dx, x),
@@ -215,8 +215,8 @@ def backward(
     )
 
 
-def signs(x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:  # noqa: ARG001
-    """See `interface.Engine.signs`: it keeps none."""
+def activation_mask(x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:  # noqa: ARG001
+    """See `interface.Engine.activation_mask`: it keeps none."""
     return None
 
 
@@ -225,11 +225,11 @@ def given(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor
     real = running_mean.dtype
     if real not in _REALS or not (_is_plain(running_mean, real) and _is_plain(running_var, real)):
         return None
-    packet, shape = Packet(), (1, running_mean.numel())
+    args, shape = KernelArgs(), (1, running_mean.numel())
     mean, rstd = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
-    packet.channels, packet.mean, packet.rstd, packet.eps = shape[1], mean.data_ptr(), rstd.data_ptr(), eps
-    packet.running_mean, packet.running_var = running_mean.data_ptr(), running_var.data_ptr()
-    run("take_running", real, True, packet, 0)
+    args.channels, args.mean, args.rstd, args.eps = shape[1], mean.data_ptr(), rstd.data_ptr(), eps
+    args.running_mean, args.running_var = running_mean.data_ptr(), running_var.data_ptr()
+    run("take_running", real, True, args, 0)
     return mean, rstd
 
 

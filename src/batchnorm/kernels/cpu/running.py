@@ -16,65 +16,65 @@ from typing import Any
 import numpy as np
 
 from .access import take_number
-from .packet import numbers, parameter, set_parameter
+from .kernel_args import numbers, parameter, set_parameter
 from .vector import function
 
 
 @function
-def move_running(packet: Any, real: Any) -> None:
+def move_running(args: Any, real: Any) -> None:
     """Move the running statistics by the moments of a call's one group."""
-    if not packet.moves:
+    if not args.moves:
         return
-    if packet.skipped and is_spoiled(packet, 0, packet.channels):
-        take_number(packet.skipped)
+    if args.skipped and is_spoiled(args, 0, args.channels):
+        take_number(args.skipped)
         return
-    if packet.batches:
-        take_number(packet.batches)
-    count = numbers(packet.count, 1)[0]
+    if args.batches:
+        take_number(args.batches)
+    count = numbers(args.count, 1)[0]
     if count >= 2:
-        move(packet, packet.mean, packet.m2, 1 - packet.momentum, packet.momentum, count - 1, real)
+        move(args, args.mean, args.m2, 1 - args.momentum, args.momentum, count - 1, real)
 
 
 @function
-def is_spoiled(packet: Any, first: Any, last: Any) -> Any:
+def is_spoiled(args: Any, first: Any, last: Any) -> Any:
     """Whether a mean or m2 of channels `first` to `last` is not finite, in any group."""
-    size, finite = packet.groups * packet.channels, True
-    mean, m2 = numbers(packet.mean, size), numbers(packet.m2, size)
-    for start in range(0, size, packet.channels):
+    size, finite = args.groups * args.channels, True
+    mean, m2 = numbers(args.mean, size), numbers(args.m2, size)
+    for start in range(0, size, args.channels):
         for here in range(start + first, start + last):
             finite = finite and math.isfinite(mean[here]) and math.isfinite(m2[here])
     return not finite
 
 
 @function
-def move(packet: Any, mean: Any, m2: Any, kept: Any, share: Any, divisor: Any, real: Any) -> None:
+def move(args: Any, mean: Any, m2: Any, kept: Any, share: Any, divisor: Any, real: Any) -> None:
     """Write running = kept * running + share * batch, by the batch's mean and var = m2 / divisor.
 
     Args:
-        packet: the call.
+        args: the call.
         mean, m2: addresses, `[C]`.
         kept, share, divisor: see above.
         real: of the arithmetic.
     """
-    means, m2s = numbers(mean, packet.channels), numbers(m2, packet.channels)
-    for channel in range(packet.channels):
-        if packet.running_mean:
-            old = parameter(packet.running_mean, channel, 0.0, real)
-            set_parameter(packet.running_mean, channel, kept * old + share * means[channel], real)
-        if packet.running_var:
-            old = parameter(packet.running_var, channel, 0.0, real)
-            set_parameter(packet.running_var, channel, kept * old + share * (m2s[channel] / divisor), real)
+    means, m2s = numbers(mean, args.channels), numbers(m2, args.channels)
+    for channel in range(args.channels):
+        if args.running_mean:
+            old = parameter(args.running_mean, channel, 0.0, real)
+            set_parameter(args.running_mean, channel, kept * old + share * means[channel], real)
+        if args.running_var:
+            old = parameter(args.running_var, channel, 0.0, real)
+            set_parameter(args.running_var, channel, kept * old + share * (m2s[channel] / divisor), real)
 
 
 @function
-def move_nothing(packet: Any, real: Any) -> None:
+def move_nothing(args: Any, real: Any) -> None:
     """Do nothing: a backward moves no running statistics."""
 
 
 @function
-def take_running(packet: Any, real: Any) -> None:
+def take_running(args: Any, real: Any) -> None:
     """Write mean and rstd by the running statistics."""
-    mean, rstd = numbers(packet.mean, packet.channels), numbers(packet.rstd, packet.channels)
-    for channel in range(packet.channels):
-        mean[channel] = parameter(packet.running_mean, channel, 0.0, real)
-        rstd[channel] = 1.0 / np.sqrt(parameter(packet.running_var, channel, 1.0, real) + packet.eps)
+    mean, rstd = numbers(args.mean, args.channels), numbers(args.rstd, args.channels)
+    for channel in range(args.channels):
+        mean[channel] = parameter(args.running_mean, channel, 0.0, real)
+        rstd[channel] = 1.0 / np.sqrt(parameter(args.running_var, channel, 1.0, real) + args.eps)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .packet import numbers, parameter, plain, set_parameter
+from .kernel_args import numbers, parameter, plain, set_parameter
 from .vector import function
 
 # What x is multiplied by for its moments: the squares of 1e20 and more overflow float32. A power of two costs
@@ -40,77 +40,77 @@ def rounded(value: Any, real: Any) -> Any:
 
 
 @function
-def set_rstd(packet: Any, group: Any, first: Any, last: Any, count: Any) -> None:
+def set_rstd(args: Any, group: Any, first: Any, last: Any, count: Any) -> None:
     """Write rstd = 1 / sqrt(m2 / count + eps) of channels `first` to `last`."""
-    size, share = packet.groups * packet.channels, 1.0 / max(count, 1.0)
-    m2, rstd = numbers(packet.m2, size), numbers(packet.rstd, size)
-    for here in range(group * packet.channels + first, group * packet.channels + last):
-        rstd[here] = 1.0 / np.sqrt(m2[here] * share + packet.eps)
+    size, share = args.groups * args.channels, 1.0 / max(count, 1.0)
+    m2, rstd = numbers(args.m2, size), numbers(args.rstd, size)
+    for here in range(group * args.channels + first, group * args.channels + last):
+        rstd[here] = 1.0 / np.sqrt(m2[here] * share + args.eps)
 
 
 @function
-def set_coefficients(packet: Any, group: Any, first: Any, last: Any, count: Any, real: Any) -> None:
+def set_coefficients(args: Any, group: Any, first: Any, last: Any, count: Any, real: Any) -> None:
     """Write the coefficients of dx = a dy' + b x̂ + c of channels `first` to `last`, and their gradients.
 
     Of the batch's own statistics, with n = count: a = weight rstd, b = -a Σ(dy' x̂)/n, c = -a Σdy'/n; of
     constant ones, b = c = 0.
     """
-    size = packet.groups * packet.channels
+    size = args.groups * args.channels
     sums, products, rstd = (
-        numbers(packet.sum_dy, size),
-        numbers(packet.sum_dy_xhat, size),
-        numbers(packet.rstd, size),
+        numbers(args.sum_dy, size),
+        numbers(args.sum_dy_xhat, size),
+        numbers(args.rstd, size),
     )
-    a, b, c = numbers(packet.a, size), numbers(packet.b, size), numbers(packet.c, size)
+    a, b, c = numbers(args.a, size), numbers(args.b, size), numbers(args.c, size)
     share = -1.0 / max(count, 1.0)
     for channel in range(first, last):
-        here = group * packet.channels + channel
-        slope = parameter(packet.weight, channel, 1.0, real) * rstd[here]
+        here = group * args.channels + channel
+        slope = parameter(args.weight, channel, 1.0, real) * rstd[here]
         a[here], b[here], c[here] = slope, 0.0, 0.0
-        if not packet.constant:  # 0 times a sum that is not finite would be NaN, for all of the channel
+        if not args.constant:  # 0 times a sum that is not finite would be NaN, for all of the channel
             b[here], c[here] = slope * share * products[here], slope * share * sums[here]
-        set_parameter(packet.dweight, channel, products[here], real)
-        set_parameter(packet.dbias, channel, sums[here], real)
+        set_parameter(args.dweight, channel, products[here], real)
+        set_parameter(args.dbias, channel, sums[here], real)
 
 
 @function
-def affine(packet: Any, group: Any, channel: Any, real: Any) -> Any:
+def affine(args: Any, group: Any, channel: Any, real: Any) -> Any:
     """Return center, scale and shift of z = (x - center) * scale + shift, and what rounding left of the mean.
 
     The center is the mean, rounded: x - center is then exact where it matters.
     """
-    size = packet.groups * packet.channels
-    here = group * packet.channels + channel
-    mean, rstd = plain(numbers(packet.mean, size)[here]), plain(numbers(packet.rstd, size)[here])
+    size = args.groups * args.channels
+    here = group * args.channels + channel
+    mean, rstd = plain(numbers(args.mean, size)[here]), plain(numbers(args.rstd, size)[here])
     center = rounded(mean, real)
     rest = mean - center
-    scale = parameter(packet.weight, channel, 1.0, real) * rstd
-    return center, scale, parameter(packet.bias, channel, 0.0, real) - rest * scale, rest
+    scale = parameter(args.weight, channel, 1.0, real) * rstd
+    return center, scale, parameter(args.bias, channel, 0.0, real) - rest * scale, rest
 
 
 @function
-def slopes(packet: Any, group: Any, channel: Any, rest: Any) -> Any:
+def slopes(args: Any, group: Any, channel: Any, rest: Any) -> Any:
     """Return a, b and c of dx = a dy' + b (x - center) rstd + c, of those that go with x̂."""
-    size = packet.groups * packet.channels
-    here = group * packet.channels + channel
-    rstd, b = numbers(packet.rstd, size)[here], numbers(packet.b, size)[here]
-    return numbers(packet.a, size)[here], b, numbers(packet.c, size)[here] - b * rest * rstd
+    size = args.groups * args.channels
+    here = group * args.channels + channel
+    rstd, b = numbers(args.rstd, size)[here], numbers(args.b, size)[here]
+    return numbers(args.a, size)[here], b, numbers(args.c, size)[here] - b * rest * rstd
 
 
 CHANNELS = 256  # of a task that only merges
 
 
 @function
-def channels_of(packet: Any, block: Any) -> Any:
+def channels_of(args: Any, block: Any) -> Any:
     """Return the first and the last channel of a block of them."""
-    return block * CHANNELS, min(packet.channels, (block + 1) * CHANNELS)
+    return block * CHANNELS, min(args.channels, (block + 1) * CHANNELS)
 
 
 @function
-def _task(packet: Any, index: Any) -> Any:
+def _task(args: Any, index: Any) -> Any:
     """Return a merging task's group, and its first and last channel."""
-    group, block = divmod(index, (packet.channels + CHANNELS - 1) // CHANNELS)
-    first, last = channels_of(packet, block)
+    group, block = divmod(index, (args.channels + CHANNELS - 1) // CHANNELS)
+    first, last = channels_of(args, block)
     return group, first, last
 
 
@@ -149,46 +149,46 @@ def unite(
 
 
 @function
-def merge_moments(packet: Any, index: Any, real: Any) -> None:  # noqa: ARG001
+def merge_moments(args: Any, index: Any, real: Any) -> None:  # noqa: ARG001
     """Merge the parts' moments of a task's channels, and write their rstd."""
-    group, first, last = _task(packet, index)
-    size, place = packet.groups * packet.channels, 8 * (group * packet.channels + first)
+    group, first, last = _task(args, index)
+    size, place = args.groups * args.channels, 8 * (group * args.channels + first)
     count = unite(
-        packet.parts,
-        packet.part_count + 8 * group,
-        packet.groups,
-        packet.part_mean + place,
-        packet.part_m2 + place,
+        args.parts,
+        args.part_count + 8 * group,
+        args.groups,
+        args.part_mean + place,
+        args.part_m2 + place,
         size,
-        packet.mean + place,
-        packet.m2 + place,
+        args.mean + place,
+        args.m2 + place,
         last - first,
     )
-    numbers(packet.count, packet.groups)[group] = count
-    set_rstd(packet, group, first, last, count)
+    numbers(args.count, args.groups)[group] = count
+    set_rstd(args, group, first, last, count)
 
 
 @function
-def merge_sums(packet: Any, index: Any, real: Any) -> None:
+def merge_sums(args: Any, index: Any, real: Any) -> None:
     """Add up the parts' sums of a task's channels, and write their coefficients."""
-    group, first, last = _task(packet, index)
-    size, groups = packet.groups * packet.channels, packet.groups
+    group, first, last = _task(args, index)
+    size, groups = args.groups * args.channels, args.groups
     counts, sum_dy, sum_dy_xhat = (
-        numbers(packet.part_count, packet.parts * groups),
-        numbers(packet.sum_dy, size),
-        numbers(packet.sum_dy_xhat, size),
+        numbers(args.part_count, args.parts * groups),
+        numbers(args.sum_dy, size),
+        numbers(args.sum_dy_xhat, size),
     )
     sums, products = (
-        numbers(packet.part_dy, packet.parts * size),
-        numbers(packet.part_dy_xhat, packet.parts * size),
+        numbers(args.part_dy, args.parts * size),
+        numbers(args.part_dy_xhat, args.parts * size),
     )
-    start = group * packet.channels
+    start = group * args.channels
     for here in range(start + first, start + last):
         sum_dy[here], sum_dy_xhat[here] = 0.0, 0.0
     count = 0.0
-    for part in range(packet.parts):
+    for part in range(args.parts):
         for here in range(start + first, start + last):
             sum_dy[here] += sums[part * size + here]
             sum_dy_xhat[here] += products[part * size + here]
         count += counts[part * groups + group]
-    set_coefficients(packet, group, first, last, count, real)
+    set_coefficients(args, group, first, last, count, real)

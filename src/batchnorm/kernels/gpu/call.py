@@ -13,7 +13,7 @@ from batchnorm.kernels.activations import TINY
 from batchnorm.kernels.layout import is_alike, laid_out_as
 
 from .launching import launch, stored
-from .plan import merging, plan, power
+from .partition import merging, partition, power
 
 
 class Call:
@@ -29,16 +29,16 @@ class Call:
         activation: str | None = None,
         mask: Tensor | None = None,
         group_size: int | None = None,
-        signs: Tensor | None = None,
+        activation_mask: Tensor | None = None,
     ) -> None:
         if x.is_neg():
             x = x.resolve_neg()
-        self.plan = plan(x.shape, x.stride(), group_size)
-        if not self.plan.is_dense:
+        self.partition = partition(x.shape, x.stride(), group_size)
+        if not self.partition.is_dense:
             x = x.contiguous()
         self.x = stored(x)
         self.activation = activation
-        self.signs = signs
+        self.activation_mask = activation_mask
         is_wide = x.dtype == torch.float64
         self.real, self.REAL = (torch.float64, tl.float64) if is_wide else (torch.float32, tl.float32)
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
@@ -61,24 +61,24 @@ class Call:
 
         A compiler that sees a kernel write into several views of a tensor copies that after each.
         """
-        shape = (*sizes, self.plan.groups, self.plan.channels)
+        shape = (*sizes, self.partition.groups, self.partition.channels)
         return [torch.empty(shape, dtype=torch.float64, device=self.x.device) for _ in range(number)]
 
     @property
     def tiles(self) -> dict[str, Any]:
         """Where a kernel finds the values of its tiles."""
-        plan = self.plan
+        partition = self.partition
         return {
             "mask": self.mask,
-            "channels": plan.channels,
-            "positions": plan.positions,
-            "units": plan.units,
-            "group_units": plan.group_units,
+            "channels": partition.channels,
+            "positions": partition.positions,
+            "units": partition.units,
+            "group_units": partition.group_units,
             "REAL": self.REAL,
-            "ROWS": plan.rows,
-            "OUTER": plan.outer,
-            "INNER": plan.inner,
-            "EVEN": plan.is_even and self.mask is None,
+            "ROWS": partition.rows,
+            "OUTER": partition.outer,
+            "INNER": partition.inner,
+            "EVEN": partition.is_even and self.mask is None,
         }
 
     @property
@@ -90,37 +90,42 @@ class Call:
             "bias": self.bias,
             "ACTIVATION": self.activation,
             "KINK": TINY.get(self.x.dtype, 0.0),
-            "signs": self.signs,
+            "activation_mask": self.activation_mask,
         }
 
     @property
     def whole(self) -> dict[str, Any]:
         """What a kernel is told that takes whole channels."""
-        return {"tiles": self.plan.tiles, "SINGLE": self.plan.tiles == 1}
+        return {"tiles": self.partition.tiles, "SINGLE": self.partition.tiles == 1}
 
     def run(self, kernel: Any, parts: int, /, **arguments: Any) -> None:
         """Launch a kernel over tiles."""
-        programs = self.plan.channel_tiles * parts * self.plan.groups
-        launch(kernel, programs, self.plan.warps, self.x, arguments | {"x": self.x} | self.tiles)
+        programs = self.partition.channel_tiles * parts * self.partition.groups
+        launch(kernel, programs, self.partition.warps, self.x, arguments | {"x": self.x} | self.tiles)
 
     def steps(self) -> dict[str, int]:
         """Into how many parts tiles are cut where each value is read once, and of how many tiles."""
-        span, tiles = self.plan.tiles, self.plan.step_tiles
+        span, tiles = self.partition.tiles, self.partition.step_tiles
         return {"parts": math.ceil(span / tiles), "tiles": tiles, "span": span}
 
     def merge(self, kernel: Any, **arguments: Any) -> None:
         """Launch a kernel over parts."""
-        plan = self.plan
-        block, channels = merging(plan.parts, plan.channels)
-        shape = {"channels": plan.channels, "groups": plan.groups, "parts": plan.parts}
+        partition = self.partition
+        block, channels = merging(partition.parts, partition.channels)
+        shape = {"channels": partition.channels, "groups": partition.groups, "parts": partition.parts}
         sizes = {"PARTS": block, "CHANNELS": channels}
-        programs = math.ceil(plan.channels / channels) * plan.groups
+        programs = math.ceil(partition.channels / channels) * partition.groups
         launch(kernel, programs, 4, self.x, arguments | shape | sizes)
 
     def close(self, kernel: Any, **arguments: Any) -> None:
         """Launch a kernel that puts groups together."""
-        plan = self.plan
-        block = min(32, power(plan.groups))
-        channels = min(32, power(plan.channels))
-        shape = {"channels": plan.channels, "groups": plan.groups, "GROUPS": block, "CHANNELS": channels}
-        launch(kernel, math.ceil(plan.channels / channels), 4, self.x, arguments | shape)
+        partition = self.partition
+        block = min(32, power(partition.groups))
+        channels = min(32, power(partition.channels))
+        shape = {
+            "channels": partition.channels,
+            "groups": partition.groups,
+            "GROUPS": block,
+            "CHANNELS": channels,
+        }
+        launch(kernel, math.ceil(partition.channels / channels), 4, self.x, arguments | shape)

@@ -18,10 +18,11 @@ from . import running as moving
 from . import sums
 from .call import Call
 from .launching import IS_INTERPRETED, launch
-from .plan import plan, power
+from .partition import partition, power
 
 __all__ = [
     "IS_INTERPRETED",
+    "activation_mask",
     "backward",
     "backward_apply",
     "backward_reduce",
@@ -30,7 +31,6 @@ __all__ = [
     "moments",
     "moves",
     "normalize",
-    "signs",
 ]
 
 _REALS = (torch.float32, torch.float64)  # dtypes that running statistics have here
@@ -46,18 +46,18 @@ def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = N
 
 def _measured(call: Call, eps: float, running: dict[str, Any]) -> tuple[Moments, Tensor]:
     """Return the moments, taken in parts, and rstd."""
-    plan = call.plan
+    partition = call.partition
     found = _room(call)
-    parts = dict(zip(("part_count", "part_mean", "part_m2"), call.tables(3, plan.parts), strict=True))
-    counts = {"groups": plan.groups, "parts": plan.parts, "tiles": plan.part_tiles}
-    call.run(measures.measure_parts, plan.parts, **parts, **counts)
+    parts = dict(zip(("part_count", "part_mean", "part_m2"), call.tables(3, partition.parts), strict=True))
+    counts = {"groups": partition.groups, "parts": partition.parts, "tiles": partition.part_tiles}
+    call.run(measures.measure_parts, partition.parts, **parts, **counts)
     call.merge(measures.merge_moments, EPS=eps, **parts, **found, **(_NOTHING | running))
     return _moments(found)
 
 
 def _room(call: Call) -> dict[str, Tensor]:
     mean, m2, rstd = call.tables(3)
-    count = torch.empty(call.plan.groups, dtype=torch.float64, device=call.x.device)
+    count = torch.empty(call.partition.groups, dtype=torch.float64, device=call.x.device)
     return {"count": count, "mean": mean, "m2": m2, "rstd": rstd}
 
 
@@ -79,7 +79,7 @@ def normalize(
     activation: str | None = None,
     mask: Tensor | None = None,
     group_size: int | None = None,
-    signs: Tensor | None = None,
+    activation_mask: Tensor | None = None,
 ) -> Tensor:
     """See `interface.Engine.normalize`."""
     call = Call(
@@ -90,7 +90,7 @@ def normalize(
         activation=activation,
         mask=mask,
         group_size=group_size,
-        signs=signs,
+        activation_mask=activation_mask,
     )
     return call.returned(_normalized(call, *_wide(mean, rstd)), x)
 
@@ -116,7 +116,7 @@ def forward(
     mask: Tensor | None = None,
     group_size: int | None = None,
     running: RunningStatistics | None = None,
-    signs: Tensor | None = None,
+    activation_mask: Tensor | None = None,
 ) -> tuple[Tensor, Moments, Tensor]:
     """See `interface.Engine.forward`."""
     call = Call(
@@ -127,13 +127,13 @@ def forward(
         activation=activation,
         mask=mask,
         group_size=group_size,
-        signs=signs,
+        activation_mask=activation_mask,
     )
     moved = _moved(running)
     # A batch of one group that is never skipped moves them along the way.
-    is_apart = running is not None and (call.plan.groups > 1 or running.skipped is not None)
+    is_apart = running is not None and (call.partition.groups > 1 or running.skipped is not None)
     within = {} if is_apart else moved
-    if call.plan.is_whole:
+    if call.partition.is_whole:
         y, room = torch.empty_like(call.x), _room(call)
         call.run(
             outputs.forward_whole, 1, y=y, EPS=eps, **room, **call.whole, **call.affine, **(_NOTHING | within)
@@ -165,11 +165,16 @@ def _moved(running: RunningStatistics | None) -> dict[str, Any]:
 
 def _sums(call: Call, dy: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
     """Return the gradient's sums, of parts."""
-    plan = call.plan
-    parts = dict(zip(("part_count", "part_dy", "part_dy_xhat"), call.tables(3, plan.parts), strict=True))
-    counts = {"groups": plan.groups, "parts": plan.parts, "tiles": plan.part_tiles, "span": plan.tiles}
+    partition = call.partition
+    parts = dict(zip(("part_count", "part_dy", "part_dy_xhat"), call.tables(3, partition.parts), strict=True))
+    counts = {
+        "groups": partition.groups,
+        "parts": partition.parts,
+        "tiles": partition.part_tiles,
+        "span": partition.tiles,
+    }
     given = {"dy": dy, "mean": mean, "rstd": rstd}
-    call.run(sums.sum_parts, plan.parts, **parts, **counts, **given, **call.affine)
+    call.run(sums.sum_parts, partition.parts, **parts, **counts, **given, **call.affine)
     return parts
 
 
@@ -184,7 +189,7 @@ def _applied(
 
 
 def _outputs(call: Call) -> dict[str, Any]:
-    dresidual = None if call.residual is None and call.signs is None else torch.empty_like(call.x)
+    dresidual = None if call.residual is None and call.activation_mask is None else torch.empty_like(call.x)
     return {"dx": torch.empty_like(call.x), "dresidual": dresidual}
 
 
@@ -245,7 +250,7 @@ def backward_apply(
 
 
 def _returned(call: Call, dresidual: Tensor | None, residual: Tensor | None) -> Tensor | None:
-    """Return dresidual as the residual is laid out; as x, where signs stand for it."""
+    """Return dresidual as the residual is laid out; as x, where activation_mask stand for it."""
     if dresidual is None or residual is None:
         return dresidual
     return call.returned(dresidual, residual)
@@ -264,7 +269,7 @@ def backward(
     activation: str | None = None,
     mask: Tensor | None = None,
     group_size: int | None = None,
-    signs: Tensor | None = None,
+    activation_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `interface.Engine.backward`."""
     call = Call(
@@ -275,16 +280,18 @@ def backward(
         activation=activation,
         mask=mask,
         group_size=group_size,
-        signs=signs,
+        activation_mask=activation_mask,
     )
     dy = call.laid_out(dy)
     mean, rstd = _wide(mean, rstd)
-    dweight, dbias = (torch.empty(call.plan.channels, dtype=call.real, device=x.device) for _ in range(2))
-    is_one = call.plan.groups == 1
+    dweight, dbias = (
+        torch.empty(call.partition.channels, dtype=call.real, device=x.device) for _ in range(2)
+    )
+    is_one = call.partition.groups == 1
     parameters = {"dweight": dweight if is_one else None, "dbias": dbias if is_one else None}
     names = ("sum_dy", "sum_dy_xhat")
     totals: dict[str, Any] = dict.fromkeys(names) if is_one else dict(zip(names, call.tables(2), strict=True))
-    if call.plan.is_whole:
+    if call.partition.is_whole:
         out = _outputs(call)
         statistics = {"dy": dy, "mean": mean, "rstd": rstd, "GIVEN": given}
         call.run(
@@ -319,11 +326,11 @@ def backward(
     return call.returned(dx, x), dweight, dbias, _returned(call, dresidual, residual)
 
 
-def signs(x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:
-    """See `interface.Engine.signs`."""
+def activation_mask(x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:
+    """See `interface.Engine.activation_mask`."""
     if activation not in _OPEN:
         return None
-    found = plan(x.shape, x.stride(), group_size)
+    found = partition(x.shape, x.stride(), group_size)
     tiles, values = found.groups * found.channel_tiles * found.tiles, found.outer * found.inner
     if values < 8:
         return None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activation_mask import place_of, store_mask_bits
 from .activations import activated, through
 from .moments import moments_of_tile, moments_of_tiles
-from .signs import place_of, store_signs
 from .statistics import affine, move_by_batch, set_moments
 from .tiles import NUMBERS, task_of, tile_of, values_of
 
@@ -23,7 +23,7 @@ def _store(
     center,
     scale,
     shift,
-    signs,
+    activation_mask,
     tile,
     group,
     channels,
@@ -41,10 +41,10 @@ def _store(
         z += values_of(residual, offsets, valid, REAL)
     found = tl.where(valid, activated(z, ACTIVATION), 0.0)
     tl.store(y + offsets, found.to(y.dtype.element_ty), mask=inside)
-    if signs is not None:
+    if activation_mask is not None:
         is_open = through(tl.full([OUTER, INNER], 1.0, REAL), z, ACTIVATION, KINK) != 0.0
         place, is_tile = place_of(tile, group, channels, span, ROWS, OUTER, INNER)
-        store_signs(signs, place, is_tile, is_open, OUTER, INNER)
+        store_mask_bits(activation_mask, place, is_tile, is_open, OUTER, INNER)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -62,7 +62,7 @@ def forward_whole(
     running_mean,
     running_var,
     batches,
-    signs,
+    activation_mask,
     momentum: tl.float64,
     channels,
     positions,
@@ -109,7 +109,7 @@ def forward_whole(
             center,
             scale,
             shift,
-            signs,
+            activation_mask,
             first,
             group,
             channels,
@@ -137,7 +137,7 @@ def forward_whole(
                 center,
                 scale,
                 shift,
-                signs,
+                activation_mask,
                 first + tile,
                 group,
                 channels,
@@ -172,7 +172,7 @@ def normalize(
     bias,
     mean,
     rstd,
-    signs,
+    activation_mask,
     channels,
     positions,
     units,
@@ -217,7 +217,7 @@ def normalize(
             center,
             scale,
             shift,
-            signs,
+            activation_mask,
             part * tiles + tile,
             group,
             channels,

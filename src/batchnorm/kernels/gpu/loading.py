@@ -17,7 +17,7 @@ def load_triton() -> None:
     CommandLine options" (Triton 3.9), or a segmentation fault (3.7). Source:
     https://github.com/tensorflow/tensorflow/issues/124205.
     """
-    if importlib.util.find_spec("triton") is None:  # the plan of a call, for one, needs none
+    if importlib.util.find_spec("triton") is None:  # the partition of a call, for one, needs none
         return
     own_first = getattr(os, "RTLD_DEEPBIND", 0)  # glibc has it
     if "triton" in sys.modules or not own_first or not _sees_llvm():

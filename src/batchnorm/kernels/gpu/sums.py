@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activation_mask import load_mask_bits, place_of
 from .activations import through
-from .signs import load_signs, place_of
 from .statistics import affine, coefficients, rest_of
 from .tiles import NUMBERS, merge_of, task_of, tile_of, total, values_of
 
@@ -21,7 +21,7 @@ def incoming(
     center,
     scale,
     shift,
-    signs,
+    activation_mask,
     tile,
     group,
     channels,
@@ -36,9 +36,9 @@ def incoming(
     """Return x - center and dy' = dy * activation'(z) of a tile, 0 where it is masked."""
     away = values_of(x, offsets, valid, REAL) - center
     dz = values_of(dy, offsets, valid, REAL)
-    if signs is not None:
+    if activation_mask is not None:
         place, is_tile = place_of(tile, group, channels, span, ROWS, OUTER, INNER)
-        dz = tl.where(load_signs(signs, place, is_tile, OUTER, INNER), dz, 0.0)
+        dz = tl.where(load_mask_bits(activation_mask, place, is_tile, OUTER, INNER), dz, 0.0)
     elif ACTIVATION is not None:
         z = tl.fma(away, scale, shift)
         if residual is not None:
@@ -70,7 +70,7 @@ def sums_of_tiles(
     scale,
     shift,
     rstd,
-    signs,
+    activation_mask,
     channels,
     span,
     ACTIVATION: tl.constexpr,
@@ -98,7 +98,7 @@ def sums_of_tiles(
             center,
             scale,
             shift,
-            signs,
+            activation_mask,
             first + tile,
             group,
             channels,
@@ -136,7 +136,7 @@ def sum_parts(
     part_count,
     part_dy,
     part_dy_xhat,
-    signs,
+    activation_mask,
     channels,
     positions,
     units,
@@ -175,7 +175,7 @@ def sum_parts(
         scale,
         shift,
         wide_rstd.to(REAL),
-        signs,
+        activation_mask,
         channels,
         span,
         ACTIVATION,

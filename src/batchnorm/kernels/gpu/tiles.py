@@ -1,4 +1,4 @@
-"""Where the values of a program's tiles are; see plan.py for the layouts. Addresses are int64."""
+"""Where the values of a program's tiles are; see partition.py for the layouts. Addresses are int64."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tile_of(
         tile: its number in the group, int64.
         group, channel: see `task_of`.
         mask: a byte per unit (rows) or per unit and position (planes), 0 = does not count; or None.
-        shape: channels, positions, units and group_units, as plan.py has them.
+        shape: channels, positions, units and group_units, as partition.py has them.
         EVEN: there is no mask, and all values of all tiles are in the tensor: nothing is compared.
     """
     channels, positions, units, group_units = shape

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Known
-from batchnorm.torch import differentiable
+from batchnorm.torch import composite
 
 # Passes that one layer remembers; micro-batches of a pipeline, all of whose forwards come first, are as many.
 KEPT = 32
@@ -45,7 +45,7 @@ def may_be_recomputed(training: bool) -> bool:
     kept for the backward (`use_reentrant=False`). In evaluation without gradients, which is mostly inference,
     it is so within the forward of an autograd Function.
     """
-    if torch.compiler.is_compiling() or differentiable.is_transforming() or torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or composite.is_transforming() or torch.is_inference_mode_enabled():
         return False
     if torch.is_grad_enabled():
         return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
@@ -96,7 +96,7 @@ class Memory:
             batch: moments of this call, `[G, C]`.
             training: the layer's mode.
         """
-        if torch.compiler.is_compiling() or differentiable.is_transforming():
+        if torch.compiler.is_compiling() or composite.is_transforming():
             return known
         if is_recomputed():
             return self._found(known, _key(batch))

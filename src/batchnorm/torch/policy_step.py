@@ -51,7 +51,7 @@ class Choice(NamedTuple):
         known: running statistics, wide, and more; copies that no later step changes.
         ranks: who shares statistics; None = nobody.
         label: how other ranks know the layer.
-        is_lenient: groups of fewer than two values are normalized by the running statistics.
+        small_batch_fallback: groups of fewer than two values are normalized by the running statistics.
         memory: what the running statistics were in passes that may come again; None where it does not matter.
     """
 
@@ -60,7 +60,7 @@ class Choice(NamedTuple):
     known: Known
     ranks: collectives.Ranks | None = None
     label: str = ""
-    is_lenient: bool = False
+    small_batch_fallback: bool = False
     memory: Memory | None = None
 
     def share(
@@ -120,7 +120,7 @@ class Choice(NamedTuple):
 
     def _choose(self, batch: PooledMoments, known: Known, xp: Any) -> Chosen:
         chosen = self.policy.choose(batch, known, self.training, xp)
-        if not self.is_lenient:
+        if not self.small_batch_fallback:
             return chosen
         assert known.mean is not None
         assert known.var is not None

@@ -15,14 +15,14 @@ from batchnorm.kernels.interface import RunningStatistics, wide_dtype
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.synced import Synced
 
-from . import checks, compiled, differentiable, halves, operators
-from .choice import Choice, known_to, samples_of
+from . import checks, compiled, composite, halves, operators
+from .composite import Normalized
 from .contexts.recomputed import is_recomputed
-from .differentiable import Normalized
 from .exported import behind, is_exporting, stock
-from .moving import check_finite, move
 from .plan import Plan
+from .policy_step import Choice, known_to, samples_of
 from .ranks import collectives
+from .running_stats import check_finite, move
 from .settings import Settings, Tracked
 
 
@@ -34,14 +34,14 @@ class Mode(NamedTuple):
         moves: the running statistics then move.
         needs_two: one value per channel is refused.
         ranks: who shares the moments; None = nobody.
-        is_lenient: groups of fewer than two values are normalized by the running statistics.
+        small_batch_fallback: groups of fewer than two values are normalized by the running statistics.
     """
 
     measures: bool
     moves: bool
     needs_two: bool
     ranks: collectives.Ranks | None = None
-    is_lenient: bool = False
+    small_batch_fallback: bool = False
 
 
 # The mode of most calls, by whether statistics are tracked.
@@ -64,7 +64,7 @@ def mode_of(input: Tensor, tracked: Tracked, settings: Settings, mask: Tensor | 
     if isinstance(policy, Synced) and training:
         ranks = collectives.sharing_ranks(policy.group, policy.timeout)
     needs_two = training and ranks is None
-    is_lenient = False
+    small_batch_fallback = False
     if (
         needs_two
         and settings.small_batch == "running"
@@ -72,9 +72,11 @@ def mode_of(input: Tensor, tracked: Tracked, settings: Settings, mask: Tensor | 
         and tracked.var is not None
     ):
         is_traced = bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]  # for other sizes, too
-        is_lenient = mask is not None or is_traced or _smallest_group(input, policy.groups(training)) == 1
+        small_batch_fallback = (
+            mask is not None or is_traced or _smallest_group(input, policy.groups(training)) == 1
+        )
         needs_two = False
-    return Mode(True, moves, needs_two, ranks, is_lenient)
+    return Mode(True, moves, needs_two, ranks, small_batch_fallback)
 
 
 def _smallest_group(input: Tensor, size: int | None) -> int:
@@ -228,8 +230,8 @@ def normalize(
         return Normalized(behind(input.clone(), residual, settings.activation), None)
     plan = _plan(input, tracked, mask, settings, mode, exporting=exporting)
     strict = settings.nonfinite == "raise" and settings.training and mode.measures
-    if exporting or differentiable.is_transforming():
-        found = differentiable.normalize(input, weight, bias, residual, plan, exporting=exporting)
+    if exporting or composite.is_transforming():
+        found = composite.normalize(input, weight, bias, residual, plan, exporting=exporting)
         if strict and found.batch is not None:
             check_finite(found.batch.mean.detach(), found.batch.m2.detach())
         return found
@@ -249,10 +251,10 @@ def _plan(
         assert tracked.var is not None
         given = _given(tracked.mean, tracked.var, eps, input, exporting=exporting)
         return Plan(eps, settings.activation, mask, None, given)
-    if type(policy) is Batch and not mode.is_lenient:  # most calls
+    if type(policy) is Batch and not mode.small_batch_fallback:  # most calls
         return Plan(eps, settings.activation, mask)
     size = policy.groups(training)
-    if mode.ranks is None and policy.is_plain(training) and not mode.is_lenient:
+    if mode.ranks is None and policy.is_plain(training) and not mode.small_batch_fallback:
         return Plan(eps, settings.activation, mask, size)
     known = known_to(
         tracked.mean, tracked.var, tracked.batches, samples_of(input, mask), eps, wide_dtype(input.device)
@@ -261,7 +263,7 @@ def _plan(
     if ranks is not None:
         label = label if settings.label is None else settings.label()
         ranks = collectives.numbered(ranks, input.device)
-    choice = Choice(policy, training, known, ranks, label, mode.is_lenient, tracked.memory)
+    choice = Choice(policy, training, known, ranks, label, mode.small_batch_fallback, tracked.memory)
     return Plan(eps, settings.activation, mask, size, None, choice)
 
 
@@ -269,7 +271,7 @@ def _given(
     running_mean: Tensor, running_var: Tensor, eps: float, input: Tensor, *, exporting: bool
 ) -> tuple[Tensor, Tensor]:
     """Return mean and rstd, `[1, C]`; copies, so that autograd never holds a buffer that will move."""
-    if not (exporting or differentiable.is_transforming() or torch.compiler.is_compiling()):
+    if not (exporting or composite.is_transforming() or torch.compiler.is_compiling()):
         found = engine(input).given(running_mean, running_var, eps)
         if found is not None:
             return found
@@ -290,6 +292,6 @@ def is_exported_as_stock(settings: Settings, mode: Mode, mask: Tensor | None) ->
             'nonfinite="raise" cannot be exported in training, as no graph raises: export in evaluation '
             '(model.eval()), or set layer.nonfinite = "skip" or "propagate"'
         )
-    is_plain = policy.is_plain(training) and policy.groups(training) is None and not mode.is_lenient
+    is_plain = policy.is_plain(training) and policy.groups(training) is None and not mode.small_batch_fallback
     is_plain = is_plain and not (mode.moves and settings.nonfinite == "skip")
     return mask is None and (not mode.measures or is_plain)

@@ -26,9 +26,9 @@ def fill(given: Any, row: Any, value: Any, real: Any) -> None:
 
 
 @function
-def is_bounds(packet: Any, how: Any) -> Any:
+def is_bounds(args: Any, how: Any) -> Any:
     """Whether the activation has bounds at most, which whole vectors go through quickly."""
-    return is_simple(how) or packet.activation == IDENTITY or packet.activation == CLAMP
+    return is_simple(how) or args.activation == IDENTITY or args.activation == CLAMP
 
 
 @function
@@ -71,7 +71,7 @@ def _until_aligned(address: Any, size: Any, streams: Any, kind: Any) -> Any:
 
 @function
 def incoming(
-    packet: Any,
+    args: Any,
     at: Any,
     count: Any,
     centred: Any,
@@ -86,7 +86,7 @@ def incoming(
     """Return dy' = dy * activation'(z), 0 behind `count`.
 
     Args:
-        packet: the call.
+        args: the call.
         at: number of the first value in its tensor.
         count: values, up to LANES.
         centred: x - center.
@@ -96,23 +96,23 @@ def incoming(
     """
     size = size_of(kind)
     zero = splat(0.0, real)
-    dy = some(packet.dy + at * size, count, zero, kind)
-    if packet.activation == IDENTITY:
+    dy = some(args.dy + at * size, count, zero, kind)
+    if args.activation == IDENTITY:
         return dy
     z = multiply_add(centred, scale, shift)
-    if packet.residual:
-        z = z + some(packet.residual + at * size, count, zero, kind)
-    return through_if_full(dy, z, packet.activation, low, high, real, how)
+    if args.residual:
+        z = z + some(args.residual + at * size, count, zero, kind)
+    return through_if_full(dy, z, args.activation, low, high, real, how)
 
 
 @function
 def normalize_run(
-    packet: Any, at: Any, size: Any, mask: Any, given: Any, stride: Any, kind: Any, real: Any, how: Any
+    args: Any, at: Any, size: Any, mask: Any, given: Any, stride: Any, kind: Any, real: Any, how: Any
 ) -> Any:
     """Write y of a run.
 
     Args:
-        packet: the call.
+        args: the call.
         at: number of the run's first value in its tensor.
         size: values.
         mask: address of a byte per value, 0 for none.
@@ -124,12 +124,12 @@ def normalize_run(
     """
     bytes_, number = size_of(kind), size_of(real)
     row, parameters = given.shape[1] * number, given.ctypes.data
-    x, y = packet.x + at * bytes_, packet.y + at * bytes_
-    residual, streams = packet.residual + at * bytes_ if packet.residual else 0, packet.stream
-    low, high, zero = splat(packet.low, real), splat(packet.high, real), splat(0.0, real)
+    x, y = args.x + at * bytes_, args.y + at * bytes_
+    residual, streams = args.residual + at * bytes_ if args.residual else 0, args.stream
+    low, high, zero = splat(args.low, real), splat(args.high, real), splat(0.0, real)
     the_center, the_scale = load(parameters, real), load(parameters + SCALE * row, real)
     the_shift = load(parameters + SHIFT * row, real)
-    bounds = is_bounds(packet, how)
+    bounds = is_bounds(args, how)
     done, count = 0, _until_aligned(y, size, streams, kind)
     while done < size:
         while bounds and stride == 0 and count == LANES and done + LANES <= size:
@@ -152,7 +152,7 @@ def normalize_run(
             z = multiply_add(centred, load(place + SCALE * row, real), load(place + SHIFT * row, real))
             if residual:
                 z = z + some(residual + done * bytes_, count, zero, kind)
-            z = activated_if_full(z, packet.activation, low, high, real, how)
+            z = activated_if_full(z, args.activation, low, high, real, how)
             if not is_simple(how) and mask:
                 z = keep_valid(z, mask + done, count, zero)
             put(z, y + done * bytes_, count, streams, kind)
@@ -162,21 +162,21 @@ def normalize_run(
 
 @function
 def differentiate_run(
-    packet: Any, at: Any, size: Any, mask: Any, given: Any, stride: Any, kind: Any, real: Any, how: Any
+    args: Any, at: Any, size: Any, mask: Any, given: Any, stride: Any, kind: Any, real: Any, how: Any
 ) -> Any:
     """Write dx, and dresidual where there is a residual, of a run; arguments as of `normalize_run`."""
     bytes_, number = size_of(kind), size_of(real)
     row, parameters = given.shape[1] * number, given.ctypes.data
-    x, dx = packet.x + at * bytes_, packet.dx + at * bytes_
-    residual = packet.residual + at * bytes_ if packet.residual else 0
-    dresidual = packet.dresidual + at * bytes_ if packet.dresidual else 0
-    streams = packet.stream and (not dresidual or (dx ^ dresidual) & (LINE - 1) == 0)
-    low, high, zero = splat(packet.low_kink, real), splat(packet.high_kink, real), splat(0.0, real)
+    x, dx = args.x + at * bytes_, args.dx + at * bytes_
+    residual = args.residual + at * bytes_ if args.residual else 0
+    dresidual = args.dresidual + at * bytes_ if args.dresidual else 0
+    streams = args.stream and (not dresidual or (dx ^ dresidual) & (LINE - 1) == 0)
+    low, high, zero = splat(args.low_kink, real), splat(args.high_kink, real), splat(0.0, real)
     the_center, the_scale = load(parameters, real), load(parameters + SCALE * row, real)
     the_shift, the_a = load(parameters + SHIFT * row, real), load(parameters + A * row, real)
     the_b, the_c = load(parameters + B * row, real), load(parameters + C * row, real)
     the_rstd = load(parameters + RSTD * row, real)
-    bounds = is_bounds(packet, how)
+    bounds = is_bounds(args, how)
     done, count = 0, _until_aligned(dx, size, streams, kind)
     while done < size:
         while bounds and stride == 0 and count == LANES and done + LANES <= size:
@@ -184,7 +184,7 @@ def differentiate_run(
             z = multiply_add(centred, the_scale, the_shift)
             if residual:
                 z = z + load(residual + done * bytes_, kind)
-            dy = within(load(packet.dy + (at + done) * bytes_, kind), z, low, high, real)
+            dy = within(load(args.dy + (at + done) * bytes_, kind), z, low, high, real)
             found = multiply_add(the_a, dy, multiply_add(the_b, centred * the_rstd, the_c))
             if not is_simple(how) and mask:
                 dy = keep_valid(dy, mask + done, LANES, zero)
@@ -205,7 +205,7 @@ def differentiate_run(
             center = load(place, real)
             centred = some(x + done * bytes_, count, center, kind) - center
             scale, shift = load(place + SCALE * row, real), load(place + SHIFT * row, real)
-            dy = incoming(packet, at + done, count, centred, scale, shift, low, high, kind, real, how)
+            dy = incoming(args, at + done, count, centred, scale, shift, low, high, kind, real, how)
             a, b = load(place + A * row, real), load(place + B * row, real)
             xhat = centred * load(place + RSTD * row, real)
             found = multiply_add(a, dy, multiply_add(b, xhat, load(place + C * row, real)))

@@ -59,7 +59,7 @@ def test_gradients_are_those_by_the_residual(
         for keeps in (True, False):
             with monkeypatch.context() as patch, use("gpu"):
                 if not keeps:
-                    patch.setattr(load("gpu"), "signs", lambda *_: None)
+                    patch.setattr(load("gpu"), "activation_mask", lambda *_: None)
                 layer = norm(dtype, activation=activation, statistics=statistics)
                 found.append(gradients_of(layer, *given, **options))
         assert_identical(*found)

@@ -21,15 +21,15 @@ def place_of(tile, group, channels, span, ROWS: tl.constexpr, OUTER: tl.constexp
 
 
 @triton.jit
-def store_signs(signs, place, is_tile, is_open, OUTER: tl.constexpr, INNER: tl.constexpr):
+def store_mask_bits(activation_mask, place, is_tile, is_open, OUTER: tl.constexpr, INNER: tl.constexpr):
     """Write the bits of a tile, if it is one."""
     bits = tl.reshape(tl.where(is_open, 1, 0), [OUTER * INNER // 8, 8]) << tl.arange(0, 8)[None, :]
-    tl.store(signs + place, tl.sum(bits, 1).to(tl.uint8), mask=is_tile)
+    tl.store(activation_mask + place, tl.sum(bits, 1).to(tl.uint8), mask=is_tile)
 
 
 @triton.jit
-def load_signs(signs, place, is_tile, OUTER: tl.constexpr, INNER: tl.constexpr):
+def load_mask_bits(activation_mask, place, is_tile, OUTER: tl.constexpr, INNER: tl.constexpr):
     """Return a tile of flags, whether its bits are set; none is, if it is no tile."""
-    found = tl.load(signs + place, mask=is_tile, other=0).to(tl.int32)
+    found = tl.load(activation_mask + place, mask=is_tile, other=0).to(tl.int32)
     bits = (found[:, None] >> tl.arange(0, 8)[None, :]) & 1
     return tl.reshape(bits, [OUTER, INNER]) != 0

@@ -191,7 +191,7 @@ class Recipe:
         assert y.storage_offset() == self.offset, "a fresh output begins where the first one did"
         return y
 
-    def settle(self) -> None:
+    def release(self) -> None:
         """End a backward: that of the norm is the last of those of its readers that take part in it.
 
         Who has not taken the output by now may do so when the norm keeps nothing any more. It is then kept as
@@ -293,12 +293,12 @@ def record(
     _RECIPES[recipe.storage.cdata] = recipe
 
 
-def settle(node: Any) -> None:
+def release(node: Any) -> None:
     """End a backward of the recipe's readers, as its norm's begins; `node` is the norm's."""
     found = getattr(node, "recipe", None)
     recipe = None if found is None else found()
     if recipe is not None:
-        recipe.settle()
+        recipe.release()
 
 
 def _source(tensor: Tensor) -> Kept | Reading:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .compiled import kernel
-from .packet import Packet
+from .jit import kernel
+from .kernel_args import KernelArgs
 
 # Values from which threads are worth waking: below, one is done before the others are up.
 _FEW = 2**15
@@ -33,10 +33,10 @@ if hasattr(os, "register_at_fork"):  # where there is a fork, the parent's threa
     os.register_at_fork(after_in_child=_note_the_fork)
 
 
-def run(name: str, dtype: torch.dtype, simple: bool, packet: Packet, values: int) -> None:
-    """Run a kernel on a packet; `values` says how much there is to do in all."""
-    function, address = kernel(name, dtype, simple), ctypes.addressof(packet)
-    threads = 1 if values <= _FEW else min(packet.tasks, torch.get_num_threads())
+def run(name: str, dtype: torch.dtype, simple: bool, args: KernelArgs, values: int) -> None:
+    """Run a kernel on a args; `values` says how much there is to do in all."""
+    function, address = kernel(name, dtype, simple), ctypes.addressof(args)
+    threads = 1 if values <= _FEW else min(args.tasks, torch.get_num_threads())
     if threads == 1 or _in_a_child:
         _worker(function)(address)
     else:

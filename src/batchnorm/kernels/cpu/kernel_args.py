@@ -53,7 +53,7 @@ _NUMBERS = (
     "group_units",  # units of a group; the last one may have fewer
     "parts",  # a group is cut into so many tasks, of about as many units each
     "span",  # groups of a task
-    "room",  # bytes that a thread needs to compute in
+    "workspace",  # bytes that a thread needs to compute in
     "columns",  # rows only: values in a row; a row may hold several units
     "block",  # columns of a task; of planes: channels
     "planes",  # of a task that goes through the tensor as it lies in memory; 0 where a task is of one channel
@@ -85,7 +85,7 @@ _COUNTERS = (
 )
 
 
-class Packet(ctypes.Structure):
+class KernelArgs(ctypes.Structure):
     """The record, as Python fills it."""
 
     _fields_ = (
@@ -103,13 +103,13 @@ _RECORD = np.dtype(
     {
         "names": _NAMES,
         "formats": [np.float64 if name in _REALS else np.int64 for name in _NAMES],
-        "offsets": [getattr(Packet, name).offset for name in _NAMES],
-        "itemsize": ctypes.sizeof(Packet),
+        "offsets": [getattr(KernelArgs, name).offset for name in _NAMES],
+        "itemsize": ctypes.sizeof(KernelArgs),
     }
 )
 
 
-NEXT, FINISHED = Packet.next.offset, Packet.finished.offset  # bytes from the record's address
+NEXT, FINISHED = KernelArgs.next.offset, KernelArgs.finished.offset  # bytes from the record's address
 
 
 @function
@@ -125,9 +125,9 @@ def numbers(address: Any, size: Any) -> Any:
 
 
 @function
-def table(room: Any, start: Any, rows: Any, columns: Any, real: Any) -> Any:
-    """Return a part of a thread's room as a table, from byte `start` on."""
-    return carray(pointer(room.ctypes.data + start), (rows, columns), real)
+def table(workspace: Any, start: Any, rows: Any, columns: Any, real: Any) -> Any:
+    """Return a part of a thread's workspace as a table, from byte `start` on."""
+    return carray(pointer(workspace.ctypes.data + start), (rows, columns), real)
 
 
 @function
@@ -152,9 +152,9 @@ def set_parameter(address: Any, channel: Any, value: Any, real: Any) -> None:
 
 
 @function
-def is_valid(packet: Any, unit: Any) -> Any:
+def is_valid(args: Any, unit: Any) -> Any:
     """Whether the mask, of one byte per unit, leaves a unit in."""
-    return packet.mask == 0 or carray(pointer(packet.mask), (unit + 1,), np.uint8)[unit] != 0
+    return args.mask == 0 or carray(pointer(args.mask), (unit + 1,), np.uint8)[unit] != 0
 
 
 @function

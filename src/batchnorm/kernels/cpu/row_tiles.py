@@ -10,8 +10,8 @@ from typing import Any
 
 from .access import LINE, load, load_part, prefetch, size_of, store
 from .activations import bounded, within
+from .elementwise import CENTER, RSTD, SCALE, SHIFT, A, B, C, put, some
 from .llvm import LANES
-from .runs import CENTER, RSTD, SCALE, SHIFT, A, B, C, put, some
 from .vector import function, multiply_add, splat
 
 SUMMED, WRITTEN = 4, 2  # rows
@@ -19,9 +19,9 @@ _AHEAD = 2**14  # bytes that are asked for ahead, at least
 
 
 @function
-def distance(packet: Any, unit: Any, last: Any, fold: Any, rows: Any, kind: Any) -> Any:
+def distance(args: Any, unit: Any, last: Any, fold: Any, rows: Any, kind: Any) -> Any:
     """Return how many bytes away the rows are that are asked for ahead; 0 where there are none."""
-    step = packet.columns * size_of(kind)
+    step = args.columns * size_of(kind)
     away = max(rows, (_AHEAD + step - 1) // step)
     return away * step if last - unit >= (away + rows) * fold else 0
 
@@ -34,7 +34,7 @@ def _ask(address: Any, kind: Any) -> None:
 
 @function
 def add_deviations(
-    packet: Any,
+    args: Any,
     place: Any,
     width: Any,
     ahead: Any,
@@ -47,7 +47,7 @@ def add_deviations(
     """Add x * factor - center, and its square, to the two rows of sums, per column.
 
     Args:
-        packet: the call.
+        args: the call.
         place: number of the strip's first value in its tensor.
         width: columns.
         ahead: bytes from a value to what is asked for meanwhile, 0 for nothing.
@@ -57,13 +57,13 @@ def add_deviations(
         kind: of the tensors in memory.
         real: of the arithmetic.
     """
-    step, number = packet.columns * size_of(kind), size_of(real)
+    step, number = args.columns * size_of(kind), size_of(real)
     scale = splat(factor, real)
     first, second = sums.ctypes.data, sums.ctypes.data + sums.shape[1] * number
     for start in range(0, width, LANES):
         s, q = load(first + start * number, real), load(second + start * number, real)
         middle = load(center.ctypes.data + start * number, real)
-        x = packet.x + (place + start) * size_of(kind)
+        x = args.x + (place + start) * size_of(kind)
         if start + LANES <= width:
             if ahead:
                 for row in range(SUMMED):
@@ -85,7 +85,7 @@ def add_deviations(
 
 @function
 def add_gradients(
-    packet: Any,
+    args: Any,
     place: Any,
     width: Any,
     ahead: Any,
@@ -95,18 +95,18 @@ def add_gradients(
     real: Any,
 ) -> None:
     """Add dy' and dy' (x - center) rstd to the two rows of sums, per column; arguments as above."""
-    step, number, zero = packet.columns * size_of(kind), size_of(real), splat(0.0, real)
+    step, number, zero = args.columns * size_of(kind), size_of(real), splat(0.0, real)
     row, parameters = given.shape[1] * number, given.ctypes.data
     first, second = sums.ctypes.data, sums.ctypes.data + sums.shape[1] * number
-    low, high = splat(packet.low_kink, real), splat(packet.high_kink, real)
+    low, high = splat(args.low_kink, real), splat(args.high_kink, real)
     for start in range(0, width, LANES):
         s, q = load(first + start * number, real), load(second + start * number, real)
         column, count = parameters + start * number, width - start
         center, rstd = load(column + CENTER * row, real), load(column + RSTD * row, real)
         scale, shift = load(column + SCALE * row, real), load(column + SHIFT * row, real)
         offset = (place + start) * size_of(kind)
-        x, dy = packet.x + offset, packet.dy + offset
-        residual = packet.residual + offset if packet.residual else 0
+        x, dy = args.x + offset, args.dy + offset
+        residual = args.residual + offset if args.residual else 0
         for _ in range(0, SUMMED, 2):
             if ahead:
                 _ask(x + ahead, kind)
@@ -129,44 +129,44 @@ def add_gradients(
 
 
 @function
-def _streams(packet: Any, address: Any, kind: Any) -> Any:
+def _streams(args: Any, address: Any, kind: Any) -> Any:
     """Whether the rows of an output may be streamed to: each begins a cache line."""
-    return packet.stream and (address | packet.columns * size_of(kind)) & (LINE - 1) == 0
+    return args.stream and (address | args.columns * size_of(kind)) & (LINE - 1) == 0
 
 
 @function
-def normalize(packet: Any, place: Any, width: Any, ahead: Any, given: Any, kind: Any, real: Any) -> None:
+def normalize(args: Any, place: Any, width: Any, ahead: Any, given: Any, kind: Any, real: Any) -> None:
     """Write y; arguments as above. The last vector may overlap the one before it: `width` >= LANES."""
-    step, number = packet.columns * size_of(kind), size_of(real)
+    step, number = args.columns * size_of(kind), size_of(real)
     row, parameters = given.shape[1] * number, given.ctypes.data
-    low, high = splat(packet.low, real), splat(packet.high, real)
-    streams = _streams(packet, packet.y, kind)
+    low, high = splat(args.low, real), splat(args.high, real)
+    streams = _streams(args, args.y, kind)
     for start in range(0, width, LANES):
         if start + LANES > width:
             start, streams = width - LANES, False
         column, offset = parameters + start * number, (place + start) * size_of(kind)
         center, scale = load(column + CENTER * row, real), load(column + SCALE * row, real)
         shift = load(column + SHIFT * row, real)
-        x, y = packet.x + offset, packet.y + offset
+        x, y = args.x + offset, args.y + offset
         if ahead:
             _ask(x + ahead, kind)
             _ask(x + ahead + step, kind)
         z0 = multiply_add(load(x, kind) - center, scale, shift)
         z1 = multiply_add(load(x + step, kind) - center, scale, shift)
-        if packet.residual:
-            z0 = z0 + load(packet.residual + offset, kind)
-            z1 = z1 + load(packet.residual + offset + step, kind)
+        if args.residual:
+            z0 = z0 + load(args.residual + offset, kind)
+            z1 = z1 + load(args.residual + offset + step, kind)
         put(bounded(z0, low, high), y, LANES, streams, kind)
         put(bounded(z1, low, high), y + step, LANES, streams, kind)
 
 
 @function
-def differentiate(packet: Any, place: Any, width: Any, ahead: Any, given: Any, kind: Any, real: Any) -> None:
+def differentiate(args: Any, place: Any, width: Any, ahead: Any, given: Any, kind: Any, real: Any) -> None:
     """Write dx, and dresidual where there is a residual; as `normalize`."""
-    step, number = packet.columns * size_of(kind), size_of(real)
+    step, number = args.columns * size_of(kind), size_of(real)
     row, parameters = given.shape[1] * number, given.ctypes.data
-    low, high = splat(packet.low_kink, real), splat(packet.high_kink, real)
-    streams = _streams(packet, packet.dx | packet.dresidual, kind)
+    low, high = splat(args.low_kink, real), splat(args.high_kink, real)
+    streams = _streams(args, args.dx | args.dresidual, kind)
     for start in range(0, width, LANES):
         if start + LANES > width:
             start, streams = width - LANES, False
@@ -175,7 +175,7 @@ def differentiate(packet: Any, place: Any, width: Any, ahead: Any, given: Any, k
         shift, rstd = load(column + SHIFT * row, real), load(column + RSTD * row, real)
         a, b = load(column + A * row, real), load(column + B * row, real)
         c = load(column + C * row, real)
-        x, dy, dx = packet.x + offset, packet.dy + offset, packet.dx + offset
+        x, dy, dx = args.x + offset, args.dy + offset, args.dx + offset
         if ahead:
             _ask(x + ahead, kind)
             _ask(x + ahead + step, kind)
@@ -183,13 +183,13 @@ def differentiate(packet: Any, place: Any, width: Any, ahead: Any, given: Any, k
             _ask(dy + ahead + step, kind)
         v0, v1 = load(x, kind) - center, load(x + step, kind) - center
         z0, z1 = multiply_add(v0, scale, shift), multiply_add(v1, scale, shift)
-        if packet.residual:
-            z0 = z0 + load(packet.residual + offset, kind)
-            z1 = z1 + load(packet.residual + offset + step, kind)
+        if args.residual:
+            z0 = z0 + load(args.residual + offset, kind)
+            z1 = z1 + load(args.residual + offset + step, kind)
         d0 = within(load(dy, kind), z0, low, high, real)
         d1 = within(load(dy + step, kind), z1, low, high, real)
-        if packet.dresidual:
-            put(d0, packet.dresidual + offset, LANES, streams, kind)
-            put(d1, packet.dresidual + offset + step, LANES, streams, kind)
+        if args.dresidual:
+            put(d0, args.dresidual + offset, LANES, streams, kind)
+            put(d1, args.dresidual + offset + step, LANES, streams, kind)
         put(multiply_add(a, d0, multiply_add(b, v0 * rstd, c)), dx, LANES, streams, kind)
         put(multiply_add(a, d1, multiply_add(b, v1 * rstd, c)), dx + step, LANES, streams, kind)

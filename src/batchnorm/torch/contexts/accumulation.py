@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.statistics.moments import PooledMoments, merge
-from batchnorm.torch.moving import Moved, is_finite, moved, pooled_groups, write
+from batchnorm.torch.running_stats import Moved, is_finite, moved, pooled_groups, write
 from batchnorm.torch.settings import Tracked
 
 from .domains import domain_of, selected

@@ -34,7 +34,7 @@ _TILES = 8  # tiles of a program that only normalizes or differentiates: it load
 _MERGED, _BLOCK = 2**11, 512  # numbers of a tile that merges, and parts of it at most
 
 
-class Plan(NamedTuple):
+class Partition(NamedTuple):
     """A call's programs.
 
     Attributes:
@@ -86,7 +86,7 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(shape: tuple[int, ...], stride: tuple[int, ...], group_size: int | None) -> Plan:
+def partition(shape: tuple[int, ...], stride: tuple[int, ...], group_size: int | None) -> Partition:
     """Return the programs for a tensor `[N, C, *S]` that is not empty.
 
     Args:
@@ -114,7 +114,7 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], group_size: int | None
     part_tiles = _fitting(tiles, min(_LANE, math.ceil(tiles / wanted)))
     fits = length % outer == 0 and (channels if rows else positions) % inner == 0 and samples % group == 0
     is_even = fits and tiles % part_tiles == 0 and tiles % _step_tiles(tiles, programs) == 0
-    return Plan(
+    return Partition(
         contiguous or channels_last,
         rows,
         channels,

@@ -19,8 +19,8 @@ _TASKS = 16  # enough for the threads of most machines, and to even out what eac
 _PART, _PARTS = 2**17, 32  # values of a part at least, and number of parts at most
 
 
-class Plan(NamedTuple):
-    """A call's tasks; what the numbers mean, packet.py says.
+class Partition(NamedTuple):
+    """A call's tasks; what the numbers mean, kernel_args.py says.
 
     Attributes:
         is_dense: whether the tensor is laid out as one of the two that there are kernels for.
@@ -43,7 +43,9 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_size: int | None) -> Plan:
+def partition(
+    shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_size: int | None
+) -> Partition:
     """Return the tasks for a tensor `[N, C, *S]` that is not empty.
 
     Args:
@@ -63,7 +65,9 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_si
         spread = channels if groups == 1 else max(_TASKS // groups, channels * group * positions // _SPAN)
         block = math.ceil(channels / max(1, min(channels, spread)))
         tasks = parts * groups * math.ceil(channels / block)
-        return Plan(dense, "planes", channels, positions, groups, samples, group, parts, 0, block, 1, tasks)
+        return Partition(
+            dense, "planes", channels, positions, groups, samples, group, parts, 0, block, 1, tasks
+        )
     narrow = 0
     if channels_last or positions == 1:
         units, group, positions = samples * positions, group * positions, 1
@@ -80,7 +84,9 @@ def plan(shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_si
     parts = 1 if block <= narrow else _parts(blocks * groups, values)
     span = 1 if parts > 1 else max(1, min(groups * blocks // _TASKS, _SPAN // (values + 1)))
     tasks = parts * math.ceil(groups / span) * blocks
-    return Plan(dense, "rows", channels, positions, groups, units, group, parts, columns, block, span, tasks)
+    return Partition(
+        dense, "rows", channels, positions, groups, units, group, parts, columns, block, span, tasks
+    )
 
 
 def _columns(positions: int) -> int:

@@ -16,8 +16,8 @@ from numba.core import event
 
 from . import groups, planes, rows, running, statistics
 from .access import finished, number_finished, take_number
+from .kernel_args import FINISHED, NEXT, read
 from .on_disk import Kept
-from .packet import FINISHED, NEXT, read
 from .vector import FULL, SIMPLE, function, part_of_one
 
 _log = logging.getLogger("batchnorm")
@@ -39,70 +39,70 @@ def _work(body: Any, merge: Any, end: Any, address: Any, kind: Any, real: Any, h
     Who gets a task of a later pass waits for the earlier ones; these are taken already, so they end. Who ends
     the last one does what comes at the end.
     """
-    packet = read(address)
-    tasks, merges, room = packet.tasks, packet.merges, np.empty(packet.room, np.uint8)
+    args = read(address)
+    tasks, merges, workspace = args.tasks, args.merges, np.empty(args.workspace, np.uint8)
     index = take_number(address + NEXT)
-    while index < packet.total:
+    while index < args.total:
         before = 0 if index < tasks else tasks if index < tasks + merges else tasks + merges
         while before and number_finished(address + FINISHED) < before:
             pass
         if before == tasks and merges:
-            merge(packet, index - before, real)
+            merge(args, index - before, real)
         else:
-            measures, applies = packet.measure, packet.apply
+            measures, applies = args.measure, args.apply
             if merges:
                 measures, applies = before == 0, before > 0
-            body(packet, index - before, measures, applies, room, kind, real, how)
-        if finished(address + FINISHED) == packet.total - 1:
-            end(packet, real)
+            body(args, index - before, measures, applies, workspace, kind, real, how)
+        if finished(address + FINISHED) == args.total - 1:
+            end(args, real)
         index = take_number(address + NEXT)
 
 
 @function
 def _close(close: Any, end: Any, address: Any, real: Any) -> None:
     """Do tasks that put groups together until all are taken, and then what comes at the end."""
-    packet = read(address)
+    args = read(address)
     index = take_number(address + NEXT)
-    while index < packet.total:
-        close(packet, index, real)
-        if finished(address + FINISHED) == packet.total - 1:
-            end(packet, real)
+    while index < args.total:
+        close(args, index, real)
+        if finished(address + FINISHED) == args.total - 1:
+            end(args, real)
         index = take_number(address + NEXT)
 
 
-# What a thread runs, given the address of a packet. `source` is never 0: it is there to be part of the
+# What a thread runs, given the address of a args. `source` is never 0: it is there to be part of the
 # function, of which Numba asks if it is on disk; of the functions that this one calls, it does not ask.
 # One by one, since a function that held another compiled one as a variable would never be found on disk.
 
 
 def _planes_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
-    def planes_forward(packet):  # type: ignore[no-untyped-def]
+    def planes_forward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.forward, statistics.merge_moments, running.move_running, packet, kind, real, how)
+            _work(planes.forward, statistics.merge_moments, running.move_running, args, kind, real, how)
 
     return planes_forward
 
 
 def _planes_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
-    def planes_backward(packet):  # type: ignore[no-untyped-def]
+    def planes_backward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.backward, statistics.merge_sums, running.move_nothing, packet, kind, real, how)
+            _work(planes.backward, statistics.merge_sums, running.move_nothing, args, kind, real, how)
 
     return planes_backward
 
 
 def _rows_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
-    def rows_forward(packet):  # type: ignore[no-untyped-def]
+    def rows_forward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.forward, statistics.merge_moments, running.move_running, packet, kind, real, how)
+            _work(rows.forward, statistics.merge_moments, running.move_running, args, kind, real, how)
 
     return rows_forward
 
 
 def _rows_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
-    def rows_backward(packet):  # type: ignore[no-untyped-def]
+    def rows_backward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.backward, statistics.merge_sums, running.move_nothing, packet, kind, real, how)
+            _work(rows.backward, statistics.merge_sums, running.move_nothing, args, kind, real, how)
 
     return rows_backward
 
@@ -110,9 +110,9 @@ def _rows_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _groups_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
     del kind, how
 
-    def groups_forward(packet):  # type: ignore[no-untyped-def]
+    def groups_forward(args):  # type: ignore[no-untyped-def]
         if source:
-            _close(groups.pool, groups.move_running, packet, real)
+            _close(groups.pool, groups.move_running, args, real)
 
     return groups_forward
 
@@ -120,9 +120,9 @@ def _groups_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _groups_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
     del kind, how
 
-    def groups_backward(packet):  # type: ignore[no-untyped-def]
+    def groups_backward(args):  # type: ignore[no-untyped-def]
         if source:
-            _close(groups.set_parameters, running.move_nothing, packet, real)
+            _close(groups.set_parameters, running.move_nothing, args, real)
 
     return groups_backward
 
@@ -130,9 +130,9 @@ def _groups_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
 def _take_running(kind: Any, real: Any, how: Any, source: int) -> Any:
     del kind, how
 
-    def take_running(packet):  # type: ignore[no-untyped-def]
+    def take_running(args):  # type: ignore[no-untyped-def]
         if source:
-            running.take_running(read(packet), real)
+            running.take_running(read(args), real)
 
     return take_running
 
