@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from batchnorm.kernels.activations import ACTIVATIONS
 
-from . import halves, operators
+from . import autograd
 
 _ENOUGH = 0.1  # of what could be saved, in bytes; less is next to nothing
 _FAR = 3  # steps of the graph from an activation, over an addition, to a norm
@@ -55,7 +55,7 @@ class Savings:
 
 def _remedy(node: Any, far: int) -> str | None:
     """Return what would let `lean` spare the output of a node: it is a norm's, or follows from one."""
-    if getattr(type(node), "_forward_cls", None) in (operators._BatchNorm, halves._Chosen):
+    if getattr(type(node), "_forward_cls", None) in (autograd._BatchNorm, autograd._PolicyBatchNorm):
         return "fuse" if far else None  # its own output is kept at the end of a chain only
     name = node.name()
     if "BatchNorm" in name:

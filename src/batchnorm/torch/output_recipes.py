@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from batchnorm.kernels.interface import Engine
+from batchnorm.kernels.interface import Engine, Statistics
 
-from .plan import Plan
+from .call import Call
 
 SEGMENT = 4  # links of a chain; the outputs of a whole segment can be in memory at once in the backward
 
@@ -124,18 +124,19 @@ class Recipe:
         self,
         y: Tensor,
         engine: Engine,
+        call: Call,
         x: Kept | Reading,
         residual: Kept | Reading | Other | None,
-        statistics: tuple[Tensor, Tensor],
-        parameters: tuple[Tensor | None, Tensor | None],
-        plan: Plan,
+        statistics: Statistics,
     ) -> None:
         self.storage = _reference(y)
         self.version, self.dtype, self.offset = y._version, y.dtype, y.storage_offset()
         self.device = y.device
-        self.engine, self.statistics, self.plan = engine, statistics, plan
-        self.mask = None if plan.mask is None else Kept(plan.mask)
+        self.engine, self.statistics = engine, statistics
+        self.activation, self.group_size = call.activation, call.group_size
+        self.mask = None if call.mask is None else Kept(call.mask)
         # Copies: an optimizer's step is no reason to have other values, or none.
+        parameters = (call.weight, call.bias)
         self.parameters = tuple(None if p is None else p.detach().clone() for p in parameters)
         self.x: Kept | Reading | None = x
         self.residual = residual
@@ -179,15 +180,10 @@ class Recipe:
     def _recomputed(self) -> Tensor:
         assert self.x is not None
         residual = None if self.residual is None else self.residual.take()
-        y = self.engine.normalize(
-            self.x.take(),
-            *self.statistics,
-            *self.parameters,
-            residual=residual,
-            activation=self.plan.activation,
-            mask=None if self.mask is None else self.mask.take(),
-            group_size=self.plan.group_size,
-        )
+        mask = None if self.mask is None else self.mask.take()
+        weight, bias = self.parameters
+        call = Call(self.x.take(), weight, bias, residual, mask, self.activation, group_size=self.group_size)
+        y = self.engine.normalize(call, self.statistics)
         assert y.storage_offset() == self.offset, "a fresh output begins where the first one did"
         return y
 
@@ -254,27 +250,20 @@ def find(tensor: Tensor) -> Recipe | None:
 
 
 def record(
-    y: Tensor,
-    engine: Engine,
-    x: Tensor,
-    residual: Tensor | None,
-    statistics: tuple[Tensor, Tensor],
-    parameters: tuple[Tensor | None, Tensor | None],
-    plan: Plan,
-    keeps_residual: bool = True,
+    y: Tensor, engine: Engine, call: Call, statistics: Statistics, keeps_residual: bool = True
 ) -> None:
     """Make the recipe of an output, where `lean` has kept what its norm keeps.
 
     Args:
         y: the output, with its graph.
         engine: what computed it.
-        x, residual, plan: of the call.
-        statistics: mean and rstd, those that the norm keeps for its gradient.
-        parameters: weight and bias.
+        call: the call.
+        statistics: by which it was normalized; the norm keeps them for its gradient.
         keeps_residual: whether behind an activation the norm keeps the residual, for its own gradient.
     """
     if not _KEPT:  # nobody is lean: a tenth of a microsecond
         return
+    residual = call.residual
     key = _key(statistics[0])
     own = None if key is None else _KEPT.get(key)
     if (
@@ -284,8 +273,8 @@ def record(
         or (residual is not None and _key(residual) is None)
     ):
         return
-    keeps = keeps_residual and plan.activation is not None
-    recipe = Recipe(y, engine, _source(x), _residual(residual, keeps), statistics, parameters, plan)
+    keeps = keeps_residual and call.activation is not None
+    recipe = Recipe(y, engine, call, _source(call.x), _residual(residual, keeps), statistics)
     if recipe.links > SEGMENT:
         return
     own.recipe = recipe

@@ -38,7 +38,7 @@ def stock_twin(layer: _Layer) -> nn.Module:
         if name == "statistics" and layer.statistics.measures(training=False):
             remedy = f"{_TRACE}: it adapts to each batch in evaluation, which no stock layer does"
         raise _refused(layer, f"a layer with {name}={value!r}", remedy)
-    if layer._pool is not None or (layer._scope is not None and layer._scope.masked is not None):
+    if layer._accumulator is not None or (layer._scope is not None and layer._scope.masked is not None):
         raise _refused(
             layer,
             "a layer within batchnorm.mask or batchnorm.accumulate, which no stock layer heeds",
