@@ -19,8 +19,8 @@ from .kernel_args import KernelArgs
 from .llvm import LANES
 from .parallel import run
 from .partition import SHORT, Partition, partition
+from .row_layout import PER_CHANNEL, PER_COLUMN
 from .statistics import CHANNELS
-from .workspace import PER_CHANNEL, PER_COLUMN
 
 _PLANE = 128  # values side by side from which a tensor is normalized as it lies in memory, plane by plane
 _PLANES = 2**15  # values of such a task
