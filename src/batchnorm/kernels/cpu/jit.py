@@ -151,7 +151,7 @@ _KERNELS: dict[str, Callable[[Any, Any, Any, int], Any]] = {
 
 
 class _Announcer(event.Listener):
-    """Logs, once in a process, that a kernel is compiled, which takes long; a kernel on disk is not."""
+    """Logs, once per process, that kernels are compiled, which takes long; not for kernels on disk."""
 
     def __init__(self) -> None:
         self.is_silent = False

@@ -36,9 +36,8 @@ class _WholeFiles(IndexDataCacheFile):
 
     def _load_data(self, name: str) -> Any:
         if not _is_whole(self._data_path(name)):
-            raise OSError(
-                f"{name} is damaged"
-            )  # Numba takes it for a missing one, compiles, and overwrites it
+            # Numba takes it for a missing one, compiles, and overwrites it.
+            raise OSError(f"{name} is damaged")
         return super()._load_data(name)
 
     @contextlib.contextmanager

@@ -41,7 +41,7 @@ _FIRST = 256  # values whose mean is the center of the first block
 
 @function
 def _task(args: Any, index: Any) -> Any:
-    """Returns part, group, first channel and end of channels, and first value in a channel and their end."""
+    """Returns a task's part and group, the range of its channels, and of its values in each channel."""
     rest, block = divmod(index, (args.channels + args.block - 1) // args.block)
     part, group = divmod(rest, args.groups)
     unit = group * args.group_units

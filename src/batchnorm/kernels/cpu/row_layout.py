@@ -28,9 +28,12 @@ class Columns(NamedTuple):
     """A block of columns, and the channels that these belong to.
 
     Attributes:
-        first: number of the block's first column in a row. width: number of columns. channel: number of the
-        first channel. channels: number of channels. repeats: number of columns of each channel: number r of
-        channel c is column c * apart + r * step of the block. apart, step: see repeats.
+        first: index of the block's first column in a row.
+        width: number of columns.
+        channel: index of the first channel.
+        channels: number of channels.
+        repeats: columns of each channel; number r of channel c is column c * apart + r * step of the block.
+        apart, step: see repeats.
     """
 
     first: Any
@@ -54,6 +57,7 @@ def task_of(args: Any, index: Any) -> Any:
 
 @function
 def _columns_of(args: Any, first: Any, width: Any) -> Any:
+    """Returns the block of `width` columns from `first` on."""
     channel, channels, repeats, apart, step = first, width, 1, 1, 0
     if args.positions > 1:
         channel, channels = first // args.positions, width // args.positions

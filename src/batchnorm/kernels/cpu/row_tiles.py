@@ -1,8 +1,7 @@
 """Computes a tile of a few whole rows of a block of columns, for which a column's parameters are loaded once.
 
-All of a row's parameters together do not stay in the first-level cache. Tiles are for calls without a mask
-and without an activation other than bounds (SIMPLE); rows.py computes all other calls, and incomplete rows,
-row by row.
+A whole row's parameters do not stay in the first-level cache. Tiles are for calls without a mask and without
+an activation other than bounds (SIMPLE); for other calls, and for incomplete rows, rows.py goes row by row.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ def add_gradients(
 
 @function
 def _streams(args: Any, address: Any, dtype: Any) -> Any:
-    """Returns whether an output's rows may be written past the caches: each begins at a cache line then."""
+    """Returns whether an output's rows are written past the caches: each must begin at a cache line."""
     return args.stream and (address | args.columns * size_of(dtype)) & (LINE - 1) == 0
 
 

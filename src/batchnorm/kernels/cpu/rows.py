@@ -226,9 +226,8 @@ def _measure(
         if is_first or not _is_finite(m2):
             count = _moments(args, columns, unit, end, factor, by_column, by_channel, variant)
             for channel in range(channels):
-                # With the second factor, only channels are written whose squares have overflowed float32, or
-                # whose x is not finite, and stays so: small values of the others would vanish under that
-                # factor.
+                # With the second factor, only channels whose squares overflowed float32, or whose x is not
+                # finite, and stays so: small values of the others would vanish under that factor.
                 if is_first or not math.isfinite(m2s[channel]):
                     means[channel] = mean[channel] * whole
                     m2s[channel] = m2[channel] * whole * whole

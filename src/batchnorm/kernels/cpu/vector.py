@@ -74,10 +74,9 @@ def vector_of(dtype: Any) -> Vector:
 
 @intrinsic
 def is_simple(typingctx: Any, variant: Any) -> Any:
-    """Returns whether a kernel is compiled for calls that have no mask, and no activation but bounds.
+    """Returns whether a kernel is compiled for calls without a mask and with no activation but bounds.
 
-    The answer is a constant, and the compiler drops the branches for the other calls. That halves the time of
-    the compilation, and of some kernels.
+    The answer is a constant: the compiler drops the branches for other calls, which halves its own time too.
     """
     del typingctx
     answer = has_simple_features(variant)

@@ -8,9 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def _bytes_of(tile, span, program, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """Returns the indices of a tile's bytes, and whether there are such: a group has `span` tiles.
+    """Returns the indices of a tile's bytes, and whether it is one of the `span` tiles of its group.
 
-    The last part of a group may have more tiles than are left of these.
+    The last part of a group may go through tiles beyond these.
     """
     group, _, _, shape = program
     blocks, _, _, _ = shape

@@ -44,12 +44,12 @@ def tile_of(
     """Returns the offsets of a tile's values, which are in the tensor, and which of these the mask leaves in.
 
     Args:
-        tile: its number in the group, int64. program: (group, channel, mask, shape). Group and channel are as
-        `task_of` returns them. mask is None, or a
-            byte per unit (rows) or per unit and position (planes), 0 where values do not count. shape is
-            (channels, positions, units, group_units), as in partition.py.
-        EVEN: whether there is no mask, and all values of all tiles are in the tensor: nothing is compared
-        then.
+        tile: its number in the group, int64.
+        program: (group, channel, mask, shape). group and channel are what `task_of` returned. mask is None,
+            or a byte per unit (rows) or per unit and position (planes), 0 where values do not count. shape
+            is (channels, positions, units, group_units), as in partition.py.
+        EVEN: whether there is no mask, and all values of all tiles are in the tensor; no offset is compared
+            with a bound then.
     """
     group, channel, mask, shape = program
     channels, positions, units, group_units = shape
