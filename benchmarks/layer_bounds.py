@@ -68,8 +68,9 @@ def _kernels(case: Case) -> Callable[[], object]:
     chosen, (weight, bias) = engine(given.x), (t.detach() for t in _parameters(case))
 
     def step() -> None:
-        _, found, rstd = chosen.forward(given.x, 1e-5, weight, bias, activation=case.activation)
-        chosen.backward(given.x, given.dy, found.mean, rstd, False, weight, bias, activation=case.activation)
+        call = Call(given.x, weight, bias, activation=case.activation)
+        _, statistics = chosen.forward(call)
+        chosen.backward(call, given.dy, statistics, False)
 
     return step
 
