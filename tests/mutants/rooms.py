@@ -91,8 +91,8 @@ ROOMS = (
     Room(
         "running statistics",
         ("torch/running_stats.py", "kernels/cpu/running.py", "kernels/gpu/running.py",
-         "torch/contexts/accumulation.py", "torch/contexts/recomputed.py", "models/accumulate.py",
-         "keras/moving.py", "statistics/running.py"),
+         "torch/contexts/accumulation.py", "torch/contexts/recomputed.py", "torch/tracing.py",
+         "models/accumulate.py", "keras/moving.py", "statistics/running.py"),
         (
             Run((*_in("torch", "statistics", "accumulate"), *_in("kernels", "running"),
                  *_in("statistics", "statistics"),

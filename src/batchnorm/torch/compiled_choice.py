@@ -18,10 +18,10 @@ from batchnorm.statistics.synced import Synced
 from . import halves
 from .compiled_groups import groups_of
 from .composite import Normalized, cleared
-from .contexts.recomputed import is_in_backward
 from .plan import Plan
 from .policy_step import Choice
 from .ranks.collectives import Ranks, numbered, sharing_ranks
+from .tracing import is_in_backward
 
 # The tensors that a choice knows, per channel or one number each.
 _NONE = (None,) * 4

@@ -17,13 +17,13 @@ from batchnorm.statistics.synced import Synced
 
 from . import checks, compiled, composite, halves, operators
 from .composite import Normalized
-from .contexts.recomputed import is_recomputed
-from .exported import behind, is_exporting, stock
+from .exported import behind, stock
 from .plan import Plan
 from .policy_step import Choice, known_to, samples_of
 from .ranks import collectives
 from .running_stats import check_finite, move
 from .settings import Settings, Tracked
+from .tracing import is_exporting, is_recomputed, is_transforming
 
 
 class Mode(NamedTuple):
@@ -230,7 +230,7 @@ def normalize(
         return Normalized(behind(input.clone(), residual, settings.activation), None)
     plan = _plan(input, tracked, mask, settings, mode, exporting=exporting)
     strict = settings.nonfinite == "raise" and settings.training and mode.measures
-    if exporting or composite.is_transforming():
+    if exporting or is_transforming():
         found = composite.normalize(input, weight, bias, residual, plan, exporting=exporting)
         if strict and found.batch is not None:
             check_finite(found.batch.mean.detach(), found.batch.m2.detach())
@@ -271,7 +271,7 @@ def _given(
     running_mean: Tensor, running_var: Tensor, eps: float, input: Tensor, *, exporting: bool
 ) -> tuple[Tensor, Tensor]:
     """Return mean and rstd, `[1, C]`; copies, so that autograd never holds a buffer that will move."""
-    if not (exporting or composite.is_transforming() or torch.compiler.is_compiling()):
+    if not (exporting or is_transforming() or torch.compiler.is_compiling()):
         found = engine(input).given(running_mean, running_var, eps)
         if found is not None:
             return found

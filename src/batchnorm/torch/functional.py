@@ -14,6 +14,7 @@ from . import checks, dispatch, exported
 from .running_stats import moved, pooled_groups
 from .settings import Settings, Tracked
 from .symbolic import one_node
+from .tracing import is_exporting
 
 __all__ = ["batch_norm", "moments", "normalize_batch", "pure_batch_norm"]
 
@@ -135,7 +136,7 @@ def pure_batch_norm(
     checks.check_policy(statistics, running_mean is not None and running_var is not None)
     settings = Settings(training, eps, activation, statistics)
     tracked = Tracked(running_mean, running_var, None, momentum)
-    mode, exporting = dispatch.mode_of(input, tracked, settings, mask), exported.is_exporting()
+    mode, exporting = dispatch.mode_of(input, tracked, settings, mask), is_exporting()
     dispatch.check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
     if exporting and dispatch.is_exported_as_stock(settings, mode, mask):
         new_mean, new_var = (None if t is None else t.clone() for t in (running_mean, running_var))
@@ -212,7 +213,7 @@ def normalize_batch(
     settings = Settings(training, eps, activation, statistics)
     tracked = Tracked(running_mean, running_var, batches)
     mode = dispatch.Mode(measures=True, moves=False, needs_two=False)
-    exporting = exported.is_exporting()
+    exporting = is_exporting()
     dispatch.check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
     y, batch, _ = dispatch.normalize(
         input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting

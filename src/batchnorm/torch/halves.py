@@ -21,6 +21,7 @@ from . import composite, output_recipes
 from .plan import Plan
 from .policy_step import array, shows_its_memory, tensor
 from .running_stats import check_finite, of_groups
+from .tracing import is_batched_cotangent, is_transforming
 
 
 class _Chosen(torch.autograd.Function):
@@ -61,7 +62,7 @@ class _Chosen(torch.autograd.Function):
         plan = plan._replace(mask=mask)
         batch = PooledMoments(ctx.count if count is None else count, mean, m2)
         chosen = Chosen(*(n if t is None else t for t, n in zip(found, ctx.numbers, strict=True)))
-        if torch.is_grad_enabled() or composite.is_transforming() or composite.is_batch(dy):
+        if torch.is_grad_enabled() or is_transforming() or is_batched_cotangent(dy):
             gradients = composite.gradients(ctx, x, dy, weight, bias, residual, plan)
         else:
             gradients = gradients_of(

@@ -22,7 +22,7 @@ from .checks import (
 )
 from .contexts.accumulation import Pool
 from .contexts.domains import add_domains, check_domains, fill, select, selected
-from .contexts.recomputed import Memory, may_be_recomputed
+from .contexts.recomputed import Memory
 from .contexts.scope import Scope
 from .naming import qualified_name
 from .options import keyword_options
@@ -31,6 +31,7 @@ from .quantization import refuse_to_fuse
 from .scripted import stock_twin
 from .settings import Settings, Tracked
 from .symbolic import ITSELF, OneNode, is_symbolic
+from .tracing import may_be_recomputed
 
 _BATCH = Batch()
 # What a layer has for as long as it is in a context, or has a backward before it.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from . import composite, output_recipes
+from . import output_recipes
 from .lean_savings import Savings
+from .tracing import is_transforming
 
 # Max pooling keeps, as int64, where in its plane each maximum was; int16 holds that for planes of 181 x 181.
 _NARROW = (torch.uint8, torch.int16, torch.int32)
@@ -63,7 +64,7 @@ def lean() -> Iterator[None]:
     Source: the idea of recomputing what is cheap, Chen et al. 2016, arXiv:1604.06174; for norm and activation
     by inverting them, Rota Bulò et al. 2017, arXiv:1712.02616.
     """
-    if torch.compiler.is_compiling() or composite.is_transforming():
+    if torch.compiler.is_compiling() or is_transforming():
         yield
         return
     saved = Savings()

@@ -20,6 +20,7 @@ from batchnorm.statistics.moments import PooledMoments
 from . import composite, output_recipes
 from .plan import Plan
 from .running_stats import check_finite, of_groups
+from .tracing import is_batched_cotangent, is_transforming
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -79,7 +80,7 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, bias, residual, mean, rstd, mask, activation_mask = ctx.saved_tensors
         engine, eps, activation, group_size, given = ctx.settings
         kept: dict[str, Any] = {} if activation_mask is None else {"activation_mask": activation_mask}
-        if torch.is_grad_enabled() or composite.is_transforming() or composite.is_batch(dy):
+        if torch.is_grad_enabled() or is_transforming() or is_batched_cotangent(dy):
             if activation_mask is not None:
                 dy, activation = (
                     dy * _slopes(engine, x, mean, rstd, activation, group_size, activation_mask),

@@ -7,9 +7,7 @@ by the moments of its batch, which are the same bits: compared on the device, th
 
 from __future__ import annotations
 
-import sys
 from collections import deque
-from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -17,50 +15,12 @@ from torch import Tensor
 
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Known
-from batchnorm.torch import composite
+from batchnorm.torch.tracing import is_recomputed, is_transforming, may_be_recomputed
 
 # Passes that one layer remembers; micro-batches of a pipeline, all of whose forwards come first, are as many.
 KEPT = 32
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def is_recomputed() -> bool:
-    """Whether this forward runs within a backward: activation checkpointing computes it again.
-
-    Its batch has moved the running statistics already, in the first pass.
-    """
-    return not torch.compiler.is_compiling() and is_in_backward()
-
-
-def is_in_backward() -> bool:
-    """Whether this thread is in a backward."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def may_be_recomputed(training: bool) -> bool:
-    """Whether this forward may be the first pass of one that is computed again.
-
-    That is so without gradients in training (`checkpoint(use_reentrant=True)`), or where hooks decide what is
-    kept for the backward (`use_reentrant=False`). In evaluation without gradients, which is mostly inference,
-    it is so within the forward of an autograd Function.
-    """
-    if torch.compiler.is_compiling() or composite.is_transforming() or torch.is_inference_mode_enabled():
-        return False
-    if torch.is_grad_enabled():
-        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    return training or _is_within_function()
-
-
-def _is_within_function() -> bool:
-    """Whether a caller is the forward of an autograd Function: by convention its first argument is `ctx`."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def bits(values: Tensor) -> Tensor:
@@ -96,7 +56,7 @@ class Memory:
             batch: moments of this call, `[G, C]`.
             training: the layer's mode.
         """
-        if torch.compiler.is_compiling() or composite.is_transforming():
+        if torch.compiler.is_compiling() or is_transforming():
             return known
         if is_recomputed():
             return self._found(known, _key(batch))

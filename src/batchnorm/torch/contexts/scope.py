@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import RecomputeError
+from batchnorm.torch.tracing import is_recomputed, may_be_recomputed
 
 from .domains import domain_of, selected
 from .masks import Masked
-from .recomputed import KEPT, bits, is_recomputed, may_be_recomputed
+from .recomputed import KEPT, bits
 
 if TYPE_CHECKING:
     from batchnorm.torch.layers import _Layer
