@@ -78,10 +78,10 @@ _KERAS_VERBS = _in(
 ROOMS = (
     Room(
         "masks",
-        ("torch/contexts/masks.py", "torch/contexts/scope.py", "torch/contexts/domains.py", "models/mask.py",
-         "models/domain.py", "models/contexts.py", "keras/masks.py"),
+        ("torch/contexts/masks.py", "torch/contexts/checkpointing.py", "torch/contexts/domains.py",
+         "models/mask.py", "models/domain.py", "models/contexts.py", "keras/masks.py"),
         (
-            Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint_contexts"),
+            Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint", "checkpoint_contexts"),
                  *_in("models", "calibrate_masked")), only=("torch/*", "models/*")),
             Run(_in("models", "arguments"), choice="mask or lengths or other_doors", only=("models/*",)),
             Run(_in("keras", "masks"), backend="torch", only=("keras/*",)),
@@ -91,8 +91,8 @@ ROOMS = (
     Room(
         "running statistics",
         ("torch/running_stats.py", "kernels/cpu/running.py", "kernels/gpu/running.py",
-         "torch/contexts/accumulation.py", "torch/contexts/recomputed.py", "torch/tracing.py",
-         "models/accumulate.py", "keras/moving.py", "statistics/running.py"),
+         "torch/contexts/accumulation.py", "torch/tracing.py", "models/accumulate.py",
+         "keras/moving.py", "statistics/running.py"),
         (
             Run((*_in("torch", "statistics", "accumulate"), *_in("kernels", "running"),
                  *_in("statistics", "statistics"),

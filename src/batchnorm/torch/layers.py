@@ -21,9 +21,8 @@ from .checks import (
     not_a_tensor,
 )
 from .contexts.accumulation import Pool
+from .contexts.checkpointing import Memory, Scope
 from .contexts.domains import add_domains, check_domains, fill, select, selected
-from .contexts.recomputed import Memory
-from .contexts.scope import Scope
 from .naming import qualified_name
 from .options import keyword_options
 from .own_buffers import OwnBuffers, counter
@@ -298,7 +297,7 @@ class _Layer(OneNode, OwnBuffers):
 
         torch puts what this returns into the model that is being scripted: script a copy to keep this layer.
         """
-        return stock_twin(self)
+        return stock_twin(self, forward=_Layer.forward, own=OURS, options=OPTIONS, changed=beyond_stock(self))
 
 
 # Attributes of our layers that no stock layer has; and options, each with the value that is stock's way.

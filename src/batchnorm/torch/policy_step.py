@@ -15,7 +15,7 @@ from batchnorm.statistics.policy import Chosen, Known, Policy
 from .ranks import collectives
 
 if TYPE_CHECKING:
-    from .contexts.recomputed import Memory
+    from .contexts.checkpointing import Memory
 
 
 class OfTorch:

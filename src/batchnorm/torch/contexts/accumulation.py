@@ -1,8 +1,6 @@
-"""The moments of several micro-batches, until they move a layer's running statistics as one batch."""
+"""Accumulates the moments of several micro-batches, which move the running statistics as one batch."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,43 +10,41 @@ from batchnorm.torch.running_stats import Moved, is_finite, moved, pooled_groups
 from batchnorm.torch.settings import Tracked
 
 from .domains import domain_of, selected
-
-if TYPE_CHECKING:
-    from batchnorm.torch.layers import _Layer
+from .layer_protocol import ContextLayer
 
 
 class _Pooled:
-    """What the micro-batches of one domain have in common.
+    """The accumulated moments of the micro-batches of one domain.
 
     Attributes:
-        moments: of all values, `[C]`, wide.
-        counted: whether any micro-batch counts: True, or a tensor where the device alone knows.
-        skipped: how many do not, as they have inf or NaN.
+        moments: of all values that count, `[C]`, wide.
+        counted: whether any micro-batch counts: True, or a tensor where the result is on the device.
+        skipped: the number of micro-batches that do not count, because they have inf or NaN.
     """
 
     def __init__(self, moments: PooledMoments, counted: bool | Tensor, skipped: int | Tensor) -> None:
         self.moments, self.counted, self.skipped = moments, counted, skipped
 
     def with_(self, other: _Pooled) -> _Pooled:
-        """Return both together."""
+        """Return the moments of both together."""
         return _Pooled(
             merge(self.moments, other.moments), self.counted | other.counted, self.skipped + other.skipped
         )
 
 
 class Pool:
-    """The moments of a layer's calls within `batchnorm.accumulate`; per channel, nothing else is kept.
+    """The moments of a layer's calls within `batchnorm.accumulate`, per channel.
 
-    It belongs to no copy of the layer and to no file.
+    Copies and files of the layer do not include it.
 
     Args:
-        layer: whose calls these are.
+        layer: the layer whose calls are accumulated.
     """
 
-    def __init__(self, layer: _Layer) -> None:
+    def __init__(self, layer: ContextLayer) -> None:
         self.layer = layer
-        self._now: dict[int, _Pooled] = {}  # of the forward that goes on, by domain
-        self._all: dict[int, _Pooled] = {}  # of those that have come to an end
+        self._now: dict[int, _Pooled] = {}  # of the current forward, by domain
+        self._all: dict[int, _Pooled] = {}  # of finished forwards, by domain
 
     def __deepcopy__(self, _: dict[int, object]) -> None:
         return None
@@ -57,13 +53,13 @@ class Pool:
         return type(None), ()
 
     def add(self, batch: PooledMoments, *, skip: bool, tracked: Tracked) -> None:
-        """Take the moments of a call, `[G, C]`.
+        """Add the moments of a call, `[G, C]`.
 
         Args:
-            skip: leave them out where they are not finite, and count that.
-            tracked: what they would move by themselves.
+            skip: leave the moments out where they are not finite, and count the batch as skipped.
+            tracked: the running statistics that the call would move without accumulation; unused.
         """
-        del tracked  # by the time when they move, the layer may be on another device
+        del tracked  # the layer may be on another device by the time of `flush`, which reads them anew
         found = pooled_groups(PooledMoments(batch.count, batch.mean.detach(), batch.m2.detach()))
         one = _Pooled(found, True, 0)
         if skip:
@@ -79,17 +75,17 @@ class Pool:
         self._now[domain] = self._now[domain].with_(one) if domain in self._now else one
 
     def begin(self) -> None:
-        """Begin a forward; what one that has not come to an end has left is dropped."""
+        """Begin a forward; the moments of an unfinished one, which raised, are dropped."""
         self._now = {}
 
     def end(self) -> None:
-        """End a forward: what its calls had counts."""
+        """End a forward, whose moments then count."""
         for domain, one in self._now.items():
             self._all[domain] = self._all[domain].with_(one) if domain in self._all else one
         self._now = {}
 
     def flush(self) -> None:
-        """Move the running statistics by all forwards that have come to an end, as by one batch."""
+        """Move the running statistics by all finished forwards, as by one batch."""
         found, self._all = self._all, {}
         if not self.layer.statistics.moves(training=True):  # frozen meanwhile
             return
@@ -98,7 +94,8 @@ class Pool:
                 _move(self.layer, one)
 
 
-def _move(layer: _Layer, one: _Pooled) -> None:
+def _move(layer: ContextLayer, one: _Pooled) -> None:
+    """Move the running statistics in use by accumulated moments."""
     tracked = layer._tracked()
     device = None if tracked.mean is None else tracked.mean.device
     count, mean, m2 = one.moments
@@ -108,7 +105,7 @@ def _move(layer: _Layer, one: _Pooled) -> None:
         m2[None].to(device),
     )
     after = moved(tracked, batch, sequential=False, skip=False)
-    if isinstance(one.counted, Tensor):  # it may be that no micro-batch counts: then there was no batch
+    if isinstance(one.counted, Tensor):  # if no micro-batch counts, there was no batch
         fine = one.counted.to(device)
         mean, var = (
             None if old is None or new is None else torch.where(fine, new, old.to(new.dtype))
