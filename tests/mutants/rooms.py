@@ -136,10 +136,10 @@ ROOMS = (
     ),
     Room(
         "ranks",
-        ("torch/ranks/*.py", "torch/sync.py", "statistics/synced.py"),
+        ("torch/collectives/*.py", "torch/sync.py", "statistics/synced.py"),
         (
             Run(_in("statistics", "statistics"), only=("statistics/*",)),
-            Run((*_in("torch", "gloo_wire", "lost_ranks"), *_in("models", "synchronised"),
+            Run((*_in("torch", "gloo_transport", "lost_ranks"), *_in("models", "synchronised"),
                  *_in("torch", "synced", "contexts_on_ranks", "collectives", "ddp"))),
         ),
     ),

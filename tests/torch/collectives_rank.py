@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, distributed
 
 from batchnorm.errors import OptionError, RankError
-from batchnorm.torch.ranks import lost_ranks, process_groups, sharing
-from batchnorm.torch.ranks.collectives import (
+from batchnorm.torch.collectives import exchange, lost_ranks, process_groups
+from batchnorm.torch.collectives.lost_ranks import Board
+from batchnorm.torch.collectives.operations import (
     Ranks,
     add,
     differentiable_add,
@@ -29,7 +30,6 @@ from batchnorm.torch.ranks.collectives import (
     gather,
     members,
 )
-from batchnorm.torch.ranks.lost_ranks import Board
 
 SHAPES = [(5,), (2, 3, 4), (), (0, 2), (1, 1000), (4097,)]
 PATIENCE = 300.0  # seconds that no machine is so slow as to need
@@ -104,10 +104,10 @@ class Process:
 
 def be_impatient() -> None:
     """Wait no longer than a short time for others from now on, where the group's timeout is long."""
-    of_all = process_groups.sharing(EVERYONE, torch.device("cpu"))
+    of_all = process_groups.exchange_of(EVERYONE, torch.device("cpu"))
     of_all._board._timeout = SHORT
-    if of_all._wire is not None:
-        of_all._wire.timeout = SHORT
+    if of_all._transport is not None:
+        of_all._transport.timeout = SHORT
 
 
 def wait_for_answers(ranks: Sequence[int]) -> None:
@@ -318,8 +318,8 @@ def logs(process: Process) -> None:
     handler = logging.Handler()
     handler.emit = note  # type: ignore[method-assign]
     logging.getLogger("batchnorm").addHandler(handler)
-    process.found["overdue"] = sharing._OVERDUE
-    sharing._OVERDUE = SHORT / PATIENCE
+    process.found["overdue"] = exchange._PENDING_FRACTION
+    exchange._PENDING_FRACTION = SHORT / PATIENCE
     _register_renamed()
     with process.together("renamed"):
         share("first")

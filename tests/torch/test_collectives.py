@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchnorm.torch.ranks.collectives import (
+from batchnorm.torch.collectives.operations import (
     Ranks,
     add,
     differentiable_add,

@@ -16,11 +16,11 @@ from batchnorm.statistics.serialized import from_text
 from batchnorm.statistics.synced import Synced
 
 from . import halves
+from .collectives.operations import Ranks, numbered, sharing_ranks
 from .compiled_groups import groups_of
 from .composite import Normalized, cleared
 from .plan import Plan
 from .policy_step import Choice
-from .ranks.collectives import Ranks, numbered, sharing_ranks
 from .tracing import is_in_backward
 
 # The tensors that a choice knows, per channel or one number each.

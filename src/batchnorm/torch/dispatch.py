@@ -16,11 +16,11 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.synced import Synced
 
 from . import checks, compiled, composite, halves, operators
+from .collectives import operations as collectives
 from .composite import Normalized
 from .exported import behind, stock
 from .plan import Plan
 from .policy_step import Choice, known_to, samples_of
-from .ranks import collectives
 from .running_stats import check_finite, move
 from .settings import Settings, Tracked
 from .tracing import is_exporting, is_recomputed, is_transforming

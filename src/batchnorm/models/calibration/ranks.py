@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from batchnorm.errors import OptionError, RankError
-from batchnorm.torch.ranks import collectives
+from batchnorm.torch.collectives import operations as collectives
 
 _TOLD = 240  # bytes of an error's text that the other ranks are told
 
