@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .process_groups import Ranks, exchange_of, index_of, members, members_as_before, numbered, sharing_ranks
+from .process_groups import (
+    Ranks,
+    exchange_of,
+    index_of,
+    members,
+    members_as_before,
+    numbered,
+    sharing_ranks,
+    timeout_of,
+)
 
 __all__ = [
     "Ranks",
@@ -22,6 +31,7 @@ __all__ = [
     "members",
     "numbered",
     "sharing_ranks",
+    "timeout_of",
 ]
 
 

@@ -7,6 +7,7 @@ group.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import weakref
@@ -73,6 +74,14 @@ def sharing_ranks(group: tuple[int, ...] | None, timeout: float) -> Ranks | None
     """
     size = members(Ranks(group, timeout))
     return Ranks(group, timeout, size) if size > 1 else None
+
+
+def timeout_of(group: Any) -> float:
+    """Return the seconds that a process group of torch.distributed waits for its members."""
+    for device in ("cpu", "cuda"):
+        with contextlib.suppress(RuntimeError, AttributeError):  # another device or backend
+            return float(group._get_backend(torch.device(device)).options._timeout.total_seconds())
+    return float(distributed.distributed_c10d.default_pg_timeout.total_seconds())
 
 
 def members_as_before(ranks: Ranks, label: str) -> int:
