@@ -36,7 +36,7 @@ def call(
         parts = split(x, valid, axis, policy.groups(by_batch))
         found = moments(parts.x, parts.axes, parts.valid)
         if by_batch and (layer.synchronized or isinstance(policy, Synced)):
-            found = pooled(found)
+            found = pooled(found, layer._label)
         chosen = _chosen(layer, parts, found, by_batch)
         used, rstd = found._replace(delta=chosen.mean), chosen.rstd
     gamma = parts.per_channel(layer.gamma) if layer.scale else 1.0
