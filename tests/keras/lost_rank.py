@@ -44,6 +44,7 @@ def go_elsewhere(layers: list[BatchNormalization], rank: int, masked: bool) -> N
     if rank == 1:
         store.wait(["gave up"], timedelta(seconds=PATIENCE))
         return
+    lost_ranks._SOON = 0.5  # rank 1 never answers
     for made in process_groups._made.values():
         for exchange in made.values():
             exchange._transport.timeout = exchange._board._timeout = SHORT  # type: ignore[union-attr]
