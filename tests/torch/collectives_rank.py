@@ -30,6 +30,7 @@ from batchnorm.torch.collectives.operations import (
     gather,
     members,
 )
+from batchnorm.torch.functional import gather_ranks
 
 SHAPES = [(5,), (2, 3, 4), (), (0, 2), (1, 1000), (4097,)]
 PATIENCE = 300.0  # seconds that no machine is so slow as to need
@@ -190,6 +191,15 @@ def _gradients(process: Process) -> None:
     ]
 
 
+def _of_the_default_group(process: Process) -> None:
+    """As layers of Keras gather: float32 in and out, by the label of the layer."""
+    x, cotangent, _ = (t.float() for t in table_of(process.rank))
+    x.requires_grad_()
+    gathered = gather_ranks(x, "norm forward")
+    (dx,) = torch.autograd.grad(gathered, x, cotangent)
+    process.found["default group"] = gathered.detach(), dx
+
+
 def _forked(process: Process) -> None:
     """In a child, connections are not to be touched: they are the parent's."""
     child = os.fork()
@@ -209,10 +219,12 @@ def works(process: Process) -> None:
         if process.size == 3:
             _groups(process)
             _gradients(process)
+            _of_the_default_group(process)
             _forked(process)
     gc.collect()
     process.found["connections left"] = len(process_groups._made)
     process.found["members of nothing"] = members(EVERYONE)
+    assert gather_ranks(torch.ones(1), "norm forward") is None
     with process.together():
         process.found["again"] = gather(packet_of(process.rank, (5,)), EVERYONE, "again")
     _register_renamed()
