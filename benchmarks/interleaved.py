@@ -43,6 +43,16 @@ def clocked(step: Callable[[], object], before: Callable[[], object] = lambda: N
     return run
 
 
+def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
+    """Return a call that takes `step` so many times: a short step alone is a noisy one."""
+
+    def run() -> None:
+        for _ in range(times):
+            step()
+
+    return run
+
+
 def interleave(rivals: Mapping[str, Clocked], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
     """Return each rival's seconds, one per round.
 

@@ -8,6 +8,18 @@ from dataclasses import dataclass, replace
 
 FORWARD_AND_BACKWARD = ("norm", "norm-relu", "norm-add-relu")
 EVALUATION = ("eval-norm", "eval-norm-relu")
+INFERENCE = ("infer-norm", "infer-norm-relu")  # the same under torch.inference_mode()
+# Operation -> how pages call it.
+OPERATIONS = {
+    "norm": "norm",
+    "norm-relu": "norm → ReLU",
+    "norm-add": "norm → add",
+    "norm-add-relu": "norm → add → ReLU",
+    "eval-norm": "evaluation: norm",
+    "eval-norm-relu": "evaluation: norm → ReLU",
+    "infer-norm": "inference mode: norm",
+    "infer-norm-relu": "inference mode: norm → ReLU",
+}
 TINY, LARGE = 2**13, 2**18  # values of a tensor: tiny up to and with the one, large above the other
 HUGE_BYTES = 48_000_000  # above it, glibc asks the system for every block anew
 
@@ -50,6 +62,14 @@ FEW_SHAPES = (
     (256, 512),
     (32, 64),
 )
+SMALL_SHAPES = ((256, 512), (32, 64))
+# Of forwards alone, where Python is the bound.
+INFERENCE_SHAPES = {
+    (32, 64): "tiny",
+    (256, 512): "dense",
+    (8, 64, 28, 28): "small batch",
+    (1, 64, 56, 56): "one image",
+}
 # For the rivals that must be compiled first.
 RIVAL_SHAPES = ((32, 64, 56, 56), (32, 512, 7, 7), (4096, 1024), (256, 512))
 OTHER_RIVALS = ("compiled", "jax", "keras")
@@ -69,12 +89,17 @@ class Case:
     @property
     def network(self) -> str:
         """Where such a layer is found."""
-        return SHAPES.get(self.shape, "")
+        return (INFERENCE_SHAPES | SHAPES).get(self.shape, "")
 
     @property
     def evaluation(self) -> bool:
         """Whether it is a forward with running statistics; else forward and backward of a training step."""
-        return self.operation in EVALUATION
+        return self.operation in EVALUATION or self.inference
+
+    @property
+    def inference(self) -> bool:
+        """Whether that forward runs under `torch.inference_mode()`; else evaluation is under `no_grad`."""
+        return self.operation in INFERENCE
 
     @property
     def residual(self) -> bool:
@@ -128,11 +153,17 @@ def cases(quick: bool = False) -> list[Case]:
             *_each("norm-relu", QUICK_SHAPES),
             *_each("norm-add-relu", QUICK_SHAPES[2:3]),
             *_each("eval-norm", QUICK_SHAPES[2:3]),
+            *map(_with_in_place, _each("infer-norm-relu", QUICK_SHAPES[:1])),
         ]
     found = [_with_rivals(case) for case in _each("norm-relu", SHAPES)]
     found += [replace(case, dtype="bfloat16") for case in _each("norm-relu", FEW_SHAPES)]
-    for operation in ("norm", "norm-add-relu", *EVALUATION):
+    for operation in ("norm", "norm-add-relu"):
         found += _each(operation, FEW_SHAPES)
+        found += [replace(case, dtype="bfloat16") for case in _each(operation, SMALL_SHAPES)]
+    for operation in EVALUATION:
+        found += map(_with_in_place, _each(operation, dict.fromkeys((*FEW_SHAPES, *INFERENCE_SHAPES))))
+    for operation in INFERENCE:
+        found += map(_with_in_place, _each(operation, INFERENCE_SHAPES))
     return found
 
 
@@ -151,4 +182,9 @@ def _each(operation: str, shapes: Iterable[tuple[int, ...]]) -> list[Case]:
 def _with_rivals(case: Case) -> Case:
     """Add the chain with its ReLU in place, as most networks have it, and for a few shapes the compilers."""
     others = OTHER_RIVALS if case.shape in RIVAL_SHAPES else ()
-    return replace(case, rivals=("stock", "stock-in-place", "ours", *others))
+    return replace(case, rivals=(*_with_in_place(case).rivals, *others))
+
+
+def _with_in_place(case: Case) -> Case:
+    """Add the chain with its activation in place, where there is one."""
+    return replace(case, rivals=("stock", "stock-in-place", "ours")) if case.activation else case

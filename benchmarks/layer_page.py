@@ -5,18 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from . import goals
+from .layer_cases import OPERATIONS
 from .reusing_process import REUSING
 from .tables import table
 
 Rows = list[dict[str, Any]]
-_OPERATIONS = {
-    "norm": "norm",
-    "norm-relu": "norm → ReLU",
-    "norm-add": "norm → add",
-    "norm-add-relu": "norm → add → ReLU",
-    "eval-norm": "evaluation: norm",
-    "eval-norm-relu": "evaluation: norm → ReLU",
-}
 # Whole training steps -> how many times faster they should be, as the norms' share of stock's step allows.
 _STEP_GOALS = {"MobileNetV2": 1.25, "DenseNet-121": 1.15, "ResNet-50": 1.10}
 
@@ -24,6 +17,16 @@ _STEP_GOALS = {"MobileNetV2": 1.25, "DenseNet-121": 1.15, "ResNet-50": 1.10}
 def goals_table(rows: Rows) -> str:
     """Each goal, what was found, and the worst single row."""
     return goals.findings_table(goals.layer_findings(rows))
+
+
+def row_goals_table(rows: Rows) -> str:
+    """What is asked of every row, and of means."""
+    return goals.findings_table(goals.layer_row_findings(rows))
+
+
+def step_goals_table(rows: Rows) -> str:
+    """The goals of whole training steps of large networks."""
+    return goals.findings_table(goals.step_findings(rows))
 
 
 def reuse_goals_table(rows: Rows) -> str:
@@ -66,7 +69,7 @@ def _case(row: dict[str, Any]) -> tuple[str, ...]:
 
 def operation(row: dict[str, Any]) -> str:
     """Return what a row measures, and where it is found."""
-    kind = _OPERATIONS[row["operation"]] + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
+    kind = OPERATIONS[row["operation"]] + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
     return f"{kind} ({row['network']})"
 
 

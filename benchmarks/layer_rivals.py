@@ -122,9 +122,10 @@ def _torch_step(
         parameters = list(model.parameters())
     inputs = [tensor for tensor in (given.x, given.residual) if tensor is not None]
     if case.evaluation:
+        mode = torch.inference_mode if case.inference else torch.no_grad
 
         def forward() -> None:
-            with torch.no_grad():
+            with mode():
                 model(*inputs)
 
         return forward

@@ -12,7 +12,7 @@ from torch import Tensor
 import batchnorm
 
 from .goals import Finding, findings_table
-from .interleaved import clocked, interleave, ratio
+from .interleaved import clocked, interleave, ratio, repeated
 from .progress import progress
 from .tables import table
 
@@ -73,7 +73,7 @@ def _row(case: Case, quick: bool) -> dict[str, Any]:
         step()
     once = clocked(steps["Batch()"])
     repeats = max(1, int(SECONDS / min(once() for _ in range(5))))
-    clocks = {name: clocked(_repeated(step, repeats)) for name, step in steps.items()}
+    clocks = {name: clocked(repeated(step, repeats)) for name, step in steps.items()}
     times = interleave(clocks, QUICK_ROUNDS if quick else ROUNDS)
     return {
         "shape": list(case.shape),
@@ -84,14 +84,6 @@ def _row(case: Case, quick: bool) -> dict[str, Any]:
             name: ratio(taken, times["Batch()"]) for name, taken in times.items() if name != "Batch()"
         },
     }
-
-
-def _repeated(step: Callable[[], object], repeats: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(repeats):
-            step()
-
-    return run
 
 
 def _step(case: Case, options: dict[str, Any], training: bool, counted: float | None) -> Callable[[], None]:

@@ -16,6 +16,8 @@ MEASUREMENTS = {
     "layer-time-reuse-memory-cpu": ("layer_time.measure_reusing_memory", "layer_page.layer_table"),
     "layer-bounds-cpu": ("layer_bounds.measure", "layer_bounds.bounds_table"),
     "step-time-cpu": ("step_time.measure", "layer_page.step_table"),
+    "small-step-time-cpu": ("small_steps.measure", "small_steps.small_step_table"),
+    "first-call-cpu": ("first_call.measure", "first_call.first_call_table"),
     "lean-cpu": ("lean.measure", "lean_page.lean_table"),
     "accuracy-keras-cpu": ("keras_layer.accuracies", "page.keras_accuracy_table"),
     "step-time-keras-cpu": ("keras_layer.step_times", "page.keras_step_table"),

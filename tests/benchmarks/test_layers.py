@@ -12,8 +12,16 @@ import torch
 
 from benchmarks import goals, layer_page, layer_rivals, networks, roofline
 from benchmarks.interleaved import clocked, interleave, ratio
-from benchmarks.layer_cases import Case, cases, reuse_memory_cases
+from benchmarks.layer_cases import (
+    EVALUATION,
+    FORWARD_AND_BACKWARD,
+    INFERENCE,
+    Case,
+    cases,
+    reuse_memory_cases,
+)
 from benchmarks.layer_time import row
+from benchmarks.stock import StockChain
 
 
 def measured(case: Case) -> dict[str, Any]:
@@ -21,7 +29,7 @@ def measured(case: Case) -> dict[str, Any]:
     return row(case, interleave(steps, 3, warm_up=1), {"": "copy"})
 
 
-@pytest.mark.parametrize("operation", ["norm", "norm-relu", "norm-add-relu", "eval-norm", "eval-norm-relu"])
+@pytest.mark.parametrize("operation", [*FORWARD_AND_BACKWARD, *EVALUATION, *INFERENCE])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_a_row_has_every_figure(operation: str, layout: str) -> None:
     case = Case(operation, (3, 4, 5, 6), layout, rivals=("stock", "stock-in-place", "ours"))
@@ -73,6 +81,51 @@ def test_goals_are_geometric_means_and_misses_are_said() -> None:
     assert (large.found, large.reached) == (pytest.approx(2.0), False)
     assert (least.found, least.reached) == (0.5, False)
     assert layer_page.goals_table(rows).count("**missed**") == 2
+
+
+def test_each_row_has_its_goal() -> None:
+    def found(*rows: dict[str, Any]) -> dict[str, goals.Finding]:
+        return {finding.what: finding for finding in goals.layer_row_findings([*rows])}
+
+    def row_at(ratio: float, stock: float = 9.0, ours: float = 9.0, **fields: Any) -> dict[str, Any]:
+        floors = {"stock": {"over_floor": stock}, "ours": {"over_floor": ours}}
+        return rows_of({(32, 64): ratio}, rivals=floors, layout="channels-last", **fields)[0]
+
+    training, tiny = "training: stock ÷ ours", "norm → ReLU, float32, (32, 64), training: stock ÷ ours"
+    three = found(row_at(2.0), row_at(0.98, dtype="bfloat16"), row_at(0.5, operation="norm"))
+    assert (three[training].number, three[training].below, three[training].reached) == (3, 1, False)
+    assert (three[training].found, three[training].worst) == (pytest.approx(0.98 ** (1 / 3)), 0.5)
+    assert three[training].worst_row == "norm, float32, (32, 64), channels-last"
+    assert (three[tiny].number, three[tiny].reached) == (1, True)
+    assert not found(row_at(1.05))[tiny].reached  # of 1.1
+    assert found(row_at(0.9, stock=1.15, ours=1.1))[training].reached  # near the floor
+    assert not found(row_at(0.9, stock=1.15, ours=1.11))[training].reached
+    assert not found(row_at(0.9, stock=1.16, ours=1.1))[training].reached
+    forwards = found(row_at(0.9, operation="eval-norm"), row_at(1.0, operation="infer-norm-relu"))
+    assert (forwards["evaluation: stock ÷ ours"].below, forwards["inference mode: stock ÷ ours"].below) == (
+        1,
+        0,
+    )
+    assert forwards[training].number == 0
+    large = rows_of({(32, 64, 56, 56): 1.6, (64, 64, 56, 56): 2.5}, rivals={"stock": {"over_floor": 9.0}})
+    means = goals.layer_row_findings(large + [row | {"layout": "channels-last"} for row in large])
+    below = {finding.asked: (finding.below, finding.reached) for finding in means if finding.number == 2}
+    assert below == {"mean ≥ 3.2": (2, False), "mean ≥ 1.8": (1, True)}
+    assert "| 2 | 1 | reached |" in layer_page.row_goals_table(
+        large + [row | {"layout": "channels-last"} for row in large]
+    )
+
+
+def test_forwards_run_in_their_mode() -> None:
+    modes = []
+    for operation in ("eval-norm", "infer-norm"):
+        case = Case(operation, (3, 4), "channels-last")
+        chain = StockChain(2, 4)
+        chain.register_forward_hook(
+            lambda *_: modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        )
+        layer_rivals._torch_step(chain, case, layer_rivals.tensors(case))()
+    assert modes == [(False, False), (False, True)]
 
 
 def test_every_case_is_of_a_named_network_and_measured_once() -> None:

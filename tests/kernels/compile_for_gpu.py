@@ -11,8 +11,12 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from batchnorm.kernels.gpu import call, engine
-from batchnorm.kernels.interface import RunningStatistics
+from batchnorm.kernels.gpu import engine as gpu
+from batchnorm.kernels.gpu import launches
+from batchnorm.torch.call import Call, RunningState
+from tests.support.primitives import Primitives
+
+engine = Primitives(gpu)
 
 
 class Hopper:
@@ -74,7 +78,7 @@ def step(
     options["mask"] = torch.ones(shape[0], *shape[2:], dtype=torch.bool) if masked else None
     mean, var = torch.empty(2, shape[1], dtype=real).unbind()
     skipped = torch.tensor(0) if masked else None
-    running = RunningStatistics(mean, var, torch.tensor(0), 0.1, skipped, sequential)
+    running = RunningState(mean, var, torch.tensor(0), 0.1, skipped, sequential)
     activation_mask = engine.activation_mask(x, fused, group_size)
     _, found, rstd = engine.forward(
         x, 1e-5, weight, bias, running=running, activation_mask=activation_mask, **options
@@ -90,13 +94,13 @@ def step(
         engine.backward(x, x, found.mean, rstd, False, weight, **kept)
     engine.normalize(x, found.mean, rstd, weight, bias, **options)
     engine.backward_reduce(x, x, found.mean, rstd, weight, bias, **options)
-    engine.given(mean, var, 1e-5)
+    gpu.evaluate(Call(x, weight, bias), mean, var)
 
 
 def main(steps: str) -> None:
     """Compile every kernel, for "few" steps or for "all"."""
     driver.set_active(Hopper())
-    engine.launch = call.launch = compiled  # type: ignore[assignment]
+    gpu.launch = launches.launch = compiled  # type: ignore[assignment]
     step((64, 64, 56, 56), torch.bfloat16, last=True, fused="relu")
     step((256, 512, 7, 7), torch.float16, masked=True, fused="silu", group_size=100)
     if steps == "few":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from batchnorm.kernels import eager
-from batchnorm.kernels.cpu import call, partition
+from batchnorm.kernels.cpu import partition, prepared
 from batchnorm.kernels.gpu import partition as gpu_partition
 
 
@@ -17,8 +17,8 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "small":
         monkeypatch.setattr(eager, "_CHUNK_CPU", 40)
         monkeypatch.setattr(eager, "_ROW", 4)
-        monkeypatch.setattr(call, "_PLANE", 2)
-        monkeypatch.setattr(call, "_PLANES", 60)
+        monkeypatch.setattr(prepared, "_PLANE", 2)
+        monkeypatch.setattr(prepared, "_PLANES", 60)
         monkeypatch.setattr(partition, "SHORT", 12)
         monkeypatch.setattr(partition, "_ROW", 12)
         monkeypatch.setattr(partition, "_ROWS", 1)
@@ -44,4 +44,5 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def clear() -> None:
     """Forget plans by other numbers."""
     partition.partition.cache_clear()
+    prepared.prepare.cache_clear()
     gpu_partition.partition.cache_clear()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from batchnorm.kernels.choose import load
 from tests.support.cases import ACTIVATIONS
+from tests.support.primitives import Primitives
 from tests.torch.twins import relaid
 
 SMALL = [(6, 5), (300, 33), (4, 5, 7), (3, 20, 9, 8), (2, 16, 16, 16), (5, 7, 13, 11), (2, 3, 4, 5, 6)]
@@ -27,7 +28,7 @@ def differing(
     group_size: int | None = None,
 ) -> int:
     """Return how many values of the output differ between the two ways."""
-    engine = load(name)
+    engine = Primitives(load(name))
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     parameters = [torch.randn(x.shape[1], dtype=real) if affine else None for _ in range(2)]
     options = {"residual": residual, "activation": activation, "mask": mask, "group_size": group_size}

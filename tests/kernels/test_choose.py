@@ -197,9 +197,9 @@ def test_use_forces_an_engine_within_its_context(spy: list[str]) -> None:
     with batchnorm.kernels.use("spy"):
         assert batchnorm.kernels.explain(x).startswith("spy for float32 [4, 3] on cpu: forced")
         batchnorm.functional.batch_norm(x, None, None, training=True)
-        assert spy == ["forward"]
+        assert spy.count("forward") == 1
     batchnorm.functional.batch_norm(x, None, None, training=True)
-    assert spy == ["forward"]
+    assert spy.count("forward") == 1
 
 
 @pytest.mark.usefixtures("spy")

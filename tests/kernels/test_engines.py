@@ -13,6 +13,7 @@ from batchnorm.statistics.policy import by_batch, gradient_coefficients
 from tests.support.cases import CASES, Case, Inputs
 from tests.support.compare import Results, assert_close, case_results, reference_results
 from tests.support.interpreted import GPU, device, every_engine_and_case, trimmed
+from tests.support.primitives import Primitives
 
 EPS = 1e-5
 NAMES = ("eager", "cpu", *GPU)
@@ -45,7 +46,7 @@ def _assert_gradients(
 def test_split_primitives(name: str, case: Case) -> None:
     """Pain rows 17 and 27: an offset of 1e6 standard deviations costs no accuracy, in no layout."""
     case = trimmed(name, case)
-    engine, inputs = choose.load(name), case.make(device=device(name))
+    engine, inputs = Primitives(choose.load(name)), case.make(device=device(name))
     x, weight, bias, _, dy, mask = inputs
     expected = case_results(case, eps=EPS)
     options = _options(case, inputs)
@@ -75,7 +76,7 @@ def test_split_primitives(name: str, case: Case) -> None:
 @every_engine_and_case(NAMES, CASES)
 def test_fused_pairs(name: str, case: Case) -> None:
     case = trimmed(name, case)
-    engine, inputs = choose.load(name), case.make(device=device(name))
+    engine, inputs = Primitives(choose.load(name), own_statistics=True), case.make(device=device(name))
     x, weight, bias, _, dy, _ = inputs
     expected = case_results(case, eps=EPS)
     options = _options(case, inputs)
@@ -91,7 +92,7 @@ def test_fused_pairs(name: str, case: Case) -> None:
 @every_engine
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_given_statistics_are_constants_of_the_gradient(name: str, activation: str | None) -> None:
-    engine = choose.load(name)
+    engine = Primitives(choose.load(name))
     case = Case("given", (3, 5, 7, 9), residual=True, activation=activation)
     inputs = case.make()
     x, weight, bias, residual, dy, _ = inputs
@@ -108,7 +109,9 @@ def test_given_statistics_are_constants_of_the_gradient(name: str, activation: s
 def test_one_value_per_channel_is_its_own_mean(name: str, by: str) -> None:
     x = (torch.randn(3, 5) + 4).to(device(name))
     mask = torch.tensor([False, True, False], device=x.device) if by == "a mask" else None
-    count, mean, m2 = choose.load(name).moments(x, mask=mask, group_size=1 if mask is None else None)
+    count, mean, m2 = Primitives(choose.load(name)).moments(
+        x, mask=mask, group_size=1 if mask is None else None
+    )
     expected = (x if mask is None else x[1:2]).double()
     assert (count == 1).all()
     torch.testing.assert_close(mean, expected, rtol=0, atol=0)
@@ -117,7 +120,7 @@ def test_one_value_per_channel_is_its_own_mean(name: str, by: str) -> None:
 
 @every_engine
 def test_nothing_is_written_to_the_inputs(name: str) -> None:
-    engine = choose.load(name)
+    engine = Primitives(choose.load(name))
     case = Case("inputs", (5, 4, 6, 3), masked=True, residual=True, activation="silu", dtype=torch.float64)
     inputs = case.make()
     before = [None if tensor is None else tensor.clone() for tensor in inputs]
@@ -130,7 +133,7 @@ def test_nothing_is_written_to_the_inputs(name: str) -> None:
 @every_engine
 @pytest.mark.parametrize("shape", [(64, 1, 90, 70), (1, 1, 300_000), (40, 3, 70, 50), (9000, 67)], ids=str)
 def test_the_number_of_threads_changes_no_bit(name: str, shape: tuple[int, ...]) -> None:
-    engine = choose.load(name)
+    engine = Primitives(choose.load(name))
     shape = trimmed(name, Case("threads", shape)).shape
     x, dy = (torch.randn(shape, device=device(name)) + mean for mean in (3, 0))
     threads = torch.get_num_threads()
@@ -151,6 +154,8 @@ def test_a_device_without_float64_keeps_float32_statistics(monkeypatch: pytest.M
     monkeypatch.setattr("batchnorm.kernels.interface._WITHOUT_FLOAT64", frozenset({"cpu"}))
     case = Case("narrow", (13, 5, 4), residual=True, activation="silu")
     inputs = case.make()
-    y, found, _ = eager.forward(inputs.x, EPS, inputs.weight, inputs.bias, **_options(case, inputs))
+    y, found, _ = Primitives(eager).forward(
+        inputs.x, EPS, inputs.weight, inputs.bias, **_options(case, inputs)
+    )
     assert found.mean.dtype == torch.float32
     assert_close(y, case_results(case, eps=EPS).y, dtype=torch.float32, what="y")

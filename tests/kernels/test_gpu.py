@@ -17,14 +17,18 @@ from torch import Tensor
 from tests.support.cases import ACTIVATIONS, Case, Inputs, lay_out
 from tests.support.compare import Results, assert_close, reference_results
 from tests.support.interpreted import DEVICE, every_combination, interpreting
+from tests.support.primitives import Primitives
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.gpu import engine, partition
+from batchnorm.kernels.gpu import engine as gpu
+from batchnorm.kernels.gpu import partition
 from batchnorm.kernels.gpu.tiles import tile_of
+
+engine = Primitives(gpu)
 
 EPS = 1e-5
 REGIMES = ["single", "whole", "parts"]
@@ -221,7 +225,9 @@ def test_normalize_gives_the_output_of_forward_again(
 
 @pytest.mark.one_in(3)
 @every_combination("layout, name", ["contiguous", "channels_last", "strided"], REGIMES, strength=1)
-def test_signs_stand_for_bias_and_residual(monkeypatch: pytest.MonkeyPatch, layout: str, name: str) -> None:
+def test_the_activation_mask_stands_for_bias_and_residual(
+    monkeypatch: pytest.MonkeyPatch, layout: str, name: str
+) -> None:
     """Bit for bit the same gradients, from one bit per value that either half of a forward has written."""
     regime(monkeypatch, name)
     case = Case(

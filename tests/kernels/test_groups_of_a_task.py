@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from batchnorm.kernels.cpu import partition
+from batchnorm.kernels.cpu import partition, prepared
 from tests.kernels import test_engines
 from tests.support.cases import CASES, Case
 
@@ -20,8 +20,10 @@ def few_tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plan one task where there would be many: what is planned for many small groups, of a small tensor."""
     monkeypatch.setattr(partition, "_TASKS", 1)
     partition.partition.cache_clear()
+    prepared.prepare.cache_clear()
     yield
     partition.partition.cache_clear()
+    prepared.prepare.cache_clear()
 
 
 @every_grouped_case

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from batchnorm import reference
 from batchnorm.kernels import choose
-from batchnorm.kernels.cpu import engine
-from batchnorm.kernels.interface import RunningStatistics
+from batchnorm.kernels.cpu import engine as cpu
+from batchnorm.torch.call import RunningState
 from tests.support.cases import CASES, Case
 from tests.support.compare import as_array, assert_close
 from tests.support.interpreted import GPU, device, every_engine_and_case, trimmed
+from tests.support.primitives import Primitives
+
+engine = Primitives(cpu)
 
 MOMENTUM = 0.3
 # What comes behind the moments is nothing to running statistics: cases that differ in more than that.
@@ -40,8 +43,8 @@ class Buffers(NamedTuple):
     def clone(self) -> Buffers:
         return Buffers(*(tensor.clone() for tensor in self))
 
-    def moving(self, *, sequential: bool = False, skips: bool = True) -> RunningStatistics:
-        return RunningStatistics(
+    def moving(self, *, sequential: bool = False, skips: bool = True) -> RunningState:
+        return RunningState(
             self.mean, self.var, self.batches, MOMENTUM, self.skipped if skips else None, sequential
         )
 
@@ -52,12 +55,11 @@ def buffers(channels: int, dtype: torch.dtype = torch.float32) -> Buffers:
     return Buffers(mean, var, torch.tensor(5), torch.tensor(2))
 
 
-def forward(name: str, case: Case, x: Tensor, mask: Tensor | None, running: RunningStatistics) -> None:
+def forward(name: str, case: Case, x: Tensor, mask: Tensor | None, running: RunningState) -> None:
     there = [t.to(device(name)) if isinstance(t, Tensor) else t for t in (x, mask, *running)]
-    x, mask, placed = there[0], there[1], RunningStatistics(*there[2:])
-    engine = choose.load(name)
-    assert engine.moves(x, placed)
-    engine.forward(x, 1e-5, mask=mask, group_size=case.group_size, running=placed)
+    x, mask, placed = there[0], there[1], RunningState(*there[2:])
+    assert choose.load(name).moves(x, placed)
+    Primitives(choose.load(name)).forward(x, 1e-5, mask=mask, group_size=case.group_size, running=placed)
     for ours, theirs in zip(running, placed, strict=True):
         if isinstance(ours, Tensor) and ours is not theirs:
             ours.copy_(theirs)
@@ -240,7 +242,7 @@ def test_a_thousand_groups_in_turn_round_once(name: str, sequential: bool) -> No
     x = case.make().x
     ours = buffers(3)
     start = reference.Running(as_array(ours.mean).copy(), as_array(ours.var).copy())
-    running = RunningStatistics(ours.mean, ours.var, None, 0.01, None, sequential)
+    running = RunningState(ours.mean, ours.var, None, 0.01, None, sequential)
     forward(name, case, x, None, running)
     update = reference.update_running_sequential if sequential else reference.update_running_pooled
     moved = update(start, groups_of(case, x, None), momentum=0.01)
@@ -259,8 +261,8 @@ def test_a_thousand_groups_in_turn_round_once(name: str, sequential: bool) -> No
 )
 def test_what_cannot_be_written_by_its_address_is_left_to_the_framework(other: dict[str, Tensor]) -> None:
     x, running = torch.randn(4, 3), buffers(3).moving()
-    assert engine.moves(x, running)
-    assert not engine.moves(x, running._replace(**other))
+    assert cpu.moves(x, running)
+    assert not cpu.moves(x, running._replace(**other))
     assert not choose.load("eager").moves(x, running)
 
 

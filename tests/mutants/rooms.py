@@ -153,8 +153,7 @@ ROOMS = (
     ),
     Room(
         "statistics and policies",
-        ("statistics/*.py", "torch/policy_step.py", "torch/halves.py", "torch/composite.py",
-         "torch/operators.py"),
+        ("statistics/*.py", "torch/policy_step.py", "torch/autograd.py", "torch/composite.py"),
         (
             Run((*_in("statistics", "statistics"),
                  *_in("torch", "policies", "ghost", "policies_against_reference", "against_reference",
@@ -167,7 +166,7 @@ ROOMS = (
     Room(
         "layers",
         ("torch/layers.py", "torch/checks.py", "torch/dispatch.py", "torch/functional.py",
-         "torch/settings.py", "torch/lazy.py", "torch/plan.py"),
+         "torch/call.py", "torch/lazy.py"),
         (
             Run(_in("torch", "errors", "layouts", "layers", "modules", "axis", "statistics", "policies",
                     "against_reference", "masks_of_layers", "domains", "functional_transforms", "ghost",

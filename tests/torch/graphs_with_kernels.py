@@ -19,8 +19,12 @@ from triton.runtime import driver
 
 import batchnorm
 from batchnorm.kernels import choose, use
-from batchnorm.kernels.gpu import call, engine
+from batchnorm.kernels.gpu import engine as gpu
+from batchnorm.kernels.gpu import launches
 from tests.kernels.compile_for_gpu import Hopper
+from tests.support.primitives import Primitives
+
+engine = Primitives(gpu)
 
 Launches = list[dict[str, Any]]
 
@@ -89,8 +93,8 @@ def eager_launches(layer: nn.Module, x: Tensor, residual: Tensor | None = None, 
         del on
         found.append(told(kernel, programs, warps, arguments))
 
-    launch, parameters = engine.launch, (layer.weight, layer.bias)
-    engine.launch = call.launch = keep  # type: ignore[assignment]
+    launch, parameters = gpu.launch, (layer.weight, layer.bias)
+    gpu.launch = launches.launch = keep  # type: ignore[assignment]
     options |= {"residual": residual, "activation": layer.activation}
     if layer.training:
         _, (_, mean, _), rstd = engine.forward(x, layer.eps, *parameters, **options)
@@ -98,7 +102,7 @@ def eager_launches(layer: nn.Module, x: Tensor, residual: Tensor | None = None, 
         mean, rstd = (torch.empty(1, x.shape[1], dtype=torch.float64, device="meta") for _ in range(2))
         engine.normalize(x, mean, rstd, *parameters, **options)
     engine.backward(x, torch.empty_like(x), mean, rstd, not layer.training, *parameters, **options)
-    engine.launch = call.launch = launch
+    gpu.launch = launches.launch = launch
     return found
 
 

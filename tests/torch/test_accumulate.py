@@ -80,7 +80,7 @@ def test_row_20_one_update_by_the_concatenation(
             assert torch.equal(y, alone[k])
         assert_moved(layer, expected)
     assert_moved(layer, expected)
-    assert "_pool" not in vars(layer)
+    assert "_accumulator" not in vars(layer)
 
 
 def test_row_20_steps_follow_each_other_and_what_is_left_over_moves_at_the_end() -> None:
@@ -196,7 +196,7 @@ def test_an_exception_moves_nothing() -> None:
     with pytest.raises(ZeroDivisionError):
         interrupted()
     assert_identical(state(layer), before)
-    assert "_pool" not in vars(layer)
+    assert "_accumulator" not in vars(layer)
     assert not layer._forward_hooks
     assert not layer._forward_pre_hooks
     layer(batches[0])
@@ -284,11 +284,11 @@ def test_it_holds_three_numbers_per_channel() -> None:
     with batchnorm.accumulate(layer, 9):
         for x in micro_batches():
             layer(x.requires_grad_())
-        (kept,) = layer._pool._all.values()
+        (kept,) = layer._accumulator._all.values()
         assert all(t.numel() == 4 and not t.requires_grad for t in kept.moments if isinstance(t, Tensor))
         others = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
         for other in others:
-            assert other._pool is None
+            assert other._accumulator is None
             other(micro_batches()[0])
             assert other.num_batches_tracked == 4
 

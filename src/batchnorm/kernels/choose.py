@@ -125,6 +125,13 @@ def engine(x: Tensor) -> Engine:
     return load(name)
 
 
+def default_cpu_engine() -> Engine | None:
+    """Return the engine for CPUs, None where another one is asked for or it cannot be loaded."""
+    if _override.get() is not None or _environment() is not None or _missing("cpu") is not None:
+        return None
+    return ENGINES["cpu"]
+
+
 def compiles(device: str, dtype: torch.dtype) -> bool:
     """Whether tensors of this kind are the engine's for GPUs, and its kernels can be shown to a compiler."""
     wanted = _override.get() or _environment() or "gpu"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .interface import Coefficients, Moments, RunningStatistics, wide_dtype
+from .interface import Call, Coefficients, Moments, RunningState, Statistics, wide_dtype
 
 # Values per chunk. A GPU launches kernels per chunk, so only memory bounds it: 2**26 values are 512 MB wide.
 _CHUNK_CPU = 2**18
@@ -244,6 +244,11 @@ class _Pass:
         return dx, dresidual
 
 
+def _pass(call: Call) -> _Pass:
+    chunks = _Chunks(call.x, call.mask, call.group_size)
+    return _Pass(chunks, call.weight, call.bias, call.residual, call.activation)
+
+
 def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
     """See `interface.Engine.moments`."""
     chunks = _Chunks(x, mask, group_size)
@@ -252,125 +257,86 @@ def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = N
     return Moments(count, chunks.gather(step.mean), chunks.gather(m2))
 
 
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    mask: Tensor | None = None,
-    group_size: int | None = None,
-) -> Tensor:
-    """See `interface.Engine.normalize`."""
-    chunks = _Chunks(x, mask, group_size)
-    return _Pass(chunks, weight, bias, residual, activation).given(mean, rstd).normalize()
-
-
-def backward_reduce(
-    x: Tensor,
-    dy: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    mask: Tensor | None = None,
-    group_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See `interface.Engine.backward_reduce`."""
-    chunks = _Chunks(x, mask, group_size)
-    return _Pass(chunks, weight, bias, residual, activation).given(mean, rstd).reduce(dy)
-
-
-def backward_apply(
-    x: Tensor,
-    dy: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    coefficients: Coefficients,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    mask: Tensor | None = None,
-    group_size: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """See `interface.Engine.backward_apply`."""
-    chunks = _Chunks(x, mask, group_size)
-    return _Pass(chunks, weight, bias, residual, activation).given(mean, rstd).apply(dy, coefficients)
-
-
 def forward(
-    x: Tensor,
-    eps: float,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    mask: Tensor | None = None,
-    group_size: int | None = None,
-    running: RunningStatistics | None = None,
-) -> tuple[Tensor, Moments, Tensor]:
+    call: Call, running: RunningState | None = None, activation_mask: Tensor | None = None
+) -> tuple[Tensor, Statistics]:
     """See `interface.Engine.forward`."""
     assert running is None, "it moves none"
-    chunks = _Chunks(x, mask, group_size)
-    step = _Pass(chunks, weight, bias, residual, activation)
+    assert activation_mask is None, "it keeps none"
+    step = _pass(call)
     count, m2, divisor = step.measure()
-    step.rstd = (m2 / divisor).add_(eps).rsqrt_()
-    y = step.normalize()
-    return y, Moments(count, chunks.gather(step.mean), chunks.gather(m2)), chunks.gather(step.rstd)
+    step.rstd = (m2 / divisor).add_(call.eps).rsqrt_()
+    gather = step.chunks.gather
+    return step.normalize(), (gather(step.mean), gather(step.rstd), count, gather(m2))
+
+
+def evaluate(
+    call: Call, mean: Tensor, var: Tensor, activation_mask: Tensor | None = None
+) -> tuple[Tensor, Statistics]:
+    """See `interface.Engine.evaluate`."""
+    statistics = constants(mean, var, call.eps)
+    return normalize(call, statistics, activation_mask), statistics
+
+
+def constants(mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return mean and rstd `[1, C]`, wide, of running statistics: copies, as these will move."""
+    wide = wide_dtype(mean.device)
+    rstd = (var.detach().to(wide) + eps).rsqrt()
+    return mean.detach().to(wide, copy=True).unsqueeze(0), rstd.unsqueeze(0)
+
+
+def normalize(call: Call, statistics: Statistics, activation_mask: Tensor | None = None) -> Tensor:
+    """See `interface.Engine.normalize`."""
+    assert activation_mask is None, "it keeps none"
+    return _pass(call).given(*statistics[:2]).normalize()
+
+
+def unpack(statistics: Statistics, channels: int) -> tuple[Moments, Tensor]:  # noqa: ARG001
+    """See `interface.Engine.unpack`."""
+    mean, rstd, count, m2 = statistics
+    return Moments(count, mean, m2), rstd
 
 
 def backward(
-    x: Tensor,
+    call: Call,
     dy: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    given: bool,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    mask: Tensor | None = None,
-    group_size: int | None = None,
+    statistics: Statistics,
+    constant: bool,
+    activation_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `interface.Engine.backward`."""
-    chunks = _Chunks(x, mask, group_size)
-    step = _Pass(chunks, weight, bias, residual, activation).given(mean, rstd)
+    assert activation_mask is None, "it keeps none"
+    rstd = statistics[1]
+    step = _pass(call).given(*statistics[:2])
     sum_dy, sum_dy_xhat = step.reduce(dy)
-    a = rstd if weight is None else rstd * weight
-    if given:
+    a = rstd if call.weight is None else rstd * call.weight
+    if constant:
         b = c = torch.zeros_like(a)
     else:
-        share = -a / chunks.count().clamp(min=1).unsqueeze(1)
+        share = -a / step.chunks.count().clamp(min=1).unsqueeze(1)
         b, c = share * sum_dy_xhat, share * sum_dy
     dx, dresidual = step.apply(dy, (a, b, c))
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
     return dx, sum_dy_xhat.sum(0).to(dtype), sum_dy.sum(0).to(dtype), dresidual
 
 
-def activation_mask(x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:  # noqa: ARG001
-    """See `interface.Engine.activation_mask`: it keeps none."""
-    return None
+def backward_reduce(call: Call, dy: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """See `interface.Engine.backward_reduce`."""
+    return _pass(call).given(*statistics[:2]).reduce(dy)
 
 
-def given(
-    running_mean: Tensor,  # noqa: ARG001
-    running_var: Tensor,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor] | None:
-    """See `interface.Engine.given`: always left to the caller."""
-    return None
+def backward_apply(
+    call: Call, dy: Tensor, statistics: Statistics, coefficients: Coefficients
+) -> tuple[Tensor, Tensor | None]:
+    """See `interface.Engine.backward_apply`."""
+    return _pass(call).given(*statistics[:2]).apply(dy, coefficients)
 
 
-def moves(x: Tensor, running: RunningStatistics) -> bool:  # noqa: ARG001
+def moves(x: Tensor, running: RunningState) -> bool:  # noqa: ARG001
     """See `interface.Engine.moves`: always left to the caller."""
     return False
+
+
+def activation_mask(call: Call) -> Tensor | None:  # noqa: ARG001
+    """See `interface.Engine.activation_mask`: it keeps none."""
+    return None

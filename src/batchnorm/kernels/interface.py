@@ -39,6 +39,87 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 # a, b and c of dx = a dy' + b x̂ + c, each `[G, C]`, wide.
 Coefficients = tuple[Tensor, Tensor, Tensor]
 
+# What a call normalizes by: (mean, rstd), `[G, C]` each; or what an engine's `forward` or `evaluate` has
+# returned, in a form of its own, which the same engine reads in a later call.
+Statistics = tuple[Tensor, ...]
+
+
+class Call(Protocol):
+    """A call, as an engine reads it; the layers' record of a call has these fields (`torch/call.py`)."""
+
+    @property
+    def x(self) -> Tensor:
+        """Input `[N, C, *S]`."""
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Scale `[C]`; None = 1."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Shift `[C]`; None = 0."""
+
+    @property
+    def residual(self) -> Tensor | None:
+        """Added before the activation, `[N, C, *S]`; None = 0."""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Values that count, `[N, *S]` bool; None = all."""
+
+    @property
+    def activation(self) -> str | None:
+        """A name from `activations.ACTIVATIONS`; None = identity."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Samples per statistics group; None = all."""
+
+    @property
+    def eps(self) -> float:
+        """Added to var."""
+
+
+class RunningState(Protocol):
+    """Running statistics that a batch of x moves in place, `[C]` each: momentum is the batch's fraction.
+
+        running = (1 - momentum) * running + momentum * batch, where var is m2 / (count - 1)
+
+    The batch is what the mask leaves in of all groups together: their moments are merged in order, by Chan's
+    formula. Fewer than two values have no variance, and leave mean and var as they are.
+    """
+
+    @property
+    def mean(self) -> Tensor | None:
+        """Running mean; None = not tracked."""
+
+    @property
+    def var(self) -> Tensor | None:
+        """Running variance, unbiased; None = not tracked."""
+
+    @property
+    def batches(self) -> Tensor | None:
+        """Number of batches so far, an integer tensor of one value; any batch adds 1."""
+
+    @property
+    def momentum(self) -> float | Tensor | None:
+        """Fraction of a batch, 0..1; an engine takes numbers only."""
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """Number of skipped batches, an integer tensor of one value.
+
+        If it is given, a batch whose mean or m2 is inf or NaN, in any group and channel, adds 1 to it and
+        leaves all the others alone. None = such a batch moves them as any other does.
+        """
+
+    @property
+    def sequential(self) -> bool:
+        """Whether each group moves them as a batch of its own, in order.
+
+        A group of fewer than two values is passed over; `batches` grows by G. A batch is skipped as a whole.
+        """
+
 
 class Moments(NamedTuple):
     """Count, mean and centred second moment of the values of each group and channel.
@@ -54,127 +135,41 @@ class Moments(NamedTuple):
     m2: Tensor
 
 
-class RunningStatistics(NamedTuple):
-    """Running statistics that a batch of x moves in place, `[C]` each: momentum is the batch's fraction.
-
-        running = (1 - momentum) * running + momentum * batch, where var is m2 / (count - 1)
-
-    The batch is what the mask leaves in of all groups together: their moments are merged in order, by Chan's
-    formula. Fewer than two values have no variance, and leave mean and var as they are.
-
-    Attributes:
-        mean, var: None where they are not tracked.
-        batches: number of batches so far, an integer tensor of one value, which grows by 1, whatever the
-            count; or None.
-        momentum: 0..1.
-        skipped: number of batches that were skipped, an integer tensor of one value. Where it is given, a
-            batch whose mean or m2 is inf or NaN, in any group and channel, adds 1 to it and leaves all the
-            others alone. None = such a batch moves them as any other does.
-        sequential: whether each group moves them as a batch of its own, in order, a group of fewer than two
-            values being passed over; `batches` grows by G then. A batch is skipped all the same as a whole.
-    """
-
-    mean: Tensor | None
-    var: Tensor | None
-    batches: Tensor | None
-    momentum: float
-    skipped: Tensor | None = None
-    sequential: bool = False
-
-
 class Engine(Protocol):
-    """What an engine module offers; arguments and shapes as in the notation above."""
+    """What an engine module offers; shapes as in the notation above."""
 
     def moments(self, x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
         """Return the moments of x: two passes, the second one centred; never E[x²] - E[x]²."""
 
-    def normalize(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        mask: Tensor | None = None,
-        group_size: int | None = None,
-    ) -> Tensor:
-        """Return y `[N, C, *S]` in the dtype and layout of x."""
-
-    def backward_reduce(
-        self,
-        x: Tensor,
-        dy: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        mask: Tensor | None = None,
-        group_size: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return sum_dy = Σ dy' and sum_dy_xhat = Σ dy' x̂, each `[G, C]` in the wide dtype."""
-
-    def backward_apply(
-        self,
-        x: Tensor,
-        dy: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        coefficients: Coefficients,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        mask: Tensor | None = None,
-        group_size: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return dx = a dy' + b x̂ + c and dresidual = dy', for coefficients (a, b, c), each `[G, C]`.
-
-        The statistics policy computes the coefficients, so that none is a special case here. The middle term
-        takes x̂, not x: b x + c would cancel where |mean| is far above std.
-        """
-
     def forward(
-        self,
-        x: Tensor,
-        eps: float,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        mask: Tensor | None = None,
-        group_size: int | None = None,
-        running: RunningStatistics | None = None,
-    ) -> tuple[Tensor, Moments, Tensor]:
-        """Return y, the moments of x, and rstd: `moments` and `normalize` with nothing between them.
+        self, call: Call, running: RunningState | None = None, activation_mask: Tensor | None = None
+    ) -> tuple[Tensor, Statistics]:
+        """Return y `[N, C, *S]`, in the dtype and layout of x, and the statistics of x.
 
-        `running`, for which `moves` was true, is moved.
+        Args:
+            call: the call.
+            running: running statistics for which `moves` was true; they are moved.
+            activation_mask: a tensor from `activation_mask`, which is filled.
         """
 
-    def moves(self, x: Tensor, running: RunningStatistics) -> bool:
-        """Whether `forward` of x can move these; else they need the framework's own operations."""
+    def evaluate(
+        self, call: Call, mean: Tensor, var: Tensor, activation_mask: Tensor | None = None
+    ) -> tuple[Tensor, Statistics]:
+        """Return y, normalized by running statistics, and copies of these: mean and 1 / sqrt(var + eps)."""
+
+    def normalize(self, call: Call, statistics: Statistics, activation_mask: Tensor | None = None) -> Tensor:
+        """Return y, normalized by given statistics."""
+
+    def unpack(self, statistics: Statistics, channels: int) -> tuple[Moments, Tensor]:
+        """Return the moments and rstd, `[G, C]`, in what `forward` has returned."""
 
     def backward(
         self,
-        x: Tensor,
+        call: Call,
         dy: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        given: bool,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        mask: Tensor | None = None,
-        group_size: int | None = None,
+        statistics: Statistics,
+        constant: bool,
+        activation_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return dx, dweight, dbias and dresidual: both backward halves with no policy between them.
 
@@ -182,16 +177,28 @@ class Engine(Protocol):
 
             dx = a dy' - a x̂ sum_dy_xhat / n - a sum_dy / n
 
-        Where they are `given`, and so constants: dx = a dy'. dweight and dbias are sum_dy_xhat and sum_dy of
-        all groups, `[C]`, in float64 where x is, and else float32.
+        Where the statistics are `constant`: dx = a dy'. dweight and dbias are sum_dy_xhat and sum_dy of all
+        groups, `[C]`, in float64 where x is, and else float32.
+
+        Args:
+            activation_mask: as `forward` has filled it; the call then has neither bias nor residual, and
+                dresidual is laid out as x.
         """
 
-    def activation_mask(self, x: Tensor, activation: str | None, group_size: int | None) -> Tensor | None:
-        """Return room for one bit per value, whether the activation has a slope there; None: none is kept.
+    def backward_reduce(self, call: Call, dy: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """Return sum_dy = Σ dy' and sum_dy_xhat = Σ dy' x̂, each `[G, C]` in the wide dtype."""
 
-        An engine that returns it takes it as `activation_mask=` in `forward` and `normalize`, which fill it,
-        and in `backward`, where residual and bias are then None; dresidual is laid out as x.
+    def backward_apply(
+        self, call: Call, dy: Tensor, statistics: Statistics, coefficients: Coefficients
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return dx = a dy' + b x̂ + c and dresidual = dy', for coefficients (a, b, c), each `[G, C]`.
+
+        The statistics policy computes the coefficients, so that none is a special case here. The middle term
+        takes x̂, not x: b x + c would cancel where |mean| is far above std.
         """
 
-    def given(self, running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
-        """Return mean and rstd = 1 / sqrt(running_var + eps), `[1, C]`, copied; None as `moves` is False."""
+    def moves(self, x: Tensor, running: RunningState) -> bool:
+        """Whether `forward` of x can move these; else they need the framework's own operations."""
+
+    def activation_mask(self, call: Call) -> Tensor | None:
+        """Return memory for a bit per value, whether the activation has a slope there; None = not kept."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from batchnorm.errors import OptionError
-from batchnorm.torch.contexts.accumulation import Pool
+from batchnorm.torch.contexts.accumulation import Accumulator
 from batchnorm.torch.layers import _Layer
 from batchnorm.torch.tracing import is_recomputed
 
@@ -68,21 +68,21 @@ def accumulate(model: nn.Module, steps: int) -> Iterator[None]:
     if steps == 1:
         yield
         return
-    pools = [Pool(layer) for layer in layers]
-    count = _Count(pools, steps)
+    accumulators = [Accumulator(layer) for layer in layers]
+    count = _Count(accumulators, steps)
     begin, end = _Hook(count.begin), _Hook(count.end)
     handles = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
     try:
-        for layer, pool in zip(layers, pools, strict=True):
-            layer._pool = pool
+        for layer, accumulator in zip(layers, accumulators, strict=True):
+            layer._accumulator = accumulator
         yield
-        for pool in pools:
-            pool.flush()
+        for accumulator in accumulators:
+            accumulator.flush()
     finally:
         for handle in handles:
             handle.remove()
         for layer in layers:
-            vars(layer).pop("_pool", None)
+            vars(layer).pop("_accumulator", None)
 
 
 class _Hook:
@@ -108,31 +108,31 @@ def _nothing(_: nn.Module) -> None:
 class _Count:
     """Counts forwards, and moves the statistics at the end of every so many."""
 
-    def __init__(self, pools: list[Pool], steps: int) -> None:
-        self.pools, self.steps = pools, steps
+    def __init__(self, accumulators: list[Accumulator], steps: int) -> None:
+        self.accumulators, self.steps = accumulators, steps
         self.done = 0
 
     def begin(self, model: nn.Module) -> None:
         """Begin a forward."""
         if model.training and not is_recomputed():
-            for pool in self.pools:
-                pool.begin()
+            for accumulator in self.accumulators:
+                accumulator.begin()
 
     def end(self, model: nn.Module) -> None:
         """End a forward."""
         if not model.training or is_recomputed():
             return
-        for pool in self.pools:
-            pool.end()
+        for accumulator in self.accumulators:
+            accumulator.end()
         self.done += 1
         if self.done % self.steps == 0:
-            for pool in self.pools:
-                pool.flush()
+            for accumulator in self.accumulators:
+                accumulator.flush()
 
 
 def _check(model: nn.Module, layers: list[_Layer]) -> None:
     for layer in layers:
-        if layer._pool is not None:
+        if layer._accumulator is not None:
             raise OptionError("it is in another block of accumulate already", shown(model, layer))
         if layer.statistics.is_sequential:
             raise OptionError(

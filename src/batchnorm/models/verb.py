@@ -52,7 +52,7 @@ def _check_contexts(model: nn.Module, name: str, masked: str, pooled: str) -> No
             raise OptionError(
                 f"{name} within batchnorm.mask: {masked}. Call it outside of the block", str(found)
             )
-        if pooled and getattr(found.module, "_pool", None) is not None:
+        if pooled and getattr(found.module, "_accumulator", None) is not None:
             raise OptionError(
                 f"{name} within batchnorm.accumulate: {pooled}. Call it outside of the block", str(found)
             )

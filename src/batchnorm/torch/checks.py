@@ -10,49 +10,120 @@ from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentTypeError, InputShapeError, InputTypeError, OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.serialized import POLICIES
 
+from .call import Call
 from .quantization import REVERT_FIRST
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def is_usual(
-    input: Tensor,
-    vectors: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    training: bool,
-    eps: float,
-) -> bool:
-    """Whether this is a common float32 call on a CPU with valid arguments, the activation apart.
+# dtype of an input -> of the arithmetic, which running statistics have too.
+_REALS = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+_Parameter, _strided, _int64 = nn.Parameter, torch.strided, torch.int64
 
-    This fast path replaces a dozen checks, which took longer than the kernel of a small layer.
 
-    Args:
-        input: `[N, C, *S]`.
-        vectors: running mean, running variance, weight and bias, `[C]` or None.
-        residual: the residual, or None.
-        training: normalize by the batch.
-        eps: added to var.
+def is_plain(call: Call) -> bool:
+    """Whether a call is a common one: by the batch's or the running statistics, of plain tensors on a CPU.
+
+    The CPU's kernels take such a call as it is, and nothing else has to be checked. This fast path replaces a
+    dozen checks, which took longer than the kernel of a small layer.
     """
-    if input.layout is not torch.strided or input.is_nested:  # a nested tensor may have no shape
+    (
+        x,
+        weight,
+        bias,
+        residual,
+        mask,
+        activation,
+        eps,
+        _,
+        running,
+        policy,
+        training,
+        nonfinite,
+        small_batch,
+        _,
+    ) = call
+    if (
+        type(x) is not Tensor
+        or not x.is_cpu
+        or x.layout is not _strided
+        or x.is_nested
+        or type(policy) is not Batch
+        or nonfinite == "raise"
+        or eps <= 0.0
+        or (activation is not None and activation not in ACTIVATIONS)
+    ):
         return False
-    shape = input.shape
-    vectors_shape = shape[1:2]
-    if (vectors[0] is None) is not (vectors[1] is None):
+    dtype, shape = x.dtype, x.shape
+    real = _REALS.get(dtype)
+    if real is None or len(shape) < 2 or shape[0] < 1 + training or not x.numel():
         return False
-    if len(shape) < 2 or input.dtype is not torch.float32 or not input.is_cpu or eps <= 0.0:
-        return False
-    if (shape[0] < 2) if training else (vectors[0] is None or vectors[1] is None):
-        return False
-    for vector in vectors:
-        if vector is not None and not (
-            vector.dtype is torch.float32 and vector.is_cpu and vector.shape == vectors_shape
+    channels = shape[1]
+    for parameter in (weight, bias):
+        if parameter is not None and not (
+            (type(parameter) is _Parameter or type(parameter) is Tensor)
+            and (parameter.dtype is real or parameter.dtype is dtype)
+            and parameter.is_cpu
+            and parameter.numel() == channels
+            and parameter.dim() == 1
         ):
             return False
-    return residual is None or (
-        residual.dtype is torch.float32 and residual.is_cpu and residual.shape == shape
+    mean, var, batches, momentum, skipped, _, _, accumulator = running
+    if mean is None or var is None:
+        if mean is not var or batches is not None or not training:
+            return False
+    else:
+        for values in (mean, var):
+            if not (
+                type(values) is Tensor
+                and values.dtype is real
+                and values.is_cpu
+                and values.numel() == channels
+                and values.stride() == (1,)
+                and not (training and (values.requires_grad or values.is_inference()))
+            ):
+                return False
+        if training and not (
+            type(momentum) is float
+            and accumulator is None
+            and (batches is None or _is_counter(batches))
+            and (skipped is None or _is_counter(skipped))
+        ):
+            return False
+    if residual is not None and not (
+        type(residual) is Tensor
+        and residual.dtype is dtype
+        and residual.is_cpu
+        and residual.layout is _strided
+        and residual.shape == shape
+    ):
+        return False
+    return mask is None or (
+        type(mask) is Tensor
+        and mask.dtype is torch.bool
+        and mask.is_cpu
+        and mask.shape == shape[:1] + shape[2:]
+        and (small_batch == "raise" or not training)  # what a mask leaves may be too few
+    )
+
+
+def _is_counter(count: Tensor) -> bool:
+    """Whether a kernel can count batches in a tensor."""
+    return (
+        type(count) is Tensor
+        and count.dtype is _int64
+        and count.is_cpu
+        and count.numel() == 1
+        and not count.is_inference()
     )
 
 

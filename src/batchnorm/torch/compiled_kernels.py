@@ -1,4 +1,4 @@
-"""As `compiled.py`, with operators that `torch.compile` looks into: its graphs hold the kernels for GPUs.
+"""The operators of `compiled.py` for GPUs, which `torch.compile` looks into: its graphs hold the kernels.
 
 So it knows what each of them reads and writes, and launches them as its own. Where sizes are symbols, which
 would have to be numbers to cut a tensor into programs, the opaque operators stay: then one graph serves every
@@ -21,6 +21,7 @@ from torch.library import triton_op
 from batchnorm.kernels import choose
 
 from . import compiled
+from .call import Call
 
 
 def _edition() -> str:
@@ -47,9 +48,8 @@ def _normalize(
     group_size: int | None,
     edition: str,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = (given_mean, given_rstd)
-    gpu = choose.load("gpu")
-    return compiled.normalized(gpu, x, weight, bias, residual, mask, *given, activation, eps, group_size)
+    call = Call(x, weight, bias, residual, mask, activation, eps, group_size)
+    return compiled.normalized(choose.load("gpu"), call, given_mean, given_rstd)
 
 
 @triton_op("batchnorm::normalize_seen_backward", mutates_args=())
@@ -63,14 +63,11 @@ def _normalize_backward(
     mean: Tensor,
     rstd: Tensor,
     activation: str | None,
-    given: bool,
+    constant: bool,
     group_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gpu = choose.load("gpu")
-    statistics = (mean, rstd)
-    return compiled.gradients(
-        gpu, x, dy, weight, bias, residual, mask, *statistics, activation, given, group_size
-    )
+    call = Call(x, weight, bias, residual, mask, activation, group_size=group_size)
+    return compiled.gradients(choose.load("gpu"), call, dy, mean, rstd, constant)
 
 
 compiled.register_gradient(_normalize, _normalize_backward)
@@ -79,11 +76,11 @@ compiled.register_gradient(_normalize, _normalize_backward)
 _compiles = torch.compiler.assume_constant_result(choose.compiles)  # type: ignore[no-untyped-call]
 
 
-def can_see(x: Tensor, eps: float, group_size: int | None) -> bool:
-    """Whether these operators take x: the engine's for GPUs, of sizes that are numbers, with values."""
-    numbers: tuple[Any, ...] = (*x.shape, *x.stride(), eps, group_size or 1)
+def can_see(call: Call) -> bool:
+    """Whether these operators take a call: of the engine for GPUs, with values, of sizes that are numbers."""
+    numbers: tuple[Any, ...] = (*call.x.shape, *call.x.stride(), call.eps, call.group_size or 1)
     is_static = all(has_static_value(number) for number in numbers)
-    return is_static and 0 not in x.shape and bool(_compiles(x.device.type, x.dtype))
+    return is_static and 0 not in call.x.shape and bool(_compiles(call.x.device.type, call.x.dtype))
 
 
 def normalize(*arguments: Any) -> tuple[Tensor, ...]:

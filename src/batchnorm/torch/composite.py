@@ -7,7 +7,7 @@ differentiation and the transforms of `torch.func`, where a hand-written gradien
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments
 
-from .plan import Plan
+from .call import Call
+
+if TYPE_CHECKING:
+    from .policy_step import PolicyStep
 
 
 class Normalized(NamedTuple):
@@ -35,41 +38,41 @@ class Normalized(NamedTuple):
 
 
 def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    plan: Plan,
+    call: Call,
+    given: tuple[Tensor, Tensor] | None = None,
+    step: PolicyStep | None = None,
     *,
     exporting: bool = False,
 ) -> Normalized:
     """Return y = activation(weight * x̂ + bias + residual), 0 where masked.
 
     Args:
-        x: `[N, C, *S]`.
-        plan: by which statistics.
+        call: the call.
+        given: mean and rstd to normalize by, `[1, C]` each, constants.
+        step: the policy that chooses them. Without either: by the moments of each group.
         exporting: for a runtime, which has activations in float32 (ONNX Runtime has no elu in float64).
     """
-    wide = cleared(x.to(wide_dtype(x.device)), plan.mask)
+    x, mask = call.x, call.mask
+    wide = cleared(x.to(wide_dtype(x.device)), mask)
     batch = None
-    if plan.given is not None:
-        mean, rstd = plan.given
+    if given is not None:
+        mean, rstd = given
         z = (wide - _spread(mean, x)) * _spread(rstd, x)
     else:
-        batch, centred, groups = _moments(wide, plan)
-        if plan.choice is None:
+        batch, centred, groups = _moments(wide, mask, call.group_size)
+        if step is None:
             var = batch.m2 / (batch.count + (batch.count == 0))
-            z = centred * _spread((var + plan.eps).rsqrt(), x, groups)
+            z = centred * _spread((var + call.eps).rsqrt(), x, groups)
         else:
-            chosen = plan.choice.choose(*(shared := plan.choice.share(batch, differentiable=True)))
-            batch = shared[0]
+            batch, samples = step.share(batch, differentiable=True)
+            chosen = step.choose(batch, samples)
             z = (wide - _spread(chosen.mean, x, groups)) * _spread(chosen.rstd, x, groups)
-    z = z if weight is None else z * _spread(weight, x)
-    z = z if bias is None else z + _spread(bias, x)
-    z = z if residual is None else z + cleared(residual, plan.mask)
+    z = z if call.weight is None else z * _spread(call.weight, x)
+    z = z if call.bias is None else z + _spread(call.bias, x)
+    z = z if call.residual is None else z + cleared(call.residual, mask)
     z = z.to(torch.promote_types(x.dtype, torch.float32)) if exporting else z
-    y = z if plan.activation is None else ACTIVATIONS[plan.activation].value(z)
-    return Normalized(cleared(y, plan.mask).to(x.dtype), batch)
+    y = z if call.activation is None else ACTIVATIONS[call.activation].value(z)
+    return Normalized(cleared(y, mask).to(x.dtype), batch)
 
 
 def cleared(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -84,15 +87,15 @@ def _spread(values: Tensor, x: Tensor, groups: Tensor | None = None) -> Tensor:
     return values.view(*(values.shape if values.dim() > 1 else (1, -1)), *[1] * (x.dim() - 2))
 
 
-def _moments(wide: Tensor, plan: Plan) -> tuple[PooledMoments, Tensor, Tensor | None]:
+def _moments(
+    wide: Tensor, counted: Tensor | None, size: int | None
+) -> tuple[PooledMoments, Tensor, Tensor | None]:
     """Return the moments of each group; x - mean, 0 where masked; each sample's group if there are many."""
     samples, positions = wide.shape[0], math.prod(wide.shape[2:])
-    size = plan.group_size
     groups, number = None, 1
     if size is not None and size < samples:
         number = -(-samples // size)
         groups = torch.arange(samples, device=wide.device) // size
-    counted = plan.mask
     if counted is None and groups is None:
         count: float | Tensor = 1.0 * samples * positions  # not float(): of an exporter it may be a symbol
     else:
@@ -120,30 +123,33 @@ def _total(per_sample: Tensor, groups: Tensor | None, number: int) -> Tensor:
 
 def gradients(
     ctx: Any,
-    x: Tensor,
+    call: Call,
     dy: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    plan: Plan,
+    given: tuple[Tensor, Tensor] | None = None,
+    step: PolicyStep | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients by operations that torch can differentiate and transform in their turn.
 
     That is for double backward; and for a backward in a `vmap` or in forward mode, of a forward outside it.
 
     Args:
-        ctx: of an autograd Function whose inputs 1 to 4 are x, weight, bias and residual; it has `dtypes` of
-            the last three.
+        ctx: of an autograd Function whose first inputs are x, weight, bias and residual; it has `dtypes`
+            of the last three.
+        call: the call, of saved tensors.
+        dy: the cotangent.
+        given, step: as of `normalize`.
     """
-    if bias is None and ctx.dtypes[1] is not None:
+    if call.bias is None and ctx.dtypes[1] is not None:
         # Not kept, as no activation follows: any value gives the same gradient.
-        bias = torch.zeros(x.shape[1], dtype=ctx.dtypes[1], device=x.device, requires_grad=True)
+        channels = call.x.shape[1]
+        zeros = torch.zeros(channels, dtype=ctx.dtypes[1], device=call.x.device, requires_grad=True)
+        call = call._replace(bias=zeros)
     with torch.enable_grad():
-        y = normalize(x, weight, bias, residual, plan).y
-    inputs = [x, weight, bias, residual]
+        y = normalize(call, given, step).y
+    inputs = (call.x, call.weight, call.bias, call.residual)
     wanted = {
         index: tensor
-        for index, (tensor, need) in enumerate(zip(inputs, ctx.needs_input_grad[1:5], strict=True))
+        for index, (tensor, need) in enumerate(zip(inputs, ctx.needs_input_grad[:4], strict=True))
         if need and tensor is not None
     }
     found = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=torch.is_grad_enabled())

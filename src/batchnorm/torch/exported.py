@@ -10,28 +10,20 @@ from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.batch import running_update
 
+from .call import Call
 from .checks import HALVES
-from .settings import Settings, Tracked
 
 
-def stock(
-    input: Tensor,
-    tracked: Tracked,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    settings: Settings,
-    *,
-    measures: bool,
-    moves: bool,
-) -> Tensor:
-    """Normalize by torch's operators, and move what `tracked` has, the count apart.
+def stock(call: Call, *, measures: bool, moves: bool) -> Tensor:
+    """Normalize by torch's operators, and move the running statistics, the count apart.
 
     Args:
+        call: the call.
         measures: by the batch; else by the running statistics.
         moves: and move these.
     """
-    running_mean, running_var, batches, momentum, *_ = tracked
+    input, weight, bias, residual = call.x, call.weight, call.bias, call.residual
+    running_mean, running_var, batches, momentum, *_ = call.running
     dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
     used: tuple[Tensor | None, ...] = (running_mean, running_var) if moves or not measures else (None, None)
     widens = _widens(input)
@@ -51,15 +43,15 @@ def stock(
         mean, var = (
             None if t is None else torch.zeros_like(t, dtype=input.dtype if is_apart else None) for t in used
         )
-        y = F.batch_norm(input, mean, var, weight, bias, measures, 1.0, settings.eps)
+        y = F.batch_norm(input, mean, var, weight, bias, measures, 1.0, call.eps)
         for old, new in zip(used, (mean, var), strict=True):
             if old is not None and new is not None:
                 old.copy_(running_update(old, new, momentum))
     else:
         number = 0.0 if isinstance(momentum, Tensor) else momentum
         mean, var = used
-        y = F.batch_norm(input, mean, var, weight, bias, measures, number, settings.eps)
-    y = behind(y, residual, settings.activation)
+        y = F.batch_norm(input, mean, var, weight, bias, measures, number, call.eps)
+    y = behind(y, residual, call.activation)
     return y if y.dtype == dtype else y.to(dtype)  # no operator in the graph that does nothing
 
 

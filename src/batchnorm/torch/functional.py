@@ -12,10 +12,11 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Policy
 
-from . import checks, dispatch, exported
+from . import checks, dispatch
+from .call import Call, RunningState
 from .collectives.operations import differentiable_gather, numbered, sharing_ranks, timeout_of
+from .exported import stock
 from .running_stats import moved, pooled_groups
-from .settings import Settings, Tracked
 from .symbolic import one_node
 from .tracing import is_exporting
 
@@ -99,15 +100,15 @@ def batch_norm(
         )
         return y
     checks.check_tensor(input)
-    settings = Settings(training, eps, activation, statistics)
-    tracked = Tracked(running_mean, running_var, None, momentum)
     checks.check_policy(statistics, running_mean is not None and running_var is not None)
+    running = RunningState(running_mean, running_var, momentum=momentum, sequential=statistics.is_sequential)
+    groups = statistics.groups(training)
+    call = Call(input, weight, bias, residual, mask, activation, eps, groups, running, statistics, training)
     if axis == 1:
-        return dispatch.tracked_batch_norm(input, tracked, weight, bias, residual, mask, settings)
+        return dispatch.batch_norm(call)
     checks.check_axis(axis, input)
     residual = None if residual is None else residual.movedim(axis, 1)
-    y = dispatch.tracked_batch_norm(input.movedim(axis, 1), tracked, weight, bias, residual, mask, settings)
-    return y.movedim(1, axis)
+    return dispatch.batch_norm(call._replace(x=input.movedim(axis, 1), residual=residual)).movedim(1, axis)
 
 
 @one_node
@@ -137,23 +138,19 @@ def pure_batch_norm(
     """
     checks.check_tensor(input)
     checks.check_policy(statistics, running_mean is not None and running_var is not None)
-    settings = Settings(training, eps, activation, statistics)
-    tracked = Tracked(running_mean, running_var, None, momentum)
-    mode, exporting = dispatch.mode_of(input, tracked, settings, mask), is_exporting()
-    dispatch.check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
-    if exporting and dispatch.is_exported_as_stock(settings, mode, mask):
+    running = RunningState(running_mean, running_var, momentum=momentum, sequential=statistics.is_sequential)
+    groups = statistics.groups(training)
+    call = Call(input, weight, bias, residual, mask, activation, eps, groups, running, statistics, training)
+    mode, exporting = dispatch.mode_of(call), is_exporting()
+    dispatch.check(call, mode, exporting=exporting)
+    if exporting and dispatch.is_exported_as_stock(call, mode):
         new_mean, new_var = (None if t is None else t.clone() for t in (running_mean, running_var))
-        copies = tracked._replace(mean=new_mean, var=new_var)
-        y = exported.stock(
-            input, copies, weight, bias, residual, settings, measures=mode.measures, moves=mode.moves
-        )
-        return y, new_mean, new_var
-    y, batch, _ = dispatch.normalize(
-        input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting
-    )
+        call = call._replace(running=running._replace(mean=new_mean, var=new_var))
+        return stock(call, measures=mode.measures, moves=mode.moves), new_mean, new_var
+    y, batch, _ = dispatch.normalize(call, mode, exporting=exporting)
     if batch is None or not mode.moves:
         return y, running_mean, running_var
-    after = moved(tracked, batch, sequential=statistics.is_sequential, skip=False)
+    after = moved(running, batch, skip=False)
     new_mean, new_var = (
         new if old is None or new is None else new.to(old.dtype)
         for old, new in ((running_mean, after.mean), (running_var, after.var))
@@ -213,16 +210,13 @@ def normalize_batch(
         group, `[G, C]`, and count `[G, 1]` or a number. No gradient flows into these.
     """
     checks.check_tensor(input)
-    settings = Settings(training, eps, activation, statistics)
-    tracked = Tracked(running_mean, running_var, batches)
-    mode = dispatch.Mode(measures=True, moves=False, needs_two=False)
-    exporting = is_exporting()
-    dispatch.check(input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting)
-    y, batch, _ = dispatch.normalize(
-        input, tracked, weight, bias, residual, mask, settings, mode, exporting=exporting
-    )
+    groups, running = statistics.groups(training), RunningState(running_mean, running_var, batches)
+    call = Call(input, weight, bias, residual, mask, activation, eps, groups, running, statistics, training)
+    mode, exporting = dispatch.Mode(measures=True, moves=False, needs_two=False), is_exporting()
+    dispatch.check(call, mode, exporting=exporting)
+    y, batch, _ = dispatch.normalize(call, mode, exporting=exporting)
     assert batch is not None
-    count, mean, m2 = batch if statistics.groups(training) is not None else pooled_groups(batch)
+    count, mean, m2 = batch if groups is not None else pooled_groups(batch)
     return y, PooledMoments(count, mean.detach(), m2.detach())
 
 

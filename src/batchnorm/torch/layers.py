@@ -11,7 +11,7 @@ from batchnorm.errors import BatchNormError, InputShapeError, OptionError
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 
-from . import dispatch
+from .call import NO_RUNNING_STATE, Call, RunningState
 from .checks import (
     check_activation,
     check_nonfinite,
@@ -20,21 +20,21 @@ from .checks import (
     mask_of_lengths,
     not_a_tensor,
 )
-from .contexts.accumulation import Pool
+from .contexts.accumulation import Accumulator
 from .contexts.checkpointing import Memory, Scope
 from .contexts.domains import add_domains, check_domains, fill, select, selected
+from .dispatch import batch_norm
 from .naming import qualified_name
 from .options import keyword_options
 from .own_buffers import OwnBuffers, counter
 from .quantization import refuse_to_fuse
 from .scripted import stock_twin
-from .settings import Settings, Tracked
 from .symbolic import ITSELF, OneNode, is_symbolic
 from .tracing import may_be_recomputed
 
 _BATCH = Batch()
 # What a layer has for as long as it is in a context, or has a backward before it.
-PASSING = ("_memory", "_pool", "_scope", "_domain")
+PASSING = ("_memory", "_accumulator", "_scope", "_domain")
 
 
 class _Layer(OneNode, OwnBuffers):
@@ -48,7 +48,7 @@ class _Layer(OneNode, OwnBuffers):
     _small_batch: str = "raise"
     _label: str | None = None
     _memory: Memory | None = None
-    _pool: Pool | None = None
+    _accumulator: Accumulator | None = None
     _scope: Scope | None = None
     _domain: int | None = None  # whose statistics are in use; None = of 0, in no context
     _thawed: Policy  # what `unfreeze` gives back
@@ -98,7 +98,7 @@ class _Layer(OneNode, OwnBuffers):
     def statistics(self, policy: Policy) -> None:
         try:
             check_policy(policy, self.running_mean is not None and self.running_var is not None)
-            if self._pool is not None and policy.is_sequential:
+            if self._accumulator is not None and policy.is_sequential:
                 raise OptionError(
                     f"statistics={policy} move for each ghost batch, and the layer is within "
                     "batchnorm.accumulate, which moves them once: set it outside of the block"
@@ -214,30 +214,54 @@ class _Layer(OneNode, OwnBuffers):
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         policy, training = self._statistics, self.training
-        mean, var = self.running_mean, self.running_var
-        tracked = Tracked()
-        if not training and mean is None and var is None:
+        try:  # as torch's attributes, but in a tenth of the time
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # parametrized, or taken apart by FSDP
+            weight, bias = self.weight, self.bias
+        running = self._running_state()
+        if running.mean is None and running.var is None and not training:
             policy, training = _BATCH, True  # as torch.nn: without running statistics, always the batch's
-        elif self.track_running_stats or not policy.measures(training):
-            tracked = self._tracked()
-            if training and (type(policy) is not Batch or self._small_batch != "raise"):
-                tracked = tracked._replace(memory=self._recall(policy))
-        nonfinite = self._nonfinite if self.training else "propagate"
-        settings = Settings(
-            training, self.eps, self.activation, policy, nonfinite, self._small_batch, self._name
+            running = NO_RUNNING_STATE
+        elif not self.track_running_stats and policy.measures(training):
+            running = NO_RUNNING_STATE
+        elif training and (type(policy) is not Batch or self._small_batch != "raise"):
+            running = running._replace(memory=self._recall(policy))
+        call = Call(
+            input,
+            weight,
+            bias,
+            residual,
+            mask,
+            self.activation,
+            self.eps,
+            None if type(policy) is Batch else policy.groups(training),
+            running,
+            policy,
+            training,
+            self._nonfinite if self.training else "propagate",
+            self._small_batch,
+            self._name,
         )
-        return dispatch.tracked_batch_norm(input, tracked, self.weight, self.bias, residual, mask, settings)
+        return batch_norm(call)
 
-    def _tracked(self) -> Tracked:
+    def _running_state(self) -> RunningState:
         """Return the running statistics that are in use, and what goes with them."""
-        return Tracked(
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked if self.track_running_stats else None,
+        buffers = self._buffers
+        try:
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            batches = buffers["num_batches_tracked"] if self.track_running_stats else None
+        except KeyError:  # of attributes that are no buffers
+            mean, var = self.running_mean, self.running_var
+            batches = self.num_batches_tracked if self.track_running_stats else None
+        return RunningState(
+            mean,
+            var,
+            batches,
             self.momentum,
-            self.skipped,
+            self.skipped if self._nonfinite == "skip" else None,
+            self._statistics.is_sequential,
             None,
-            self._pool,
+            self._accumulator,
         )
 
     def _recall(self, policy: Policy) -> Memory | None:

@@ -25,7 +25,7 @@ class _Lazy(OneNode, OwnBuffers):
     _statistics: Policy = Batch()
     _nonfinite: str = "propagate"
     _small_batch: str = "raise"
-    _pool: Any = None
+    _accumulator: Any = None
     _scope: Any = None
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:

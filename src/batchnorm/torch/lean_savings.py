@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from batchnorm.kernels.activations import ACTIVATIONS
 
-from . import halves, operators
+from . import autograd
 
 _ENOUGH = 0.1  # fraction of the missed bytes; where less is saved, a warning is due
 _FAR = 3  # steps of the graph that are searched for a norm: from an activation over an addition to it
@@ -55,7 +55,7 @@ class Savings:
 
 def _remedy(node: Any, far: int) -> str | None:
     """Return the remedy that would let `lean` recompute the output of a node, if a norm is before it."""
-    if getattr(type(node), "_forward_cls", None) in (operators._BatchNorm, halves._Chosen):
+    if getattr(type(node), "_forward_cls", None) in (autograd._BatchNorm, autograd._PolicyBatchNorm):
         return "fuse" if far else None  # the output of a norm itself is saved only at the end of a chain
     name = node.name()
     if "BatchNorm" in name:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from batchnorm.kernels.interface import Engine
+from batchnorm.kernels.interface import Engine, Statistics
 
-from .plan import Plan
+from .call import Call
 
 SEGMENT = 4  # links of a chain; all outputs of a chain can be in memory at once in the backward
 
@@ -131,29 +131,29 @@ class Recipe:
     Args:
         y: the output.
         engine: the engine that computed it.
+        call: the call.
         x: the input.
         residual: the residual, or None.
-        statistics: mean and rstd.
-        parameters: weight and bias.
-        plan: how the call normalizes.
+        statistics: mean and rstd, by which the call was normalized.
     """
 
     def __init__(
         self,
         y: Tensor,
         engine: Engine,
+        call: Call,
         x: SavedTensor | RecomputedOutput,
         residual: SavedTensor | RecomputedOutput | SharedResidual | None,
-        statistics: tuple[Tensor, Tensor],
-        parameters: tuple[Tensor | None, Tensor | None],
-        plan: Plan,
+        statistics: Statistics,
     ) -> None:
         self.storage = _storage(y)
         self.version, self.dtype, self.offset = y._version, y.dtype, y.storage_offset()
         self.device = y.device
-        self.engine, self.statistics, self.plan = engine, statistics, plan
-        self.mask = None if plan.mask is None else SavedTensor(plan.mask)
+        self.engine, self.statistics = engine, statistics
+        self.activation, self.group_size = call.activation, call.group_size
+        self.mask = None if call.mask is None else SavedTensor(call.mask)
         # Copies, as an optimizer may step before the backward.
+        parameters = (call.weight, call.bias)
         self.parameters = tuple(None if p is None else p.detach().clone() for p in parameters)
         self.x: SavedTensor | RecomputedOutput | None = x
         self.residual = residual
@@ -200,15 +200,11 @@ class Recipe:
         """Return the output, computed anew."""
         assert self.x is not None
         residual = None if self.residual is None else self.residual.unpack()
-        y = self.engine.normalize(
-            self.x.unpack(),
-            *self.statistics,
-            *self.parameters,
-            residual=residual,
-            activation=self.plan.activation,
-            mask=None if self.mask is None else self.mask.unpack(),
-            group_size=self.plan.group_size,
-        )
+        mask = None if self.mask is None else self.mask.unpack()
+        weight, bias = self.parameters
+        x = self.x.unpack()
+        call = Call(x, weight, bias, residual, mask, self.activation, group_size=self.group_size)
+        y = self.engine.normalize(call, self.statistics)
         assert y.storage_offset() == self.offset, "a fresh output begins where the first one did"
         return y
 
@@ -277,29 +273,20 @@ def find(tensor: Tensor) -> Recipe | None:
 
 
 def record(
-    y: Tensor,
-    engine: Engine,
-    x: Tensor,
-    residual: Tensor | None,
-    statistics: tuple[Tensor, Tensor],
-    parameters: tuple[Tensor | None, Tensor | None],
-    plan: Plan,
-    keeps_residual: bool = True,
+    y: Tensor, engine: Engine, call: Call, statistics: Statistics, keeps_residual: bool = True
 ) -> None:
     """Make the recipe of an output, if the norm's own tensors were saved within `lean`.
 
     Args:
         y: the output, with its graph.
         engine: the engine that computed it.
-        x: the input.
-        residual: the residual, or None.
+        call: the call.
         statistics: mean and rstd, the tensors that the norm saves for its gradient.
-        parameters: weight and bias.
-        plan: how the call normalizes.
         keeps_residual: whether a norm with an activation saves the residual for its own gradient.
     """
     if not _SAVED:  # no thread is within `lean`; this check takes a tenth of a microsecond
         return
+    residual = call.residual
     key = _key(statistics[0])
     own = None if key is None else _SAVED.get(key)
     if (
@@ -309,8 +296,8 @@ def record(
         or (residual is not None and _key(residual) is None)
     ):
         return
-    keeps = keeps_residual and plan.activation is not None
-    recipe = Recipe(y, engine, _source(x), _residual(residual, keeps), statistics, parameters, plan)
+    keeps = keeps_residual and call.activation is not None
+    recipe = Recipe(y, engine, call, _source(call.x), _residual(residual, keeps), statistics)
     if recipe.links > SEGMENT:
         return
     own.recipe = recipe

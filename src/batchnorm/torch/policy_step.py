@@ -42,7 +42,7 @@ class OfNumPy:
         return values
 
 
-class Choice(NamedTuple):
+class PolicyStep(NamedTuple):
     """What the policy of a call takes into account.
 
     Attributes:
@@ -99,7 +99,7 @@ class Choice(NamedTuple):
         )
         return total[0], total[1]
 
-    def recalled(self, batch: PooledMoments) -> Choice:
+    def recalled(self, batch: PooledMoments) -> PolicyStep:
         """Return the choice with what was known in the first pass, if this one is computed again."""
         if self.memory is None:
             return self

@@ -11,7 +11,7 @@ from batchnorm.errors import NonFiniteError, OptionError
 from batchnorm.statistics.batch import running_update
 from batchnorm.statistics.moments import PooledMoments, pooled
 
-from .settings import Tracked
+from .call import RunningState
 from .tracing import is_transforming
 
 
@@ -68,7 +68,7 @@ def check_finite(mean: Tensor, m2: Tensor) -> None:
         )
 
 
-def moved(tracked: Tracked, batch: PooledMoments, *, sequential: bool, skip: bool) -> Moved:
+def moved(running: RunningState, batch: PooledMoments, *, skip: bool) -> Moved:
     """Return the running statistics after a batch; nothing is written.
 
         running = (1 - momentum) * running + momentum * batch,    with var = m2 / (n - 1)
@@ -76,19 +76,18 @@ def moved(tracked: Tracked, batch: PooledMoments, *, sequential: bool, skip: boo
     Fewer than two values, which have no variance, leave them as they are.
 
     Args:
-        tracked: running statistics, or None each.
+        running: running statistics, or None each.
         batch: its moments, `[G, C]`.
-        sequential: each group is a batch of its own; else they are pooled.
         skip: a batch with inf or NaN leaves all as it is, and counts as skipped.
     """
     batch = PooledMoments(batch.count, batch.mean.detach(), batch.m2.detach())
     parts = [pooled_groups(batch)]
-    if sequential:
+    if running.sequential:
         counts = batch.count if isinstance(batch.count, Tensor) else [batch.count] * len(batch.mean)
         parts = [PooledMoments(*part) for part in zip(counts, batch.mean, batch.m2, strict=True)]
-    mean, var = (None if t is None else t.detach().to(batch.mean.dtype) for t in (tracked.mean, tracked.var))
+    mean, var = (None if t is None else t.detach().to(batch.mean.dtype) for t in (running.mean, running.var))
     for number, part in enumerate(parts):
-        momentum = _momentum(tracked, number, batch.mean)
+        momentum = _momentum(running, number, batch.mean)
         mean = _update(mean, part.mean, part.count, momentum)
         var = _update(var, part.m2, part.count, momentum, corrected=True)
     if not skip:
@@ -96,7 +95,7 @@ def moved(tracked: Tracked, batch: PooledMoments, *, sequential: bool, skip: boo
     fine = is_finite(batch)
     mean, var = (
         None if old is None or new is None else torch.where(fine, new, old.detach().to(new.dtype))
-        for old, new in ((tracked.mean, mean), (tracked.var, var))
+        for old, new in ((running.mean, mean), (running.var, var))
     )
     return Moved(mean, var, fine * len(parts), ~fine)
 
@@ -118,22 +117,22 @@ def _update(
     return torch.where(count >= 2, running_update(old, new, momentum), old)
 
 
-def _momentum(tracked: Tracked, number: int, like: Tensor) -> float | Tensor:
-    if isinstance(tracked.momentum, Tensor):
-        return tracked.momentum.to(like.dtype)  # before 1 - momentum, which float32 would round
-    if tracked.momentum is not None:
-        return tracked.momentum
-    if tracked.batches is None:
+def _momentum(running: RunningState, number: int, like: Tensor) -> float | Tensor:
+    if isinstance(running.momentum, Tensor):
+        return running.momentum.to(like.dtype)  # before 1 - momentum, which float32 would round
+    if running.momentum is not None:
+        return running.momentum
+    if running.batches is None:
         return 0.0  # as torch.nn does, which then has nothing to average over
-    return 1.0 / (tracked.batches + (number + 1)).to(like.dtype)  # stays on the device
+    return 1.0 / (running.batches + (number + 1)).to(like.dtype)  # stays on the device
 
 
-def _check_writable(tracked: Tracked) -> None:
+def _check_writable(running: RunningState) -> None:
     """Raise OptionError for tensors of `torch.inference_mode`: torch writes to them, then raises."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
     for name in ("mean", "var", "batches", "skipped"):
-        tensor = getattr(tracked, name)
+        tensor = getattr(running, name)
         if tensor is not None and tensor.is_inference():
             raise OptionError(
                 f"running statistics ({name}) were made under torch.inference_mode(), and cannot move "
@@ -141,19 +140,19 @@ def _check_writable(tracked: Tracked) -> None:
             )
 
 
-def move(tracked: Tracked, batch: PooledMoments, *, sequential: bool = False, skip: bool = False) -> None:
+def move(running: RunningState, batch: PooledMoments, *, skip: bool = False) -> None:
     """Move the running statistics and the counts in place, as `moved` says."""
-    write(tracked, moved(tracked, batch, sequential=sequential, skip=skip))
+    write(running, moved(running, batch, skip=skip))
 
 
-def write(tracked: Tracked, after: Moved) -> None:
+def write(running: RunningState, after: Moved) -> None:
     """Write the running statistics, and then the counts, in place: all of them, or none on an error."""
-    _check_writable(tracked)
+    _check_writable(running)
     changes: list[tuple[Any, Tensor | None, Any]] = [
-        (Tensor.copy_, tracked.mean, after.mean),
-        (Tensor.copy_, tracked.var, after.var),
-        (Tensor.add_, tracked.batches, after.batches),
-        (Tensor.add_, tracked.skipped, after.skipped),
+        (Tensor.copy_, running.mean, after.mean),
+        (Tensor.copy_, running.var, after.var),
+        (Tensor.add_, running.batches, after.batches),
+        (Tensor.add_, running.skipped, after.skipped),
     ]
     written: list[tuple[Tensor, Tensor]] = []
     try:

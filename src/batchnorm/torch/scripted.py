@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from batchnorm.errors import OptionError
 from batchnorm.statistics.policy import Policy
 
-from .contexts.accumulation import Pool
+from .contexts.accumulation import Accumulator
 from .contexts.checkpointing import Scope
 
 _STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -27,7 +27,7 @@ class ScriptableLayer(Protocol):
     """What `stock_twin` reads of a layer besides the attributes that it copies."""
 
     _buffers: dict[str, Tensor | None]
-    _pool: Pool | None
+    _accumulator: Accumulator | None
     _scope: Scope | None
 
     @property
@@ -67,7 +67,7 @@ def stock_twin(
         if name == "statistics" and layer.statistics.measures(training=False):
             remedy = f"{_TRACE}: it adapts to each batch in evaluation, which no stock layer does"
         raise _refused(layer, f"a layer with {name}={value!r}", remedy)
-    if layer._pool is not None or (layer._scope is not None and layer._scope.masked is not None):
+    if layer._accumulator is not None or (layer._scope is not None and layer._scope.masked is not None):
         raise _refused(
             layer,
             "a layer within batchnorm.mask or batchnorm.accumulate, which no stock layer heeds",

@@ -63,6 +63,7 @@ _NUMBERS = (
     "stream",  # whether y or dx is written past the caches
     "activation",  # see activations.py
     "moves",  # whether running statistics move at the end
+    "takes",  # whether mean and rstd are those of the running statistics, and written first
     "sequential",  # whether each group moves them in turn
     "spoiled",  # whether a group's moments are not finite, where somebody wants to know
     "tasks",  # of a pass over the tensor

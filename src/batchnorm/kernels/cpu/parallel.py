@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 
-from .jit import kernel
 from .kernel_args import KernelArgs
 
 # Values from which threads are worth waking: below, one is done before the others are up.
-_FEW = 2**15
+FEW = 2**15
 
 _in_a_child = False
 
@@ -33,20 +32,19 @@ if hasattr(os, "register_at_fork"):  # where there is a fork, the parent's threa
     os.register_at_fork(after_in_child=_note_the_fork)
 
 
-def run(name: str, dtype: torch.dtype, simple: bool, args: KernelArgs, values: int) -> None:
-    """Run a kernel on a args; `values` says how much there is to do in all."""
-    function, address = kernel(name, dtype, simple), ctypes.addressof(args)
-    threads = 1 if values <= _FEW else min(args.tasks, torch.get_num_threads())
+def run(kernel: int, args: KernelArgs, tasks: int) -> None:
+    """Run a kernel, given by its address, on a record of so many tasks."""
+    threads = min(tasks, torch.get_num_threads())
     if threads == 1 or _in_a_child:
-        _worker(function)(address)
+        worker(kernel)(ctypes.addressof(args))
     else:
-        _on_threads()(function, address, threads)
+        _on_threads()(kernel, ctypes.addressof(args), threads)
 
 
 @functools.cache
-def _worker(function: int) -> Callable[[int], None]:
-    """The compiled function at an address; the GIL is free while it runs."""
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+def worker(kernel: int) -> Callable[[int], None]:
+    """Return the compiled function at an address; the GIL is free while it runs."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
 
 
 @functools.cache
@@ -64,7 +62,7 @@ def _on_threads() -> Callable[[int, int, int], None]:
 
 
 def _on_threads_of_our_own(function: int, address: int, threads: int) -> None:
-    work = _worker(function)
+    work = worker(function)
     others = [_pool().submit(work, address) for _ in range(threads - 1)]
     work(address)
     for other in others:

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from batchnorm.statistics.moments import PooledMoments, merge
 from batchnorm.torch.running_stats import Moved, is_finite, moved, pooled_groups, write
-from batchnorm.torch.settings import Tracked
 
 from .domains import domain_of, selected
 from .layer_protocol import ContextLayer
 
 
-class _Pooled:
+class _Accumulated:
     """The accumulated moments of the micro-batches of one domain.
 
     Attributes:
@@ -25,14 +24,14 @@ class _Pooled:
     def __init__(self, moments: PooledMoments, counted: bool | Tensor, skipped: int | Tensor) -> None:
         self.moments, self.counted, self.skipped = moments, counted, skipped
 
-    def with_(self, other: _Pooled) -> _Pooled:
+    def with_(self, other: _Accumulated) -> _Accumulated:
         """Return the moments of both together."""
-        return _Pooled(
+        return _Accumulated(
             merge(self.moments, other.moments), self.counted | other.counted, self.skipped + other.skipped
         )
 
 
-class Pool:
+class Accumulator:
     """The moments of a layer's calls within `batchnorm.accumulate`, per channel.
 
     Copies and files of the layer do not include it.
@@ -43,8 +42,8 @@ class Pool:
 
     def __init__(self, layer: ContextLayer) -> None:
         self.layer = layer
-        self._now: dict[int, _Pooled] = {}  # of the current forward, by domain
-        self._all: dict[int, _Pooled] = {}  # of finished forwards, by domain
+        self._now: dict[int, _Accumulated] = {}  # of the current forward, by domain
+        self._all: dict[int, _Accumulated] = {}  # of finished forwards, by domain
 
     def __deepcopy__(self, _: dict[int, object]) -> None:
         return None
@@ -52,16 +51,15 @@ class Pool:
     def __reduce__(self) -> tuple[object, ...]:
         return type(None), ()
 
-    def add(self, batch: PooledMoments, *, skip: bool, tracked: Tracked) -> None:
+    def add(self, batch: PooledMoments, *, skip: bool) -> None:
         """Add the moments of a call, `[G, C]`.
 
         Args:
+            batch: the moments.
             skip: leave the moments out where they are not finite, and count the batch as skipped.
-            tracked: the running statistics that the call would move without accumulation; unused.
         """
-        del tracked  # the layer may be on another device by the time of `flush`, which reads them anew
         found = pooled_groups(PooledMoments(batch.count, batch.mean.detach(), batch.m2.detach()))
-        one = _Pooled(found, True, 0)
+        one = _Accumulated(found, True, 0)
         if skip:
             fine = is_finite(batch)
             nothing = torch.zeros_like(found.mean)
@@ -70,7 +68,7 @@ class Pool:
                 torch.where(fine, found.mean, nothing),
                 torch.where(fine, found.m2, nothing),
             )
-            one = _Pooled(moments, fine, (~fine).long())
+            one = _Accumulated(moments, fine, (~fine).long())
         domain = domain_of(self.layer)
         self._now[domain] = self._now[domain].with_(one) if domain in self._now else one
 
@@ -94,23 +92,23 @@ class Pool:
                 _move(self.layer, one)
 
 
-def _move(layer: ContextLayer, one: _Pooled) -> None:
+def _move(layer: ContextLayer, one: _Accumulated) -> None:
     """Move the running statistics in use by accumulated moments."""
-    tracked = layer._tracked()
-    device = None if tracked.mean is None else tracked.mean.device
+    running = layer._running_state()
+    device = None if running.mean is None else running.mean.device
     count, mean, m2 = one.moments
     batch = PooledMoments(
         count.reshape(1, 1).to(device) if isinstance(count, Tensor) else count,
         mean[None].to(device),
         m2[None].to(device),
     )
-    after = moved(tracked, batch, sequential=False, skip=False)
+    after = moved(running._replace(sequential=False), batch, skip=False)
     if isinstance(one.counted, Tensor):  # if no micro-batch counts, there was no batch
         fine = one.counted.to(device)
         mean, var = (
             None if old is None or new is None else torch.where(fine, new, old.to(new.dtype))
-            for old, new in ((tracked.mean, after.mean), (tracked.var, after.var))
+            for old, new in ((running.mean, after.mean), (running.var, after.var))
         )
         assert isinstance(one.skipped, Tensor)
         after = Moved(mean, var, fine.long(), one.skipped.to(device))
-    write(tracked, after)
+    write(running, after)

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from batchnorm.statistics.policy import Policy
-from batchnorm.torch.settings import Tracked
+from batchnorm.torch.call import RunningState
 
 
 class ContextLayer(Protocol):
@@ -29,7 +29,7 @@ class ContextLayer(Protocol):
     def statistics(self) -> Policy:
         """The statistics policy."""
 
-    def _tracked(self) -> Tracked:
+    def _running_state(self) -> RunningState:
         """Return the running statistics of the domain in use."""
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None = None) -> Tensor:

@@ -10,41 +10,30 @@ import triton.language as tl
 from torch import Tensor
 
 from batchnorm.kernels.activations import TINY
+from batchnorm.kernels.interface import Call
 from batchnorm.kernels.layout import is_alike, laid_out_as
 
 from .launching import launch, stored
 from .partition import merging, partition, power
 
 
-class Call:
+class Launches:
     """One call: its tensors in the layout of x, and what all of its kernels are told."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        mask: Tensor | None = None,
-        group_size: int | None = None,
-        activation_mask: Tensor | None = None,
-    ) -> None:
-        if x.is_neg():
-            x = x.resolve_neg()
-        self.partition = partition(x.shape, x.stride(), group_size)
+    def __init__(self, call: Call, activation_mask: Tensor | None = None) -> None:
+        x = call.x.resolve_neg() if call.x.is_neg() else call.x
+        self.partition = partition(x.shape, x.stride(), call.group_size)
         if not self.partition.is_dense:
             x = x.contiguous()
         self.x = stored(x)
-        self.activation = activation
+        self.activation = call.activation
         self.activation_mask = activation_mask
         is_wide = x.dtype == torch.float64
         self.real, self.REAL = (torch.float64, tl.float64) if is_wide else (torch.float32, tl.float32)
-        self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
-        self.residual = None if residual is None else self.laid_out(residual)
-        self.weight = None if weight is None else weight.contiguous()
-        self.bias = None if bias is None else bias.contiguous()
+        self.mask = None if call.mask is None else call.mask.contiguous().view(torch.uint8)
+        self.residual = None if call.residual is None else self.laid_out(call.residual)
+        self.weight = None if call.weight is None else call.weight.contiguous()
+        self.bias = None if call.bias is None else call.bias.contiguous()
 
     def laid_out(self, values: Tensor) -> Tensor:
         """Return values in the dtype and layout of x."""

@@ -1,0 +1,158 @@
+"""Launches of kernels, prepared once for all calls that have the same shapes, strides, dtypes and options.
+
+Deciding how a tensor is cut, and filling a kernel's record, take longer than the kernel of a small layer. As
+they depend on no value and no address, both are kept: a call copies the record, sets addresses, and runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from batchnorm.kernels.activations import TINY
+
+from .access import LINE
+from .activations import BOUNDS, CLAMP, CODES, IDENTITY
+from .elementwise import PARAMETERS
+from .jit import kernel
+from .kernel_args import KernelArgs
+from .llvm import LANES
+from .parallel import FEW, run, worker
+from .partition import SHORT, Partition, partition
+from .statistics import CHANNELS
+from .workspace import PER_CHANNEL, PER_COLUMN
+
+# What a launch computes: moments, y, or both; sums of the gradient, dx, or both.
+Pass = Literal["moments", "normalize", "forward", "reduce", "apply", "backward"]
+
+# What a kernel is told of the partition.
+_CUT = ("channels", "positions", "groups", "units", "group_units", "parts", "columns", "block", "span")
+
+_KEPT = 1024  # launches; the least recently used one goes
+_PLANE = 128  # values side by side from which a tensor is normalized as it lies in memory, plane by plane
+_PLANES = 2**15  # values of such a task
+# Values from which y and dx are written past the caches. In training they come back when much else has been
+# through the caches; in evaluation the next layer reads y at once.
+_STREAM, _STREAM_GIVEN = 2**19, 2**22
+_HUGE = 2**22  # bytes from which an output is worth huge pages
+
+
+class Prepared:
+    """One kind of launch.
+
+    Attributes:
+        is_dense: whether the tensor is laid out as one of the two that there are kernels for.
+        channels, groups, parts: C, G, and the parts of a group whose statistics are merged.
+        real: dtype of the arithmetic, and of weight and bias.
+        is_huge: whether outputs are worth huge pages.
+    """
+
+    __slots__ = (
+        "_is_small",
+        "_kernel",
+        "_tasks",
+        "_template",
+        "_work",
+        "channels",
+        "groups",
+        "is_dense",
+        "is_huge",
+        "parts",
+        "real",
+    )
+
+    def __init__(
+        self, cut: Partition, template: KernelArgs, name: str, dtype: torch.dtype, simple: bool, values: int
+    ) -> None:
+        self.is_dense = cut.is_dense
+        self.channels, self.groups, self.parts = cut.channels, cut.groups, cut.parts
+        self.real = torch.float64 if dtype == torch.float64 else torch.float32
+        self.is_huge = values * dtype.itemsize >= _HUGE
+        self._template = bytes(template)
+        self._tasks = template.tasks
+        self._is_small = values <= FEW or template.tasks == 1
+        self._kernel = kernel(name, dtype, simple)
+        self._work: Callable[[int], None] = worker(self._kernel)
+
+    def args(self) -> KernelArgs:
+        """Return a record for a call, in which addresses are missing."""
+        return KernelArgs.from_buffer_copy(self._template)
+
+    def run(self, args: KernelArgs) -> None:
+        """Run the kernel."""
+        if self._is_small:
+            self._work(ctypes.addressof(args))
+        else:
+            run(self._kernel, args, self._tasks)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def prepare(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    masked: bool,
+    group_size: int | None,
+    activation: str | None,
+    what: Pass,
+) -> Prepared:
+    """Return the launch for a tensor `[N, C, *S]` that is not empty; for one that is not dense, of a copy.
+
+    Args:
+        shape, stride, dtype: of the tensor.
+        masked: some positions do not count.
+        group_size: samples per statistics group; None = all.
+        activation: its name, or None.
+        what: what to compute.
+    """
+    cut = partition(shape, stride, masked, group_size)
+    args = KernelArgs()
+    for name in (
+        "channels",
+        "positions",
+        "groups",
+        "units",
+        "group_units",
+        "parts",
+        "columns",
+        "block",
+        "span",
+    ):
+        setattr(args, name, getattr(cut, name))
+    args.measure = what in ("moments", "forward", "reduce", "backward")
+    args.apply = what not in ("moments", "reduce")
+    args.activation = CODES[activation]
+    args.low = args.high = args.low_kink = args.high_kink = math.nan  # no bounds
+    if activation in BOUNDS:
+        args.low, args.high = args.low_kink, args.high_kink = BOUNDS[activation]
+        args.low_kink = TINY.get(dtype, 0.0)
+    values = math.prod(shape)
+    args.merges = cut.groups * math.ceil(cut.channels / CHANNELS) if args.measure and cut.parts > 1 else 0
+    passes = 2 if args.merges and args.apply else 1
+    family, args.tasks = cut.family, cut.tasks
+    args.stream = values >= (_STREAM_GIVEN if what == "normalize" else _STREAM)
+    if family == "planes" and cut.positions < SHORT:
+        args.stream = False  # masked; most of a short run's lines are shared with its neighbours
+    if what == "normalize" and cut.positions >= _PLANE:
+        family, args.planes = "planes", max(1, _PLANES // cut.positions)
+        args.tasks = math.ceil(cut.units * cut.channels / args.planes)
+        # Of two planes that share a cache line, neither can write it whole, past the caches.
+        args.stream = args.stream and cut.positions * dtype.itemsize % LINE == 0
+    args.total = passes * args.tasks + args.merges
+    args.workspace = _workspace(family, cut, 8 if dtype == torch.float64 else 4)
+    half = "forward" if what in ("moments", "normalize", "forward") else "backward"
+    simple = not masked and args.activation in (IDENTITY, CLAMP)
+    return Prepared(cut, args, f"{family}_{half}", dtype, simple, values)
+
+
+def _workspace(family: str, cut: Partition, number: int) -> int:
+    """Return how many bytes a thread computes in; `number`: bytes of one of the arithmetic."""
+    if family == "planes":
+        return PARAMETERS * LANES * number
+    wide = min(cut.block, cut.columns) + LANES
+    return (PER_COLUMN * number + PER_CHANNEL * 8) * wide

@@ -1,0 +1,324 @@
+"""Eager calls: forward and gradient over an engine's kernels, as autograd Functions.
+
+A call without a policy between its halves is one launch each way (`_BatchNorm`). Where a policy chooses the
+statistics, or ranks share moments, its step runs between moments and normalization, and between the sums of
+the gradient and dx (`_PolicyBatchNorm`).
+
+Kept for the backward: x, and per channel the statistics; bias and residual only behind an activation, whose
+derivative needs them, or one bit per value in their place, if the engine keeps that. No running buffer is
+ever kept, so updating one between two forwards is safe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from batchnorm.kernels.choose import engine
+from batchnorm.kernels.interface import Engine, RunningState
+from batchnorm.statistics.moments import PooledMoments
+from batchnorm.statistics.policy import Chosen, gradient_coefficients
+
+from . import composite, output_recipes
+from .call import Call
+from .composite import Normalized
+from .policy_step import PolicyStep, array, shows_its_memory, tensor
+from .running_stats import check_finite, of_groups
+
+Gradients = tuple[Tensor | None, ...]
+
+_is_in_torch_func = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+# How a call is launched: the engine; running statistics that it moves; whether those of the call are what it
+# normalizes by; memory for the activation's slopes; and a list to which its statistics are appended, as they
+# would cost a quarter of the time of a whole small stock layer as further outputs.
+_Launch = tuple[Engine, RunningState | None, bool, Tensor | None, list[Tensor] | None]
+
+
+class _BatchNorm(torch.autograd.Function):
+    """(x, weight, bias, residual, call, launch) -> y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: Call,
+        launch: _Launch,
+    ) -> Tensor:
+        engine, running, constant, activation_mask, found = launch
+        if constant:
+            mean, var = call.running.mean, call.running.var
+            y, statistics = engine.evaluate(call, mean, var, activation_mask)  # type: ignore[arg-type]
+        else:
+            y, statistics = engine.forward(call, running, activation_mask)
+        if found is not None:
+            found += statistics
+        activation = call.activation
+        if activation is None or activation_mask is not None:
+            ctx.save_for_backward(x, weight, None, None, call.mask, activation_mask, *statistics)
+        else:
+            ctx.save_for_backward(x, weight, bias, residual, call.mask, None, *statistics)
+        ctx.settings = (engine, activation, call.eps, call.group_size, constant)
+        ctx.dtypes = (
+            None if weight is None else weight.dtype,
+            None if bias is None else bias.dtype,
+            None if residual is None else residual.dtype,
+        )
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
+        if hasattr(ctx, "recipe"):
+            output_recipes.release(ctx)
+        if dy is None:
+            return (None,) * 6
+        x, weight, bias, residual, mask, activation_mask, *statistics = ctx.saved_tensors
+        engine, activation, eps, group_size, constant = ctx.settings
+        call = Call(x, weight, bias, residual, mask, activation, eps, group_size)
+        if _is_differentiated(dy):
+            if activation_mask is not None:
+                dy = dy * _slopes(engine, call, tuple(statistics), activation_mask)
+                call, activation = call._replace(activation=None), None
+            given = _mean_and_rstd(engine, call, tuple(statistics)) if constant else None
+            gradients = composite.gradients(ctx, call, dy, given)
+        else:
+            gradients = engine.backward(call, dy, statistics, constant, activation_mask)
+        dx, dweight, dbias, dresidual = _cast(ctx, gradients, dy, activation, mask)
+        return dx, dweight, dbias, dresidual, None, None
+
+
+class _PolicyBatchNorm(torch.autograd.Function):
+    """(x, weight, bias, residual, call, engine, step, batch, chosen) -> y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: Call,
+        engine: Engine,
+        step: PolicyStep,
+        batch: PooledMoments,
+        chosen: Chosen,
+    ) -> Tensor:
+        y = engine.normalize(call, chosen[:2])
+        behind = (bias, residual) if call.activation is not None else (None, None)
+        count = batch.count if isinstance(batch.count, Tensor) else None
+        # What follows the batch in a constant way is a number.
+        saved = (value if isinstance(value, Tensor) else None for value in chosen)
+        ctx.save_for_backward(x, weight, *behind, call.mask, count, batch.mean, batch.m2, *saved)
+        ctx.numbers = tuple(None if isinstance(value, Tensor) else value for value in chosen)
+        ctx.count = batch.count if count is None else None
+        ctx.settings = (engine, call.activation, call.eps, call.group_size, step)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias, residual))
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
+        if hasattr(ctx, "recipe"):
+            output_recipes.release(ctx)
+        if dy is None:
+            return (None,) * 9
+        x, weight, bias, residual, mask, count, mean, m2, *found = ctx.saved_tensors
+        engine, activation, eps, group_size, step = ctx.settings
+        call = Call(x, weight, bias, residual, mask, activation, eps, group_size)
+        batch = PooledMoments(ctx.count if count is None else count, mean, m2)
+        chosen = Chosen(*(n if t is None else t for t, n in zip(found, ctx.numbers, strict=True)))
+        if _is_differentiated(dy):
+            gradients = composite.gradients(ctx, call, dy, step=step)
+        else:
+            gradients = gradients_of(engine, call, dy, step, batch, chosen, ctx.needs_input_grad[0])
+        return *_cast(ctx, gradients, dy, activation, mask), *(None,) * 5
+
+
+def _is_differentiated(dy: Tensor) -> bool:
+    """Whether a backward is itself differentiated or transformed."""
+    return torch.is_grad_enabled() or _is_in_torch_func() or _is_batched(dy) or forward_ad._current_level >= 0
+
+
+def _cast(
+    ctx: Any, gradients: Gradients, dy: Tensor, activation: str | None, mask: Tensor | None
+) -> Gradients:
+    """Return dx, dweight, dbias and dresidual in the dtypes of their inputs, where these need them."""
+    dx, dweight, dbias, dresidual = gradients
+    _, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
+    weight_dtype, bias_dtype, residual_dtype = ctx.dtypes
+    if not of_weight:
+        dweight = None
+    elif dweight is not None and dweight.dtype is not weight_dtype:
+        dweight = dweight.to(weight_dtype)
+    if not of_bias:
+        dbias = None
+    elif dbias is not None and dbias.dtype is not bias_dtype:
+        dbias = dbias.to(bias_dtype)
+    if not of_residual:
+        return dx, dweight, dbias, None
+    if activation is None:
+        dresidual = composite.cleared(dy, mask)
+    if dresidual is not None and dresidual.dtype is not residual_dtype:
+        dresidual = dresidual.to(residual_dtype)
+    return dx, dweight, dbias, dresidual
+
+
+def _mean_and_rstd(engine: Engine, call: Call, statistics: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    if len(statistics) == 2:
+        return statistics[0], statistics[1]
+    found, rstd = engine.unpack(statistics, call.x.shape[1])
+    return found.mean, rstd
+
+
+def _slopes(engine: Engine, call: Call, statistics: tuple[Tensor, ...], activation_mask: Tensor) -> Tensor:
+    """Return the activation's slopes as a tensor, 0 or 1: the dresidual of a cotangent of ones."""
+    with torch.no_grad():
+        plain = call._replace(weight=None, bias=None, residual=None, mask=None)
+        found = engine.backward(plain, torch.ones_like(call.x), statistics, True, activation_mask)[3]
+        assert found is not None
+        return found
+
+
+def gradients_of(
+    engine: Engine,
+    call: Call,
+    dy: Tensor,
+    step: PolicyStep,
+    batch: PooledMoments,
+    chosen: Chosen,
+    needs_dx: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Return dx, dweight, dbias and dresidual; the parameters' are sums over this rank's values alone."""
+    sum_dy, sum_dy_xhat = engine.backward_reduce(call, dy, chosen[:2])
+    dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
+    dweight, dbias = sum_dy_xhat.sum(0).to(dtype), sum_dy.sum(0).to(dtype)
+    if needs_dx:
+        sum_dy, sum_dy_xhat = step.add(sum_dy, sum_dy_xhat)
+    elif call.activation is None or call.residual is None:
+        return None, dweight, dbias, None
+    coefficients = _coefficients(call.weight, chosen, batch, sum_dy, sum_dy_xhat)
+    dx, dresidual = engine.backward_apply(call, dy, chosen[:2], coefficients)
+    return dx, dweight, dbias, dresidual
+
+
+def _coefficients(
+    weight: Tensor | None, chosen: Chosen, batch: PooledMoments, sum_dy: Tensor, sum_dy_xhat: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    # A copy: memory that an array has shown is not resizable any more, and FSDP resizes its parameters'.
+    wide = 1.0 if weight is None else weight.detach().to(sum_dy.dtype, copy=True)
+    if not shows_its_memory(sum_dy):
+        return gradient_coefficients(wide, chosen, batch, sum_dy, sum_dy_xhat)
+    with np.errstate(all="ignore"):
+        found = gradient_coefficients(
+            array(wide),
+            Chosen(*map(array, chosen)),
+            PooledMoments(*map(array, batch)),
+            array(sum_dy),
+            array(sum_dy_xhat),
+        )
+    a, b, c = map(tensor, found)
+    return a, b, c
+
+
+def measured(engine: Engine, call: Call, step: PolicyStep, *, strict: bool) -> tuple[PooledMoments, Chosen]:
+    """Return the moments of all ranks that share, and what the policy chooses by them.
+
+    Args:
+        strict: raise NonFiniteError where moments are not finite.
+    """
+    with torch.no_grad():
+        found = engine.moments(call.x.detach(), mask=call.mask, group_size=call.group_size)
+        batch, samples = step.share(of_groups(found.count, found.mean, found.m2))
+        if strict:
+            check_finite(batch.mean, batch.m2)
+        return batch, step.recalled(batch).choose(batch, samples, plain=True)
+
+
+def normalize_by_policy(call: Call, step: PolicyStep, *, strict: bool) -> Normalized:
+    """Normalize by what the policy's step chooses; as `composite.normalize`."""
+    chosen_engine = engine(call.x)
+    batch, chosen = measured(chosen_engine, call, step, strict=strict)
+    if not torch.is_grad_enabled():
+        return Normalized(chosen_engine.normalize(call, chosen[:2]), batch)
+    tensors = (call.x, call.weight, call.bias, call.residual)
+    y = _PolicyBatchNorm.apply(*tensors, call, chosen_engine, step, batch, chosen)  # type: ignore[no-untyped-call]
+    output_recipes.record(y, chosen_engine, call, chosen[:2])
+    return Normalized(y, batch)
+
+
+def normalize_plain(call: Call, engine: Engine) -> Tensor:
+    """Normalize by an engine that takes the call as it is, and moves its running statistics.
+
+    Args:
+        call: by the batch's own statistics in training, and else by the running ones.
+        engine: the engine.
+    """
+    running = call.running
+    if not torch.is_grad_enabled():
+        if call.training:
+            return engine.forward(call, running)[0]
+        return engine.evaluate(call, running.mean, running.var)[0]  # type: ignore[arg-type]
+    found: list[Tensor] | None = None if _hooks(False) is None else []
+    launch = (engine, running, not call.training, None, found)
+    y: Tensor = _apply(call.x, call.weight, call.bias, call.residual, call, launch)
+    if found is not None:  # `lean` may be what hooks are for
+        output_recipes.record(y, engine, call, tuple(found))
+    return y
+
+
+# torch's `Function.apply` also looks for a `setup_context`, and for wrappers of transforms that are over. A
+# plain call has neither, and the search takes 2 µs, as long as a small kernel.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _BatchNorm).apply
+
+
+def normalize(
+    call: Call, running: RunningState | None = None, *, constant: bool = False, strict: bool = False
+) -> Normalized:
+    """Normalize by the moments of each group, or by running statistics; as `composite.normalize`.
+
+    Args:
+        call: the call.
+        running: running statistics, which the engine moves if it can.
+        constant: normalize by the call's running statistics.
+        strict: raise NonFiniteError where moments are not finite; with `running` None.
+    """
+    chosen = engine(call.x)
+    if running is not None and not chosen.moves(call.x, running):
+        running = None
+    if not torch.is_grad_enabled():
+        if constant:
+            return Normalized(chosen.evaluate(call, call.running.mean, call.running.var)[0], None)  # type: ignore[arg-type]
+        y, statistics = chosen.forward(call, running)
+        if running is not None:
+            return Normalized(y, None, moved=True)
+        return Normalized(y, _batch(chosen, call, statistics, strict=strict))
+    activation_mask = None if call.residual is None else chosen.activation_mask(call)
+    found: list[Tensor] = []
+    launch = (chosen, running, constant, activation_mask, found)
+    y = _BatchNorm.apply(call.x, call.weight, call.bias, call.residual, call, launch)  # type: ignore[no-untyped-call]
+    statistics = tuple(found)
+    batch = None if constant or running is not None else _batch(chosen, call, statistics, strict=strict)
+    output_recipes.record(y, chosen, call, statistics, activation_mask is None)
+    return Normalized(y, batch, moved=running is not None)
+
+
+def _batch(engine: Engine, call: Call, statistics: tuple[Tensor, ...], *, strict: bool) -> PooledMoments:
+    (count, mean, m2), _ = engine.unpack(statistics, call.x.shape[1])
+    if strict:
+        check_finite(mean, m2)
+    if call.mask is None and len(mean) == 1:  # known here: no operation on a tensor need find it out
+        return PooledMoments(float(call.x.shape[0] * math.prod(call.x.shape[2:])), mean, m2)
+    return of_groups(count, mean, m2)
