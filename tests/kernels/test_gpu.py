@@ -261,17 +261,8 @@ with interpreting():
         at = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
         channel = channel + tl.arange(0, 8)[None, :] if ROWS else channel
         number = tl.load(tile)
-        offsets, inside, _ = tile_of(
-            number,
-            tl.load(group),
-            channel,
-            None,
-            (channels, positions, units, group_units),
-            ROWS,
-            4,
-            8,
-            False,
-        )
+        program = (tl.load(group), channel, None, (channels, positions, units, group_units))
+        offsets, inside, _ = tile_of(number, program, ROWS, 4, 8, False)
         tl.store(found + at, offsets)
         tl.store(found + 32 + at, inside.to(tl.int64))
 

@@ -25,7 +25,7 @@ def compile_for(dtype: torch.dtype) -> None:
 def main() -> None:
     """Let processes, as many as there are cores, take one dtype after the other."""
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_for, jit.KINDS))
+        list(pool.map(compile_for, jit.DTYPES))
 
 
 if __name__ == "__main__":

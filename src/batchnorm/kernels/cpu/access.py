@@ -1,7 +1,7 @@
-"""Vectors from memory and to it, and how to say when a line is fetched and what is written past the caches.
+"""Loads and stores vectors; prefetches cache lines, writes past the caches, and counts tasks atomically.
 
-`kind` says what lies in memory: np.float32 and np.float64 are themselves; np.int16 stands for float16 and
-np.uint16 for bfloat16, which become float32 on the way. Addresses are integers, in bytes.
+`dtype` is the NumPy type of values in memory: np.float32, np.float64, np.int16 for float16, or np.uint16 for
+bfloat16. Both 16-bit types are loaded as float32. Addresses are integers, in bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LINE = 64  # bytes of a cache line
 
 
 def _positions(builder: Any, count: Any) -> Any:
-    """The lanes below `count`, as bits."""
+    """Returns a mask of one bit per lane, set in lanes below `count`."""
     lanes = ir.Constant(many(I64), list(range(LANES)))
     return builder.icmp_unsigned("<", lanes, splatted(builder, count))
 
@@ -28,29 +28,30 @@ def _address(builder: Any, address: Any, type_: ir.Type) -> Any:
     return builder.inttoptr(address, type_.as_pointer())
 
 
-def _stored(kind: Any) -> ir.Type:
-    """LLVM's type of values of a kind in memory."""
-    return FLOATING.get(kind.instance_type, I16)
+def _stored(dtype: Any) -> ir.Type:
+    """Returns LLVM's type of values of a dtype in memory."""
+    return FLOATING.get(dtype.instance_type, I16)
 
 
-def _widened(builder: Any, raw: Any, kind: Any) -> Any:
-    if kind.instance_type == types.int16:
+def _widened(builder: Any, raw: Any, dtype: Any) -> Any:
+    if dtype.instance_type == types.int16:
         return builder.fpext(builder.bitcast(raw, many(ir.HalfType())), many(ir.FloatType()))
-    if kind.instance_type == types.uint16:
+    if dtype.instance_type == types.uint16:
         bits = builder.shl(builder.zext(raw, many(I32)), constant(I32, 16))
         return builder.bitcast(bits, many(ir.FloatType()))
     return raw
 
 
-def _narrowed(builder: Any, value: Any, kind: Any) -> Any:
-    """Rounded to nearest, ties to even, as everywhere; NaN stays NaN.
+def _narrowed(builder: Any, value: Any, dtype: Any) -> Any:
+    """Returns a vector in the type that it has in memory, rounded to nearest, ties to even; NaN stays NaN.
 
-    To bfloat16 that is an addition to the bits, which would carry over in a NaN whose bits are all set. None
-    comes here: in values that were 16-bit the last bits are 0, and parameters are `kernel_args.plain`.
+    bfloat16 is rounded by an addition to the bits, which would overflow in a NaN with all bits set. There is
+    no such NaN: the last bits of a value that was loaded from 16 bits are 0, and parameters go through
+    `kernel_args.plain`.
     """
-    if kind.instance_type == types.int16:
+    if dtype.instance_type == types.int16:
         return builder.bitcast(builder.fptrunc(value, many(ir.HalfType())), many(I16))
-    if kind.instance_type == types.uint16:
+    if dtype.instance_type == types.uint16:
         bits = builder.bitcast(value, many(I32))
         odd = builder.and_(builder.lshr(bits, constant(I32, 16)), constant(I32, 1))
         rounded = builder.add(bits, builder.add(odd, constant(I32, 0x7FFF)))
@@ -63,40 +64,40 @@ def _size(type_: ir.Type) -> int:
 
 
 @intrinsic
-def size_of(typingctx: Any, kind: Any) -> Any:
-    """Return the bytes of a value in memory."""
+def size_of(typingctx: Any, dtype: Any) -> Any:
+    """Returns the bytes of a value in memory."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, builder, signature, arguments
-        return I64(_size(_stored(kind)))
+        return I64(_size(_stored(dtype)))
 
-    return types.intp(kind), code
+    return types.intp(dtype), code
 
 
 @intrinsic
-def load(typingctx: Any, address: Any, kind: Any) -> Any:
-    """Return the 16 values at an address."""
+def load(typingctx: Any, address: Any, dtype: Any) -> Any:
+    """Returns the 16 values at an address."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
-        type_ = _stored(kind)
+        type_ = _stored(dtype)
         raw = builder.load(_address(builder, arguments[0], many(type_)))
         raw.align = _size(type_)
-        return _widened(builder, raw, kind)
+        return _widened(builder, raw, dtype)
 
-    return vector_of(kind)(address, kind), code
+    return vector_of(dtype)(address, dtype), code
 
 
 @intrinsic
-def load_part(typingctx: Any, address: Any, count: Any, fill: Any, kind: Any) -> Any:
-    """Return the first `count` values at an address, and lanes of `fill` behind them."""
+def load_part(typingctx: Any, address: Any, count: Any, fill: Any, dtype: Any) -> Any:
+    """Returns the first `count` values at an address, with `fill` in the other lanes."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
-        type_ = _stored(kind)
+        type_ = _stored(dtype)
         lanes = _positions(builder, arguments[1])
         pointer = _address(builder, arguments[0], many(type_))
         nothing = ir.Constant(many(type_), None)
@@ -106,67 +107,68 @@ def load_part(typingctx: Any, address: Any, count: Any, fill: Any, kind: Any) ->
             many(type_),
             [pointer, I32(_size(type_)), lanes, nothing],
         )
-        return builder.select(lanes, _widened(builder, raw, kind), arguments[2])
+        return builder.select(lanes, _widened(builder, raw, dtype), arguments[2])
 
-    return vector_of(kind)(address, count, fill, kind), code
+    return vector_of(dtype)(address, count, fill, dtype), code
 
 
 @intrinsic
-def store(typingctx: Any, values: Any, address: Any, kind: Any) -> Any:
-    """Write a vector's 16 values to an address."""
+def store(typingctx: Any, values: Any, address: Any, dtype: Any) -> Any:
+    """Writes a vector's 16 values to an address."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del signature
-        raw = _narrowed(builder, arguments[0], kind)
-        builder.store(raw, _address(builder, arguments[1], raw.type), align=_size(_stored(kind)))
+        raw = _narrowed(builder, arguments[0], dtype)
+        builder.store(raw, _address(builder, arguments[1], raw.type), align=_size(_stored(dtype)))
         return context.get_dummy_value()
 
-    return types.void(values, address, kind), code
+    return types.void(values, address, dtype), code
 
 
 @intrinsic
-def store_part(typingctx: Any, values: Any, address: Any, count: Any, kind: Any) -> Any:
-    """Write a vector's first `count` values to an address."""
+def store_part(typingctx: Any, values: Any, address: Any, count: Any, dtype: Any) -> Any:
+    """Writes a vector's first `count` values to an address."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del signature
-        raw = _narrowed(builder, arguments[0], kind)
+        raw = _narrowed(builder, arguments[0], dtype)
         pointer = _address(builder, arguments[1], raw.type)
         call(
             builder,
             f"llvm.masked.store.{suffix(raw.type)}.p0",
             ir.VoidType(),
-            [raw, pointer, I32(_size(_stored(kind))), _positions(builder, arguments[2])],
+            [raw, pointer, I32(_size(_stored(dtype))), _positions(builder, arguments[2])],
         )
         return context.get_dummy_value()
 
-    return types.void(values, address, count, kind), code
+    return types.void(values, address, count, dtype), code
 
 
 @intrinsic
-def stream(typingctx: Any, values: Any, address: Any, kind: Any) -> Any:
-    """Write a vector past the caches, which spares reading its line first.
+def stream(typingctx: Any, values: Any, address: Any, dtype: Any) -> Any:
+    """Writes a vector past the caches, so that the processor does not read its cache line first.
 
-    The address must be a multiple of the vector's size, or of LINE: anything else crashes the process.
+    The address must be a multiple of the vector's size, or of LINE if that is less: any other crashes the
+    process.
     """
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del signature
-        raw = _narrowed(builder, arguments[0], kind)
-        size = min(LINE, LANES * _size(_stored(kind)))
+        raw = _narrowed(builder, arguments[0], dtype)
+        size = min(LINE, LANES * _size(_stored(dtype)))
         written = builder.store(raw, _address(builder, arguments[1], raw.type), align=size)
         written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
         return context.get_dummy_value()
 
-    return types.void(values, address, kind), code
+    return types.void(values, address, dtype), code
 
 
 @intrinsic
 def keep_valid(typingctx: Any, values: Any, mask: Any, count: Any, fill: Any) -> Any:
-    """Return `values` where the bytes at `mask`, of which `count` may be read, are not 0, and else `fill`."""
+    """Returns `values` in lanes whose byte at `mask` is not 0, else `fill`; reads `count` bytes."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -187,7 +189,7 @@ def keep_valid(typingctx: Any, values: Any, mask: Any, count: Any, fill: Any) ->
 
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at an address; it may lie past the end of anything."""
+    """Prefetches the cache line at an address, which need not be one of the process's memory."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -207,7 +209,7 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def pointer(typingctx: Any, address: Any) -> Any:
-    """Return an address as a pointer, of which `numba.carray` makes an array."""
+    """Returns an address as a pointer, which `numba.carray` takes."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -218,9 +220,9 @@ def pointer(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def finished(typingctx: Any, address: Any) -> Any:
-    """Add 1 to the whole number at an address: whoever reads it there sees all that was written before.
+    """Adds 1 to the integer at an address, and returns the integer before that.
 
-    Returns the number as it was.
+    A thread that reads the sum by `number_finished` also sees all that this thread has written before.
     """
     del typingctx
 
@@ -233,7 +235,7 @@ def finished(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def number_finished(typingctx: Any, address: Any) -> Any:
-    """Return the whole number at an address, to which `finished` adds."""
+    """Returns the integer at an address, to which `finished` adds."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -245,7 +247,7 @@ def number_finished(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def take_number(typingctx: Any, address: Any) -> Any:
-    """Return the whole number at an address and add 1 to it, in one step: no two threads get the same."""
+    """Adds 1 to the integer at an address, and returns the one before; no two threads get the same."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Several groups put together, behind a forward and a backward: the running statistics, dweight and dbias.
+"""Merges groups: moments for the running statistics, and the gradient's sums for dweight and dbias.
 
-That is a launch of its own: calls of one group do not wait for it, nor compile it. A task takes a block of
-channels of all groups. Whether a batch is skipped hangs on all channels: who ends the last task moves them.
+It is a launch of its own, so that calls with one group neither run nor compile it. A task takes a block of
+channels of all groups. Whether a batch is skipped depends on all channels, so the thread that finishes the
+last task updates the running statistics.
 """
 
 from __future__ import annotations
@@ -17,39 +18,25 @@ from .vector import function
 
 @function
 def pool(args: Any, block: Any, real: Any) -> None:  # noqa: ARG001
-    """Put together the moments of a block of channels."""
+    """Merges the moments of a block of channels over all groups."""
     first, last = channels_of(args, block)
     if args.skipped and is_spoiled(args, first, last):
         args.spoiled = 1
     if args.sequential:
         _follow(args, first, last)
         return
-    unite(
-        args.groups,
-        args.count,
-        1,
-        args.mean + 8 * first,
-        args.m2 + 8 * first,
-        args.channels,
-        args.pooled_mean + 8 * first,
-        args.pooled_m2 + 8 * first,
-        last - first,
-    )
+    mean, m2 = args.mean + 8 * first, args.m2 + 8 * first
+    pooled_mean, pooled_m2 = args.pooled_mean + 8 * first, args.pooled_m2 + 8 * first
+    unite(args.groups, args.count, 1, mean, m2, args.channels, pooled_mean, pooled_m2, last - first)
 
 
 @function
 def _follow(args: Any, first: Any, last: Any) -> None:
-    """Move statistics of 0 by each group in turn, as a batch of its own, to where pooled moments would be."""
-    size, share, count = (
-        args.groups * args.channels,
-        args.momentum,
-        numbers(args.count, args.groups),
-    )
+    """Writes, as pooled moments, statistics that start at 0 and are moved by one group after the other."""
+    size, share = args.groups * args.channels, args.momentum
+    count = numbers(args.count, args.groups)
     mean, m2 = numbers(args.mean, size), numbers(args.m2, size)
-    moved_mean, moved_var = (
-        numbers(args.pooled_mean, args.channels),
-        numbers(args.pooled_m2, args.channels),
-    )
+    moved_mean, moved_var = numbers(args.pooled_mean, args.channels), numbers(args.pooled_m2, args.channels)
     for channel in range(first, last):
         moved_mean[channel], moved_var[channel] = 0.0, 0.0
     for group in range(args.groups):
@@ -63,7 +50,7 @@ def _follow(args: Any, first: Any, last: Any) -> None:
 
 @function
 def move_running(args: Any, real: Any) -> None:
-    """Move the running statistics by the pooled moments; or to where each group in turn has moved them."""
+    """Updates the running statistics by the pooled moments, or by each group in turn if `sequential`."""
     if args.spoiled:
         take_number(args.skipped)
         return
@@ -77,22 +64,16 @@ def move_running(args: Any, real: Any) -> None:
     if args.sequential:
         move(args, args.pooled_mean, args.pooled_m2, kept, 1.0, 1.0, real)
     elif total >= 2:
-        move(
-            args,
-            args.pooled_mean,
-            args.pooled_m2,
-            1 - args.momentum,
-            args.momentum,
-            total - 1,
-            real,
-        )
+        kept, share = 1 - args.momentum, args.momentum
+        move(args, args.pooled_mean, args.pooled_m2, kept, share, total - 1, real)
 
 
 @function
 def set_parameters(args: Any, block: Any, real: Any) -> None:
-    """Write dweight and dbias of a block of channels.
+    """Writes dweight and dbias of a block of channels.
 
-    The groups' sums, of which the coefficients have been computed, are added up in the first group's place.
+    The groups' sums are added up in place of the first group's, since no coefficient depends on these any
+    more.
     """
     first, last = channels_of(args, block)
     size, channels = args.groups * args.channels, args.channels

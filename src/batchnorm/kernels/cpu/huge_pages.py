@@ -1,4 +1,7 @@
-"""Memory for outputs: fresh memory costs more than the arithmetic, one page fault for every 4 KB of it."""
+"""Allocates large outputs in huge pages.
+
+A page fault for every 4 KB of fresh memory costs more than the arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _MADV_HUGEPAGE = 14
 
 @functools.cache
 def _madvise() -> Callable[[int, int, int], int] | None:
-    """Linux's `madvise`, where there is one."""
+    """Returns Linux's `madvise`, or None on other systems."""
     if not sys.platform.startswith("linux"):
         return None
     madvise = ctypes.CDLL(None).madvise
@@ -25,9 +28,9 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """As `torch.empty_like`; large blocks are asked for in pages of 2 MB instead of 4 KB.
+    """Returns a tensor as `torch.empty_like` does; asks for pages of 2 MB instead of 4 KB for a large one.
 
-    The advice lasts as long as the block is mapped, and changes nothing but the number of page faults.
+    The advice lasts as long as the memory is mapped, and changes only the number of page faults.
     """
     y = torch.empty_like(x)
     size = y.numel() * y.element_size()

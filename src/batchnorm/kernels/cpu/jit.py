@@ -1,4 +1,4 @@
-"""The kernels compiled, each on its first use; on disk they stay for the next process."""
+"""Compiles each kernel on its first use, and keeps it on disk for the next process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import groups, planes, rows, running, statistics
 from .access import finished, number_finished, take_number
 from .kernel_args import FINISHED, NEXT, read
 from .on_disk import Kept
-from .vector import FULL, SIMPLE, function, part_of_one
+from .vector import FULL, SIMPLE, Variant, function, part_of_one
 
 _log = logging.getLogger("batchnorm")
 _WORK = types.void(types.intp)
@@ -26,8 +26,8 @@ _WORK = types.void(types.intp)
 # Files in which nothing is compiled.
 _PLAIN_PYTHON = frozenset({"engine", "huge_pages", "on_disk", "parallel", "partition", "prepared"})
 
-# dtype of a tensor -> what its values are in memory (vector.py), and the dtype of the arithmetic.
-KINDS: dict[torch.dtype, tuple[type, type]] = {
+# dtype of a tensor -> NumPy type of its values in memory (access.py), and the dtype of the arithmetic.
+DTYPES: dict[torch.dtype, tuple[type, type]] = {
     torch.float32: (np.float32, np.float32),
     torch.float64: (np.float64, np.float64),
     torch.float16: (np.int16, np.float32),
@@ -36,12 +36,13 @@ KINDS: dict[torch.dtype, tuple[type, type]] = {
 
 
 @part_of_one
-def _work(body: Any, merge: Any, end: Any, address: Any, kind: Any, real: Any, how: Any) -> None:
-    """Do tasks until there is none that nobody has taken: the first pass's, the merging ones, the second's.
+def _work(body: Any, merge: Any, end: Any, address: Any, dtype: Any, real: Any, features: Any) -> None:
+    """Runs tasks until all are taken: first those of the first pass, then the merges, then the second pass.
 
-    Who gets a task of a later pass waits for the earlier ones; these are taken already, so they end. Who ends
-    the last one does what comes at the end.
+    A thread with a task of a later pass waits until all tasks of the earlier ones are finished; other threads
+    run these already, so the wait ends. The thread that finishes the last task calls `end`.
     """
+    variant = Variant(dtype, real, features)
     args = read(address)
     if args.takes:  # every thread writes the same numbers, so none waits for another
         running.take_running(args, real)
@@ -57,7 +58,7 @@ def _work(body: Any, merge: Any, end: Any, address: Any, kind: Any, real: Any, h
             measures, applies = args.measure, args.apply
             if merges:
                 measures, applies = before == 0, before > 0
-            body(args, index - before, measures, applies, workspace, kind, real, how)
+            body(args, index - before, measures, applies, workspace, variant)
         if finished(address + FINISHED) == args.total - 1:
             end(args, real)
         index = take_number(address + NEXT)
@@ -65,7 +66,7 @@ def _work(body: Any, merge: Any, end: Any, address: Any, kind: Any, real: Any, h
 
 @function
 def _close(close: Any, end: Any, address: Any, real: Any) -> None:
-    """Do tasks that put groups together until all are taken, and then what comes at the end."""
+    """Runs tasks that merge groups until all are taken; the thread that finishes the last one calls `end`."""
     args = read(address)
     index = take_number(address + NEXT)
     while index < args.total:
@@ -75,45 +76,46 @@ def _close(close: Any, end: Any, address: Any, real: Any) -> None:
         index = take_number(address + NEXT)
 
 
-# What a thread runs, given the address of a args. `source` is never 0: it is there to be part of the
-# function, of which Numba asks if it is on disk; of the functions that this one calls, it does not ask.
-# One by one, since a function that held another compiled one as a variable would never be found on disk.
+# The functions that a thread runs, given the address of a call's arguments. Numba looks for a compiled
+# function on disk by the function's own code and constants, not by those of the functions that it calls:
+# `source`, which changes with these and is never 0, is one of its constants. There is one function per
+# kernel, since Numba never finds a function on disk that has another compiled function as a constant.
 
 
-def _planes_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
+def _planes_forward(dtype: Any, real: Any, features: Any, source: int) -> Any:
     def planes_forward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.forward, statistics.merge_moments, running.move_running, args, kind, real, how)
+            _work(planes.forward, statistics.merge_moments, running.move_running, args, dtype, real, features)
 
     return planes_forward
 
 
-def _planes_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
+def _planes_backward(dtype: Any, real: Any, features: Any, source: int) -> Any:
     def planes_backward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.backward, statistics.merge_sums, running.move_nothing, args, kind, real, how)
+            _work(planes.backward, statistics.merge_sums, running.move_nothing, args, dtype, real, features)
 
     return planes_backward
 
 
-def _rows_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
+def _rows_forward(dtype: Any, real: Any, features: Any, source: int) -> Any:
     def rows_forward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.forward, statistics.merge_moments, running.move_running, args, kind, real, how)
+            _work(rows.forward, statistics.merge_moments, running.move_running, args, dtype, real, features)
 
     return rows_forward
 
 
-def _rows_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
+def _rows_backward(dtype: Any, real: Any, features: Any, source: int) -> Any:
     def rows_backward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.backward, statistics.merge_sums, running.move_nothing, args, kind, real, how)
+            _work(rows.backward, statistics.merge_sums, running.move_nothing, args, dtype, real, features)
 
     return rows_backward
 
 
-def _groups_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
-    del kind, how
+def _groups_forward(dtype: Any, real: Any, features: Any, source: int) -> Any:
+    del dtype, features
 
     def groups_forward(args):  # type: ignore[no-untyped-def]
         if source:
@@ -122,8 +124,8 @@ def _groups_forward(kind: Any, real: Any, how: Any, source: int) -> Any:
     return groups_forward
 
 
-def _groups_backward(kind: Any, real: Any, how: Any, source: int) -> Any:
-    del kind, how
+def _groups_backward(dtype: Any, real: Any, features: Any, source: int) -> Any:
+    del dtype, features
 
     def groups_backward(args):  # type: ignore[no-untyped-def]
         if source:
@@ -143,7 +145,7 @@ _KERNELS: dict[str, Callable[[Any, Any, Any, int], Any]] = {
 
 
 class _Announcer(event.Listener):
-    """Says, once in a process, why the first call takes long; on a kernel that is on disk it is silent."""
+    """Logs, once per process, that kernels are compiled, which takes long; not for kernels on disk."""
 
     def __init__(self) -> None:
         self.is_silent = False
@@ -163,7 +165,7 @@ _announcer = _Announcer()
 
 @functools.cache
 def source() -> int:
-    """Return a number that changes with the text of any kernel."""
+    """Returns an odd number that changes with the text of any file in which something is compiled."""
     paths = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem not in _PLAIN_PYTHON)
     text = b"".join(path.read_bytes() for path in paths)
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "big") | 1
@@ -171,20 +173,20 @@ def source() -> int:
 
 @functools.cache
 def kernel(name: str, dtype: torch.dtype, simple: bool) -> int:
-    """Return the address of a kernel, which compiles it where nobody has before.
+    """Returns the address of a kernel, compiled now if it is not on disk.
 
     Args:
-        name: of `_KERNELS`.
-        dtype: of the tensors.
-        simple: whether for calls without a mask, and at most bounds as an activation.
+        name: a key of `_KERNELS`.
+        dtype: dtype of the tensors.
+        simple: whether it is for calls without a mask and without an activation other than bounds.
     """
-    kind, real = KINDS[dtype]
-    entry = _KERNELS[name](kind, real, SIMPLE if simple else FULL, source())
+    stored, real = DTYPES[dtype]
+    entry = _KERNELS[name](stored, real, SIMPLE if simple else FULL, source())
     made: Any = Kept(entry, (_WORK.args, _WORK.return_type), locals={}, options={"error_model": "numpy"})
     with event.install_listener("numba:compile", _announcer):
         try:
             made.enable_caching()
             made.compile()
-        except Exception:  # no folder that can be written to, or as bad: compiled again in every process
+        except Exception:  # such as no folder that can be written to: every process compiles it anew
             made = cfunc(_WORK, error_model="numpy")(entry)
     return int(made.address)

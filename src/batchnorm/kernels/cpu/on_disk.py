@@ -1,4 +1,4 @@
-"""Compiled kernels on disk, by Numba's cache: with a digest, so that nothing damaged is unpickled or run.
+"""Stores compiled kernels in Numba's cache on disk, with a digest, so that no damaged file is loaded.
 
 Numba itself raises for a damaged file, in every process until the file is deleted; and it runs code in which
 a few bytes are wrong.
@@ -16,27 +16,28 @@ from typing import Any
 from numba.core.caching import IndexDataCacheFile
 from numba.core.ccallback import CFunc
 
-_DIGEST = 32  # bytes, behind all that Numba reads
+_DIGEST = 32  # bytes, at the end of a file, after the content that Numba reads
 
 
 class Kept(CFunc):
-    """A function in machine code, at an address, which is looked up on disk first."""
+    """A function compiled to machine code at an address, loaded from disk if it is there."""
 
     def enable_caching(self) -> None:
-        """Let `compile` look on disk, and write there."""
+        """Lets `compile` load the function from disk, or write it there."""
         super().enable_caching()
         vars(self)["_cache"]._cache_file.__class__ = _WholeFiles
 
 
 class _WholeFiles(IndexDataCacheFile):
-    """Files of one function: an index, and one for each signature. What is not whole is not there."""
+    """Files of one function: an index, and one for each signature. A damaged file counts as missing."""
 
     def _load_index(self) -> Any:
         return super()._load_index() if _is_whole(self._index_path) else {}
 
     def _load_data(self, name: str) -> Any:
         if not _is_whole(self._data_path(name)):
-            raise OSError(f"{name} is damaged")  # for Numba it is gone: compiled again, and written over
+            # Numba takes it for a missing one, compiles, and overwrites it.
+            raise OSError(f"{name} is damaged")
         return super()._load_data(name)
 
     @contextlib.contextmanager
@@ -48,7 +49,7 @@ class _WholeFiles(IndexDataCacheFile):
 
 
 def _is_whole(path: str) -> bool:
-    """Whether the digest at the end of a file fits; a file that is not there is for Numba to miss."""
+    """Returns whether the digest at the end of a file is right; true for a missing one, left to Numba."""
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:

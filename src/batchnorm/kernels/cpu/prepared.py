@@ -24,8 +24,8 @@ from .kernel_args import KernelArgs
 from .llvm import LANES
 from .parallel import FEW, run, worker
 from .partition import SHORT, Partition, partition
+from .row_layout import PER_CHANNEL, PER_COLUMN
 from .statistics import CHANNELS
-from .workspace import PER_CHANNEL, PER_COLUMN
 
 # What a launch computes: moments, y, or both; sums of the gradient, dx, or both.
 Pass = Literal["moments", "normalize", "forward", "reduce", "apply", "backward"]

@@ -1,11 +1,11 @@
-"""Running statistics: moved by whoever ends the last task of a forward; or taken to normalize by.
+"""Updates running statistics, in the thread that finishes a forward's last task; and reads them.
 
 With a batch of n values and var = m2 / (n - 1):
 
     running = (1 - momentum) * running + momentum * batch
 
-Fewer than two values have no variance, and move nothing; the batch counts all the same. Where `skipped` is
-given, a batch with a mean or m2 that is not finite is counted there and nowhere else, whichever its channel.
+Fewer than two values have no variance, and move nothing; `batches` grows all the same. Where `skipped` is
+given, a batch whose mean or m2 is not finite, in any channel, adds 1 to `skipped` and changes nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .vector import function
 
 @function
 def move_running(args: Any, real: Any) -> None:
-    """Move the running statistics by the moments of a call's one group."""
+    """Updates the running statistics by the moments of a call's only group."""
     if not args.moves:
         return
     if args.skipped and is_spoiled(args, 0, args.channels):
@@ -37,7 +37,7 @@ def move_running(args: Any, real: Any) -> None:
 
 @function
 def is_spoiled(args: Any, first: Any, last: Any) -> Any:
-    """Whether a mean or m2 of channels `first` to `last` is not finite, in any group."""
+    """Returns whether any group has a mean or m2 that is not finite, in channels `first` to `last`."""
     size, finite = args.groups * args.channels, True
     mean, m2 = numbers(args.mean, size), numbers(args.m2, size)
     for start in range(0, size, args.channels):
@@ -48,13 +48,13 @@ def is_spoiled(args: Any, first: Any, last: Any) -> Any:
 
 @function
 def move(args: Any, mean: Any, m2: Any, kept: Any, share: Any, divisor: Any, real: Any) -> None:
-    """Write running = kept * running + share * batch, by the batch's mean and var = m2 / divisor.
+    """Writes running = kept * running + share * batch, with the batch's mean and var = m2 / divisor.
 
     Args:
-        args: the call.
-        mean, m2: addresses, `[C]`.
-        kept, share, divisor: see above.
-        real: of the arithmetic.
+        args: the call's arguments.
+        mean, m2: addresses of the batch's moments, `[C]`.
+        kept, share, divisor: numbers of the equation.
+        real: dtype of the arithmetic.
     """
     means, m2s = numbers(mean, args.channels), numbers(m2, args.channels)
     for channel in range(args.channels):
@@ -68,12 +68,12 @@ def move(args: Any, mean: Any, m2: Any, kept: Any, share: Any, divisor: Any, rea
 
 @function
 def move_nothing(args: Any, real: Any) -> None:
-    """Do nothing: a backward moves no running statistics."""
+    """Does nothing: a backward updates no running statistics."""
 
 
 @function
 def take_running(args: Any, real: Any) -> None:
-    """Write mean and rstd by the running statistics."""
+    """Writes mean and rstd of the running statistics."""
     mean, rstd = numbers(args.mean, args.channels), numbers(args.rstd, args.channels)
     for channel in range(args.channels):
         mean[channel] = parameter(args.running_mean, channel, 0.0, real)

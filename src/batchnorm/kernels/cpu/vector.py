@@ -1,21 +1,21 @@
-"""Vectors of 16 numbers in Numba's Python, and the few instructions that it has no word for.
+"""Computes with vectors of 16 numbers in Numba's Python, by instructions that Numba does not offer.
 
-Kernels that are bound by memory have to say when a line is fetched, and that one is written past the caches;
-Numba leaves both to a compiler that does neither. Written with these vectors they read like their equations:
+Kernels that are bound by memory have to prefetch cache lines and to write past the caches; Numba leaves both
+to a compiler that does neither. Written with these vectors, the kernels read like their equations:
 
-    z = multiply_add(load(x, kind) - high, scale, shift)
-    stream(clamp(z, low, high), y, kind)
+    z = multiply_add(load(x, dtype) - center, scale, shift)
+    stream(bounded(z, low, high), y, dtype)
 
-A vector is 16 float32, or 16 float64 where the tensors are float64; LLVM makes of it what the processor has.
-`kind` says what a vector's numbers are in memory (access.py). Arithmetic is as written: nothing is
-reassociated, and a product and a sum are fused in `multiply_add` alone, so that the same expression gives the
-same bits wherever it stands.
+A vector is 16 float32, or 16 float64 where the tensors are float64; LLVM maps it to the processor's
+registers. An argument `dtype` or `real` is a NumPy scalar type, known when the kernel is compiled
+(access.py). Arithmetic is as written: nothing is reassociated, and a product and a sum are fused in
+`multiply_add` alone, so that the same expression gives the same bits in every kernel.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -24,15 +24,30 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from .llvm import FLOATING, I32, LANES, call, constant, many, splatted, suffix
 
-# What kernels are made of. Division by 0 gives infinity or NaN: an exception in a task would reach nobody.
+# Compiles a function that kernels call. Division by 0 gives infinity or NaN, since no caller of a kernel
+# could catch an exception.
 function = njit(error_model="numpy")
 
-# For what has one caller only: the compiler goes through a function once by itself, and once more within each
-# that calls it, up to the kernel.
+# The same for a function with one caller: inlined at once, it is compiled once. Numba compiles any other
+# function by itself, and again within each of its callers, up to the kernel.
 part_of_one = njit(error_model="numpy", inline="always")
 
-# How a kernel is compiled: see `is_simple`. Two types, so that Numba compiles one for each.
+# The features of a kernel: see `is_simple`. They are types, so that Numba compiles a kernel for each.
 SIMPLE, FULL = np.int8, np.int16
+
+
+class Variant(NamedTuple):
+    """Constants that a kernel is compiled for.
+
+    Attributes:
+        dtype: NumPy type of the tensors' values in memory, see access.py.
+        real: np.float32 or np.float64, the dtype of the arithmetic.
+        features: SIMPLE or FULL.
+    """
+
+    dtype: Any
+    real: Any
+    features: Any
 
 
 class Vector(types.Type):
@@ -52,25 +67,31 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, ir.VectorType(FLOATING[fe_type.element], LANES))
 
 
-def vector_of(kind: Any) -> Vector:
-    """The vector that values of a kind in memory become."""
-    return DOUBLES if kind.instance_type == types.float64 else FLOATS
+def vector_of(dtype: Any) -> Vector:
+    """Returns the type of the vector that values of a dtype in memory are loaded into."""
+    return DOUBLES if dtype.instance_type == types.float64 else FLOATS
 
 
 @intrinsic
-def is_simple(typingctx: Any, how: Any) -> Any:
-    """Whether a kernel is compiled for calls without a mask, and at most bounds as an activation.
+def is_simple(typingctx: Any, variant: Any) -> Any:
+    """Returns whether a kernel is compiled for calls without a mask and with no activation but bounds.
 
-    The compiler knows the answer, and leaves out what is not asked for: half of the time, of its own too.
+    The answer is a constant: the compiler drops the branches for other calls, which halves its own time too.
     """
     del typingctx
-    answer = how.instance_type == types.int8
+    answer = has_simple_features(variant)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, builder, signature, arguments
         return ir.IntType(1)(answer)
 
-    return types.boolean(how), code
+    return types.boolean(variant), code
+
+
+def has_simple_features(variant: Any) -> bool:
+    """Returns whether the features in the Numba type of a `Variant` are SIMPLE."""
+    answer: bool = variant.types[variant.fields.index("features")].instance_type == types.int8
+    return answer
 
 
 # Arithmetic
@@ -106,33 +127,33 @@ for _symbol, _instruction in (
 
 @intrinsic
 def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """Return a * b + c, rounded once where the processor has that instruction: always, or never."""
+    """Returns a * b + c, rounded once on processors with that instruction; on all others, always twice."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
-        kind = arguments[0].type
-        return call(builder, f"llvm.fmuladd.{suffix(kind)}", kind, list(arguments))
+        type_ = arguments[0].type
+        return call(builder, f"llvm.fmuladd.{suffix(type_)}", type_, list(arguments))
 
     return a(a, b, c), code
 
 
 @intrinsic
-def splat(typingctx: Any, value: Any, kind: Any) -> Any:
-    """Return a vector of one number, of the type that values of `kind` become."""
+def splat(typingctx: Any, value: Any, dtype: Any) -> Any:
+    """Returns a vector of 16 times the same number, of the type that values of `dtype` are loaded into."""
     del typingctx
-    vector = vector_of(kind)
+    vector = vector_of(dtype)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         one = context.cast(builder, arguments[0], signature.args[0], vector.element)
         return splatted(builder, one)
 
-    return vector(value, kind), code
+    return vector(value, dtype), code
 
 
 @intrinsic
 def total(typingctx: Any, a: Any) -> Any:
-    """Return the sum of a vector's numbers in float64: halves are added to each other, again and again."""
+    """Returns the sum of a vector's numbers in float64, by adding one half to the other until one is left."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -166,14 +187,14 @@ def _compare(name: str, order: str) -> Any:
         del typingctx
         return a(a, b, yes, no), code
 
-    choose.__doc__ = f"Return `yes` where a {order} b, else `no`; no where either is NaN."
+    choose.__doc__ = f"Returns `yes` where a {order} b, and `no` elsewhere, also where a or b is NaN."
     choose._name = name
     return choose
 
 
 @intrinsic
 def power_of_two(typingctx: Any, exponent: Any) -> Any:
-    """Return 2 to whole numbers between -126 and 127, float32."""
+    """Returns 2 to the power of integers between -126 and 127, which are float32."""
     del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -186,7 +207,7 @@ def power_of_two(typingctx: Any, exponent: Any) -> Any:
 
 
 def _by_lane(name: str) -> Any:
-    """A function of the C library, number by number: for float64, where exactness counts before speed."""
+    """Returns an intrinsic that calls a function of the C library for each number; for float64."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature

@@ -1,4 +1,4 @@
-"""The engine for GPUs, in Triton, which is loaded here, before any of its modules."""
+"""The engine for GPUs, in Triton, which is loaded here, before any of the folder's modules."""
 
 from .loading import load_triton
 

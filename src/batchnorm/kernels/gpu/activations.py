@@ -1,4 +1,4 @@
-"""The activations and their derivatives, on tiles; as `kernels/activations.py` has them."""
+"""Computes the activations and their derivatives, on tiles, as `kernels/activations.py` in torch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def _sigmoid(z):
 
 @triton.jit
 def _normal(z):
-    """Return the share of a normal distribution below z."""
+    """Returns the normal distribution's probability of a value below z."""
     return 0.5 * (1.0 + tl.erf(z * _ROOT))
 
 
 @triton.jit
 def activated(z, ACTIVATION: tl.constexpr):
-    """Return activation(z). Comparisons are such that NaN stays NaN."""
+    """Returns activation(z). Comparisons are chosen so that NaN stays NaN."""
     if ACTIVATION is None:
         y = z
     elif ACTIVATION == "relu":
@@ -53,14 +53,14 @@ def activated(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def through(dy, z, ACTIVATION: tl.constexpr, KINK: tl.constexpr):
-    """Return dy * activation'(z); at a kink, what torch's own backward takes.
+    """Returns dy * activation'(z); at a kink, the slope of torch's own backward.
 
     Args:
         dy, z: tiles.
-        ACTIVATION: its name.
-        KINK: the largest z that the dtype of y rounds to 0: where y is 0, relu has no slope.
+        ACTIVATION: name of the activation.
+        KINK: the largest z that the dtype of y rounds to 0: where y is 0, relu has a slope of 0.
     """
-    kink = tl.full([1, 1], KINK, z.dtype)  # a subnormal number by itself would be one of float64
+    kink = tl.full([1, 1], KINK, z.dtype)  # Triton would take a subnormal Python number for float64
     if ACTIVATION == "relu":
         dz = tl.where(z <= kink, 0.0, dy)
     elif ACTIVATION == "relu6":

@@ -1,4 +1,10 @@
-"""How a kernel is launched: on the device of its tensors, or in Triton's interpreter."""
+"""Launches a kernel on the device of its tensors, or in Triton's interpreter.
+
+A kernel's parameters are no tuples: Triton 3.7 would take them, but `do_not_specialize` does not reach into
+them, and `torch.library.wrap_triton` (torch 2.13) drops their tensors from the graph. Functions that kernels
+call do take tuples of tiles, pointers and numbers; constants (`tl.constexpr`) stay apart, since unpacking
+turns them into tensors.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +18,15 @@ from torch import Tensor
 
 from .moments import measure_parts
 
-# Triton decides it where a kernel is defined: TRITON_INTERPRET=1 was in the environment then.
+# Triton decides when a kernel is defined, by TRITON_INTERPRET=1 in the environment.
 IS_INTERPRETED = not isinstance(measure_parts, triton.JITFunction)
-_REAL = (Tensor, torch.nn.Parameter)  # the types that have memory
+_REAL = (Tensor, torch.nn.Parameter)  # the types that have memory; a compiler traces others
 
 
 def launch(kernel: Any, programs: int, warps: int, on: Tensor, arguments: dict[str, Any]) -> None:
-    """Run a kernel's programs on the device of `on`; or show the launch to a compiler that traces `on`.
+    """Runs a kernel's programs on the device of `on`; or records the launch for a compiler that traces `on`.
 
-    There is nothing here that such a compiler would drop: options of Triton's compiler, say.
+    It passes no option that such a compiler would drop, as Inductor does with options of Triton's compiler.
     """
     if type(on) not in _REAL:
         torch.library.wrap_triton(kernel)[(programs,)](**arguments, num_warps=warps)
@@ -30,9 +36,10 @@ def launch(kernel: Any, programs: int, warps: int, on: Tensor, arguments: dict[s
 
 
 def stored(values: Tensor) -> Tensor:
-    """Return values, which a compiler that traces them is to store, once for all kernels.
+    """Returns values that a compiler which traces them stores in memory, once for all kernels.
 
-    Inductor (torch 2.13) computes what it need not store anew for each kernel that reads it.
+    Inductor (torch 2.13) computes values that it does not have to store again for each kernel that reads
+    them.
     """
     if type(values) in _REAL or values.storage_offset() != 0:
         return values

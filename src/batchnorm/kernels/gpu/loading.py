@@ -10,14 +10,14 @@ import sys
 
 
 def load_triton() -> None:
-    """Import Triton, where it is there, bound to its own symbols where those of another LLVM are global.
+    """Imports Triton, if it is installed, with its own LLVM where another LLVM's symbols are global.
 
     TensorFlow's wheels (2.20, 2.21) load with RTLD_GLOBAL, and LLVM is in them. Triton's library then takes
     TensorFlow's functions for its own, and ends the process: "LLVM ERROR: inconsistency in registered
     CommandLine options" (Triton 3.9), or a segmentation fault (3.7). Source:
     https://github.com/tensorflow/tensorflow/issues/124205.
     """
-    if importlib.util.find_spec("triton") is None:  # the partition of a call, for one, needs none
+    if importlib.util.find_spec("triton") is None:  # partition.py works without it
         return
     own_first = getattr(os, "RTLD_DEEPBIND", 0)  # glibc has it
     if "triton" in sys.modules or not own_first or not _sees_llvm():
@@ -32,5 +32,5 @@ def load_triton() -> None:
 
 
 def _sees_llvm() -> bool:
-    """Whether functions of some LLVM are global in this process."""
+    """Returns whether functions of some LLVM are global in this process."""
     return hasattr(ctypes.CDLL(None), "LLVMContextCreate")

@@ -1,4 +1,4 @@
-"""Count, mean and centred second moment: of values that a program holds, and of parts, which are merged.
+"""Computes count, mean and centred second moment: of values that a program holds, and of merged parts.
 
 Deviations are taken in the dtype of the arithmetic, from a value or a mean nearby: never E[x²] - E[x]².
 """
@@ -11,15 +11,15 @@ import triton.language as tl
 from .statistics import at_least_one, merged, move_by_batch, positive, set_moments, united
 from .tiles import NUMBERS, is_any, merge_of, task_of, tile_of, total, values_of
 
-# Squares of 1e20 and more overflow float32. A power of two costs no digit, and takes the largest float32 to
-# where thousands of squares can be added up.
+# Squares of 1e20 and more overflow float32. A power of two costs no digit; this one makes thousands of
+# squares of the largest float32 fit into one.
 _DOWN, _UP = tl.constexpr(2.0**-70), tl.constexpr(2.0**70)
-_SMALL = tl.constexpr(2.0**-30)  # of m2 after that: before, it is 2**110, and no square was too large
+_SMALL = tl.constexpr(2.0**-30)  # m2 of scaled values: below, no unscaled square overflows
 
 
 @triton.jit
 def moments_of_tile(values, valid, ROWS: tl.constexpr, REAL: tl.constexpr):
-    """Return count, mean and m2, float64, of a tile that holds all values of its channels: two passes."""
+    """Returns count, mean and m2, float64, of a tile that holds all values of its channels, in two passes."""
     n = total(valid.to(REAL), ROWS)
     center = total(values * (1.0 / at_least_one(n)), ROWS)
     away = tl.where(valid, values - center, 0.0)
@@ -37,12 +37,9 @@ def moments_of_tile(values, valid, ROWS: tl.constexpr, REAL: tl.constexpr):
 @triton.jit
 def moments_by_lane(
     x,
-    mask,
     first,
     tiles,
-    group,
-    channel,
-    shape,
+    program,
     FACTOR: tl.constexpr,
     REAL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -50,12 +47,12 @@ def moments_by_lane(
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Return count, mean and m2, float64, of x * FACTOR, over `tiles` tiles from `first` on.
+    """Returns count, mean and m2, float64, of x * FACTOR, over `tiles` tiles from `first` on.
 
-    A lane, that is a place in the tiles, takes deviations from the first of its own values, and moves on to
-    their mean each time that they have doubled in number. What is subtracted is so always of values that are
-    part of what is measured, half of them at least: were it far from the others, m2 would hold the square of
-    that, and be no smaller than the rounding. Lanes are put together around their mean.
+    A lane, that is a place in the tiles, takes deviations from a pivot: the first of its own values, then
+    their mean whenever they have doubled in number. So the pivot is the mean of half of the lane's values at
+    least; if it is far from the others, m2 is at least the square of that distance, and no smaller than the
+    rounding. Lanes are merged around their common mean.
     """
     n = tl.zeros([OUTER, INNER], REAL)
     if EVEN:
@@ -64,7 +61,7 @@ def moments_by_lane(
     sums = tl.zeros([OUTER, INNER], REAL)
     squares = tl.zeros([OUTER, INNER], REAL)
     for tile in tl.range(0, tiles, num_stages=3):
-        offsets, _, valid = tile_of(first + tile, group, channel, mask, shape, ROWS, OUTER, INNER, EVEN)
+        offsets, _, valid = tile_of(first + tile, program, ROWS, OUTER, INNER, EVEN)
         values = values_of(x, offsets, valid, REAL)
         if FACTOR is not None:
             values = values * FACTOR
@@ -96,32 +93,27 @@ def moments_by_lane(
 
 @triton.jit
 def _is_small(m2):
-    """Whether m2 of x * _DOWN is that of squares which have not overflowed; NaN is not."""
+    """Returns whether m2 of x * _DOWN shows that the squares of x do not overflow; false for NaN."""
     return m2 < _SMALL
 
 
 @triton.jit
 def moments_of_tiles(
     x,
-    mask,
     tiles,
-    group,
-    channel,
-    shape,
+    program,
     REAL: tl.constexpr,
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Return count, mean and m2, float64, of all tiles of a group."""
+    """Returns count, mean and m2, float64, of all tiles of a group."""
     first = tl.full([], 0, tl.int64)
-    count, mean, m2 = moments_by_lane(
-        x, mask, first, tiles, group, channel, shape, None, REAL, ROWS, OUTER, INNER, EVEN
-    )
+    count, mean, m2 = moments_by_lane(x, first, tiles, program, None, REAL, ROWS, OUTER, INNER, EVEN)
     if is_any((m2 < float("inf")) == 0, ROWS):  # float32 has overflowed; or x is not finite, and stays so
         _, mean_down, m2_down = moments_by_lane(
-            x, mask, first, tiles, group, channel, shape, _DOWN, REAL, ROWS, OUTER, INNER, EVEN
+            x, first, tiles, program, _DOWN, REAL, ROWS, OUTER, INNER, EVEN
         )
         mean = tl.where(_is_small(m2_down), mean, mean_down * _UP)
         m2 = tl.where(_is_small(m2_down), m2, m2_down * _UP * _UP)
@@ -148,21 +140,17 @@ def measure_parts(
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Write count, mean and m2 of this program's part, to tables `[parts, G, C]`."""
+    """Writes count, mean and m2 of this program's part, to tables `[parts, G, C]`."""
     part, group, channel = task_of(channels, parts, ROWS, INNER)
-    shape = (channels, positions, units, group_units)
-    count, mean, m2 = moments_by_lane(
-        x, mask, part * tiles, tiles, group, channel, shape, None, REAL, ROWS, OUTER, INNER, EVEN
-    )
+    program = (group, channel, mask, (channels, positions, units, group_units))
+    count, mean, m2 = moments_by_lane(x, part * tiles, tiles, program, None, REAL, ROWS, OUTER, INNER, EVEN)
     is_channel = channel < channels
     place = (part * groups + group) * channels + channel
     tl.store(part_count + place, count, mask=is_channel)
     tl.store(part_mean + place, mean, mask=is_channel)
     tl.store(part_m2 + place, m2, mask=is_channel)
-    if is_any((m2 < float("inf")) == 0, ROWS):  # as above; written over, so that no register waits for it
-        _, mean, m2 = moments_by_lane(
-            x, mask, part * tiles, tiles, group, channel, shape, _DOWN, REAL, ROWS, OUTER, INNER, EVEN
-        )
+    if is_any((m2 < float("inf")) == 0, ROWS):  # as above; overwritten, to hold no register meanwhile
+        _, mean, m2 = moments_by_lane(x, part * tiles, tiles, program, _DOWN, REAL, ROWS, OUTER, INNER, EVEN)
         is_large = is_channel & (_is_small(m2) == 0)
         tl.store(part_mean + place, mean * _UP, mask=is_large)
         tl.store(part_m2 + place, m2 * _UP * _UP, mask=is_large)
@@ -188,7 +176,7 @@ def merge_moments(
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Merge the parts' moments of some channels of a group; write them, and rstd; move running statistics."""
+    """Merges parts' moments of some channels of a group; writes these and rstd; moves running statistics."""
     group, channel = merge_of(channels, CHANNELS)
     is_channel = channel < channels
     found_count = tl.zeros([1, CHANNELS], tl.float64)
@@ -206,17 +194,6 @@ def merge_moments(
         found_count, found_mean, found_m2 = merged(
             found_count, found_mean, found_m2, more, other_mean, other_m2
         )
-    set_moments(
-        count, mean, m2, rstd, group, channels, channel, is_channel, EPS, found_count, found_mean, found_m2
-    )
-    move_by_batch(
-        running_mean,
-        running_var,
-        batches,
-        channel,
-        is_channel,
-        momentum,
-        found_count,
-        found_mean,
-        found_m2,
-    )
+    found = (found_count, found_mean, found_m2)
+    set_moments(count, mean, m2, rstd, found, group, channels, channel, EPS)
+    move_by_batch(running_mean, running_var, batches, channel, is_channel, momentum, found)

@@ -1,4 +1,4 @@
-"""How a tensor is cut into programs: by its shape and layout alone, so that every run gives the same.
+"""Decides how a tensor is cut into programs, by its shape and layout alone, so that every run gives the same.
 
 A tile is `[outer, inner]` values. The layouts:
 
@@ -6,11 +6,11 @@ A tile is `[outer, inner]` values. The layouts:
     rows      a tile is some rows by some channels. A row is one position of one sample: channels-last and
               `[N, C]`; and short planes, whose runs would leave most of a tile empty
 
-There are two regimes. A channel's values (of one group) may be so few that one program takes them all, and
-does all there is to do in one launch: a single tile stays in registers; more tiles come twice, then from the
-cache. Else programs take parts, another launch merges what they found, and a third one normalizes.
+There are two regimes. Where a channel has few values in a group, one program takes them all, and computes
+everything in one launch: a single tile stays in registers; several tiles are read twice, the second time from
+the cache. Otherwise programs take parts, a second launch merges their results, and a third one normalizes.
 
-The numbers below are reasoned, not measured: no GPU has run these kernels yet.
+The numbers below are estimates, not measurements: no GPU has run these kernels yet.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from typing import NamedTuple
 from batchnorm.kernels.layout import is_dense
 
 _SINGLE = 2**13  # values of a tile that stays in registers: 16 per thread of 16 warps, and as many of dy
-_WHOLE = 2**16  # values that one program takes, if ...
-_ENOUGH = 128  # ... there are so many programs: a large GPU has about 132 multiprocessors
+_WHOLE = 2**16  # values of several tiles that one program takes, if there are _ENOUGH programs
+_ENOUGH = 128  # a large GPU has about 132 multiprocessors
 _TILE = 2**11  # values of a tile otherwise: 8 per thread, one load of 16 bytes of 16-bit values
-_LANE = 32  # tiles of a part at most, and so values that a lane adds up in float32, one after the other
+_LANE = 32  # tiles of a part at most, which is how many values a lane adds up in float32
 _SHORT = 16  # positions below which planes are read as rows
-# Channels side by side of a tile of rows: a sector of 16-bit values at least, a cache line at most.
+# Channels of a tile of rows: 16-bit values of a sector at least, and of a cache line at most.
 _SEGMENT, _LINE = 16, 64
 _PROGRAMS = 1024  # that fill a large GPU several times
-_TILES = 8  # tiles of a program that only normalizes or differentiates: it loads parameters once for all
-_MERGED, _BLOCK = 2**11, 512  # numbers of a tile that merges, and parts of it at most
+_TILES = 8  # tiles of a program that only normalizes or differentiates, with parameters loaded once
+_MERGED, _BLOCK = 2**11, 512  # numbers of a tile that merges, and its parts, at most
 
 
 class Partition(NamedTuple):
     """A call's programs.
 
     Attributes:
-        is_dense: whether the tensor is laid out as one of the two that there are kernels for. If not, the
-            rest is what it is for a contiguous one.
-        rows: the layout; else planes.
+        is_dense: whether the tensor has one of the layouts that there are kernels for. If not, the other
+            attributes are those of a contiguous tensor.
+        rows: whether the layout is rows; else it is planes.
         channels: C.
-        positions: of a run: S for planes and short planes; else 1.
-        units: samples of planes, or rows.
+        positions: values of a run: S for planes and short planes; else 1.
+        units: number of samples for planes, of rows for rows.
         group_units: units of a statistics group; the last group may have fewer.
         groups: G.
-        is_whole: the regime: one program takes all values of a channel and a group.
+        is_whole: whether one program takes all values of a channel and a group.
         outer, inner: sizes of a tile, powers of two.
-        channel_tiles: tiles side by side along the channels.
-        tiles: of a group and one of those.
-        part_tiles: of a part, for moments and sums.
+        channel_tiles: number of tiles along the channels.
+        tiles: number of tiles of a group, for the channels of one tile.
+        part_tiles: number of tiles of a part, for moments and sums.
         is_even: whether all values of all tiles and parts are in the tensor.
     """
 
@@ -71,26 +71,26 @@ class Partition(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """Into how many parts they are cut for moments and sums."""
+        """Number of parts of a group for moments and sums."""
         return math.ceil(self.tiles / self.part_tiles)
 
     @property
     def warps(self) -> int:
-        """Warps of a program: 8 values per thread; 16 in the largest tiles, which are read once."""
+        """Number of warps of a program: 8 values per thread; 16 in the largest tiles, which are read once."""
         return max(1, min(16, self.outer * self.inner // 256))
 
     @property
     def step_tiles(self) -> int:
-        """Tiles of a part where each value is read once: as many parts as fill the device."""
+        """Number of tiles of a part where each value is read once; parts are enough to fill the device."""
         return _step_tiles(self.tiles, self.channel_tiles * self.groups)
 
 
 @functools.lru_cache(maxsize=4096)
 def partition(shape: tuple[int, ...], stride: tuple[int, ...], group_size: int | None) -> Partition:
-    """Return the programs for a tensor `[N, C, *S]` that is not empty.
+    """Returns the programs for a tensor `[N, C, *S]` that is not empty.
 
     Args:
-        shape, stride: of the tensor.
+        shape, stride: shape and stride of the tensor.
         group_size: samples per statistics group; None = all.
     """
     axes = range(len(shape))
@@ -133,12 +133,12 @@ def partition(shape: tuple[int, ...], stride: tuple[int, ...], group_size: int |
 
 
 def power(number: int) -> int:
-    """Return the power of two from `number` on."""
+    """Returns the smallest power of two that is not less than `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def _fitting(tiles: int, wanted: int) -> int:
-    """Return how many tiles a part has: as many in all, if they are more than a quarter of what is wanted."""
+    """Returns the largest divisor of `tiles` from wanted / 4 to `wanted`; `wanted` if there is none."""
     fewer = (number for number in range(wanted, wanted // 4, -1) if tiles % number == 0)
     return next(fewer, wanted)
 
@@ -148,7 +148,7 @@ def _step_tiles(tiles: int, programs: int) -> int:
 
 
 def _tile_of_rows(length: int, channels: int) -> tuple[int, int]:
-    """Return rows and channels of a tile, which holds all `length` rows if it can."""
+    """Returns rows and channels of a tile, which holds all `length` rows if it can."""
     outer, widest = power(length), min(_LINE, power(channels))
     narrowest = min(_SEGMENT, widest)
     if outer * narrowest <= _SINGLE:
@@ -157,7 +157,7 @@ def _tile_of_rows(length: int, channels: int) -> tuple[int, int]:
 
 
 def _tile_of_planes(samples: int, positions: int) -> tuple[int, int]:
-    """Return samples and positions of a tile, which holds all of them if it can."""
+    """Returns samples and positions of a tile, which holds all of them if it can."""
     outer, inner = power(samples), power(positions)
     if outer * inner <= _SINGLE:
         return outer, inner
@@ -167,6 +167,6 @@ def _tile_of_planes(samples: int, positions: int) -> tuple[int, int]:
 
 
 def merging(parts: int, channels: int) -> tuple[int, int]:
-    """Return the parts and the channels of a tile that merges, powers of two."""
+    """Returns the parts and the channels of a tile that merges, powers of two."""
     block = min(_BLOCK, power(parts))
     return block, max(1, min(power(channels), 32, _MERGED // block))

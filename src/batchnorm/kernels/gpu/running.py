@@ -1,10 +1,11 @@
-"""Running statistics, in a launch of their own: of several groups, or where a batch may be skipped; or taken.
+"""Updates running statistics in a launch of its own, for several groups or batches to skip; and reads them.
 
 With the moments of all groups together, or of each in turn, and var = m2 / (n - 1):
 
     running = (1 - momentum) * running + momentum * batch
 
-Whether a batch is skipped hangs on all of its channels: each program looks through all, and waits for nobody.
+Whether a batch is skipped depends on all of its channels: each program reads all of them, and waits for no
+other.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import triton.language as tl
 from .statistics import at_least_one, merged, move, united
 from .tiles import NUMBERS
 
-_LOOK = tl.constexpr(1024)  # numbers that are looked through at a time
+_LOOK = tl.constexpr(1024)  # channels that are checked at a time
 
 
 @triton.jit
 def _is_spoiled(mean, m2, size):
-    """Return, as a number above 0, whether one of `size` means and m2 is not finite."""
+    """Returns a number above 0 if any of `size` means and m2 is not finite, else 0."""
     bad = tl.zeros([_LOOK], tl.int32)
     for start in range(0, size, _LOOK):
         at = start + tl.arange(0, _LOOK)
@@ -47,7 +48,7 @@ def move_running(
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Move the running statistics of some channels by the moments of all groups."""
+    """Updates the running statistics of some channels by the moments of all groups."""
     channel = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]).to(tl.int64)
     is_channel = channel < channels
     spoiled = tl.full([], 0, tl.int32)
@@ -95,7 +96,7 @@ def move_running(
 
 @triton.jit
 def take_running(running_mean, running_var, mean, rstd, eps: tl.float64, channels, CHANNELS: tl.constexpr):
-    """Write mean and rstd by the running statistics."""
+    """Writes mean and rstd of the running statistics."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < channels
     var = tl.load(running_var + channel, mask=is_channel, other=1.0).to(tl.float64)

@@ -1,6 +1,6 @@
-"""Per channel, in float64: parts and groups merged, and the parameters that follow from moments and sums.
+"""Merges parts and groups per channel, in float64, and computes parameters from moments and sums.
 
-Channels are `[1, K]`, or one number. float64 is for channels only: most GPUs have few units for it.
+Channels are `[1, K]`, or one number. Only numbers per channel are float64: most GPUs have few units for it.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import triton.language as tl
 
 @triton.jit
 def at_least_one(count):
-    """Return what to divide by, for counts."""
+    """Returns counts to divide by: 1 in place of 0."""
     return tl.where(count > 0, count, 1.0)
 
 
 @triton.jit
 def united(count, mean, m2):
-    """Return count, mean and m2 of the union of parts `[parts, K]`; one without values has a count of 0.
+    """Returns count, mean and m2 of the union of parts `[parts, K]`; a part without values has a count of 0.
 
-    Chan's formula for many: m2 = Σ m2ₚ + Σ nₚ (meanₚ - mean)². What rounding left of the mean is added to it.
+    Chan's formula for many parts is m2 = Σ m2ₚ + Σ nₚ (meanₚ - mean)². The mean is corrected by its rounding
+    error.
     """
     n = tl.sum(count, 0, keep_dims=True)
     whole = at_least_one(n)
@@ -32,7 +33,7 @@ def united(count, mean, m2):
 
 @triton.jit
 def merged(count, mean, m2, more, other_mean, other_m2):
-    """Return count, mean and m2 of a union of two, by Chan's formula; either may be without values."""
+    """Returns count, mean and m2 of a union of two, by Chan's formula; either may have no values."""
     n = count + more
     share = more / at_least_one(n)
     apart = tl.where((count > 0) & (more > 0), other_mean - mean, 0.0)
@@ -42,19 +43,19 @@ def merged(count, mean, m2, more, other_mean, other_m2):
 
 @triton.jit
 def positive(m2):
-    """Return m2 without what rounding put below 0; NaN stays."""
+    """Returns m2, or 0 where rounding made it negative; NaN stays."""
     return tl.where(m2 < 0.0, 0.0, m2)
 
 
 @triton.jit
 def rstd_of(count, m2, EPS: tl.constexpr):
-    """Return 1 / sqrt(var + eps)."""
+    """Returns 1 / sqrt(var + eps)."""
     return 1.0 / tl.sqrt(m2 / at_least_one(count) + EPS)
 
 
 @triton.jit
 def parameter(values, channel, is_channel, default: tl.constexpr):
-    """Return weight or bias of channels, or what stands for it where there is none."""
+    """Returns weight or bias of channels; `default` if `values` is None."""
     if values is None:
         found = default + tl.zeros_like(channel).to(tl.float64)
     else:
@@ -64,13 +65,13 @@ def parameter(values, channel, is_channel, default: tl.constexpr):
 
 @triton.jit
 def rest_of(mean, REAL: tl.constexpr):
-    """Return what rounding leaves of the mean."""
+    """Returns the mean minus the mean rounded to the dtype of the arithmetic."""
     return mean - mean.to(REAL).to(tl.float64)
 
 
 @triton.jit
-def affine(mean, rstd, weight, bias, channel, is_channel, REAL: tl.constexpr):
-    """Return center, scale and shift of z = (x - center) * scale + shift, and what rounding left of the mean.
+def affine_of(mean, rstd, weight, bias, channel, is_channel, REAL: tl.constexpr):
+    """Returns center, scale and shift of z = (x - center) * scale + shift, and the mean minus the center.
 
     The center is the mean, rounded: x - center is then exact where it matters.
     """
@@ -82,8 +83,21 @@ def affine(mean, rstd, weight, bias, channel, is_channel, REAL: tl.constexpr):
 
 
 @triton.jit
+def load_affine(mean, rstd, weight, bias, program, REAL: tl.constexpr):
+    """Returns (center, scale, shift), the mean minus the center, and rstd, of statistics `[G, C]`."""
+    group, channel, _, shape = program
+    channels, _, _, _ = shape
+    is_channel = channel < channels
+    place = group * channels + channel
+    found_rstd = tl.load(rstd + place, mask=is_channel, other=0.0)
+    found_mean = tl.load(mean + place, mask=is_channel, other=0.0)
+    center, scale, shift, rest = affine_of(found_mean, found_rstd, weight, bias, channel, is_channel, REAL)
+    return (center, scale, shift), rest, found_rstd
+
+
+@triton.jit
 def coefficients(count, sum_dy, sum_dy_xhat, rstd, weight, channel, is_channel, GIVEN: tl.constexpr):
-    """Return a, b and c of dx = a dy' + b x̂ + c; those of constant (given) statistics are b = c = 0."""
+    """Returns a, b and c of dx = a dy' + b x̂ + c; of constant (given) statistics, b = c = 0."""
     a = parameter(weight, channel, is_channel, 1.0) * rstd
     if GIVEN:  # 0 times a sum that is not finite would be NaN, for all of the channel
         b = tl.zeros_like(a)
@@ -96,14 +110,15 @@ def coefficients(count, sum_dy, sum_dy_xhat, rstd, weight, channel, is_channel, 
 
 
 @triton.jit
-def slopes(a, b, c, rest, rstd, REAL: tl.constexpr):
-    """Return a, b and c of dx = a dy' + b (x - center) rstd + c, of those that go with x̂."""
-    return a.to(REAL), b.to(REAL), tl.fma(-b * rest, rstd, c).to(REAL)
+def slopes(given, rest, rstd, REAL: tl.constexpr):
+    """Returns a, b, c and rstd of dx = a dy' + b (x - center) rstd + c; given a, b, c go with x̂."""
+    a, b, c = given
+    return a.to(REAL), b.to(REAL), tl.fma(-b * rest, rstd, c).to(REAL), rstd.to(REAL)
 
 
 @triton.jit
 def move(running_mean, running_var, channel, can_move, kept, share, mean, var):
-    """Write running = kept * running + share * batch, where there are running statistics."""
+    """Writes running = kept * running + share * batch, where there are running statistics."""
     if running_mean is not None:
         old = tl.load(running_mean + channel, mask=can_move, other=0.0).to(tl.float64)
         tl.store(running_mean + channel, kept * old + share * mean, mask=can_move)
@@ -113,8 +128,9 @@ def move(running_mean, running_var, channel, can_move, kept, share, mean, var):
 
 
 @triton.jit
-def move_by_batch(running_mean, running_var, batches, channel, is_channel, momentum, count, mean, m2):
-    """Move running statistics by a batch of one group; fewer than two values move nothing, and count."""
+def move_by_batch(running_mean, running_var, batches, channel, is_channel, momentum, found):
+    """Moves running statistics by a batch, unless it has fewer than two values; adds 1 to `batches`."""
+    count, mean, m2 = found
     var = m2 / at_least_one(count - 1.0)
     move(running_mean, running_var, channel, is_channel & (count >= 2.0), 1.0 - momentum, momentum, mean, var)
     if batches is not None:
@@ -123,21 +139,16 @@ def move_by_batch(running_mean, running_var, batches, channel, is_channel, momen
 
 
 @triton.jit
-def set_moments(
-    count,
-    mean,
-    m2,
-    rstd,
-    group,
-    channels,
-    channel,
-    is_channel,
-    EPS: tl.constexpr,
-    found_count,
-    found_mean,
-    found_m2,
-):
-    """Write count `[G]`, mean, m2 and rstd `[G, C]` of a group; return rstd."""
+def set_moments(count, mean, m2, rstd, found, group, channels, channel, EPS: tl.constexpr):
+    """Writes count `[G]`, and mean, m2 and rstd `[G, C]`, of a group; returns rstd.
+
+    Args:
+        count, mean, m2, rstd: pointers.
+        found: (count, mean, m2) of the channels.
+        group, channels, channel: the group, C, and the channels.
+    """
+    found_count, found_mean, found_m2 = found
+    is_channel = channel < channels
     found_rstd = rstd_of(found_count, found_m2, EPS)
     place = group * channels + channel
     tl.store(count + group + tl.zeros_like(channel), found_count, mask=channel == 0)

@@ -1,31 +1,24 @@
-"""The gradient's sums per channel: of tiles, of parts, which are merged, and of groups."""
+"""Computes the gradient's sums per channel: of tiles; of parts, which are merged; and of groups."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .activation_mask import load_mask_bits, place_of
+from .activation_mask import load_mask_bits
 from .activations import through
-from .statistics import affine, coefficients, rest_of
+from .statistics import coefficients, load_affine, rest_of
 from .tiles import NUMBERS, merge_of, task_of, tile_of, total, values_of
 
 
 @triton.jit
 def incoming(
-    x,
-    dy,
-    residual,
-    offsets,
-    valid,
-    center,
-    scale,
-    shift,
-    activation_mask,
+    tensors,
     tile,
-    group,
-    channels,
     span,
+    program,
+    place,
+    affine,
     ACTIVATION: tl.constexpr,
     KINK: tl.constexpr,
     REAL: tl.constexpr,
@@ -33,46 +26,56 @@ def incoming(
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Return x - center and dy' = dy * activation'(z) of a tile, 0 where it is masked."""
-    away = values_of(x, offsets, valid, REAL) - center
+    """Returns x - center and dy' = dy * activation'(z) of a tile, 0 where it is masked.
+
+    Args:
+        tensors: pointers (x, dy, residual, activation_mask); the last two may be None.
+        tile: number of the tile in the group, which has `span` tiles.
+        span: see tile.
+        program: see `tiles.tile_of`.
+        place: what `tiles.tile_of` returned.
+        affine: (center, scale, shift) of z.
+    """
+    x, dy, residual, activation_mask = tensors
+    offsets, _, valid = place
+    center, scale, shift = affine
+    centred = values_of(x, offsets, valid, REAL) - center
     dz = values_of(dy, offsets, valid, REAL)
     if activation_mask is not None:
-        place, is_tile = place_of(tile, group, channels, span, ROWS, OUTER, INNER)
-        dz = tl.where(load_mask_bits(activation_mask, place, is_tile, OUTER, INNER), dz, 0.0)
+        dz = tl.where(load_mask_bits(activation_mask, tile, span, program, ROWS, OUTER, INNER), dz, 0.0)
     elif ACTIVATION is not None:
-        z = tl.fma(away, scale, shift)
+        z = tl.fma(centred, scale, shift)
         if residual is not None:
             z += values_of(residual, offsets, valid, REAL)
         dz = tl.where(valid, through(dz, z, ACTIVATION, KINK), 0.0)
-    return tl.where(valid, away, 0.0), dz
+    return tl.where(valid, centred, 0.0), dz
 
 
 @triton.jit
 def set_gradients(dweight, dbias, channel, mask, sum_dy, sum_dy_xhat):
-    """Write dweight and dbias of channels, where they are wanted."""
+    """Writes dweight and dbias of channels, unless these are None."""
     if dweight is not None:
         tl.store(dweight + channel, sum_dy_xhat, mask=mask)
         tl.store(dbias + channel, sum_dy, mask=mask)
 
 
 @triton.jit
+def sums_of_tile(centred, dz, valid, rstd, REAL: tl.constexpr, ROWS: tl.constexpr):
+    """Returns count, Σ dy' and Σ dy' (x - center) rstd, float64, of a tile."""
+    return (
+        total(valid.to(REAL), ROWS).to(tl.float64),
+        total(dz, ROWS).to(tl.float64),
+        total(dz * (centred * rstd), ROWS).to(tl.float64),
+    )
+
+
+@triton.jit
 def sums_of_tiles(
-    x,
-    dy,
-    residual,
-    mask,
-    first,
-    tiles,
-    group,
-    channel,
-    shape,
-    center,
-    scale,
-    shift,
+    tensors,
+    run,
+    program,
     rstd,
-    activation_mask,
-    channels,
-    span,
+    affine,
     ACTIVATION: tl.constexpr,
     KINK: tl.constexpr,
     REAL: tl.constexpr,
@@ -81,41 +84,31 @@ def sums_of_tiles(
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Return count, Σ dy' and Σ dy' (x - center) rstd, float64, of `tiles` tiles from `first` on."""
+    """Returns count, Σ dy' and Σ dy' (x - center) rstd, float64, of the tiles of a run.
+
+    Args:
+        tensors, program, affine: see `incoming`.
+        run: (first, tiles, span), `tiles` tiles from `first` on of the `span` tiles of the group.
+        rstd: of the channels.
+    """
+    first, tiles, span = run
     n = tl.zeros([OUTER, INNER], REAL)
     if EVEN:
         n = tl.zeros([1, 1], REAL)
     sums = tl.zeros([OUTER, INNER], REAL)
     products = tl.zeros([OUTER, INNER], REAL)
-    for tile in tl.range(0, tiles, num_stages=3):
-        offsets, _, valid = tile_of(first + tile, group, channel, mask, shape, ROWS, OUTER, INNER, EVEN)
-        away, dz = incoming(
-            x,
-            dy,
-            residual,
-            offsets,
-            valid,
-            center,
-            scale,
-            shift,
-            activation_mask,
-            first + tile,
-            group,
-            channels,
-            span,
-            ACTIVATION,
-            KINK,
-            REAL,
-            ROWS,
-            OUTER,
-            INNER,
+    for number in tl.range(0, tiles, num_stages=3):
+        tile = first + number
+        place = tile_of(tile, program, ROWS, OUTER, INNER, EVEN)
+        centred, dz = incoming(
+            tensors, tile, span, program, place, affine, ACTIVATION, KINK, REAL, ROWS, OUTER, INNER
         )
         if EVEN:
             n += 1.0
         else:
-            n += tl.where(valid, 1.0, 0.0)
+            n += tl.where(place[2], 1.0, 0.0)
         sums += dz
-        products = tl.fma(dz, away * rstd, products)
+        products = tl.fma(dz, centred * rstd, products)
     return (
         total(tl.broadcast_to(n, [OUTER, INNER]), ROWS).to(tl.float64),
         total(sums, ROWS).to(tl.float64),
@@ -153,39 +146,16 @@ def sum_parts(
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Write count, Σ dy' and Σ dy' (x - center) rstd of this program's part, to tables `[parts, G, C]`."""
+    """Writes count, Σ dy' and Σ dy' (x - center) rstd of this program's part, to tables `[parts, G, C]`."""
     part, group, channel = task_of(channels, parts, ROWS, INNER)
-    is_channel = channel < channels
-    place = group * channels + channel
-    wide_rstd = tl.load(rstd + place, mask=is_channel, other=0.0)
-    center, scale, shift, _ = affine(
-        tl.load(mean + place, mask=is_channel, other=0.0), wide_rstd, weight, bias, channel, is_channel, REAL
-    )
+    program = (group, channel, mask, (channels, positions, units, group_units))
+    affine, _, wide_rstd = load_affine(mean, rstd, weight, bias, program, REAL)
+    tensors, run = (x, dy, residual, activation_mask), (part * tiles, tiles, span)
+    narrow_rstd = wide_rstd.to(REAL)
     count, total_dy, total_dy_xhat = sums_of_tiles(
-        x,
-        dy,
-        residual,
-        mask,
-        part * tiles,
-        tiles,
-        group,
-        channel,
-        (channels, positions, units, group_units),
-        center,
-        scale,
-        shift,
-        wide_rstd.to(REAL),
-        activation_mask,
-        channels,
-        span,
-        ACTIVATION,
-        KINK,
-        REAL,
-        ROWS,
-        OUTER,
-        INNER,
-        EVEN,
+        tensors, run, program, narrow_rstd, affine, ACTIVATION, KINK, REAL, ROWS, OUTER, INNER, EVEN
     )
+    is_channel = channel < channels
     place = (part * groups + group) * channels + channel
     tl.store(part_count + place, count, mask=is_channel)
     tl.store(part_dy + place, total_dy, mask=is_channel)
@@ -215,7 +185,7 @@ def merge_sums(
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Add up the parts' sums of some channels of a group; write them, the coefficients, dweight and dbias."""
+    """Adds up parts' sums of some channels of a group; writes these, coefficients, dweight and dbias."""
     group, channel = merge_of(channels, CHANNELS)
     is_channel = channel < channels
     count = tl.zeros([1, CHANNELS], tl.float64)
@@ -256,7 +226,7 @@ def add_groups(
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Write dweight and dbias of some channels: the sums `[G, C]` of all groups, in float64."""
+    """Writes dweight and dbias of some channels: the sums `[G, C]` of all groups, added in float64."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     is_channel = channel < channels
     total_dy = tl.zeros([1, CHANNELS], tl.float64)

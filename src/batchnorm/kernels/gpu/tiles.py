@@ -1,17 +1,18 @@
-"""Where the values of a program's tiles are; see partition.py for the layouts. Addresses are int64."""
+"""Computes where a program's tiles have their values; see partition.py for the layouts. Offsets are int64."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# Arguments by which no kernel is compiled anew; by channels and positions it is, if they are multiples of 16.
+# Arguments that no kernel is specialized on. It is on channels and positions, whether they are multiples of
+# 16.
 NUMBERS = ("units", "group_units", "groups", "parts", "tiles", "span", "size")
 
 
 @triton.jit
 def task_of(channels, parts, ROWS: tl.constexpr, INNER: tl.constexpr):
-    """Return this program's part, group, and channels: `[1, INNER]` of rows; of planes, a number."""
+    """Returns this program's part, group, and channels: `[1, INNER]` of rows; of planes, a number."""
     program = tl.program_id(0)
     if ROWS:
         blocks = tl.cdiv(channels, INNER)
@@ -25,7 +26,7 @@ def task_of(channels, parts, ROWS: tl.constexpr, INNER: tl.constexpr):
 
 @triton.jit
 def merge_of(channels, CHANNELS: tl.constexpr):
-    """Return the group and the channels, `[1, CHANNELS]`, of a program that merges parts."""
+    """Returns the group and the channels, `[1, CHANNELS]`, of a program that merges parts."""
     blocks = tl.cdiv(channels, CHANNELS)
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     return (tl.program_id(0) // blocks).to(tl.int64), channel
@@ -34,24 +35,23 @@ def merge_of(channels, CHANNELS: tl.constexpr):
 @triton.jit
 def tile_of(
     tile,
-    group,
-    channel,
-    mask,
-    shape,
+    program,
     ROWS: tl.constexpr,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Return where a tile's values are, which are in the tensor, and which of these the mask leaves in.
+    """Returns the offsets of a tile's values, which are in the tensor, and which of these the mask leaves in.
 
     Args:
         tile: its number in the group, int64.
-        group, channel: see `task_of`.
-        mask: a byte per unit (rows) or per unit and position (planes), 0 = does not count; or None.
-        shape: channels, positions, units and group_units, as partition.py has them.
-        EVEN: there is no mask, and all values of all tiles are in the tensor: nothing is compared.
+        program: (group, channel, mask, shape). group and channel are what `task_of` returned. mask is None,
+            or a byte per unit (rows) or per unit and position (planes), 0 where values do not count. shape
+            is (channels, positions, units, group_units), as in partition.py.
+        EVEN: whether there is no mask, and all values of all tiles are in the tensor; no offset is compared
+            with a bound then.
     """
+    group, channel, mask, shape = program
     channels, positions, units, group_units = shape
     first = group * group_units
     last = tl.minimum(first + group_units, units)
@@ -79,13 +79,13 @@ def tile_of(
 
 @triton.jit
 def values_of(tensor, offsets, valid, REAL: tl.constexpr):
-    """Return a tile's values in the dtype of the arithmetic, 0 where they are not valid."""
+    """Returns a tile's values in the dtype of the arithmetic, 0 where they are not valid."""
     return tl.load(tensor + offsets, mask=valid, other=0.0).to(REAL)
 
 
 @triton.jit
 def total(values, ROWS: tl.constexpr):
-    """Return sums per channel, as `task_of` has channels."""
+    """Returns sums per channel, in the shape that `task_of` returns channels in."""
     if ROWS:
         sums = tl.sum(values, 0, keep_dims=True)
     else:
@@ -95,7 +95,7 @@ def total(values, ROWS: tl.constexpr):
 
 @triton.jit
 def is_any(flags, ROWS: tl.constexpr):
-    """Return whether a flag of channels is set."""
+    """Returns whether any channel's flag is set."""
     numbers = tl.where(flags, 1, 0)
     if ROWS:
         numbers = tl.max(tl.max(numbers, 1), 0)
