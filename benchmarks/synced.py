@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import batchnorm
-from batchnorm.torch.ranks import collectives
+from batchnorm.torch.collectives import operations as collectives
 
 from .interleaved import clocked, interleave, ratio
 from .progress import progress

@@ -14,7 +14,7 @@ import torch
 from tests.support.compare import assert_close
 from tests.support.ranks import found_by_ranks
 
-from . import one_rank, test_synced_policies, test_synchronized
+from . import lost_rank, one_rank, test_synced_policies, test_synchronized
 from .gradients import Array
 from .policy_cases import EPSILON, Case, made_for
 from .test_numbers import made
@@ -92,3 +92,31 @@ def test_row_22_synchronized(ran: Any, masks: str) -> None:
     for name, value in (("moving_mean", mean), ("moving_variance", var)):
         np.testing.assert_array_equal(found[0][name], found[1][name])
         assert_close(found[0][name], value, dtype=F32, what=name)
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """What each rank found of every scenario in which rank 1 skips a layer."""
+    return found_by_ranks(lost_rank, 2, tmp_path_factory.mktemp("lost"))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("way", lost_rank.OPTIONS)
+def test_a_rank_that_does_not_come_is_named_with_the_layer(lost: Any, way: str, masked: bool) -> None:
+    name = f"{way} go_elsewhere {masked}"
+    error = lost[0][name]["error"]
+    assert "first (BatchNormalization) forward: rank 0 could not share statistics (gather " in error
+    assert "no sign of rank 1, which was killed, or is elsewhere and did not come within 2 s" in error
+    assert lost[1][name]["error"] == ""
+    assert all(of_rank[name]["unchanged"] for of_rank in lost)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("way", lost_rank.OPTIONS)
+def test_a_rank_in_another_layer_is_named_with_both(lost: Any, way: str, masked: bool) -> None:
+    name = f"{way} go_on {masked}"
+    for rank, (own, others) in enumerate((("first", "second"), ("second", "first"))):
+        error = lost[rank][name]["error"]
+        assert f"{own} (BatchNormalization) forward: rank {rank} could not share statistics" in error
+        assert f"rank {1 - rank} sent something else, '{others} (BatchNormalization) forward'" in error
+        assert lost[rank][name]["unchanged"]

@@ -78,10 +78,10 @@ _KERAS_VERBS = _in(
 ROOMS = (
     Room(
         "masks",
-        ("torch/contexts/masks.py", "torch/contexts/scope.py", "torch/contexts/domains.py", "models/mask.py",
-         "models/domain.py", "models/contexts.py", "keras/masks.py"),
+        ("torch/contexts/masks.py", "torch/contexts/checkpointing.py", "torch/contexts/domains.py",
+         "models/mask.py", "models/domain.py", "models/contexts.py", "keras/masks.py"),
         (
-            Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint_contexts"),
+            Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint", "checkpoint_contexts"),
                  *_in("models", "calibrate_masked")), only=("torch/*", "models/*")),
             Run(_in("models", "arguments"), choice="mask or lengths or other_doors", only=("models/*",)),
             Run(_in("keras", "masks"), backend="torch", only=("keras/*",)),
@@ -91,7 +91,7 @@ ROOMS = (
     Room(
         "running statistics",
         ("torch/running_stats.py", "kernels/cpu/running.py", "kernels/gpu/running.py",
-         "torch/contexts/accumulation.py", "torch/contexts/recomputed.py", "models/accumulate.py",
+         "torch/contexts/accumulation.py", "torch/tracing.py", "models/accumulate.py",
          "keras/moving.py", "statistics/running.py"),
         (
             Run((*_in("torch", "statistics", "accumulate"), *_in("kernels", "running"),
@@ -136,10 +136,10 @@ ROOMS = (
     ),
     Room(
         "ranks",
-        ("torch/ranks/*.py", "torch/sync.py", "statistics/synced.py"),
+        ("torch/collectives/*.py", "torch/sync.py", "statistics/synced.py"),
         (
             Run(_in("statistics", "statistics"), only=("statistics/*",)),
-            Run((*_in("torch", "gloo_wire", "lost_ranks"), *_in("models", "synchronised"),
+            Run((*_in("torch", "gloo_transport", "lost_ranks"), *_in("models", "synchronised"),
                  *_in("torch", "synced", "contexts_on_ranks", "collectives", "ddp"))),
         ),
     ),
@@ -153,8 +153,7 @@ ROOMS = (
     ),
     Room(
         "statistics and policies",
-        ("statistics/*.py", "torch/policy_step.py", "torch/halves.py", "torch/composite.py",
-         "torch/operators.py"),
+        ("statistics/*.py", "torch/policy_step.py", "torch/autograd.py", "torch/composite.py"),
         (
             Run((*_in("statistics", "statistics"),
                  *_in("torch", "policies", "ghost", "policies_against_reference", "against_reference",
@@ -167,7 +166,7 @@ ROOMS = (
     Room(
         "layers",
         ("torch/layers.py", "torch/checks.py", "torch/dispatch.py", "torch/functional.py",
-         "torch/settings.py", "torch/lazy.py", "torch/plan.py"),
+         "torch/call.py", "torch/lazy.py"),
         (
             Run(_in("torch", "errors", "layouts", "layers", "modules", "axis", "statistics", "policies",
                     "against_reference", "masks_of_layers", "domains", "functional_transforms", "ghost",

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, distributed
 
 from batchnorm.errors import OptionError, RankError
-from batchnorm.torch.ranks import lost_ranks, process_groups, sharing
-from batchnorm.torch.ranks.collectives import (
+from batchnorm.torch.collectives import exchange, lost_ranks, process_groups
+from batchnorm.torch.collectives.lost_ranks import Board
+from batchnorm.torch.collectives.operations import (
     Ranks,
     add,
     differentiable_add,
@@ -29,7 +30,7 @@ from batchnorm.torch.ranks.collectives import (
     gather,
     members,
 )
-from batchnorm.torch.ranks.lost_ranks import Board
+from batchnorm.torch.functional import gather_ranks
 
 SHAPES = [(5,), (2, 3, 4), (), (0, 2), (1, 1000), (4097,)]
 PATIENCE = 300.0  # seconds that no machine is so slow as to need
@@ -104,10 +105,10 @@ class Process:
 
 def be_impatient() -> None:
     """Wait no longer than a short time for others from now on, where the group's timeout is long."""
-    of_all = process_groups.sharing(EVERYONE, torch.device("cpu"))
+    of_all = process_groups.exchange_of(EVERYONE, torch.device("cpu"))
     of_all._board._timeout = SHORT
-    if of_all._wire is not None:
-        of_all._wire.timeout = SHORT
+    if of_all._transport is not None:
+        of_all._transport.timeout = SHORT
 
 
 def wait_for_answers(ranks: Sequence[int]) -> None:
@@ -190,6 +191,15 @@ def _gradients(process: Process) -> None:
     ]
 
 
+def _of_the_default_group(process: Process) -> None:
+    """As layers of Keras gather: float32 in and out, by the label of the layer."""
+    x, cotangent, _ = (t.float() for t in table_of(process.rank))
+    x.requires_grad_()
+    gathered = gather_ranks(x, "norm forward")
+    (dx,) = torch.autograd.grad(gathered, x, cotangent)
+    process.found["default group"] = gathered.detach(), dx
+
+
 def _forked(process: Process) -> None:
     """In a child, connections are not to be touched: they are the parent's."""
     child = os.fork()
@@ -209,10 +219,12 @@ def works(process: Process) -> None:
         if process.size == 3:
             _groups(process)
             _gradients(process)
+            _of_the_default_group(process)
             _forked(process)
     gc.collect()
     process.found["connections left"] = len(process_groups._made)
     process.found["members of nothing"] = members(EVERYONE)
+    assert gather_ranks(torch.ones(1), "norm forward") is None
     with process.together():
         process.found["again"] = gather(packet_of(process.rank, (5,)), EVERYONE, "again")
     _register_renamed()
@@ -318,8 +330,8 @@ def logs(process: Process) -> None:
     handler = logging.Handler()
     handler.emit = note  # type: ignore[method-assign]
     logging.getLogger("batchnorm").addHandler(handler)
-    process.found["overdue"] = sharing._OVERDUE
-    sharing._OVERDUE = SHORT / PATIENCE
+    process.found["overdue"] = exchange._PENDING_FRACTION
+    exchange._PENDING_FRACTION = SHORT / PATIENCE
     _register_renamed()
     with process.together("renamed"):
         share("first")

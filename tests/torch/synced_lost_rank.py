@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 
 import batchnorm
 from batchnorm.errors import RankError
-from batchnorm.torch.ranks import lost_ranks, process_groups
+from batchnorm.torch.collectives import lost_ranks, process_groups
 
 TIMEOUT = 300.0
 SHORT = 2.0  # seconds, the timeout of rank 0 where rank 1 sleeps
@@ -84,8 +84,8 @@ def _sleeps(model: Net, rank: int, folder: Path) -> None:
     """Rank 1 sleeps till rank 0 has given up."""
     if rank == 1:
         _wait_for_rank_0(folder)
-    for sharing in _sharings():
-        sharing._wire.timeout = sharing._board._timeout = SHORT
+    for exchange in _exchanges():
+        exchange._transport.timeout = exchange._board._timeout = SHORT
     model(torch.randn(4, 3), False)
 
 
@@ -95,18 +95,18 @@ def _is_interrupted(model: Net, rank: int, folder: Path) -> None:
         _wait_for_rank_0(folder)
     else:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        threading.Thread(target=_press, args=(_sharings()[0],)).start()
+        threading.Thread(target=_press, args=(_exchanges()[0],)).start()
     model(torch.randn(4, 3), False)
 
 
-def _press(sharing: Any) -> None:
-    while sharing._began is None:
+def _press(exchange: Any) -> None:
+    while exchange._began is None:
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def _sharings() -> list[Any]:
-    return [sharing for made in process_groups._made.values() for sharing in made.values()]
+def _exchanges() -> list[Any]:
+    return [exchange for made in process_groups._made.values() for exchange in made.values()]
 
 
 def _goes_back_halfway(model: Net, rank: int, _folder: Path) -> None:

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm.errors import RankError
-from batchnorm.torch.ranks import collectives
-from batchnorm.torch.ranks.sharing import Sharing
+from batchnorm.torch.collectives import operations as collectives
+from batchnorm.torch.collectives.exchange import Exchange
 from tests.torch import synced_scenarios
 from tests.torch.synced_cases import CASES, Case
 
@@ -203,16 +203,16 @@ def penalty(rank: int) -> Found:
 def counted(rank: int) -> Found:
     """Row 15: how many exchanges a forward and a backward take; none in evaluation, or within one rank."""
     calls: list[str] = []
-    real = Sharing.exchange
+    real = Exchange.run
 
-    def spy(self: Sharing, act: Any, *more: Any) -> Tensor:
+    def spy(self: Exchange, act: Any, *more: Any) -> Tensor:
         calls.append(act)
         return real(self, act, *more)
 
     case, counts = CASES[0], {}
     layer, part = case.layer(), case.part(rank)
     alone = case.layer(group=(rank,))
-    Sharing.exchange = spy  # type: ignore[method-assign]
+    Exchange.run = spy  # type: ignore[method-assign]
     try:
         y = layer(part.x.requires_grad_())
         counts["forward"] = len(calls)
@@ -223,7 +223,7 @@ def counted(rank: int) -> Found:
         alone(part.x).backward(part.dy)
         counts["none"] = len(calls) - before
     finally:
-        Sharing.exchange = real  # type: ignore[method-assign]
+        Exchange.run = real  # type: ignore[method-assign]
     return {name: torch.tensor(count) for name, count in counts.items()}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.errors import RecomputeError
-from batchnorm.torch.contexts.recomputed import KEPT, Memory
+from batchnorm.torch.contexts.checkpointing import KEPT, Memory
 from tests.torch.checkpointed import (
     POLICIES,
     RENORM,

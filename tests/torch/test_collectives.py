@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchnorm.torch.ranks.collectives import (
+from batchnorm.torch.collectives.operations import (
     Ranks,
     add,
     differentiable_add,
@@ -138,6 +138,15 @@ def test_gradients_of_both_orders_are_those_of_one_process(worked: list[Any]) ->
         torch.testing.assert_close(found["first"], first[rank], rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(found["func first"], first[rank], rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(found["second"], second[rank], rtol=1e-13, atol=1e-13)
+
+
+def test_a_layer_gathers_over_the_default_group_in_its_own_dtype(worked: list[Any]) -> None:
+    packets, cotangents, _ = map(torch.stack, zip(*map(table_of, RANKS), strict=True))
+    for rank, found in enumerate(worked):
+        gathered, dx = found["default group"]
+        assert torch.equal(gathered, packets.float())
+        assert gathered.dtype == dx.dtype == torch.float32
+        torch.testing.assert_close(dx, cotangents.sum(0)[rank].float(), rtol=1e-6, atol=1e-6)
 
 
 def test_tangents_and_batches_are_shared_too(worked: list[Any]) -> None:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import distributed
 
-from batchnorm.torch.ranks import lost_ranks, sharing
-from batchnorm.torch.ranks.lost_ranks import Board, MeetingError
-from batchnorm.torch.ranks.messages import mark_of
+from batchnorm.torch.collectives import exchange, lost_ranks
+from batchnorm.torch.collectives.exchange import fingerprint_of
+from batchnorm.torch.collectives.lost_ranks import Board, MeetingError
 
-MARK = mark_of("features.3 (BatchNorm2d) forward", "gather", torch.Size([2, 64]), torch.float64)
-OTHER = mark_of("features.4 (BatchNorm2d) forward", "gather", torch.Size([2, 64]), torch.float64)
+MINE = fingerprint_of("features.3 (BatchNorm2d) forward", "gather", torch.Size([2, 64]), torch.float64)
+OTHER = fingerprint_of("features.4 (BatchNorm2d) forward", "gather", torch.Size([2, 64]), torch.float64)
 
 
 class Clock:
@@ -89,7 +89,7 @@ def test_who_does_not_come_is_named_to_all_and_told_when_it_does(monkeypatch: py
     for board, meeting in zip(punctual, meetings, strict=True):
         with pytest.raises(MeetingError, match=r"rank 19 did not come within 0\.2 s"):
             meeting.result()
-        board.post(MARK.sent)
+        board.post(MINE.message)
     with pytest.raises(MeetingError, match="another rank gave up before this one came"):
         late.meet()
 
@@ -106,10 +106,10 @@ def test_an_error_names_all_who_are_silent_or_sent_something_else(clock: Clock) 
     everyone = boards(30, 0.2)
     assert not everyone[0].is_alarmed()
     for rank in (0, 4, 7):
-        everyone[rank].post(MARK.sent if rank != 7 else OTHER.sent)
+        everyone[rank].post(MINE.message if rank != 7 else OTHER.message)
     assert everyone[9].is_alarmed()
     cause = RuntimeError("[/a/pair.cc:5] Timed out. This is typically caused by x")
-    error = everyone[0].error("features.3", MARK, cause)
+    error = everyone[0].error("features.3", MINE.operation, MINE.message, cause)
     assert lost_ranks._SOON <= clock.now < lost_ranks._SOON + 0.2
     assert str(error).startswith(
         "features.3: rank 0 could not share statistics (gather 2 x 64 float64): "
@@ -123,9 +123,9 @@ def test_an_error_names_all_who_are_silent_or_sent_something_else(clock: Clock) 
 def test_an_error_waits_no_longer_than_until_all_have_answered(clock: Clock) -> None:
     first, second = boards(2, 30.0)
     for board in (first, second):
-        board.post(MARK.sent)
+        board.post(MINE.message)
     assert "this rank came too late, or a connection broke" in str(
-        first.error("x", MARK, RuntimeError("closed"))
+        first.error("x", MINE.operation, MINE.message, RuntimeError("closed"))
     )
     assert clock.now == 0.0
 
@@ -135,20 +135,20 @@ def test_an_error_waits_for_an_answer_and_no_longer_than_a_short_while(
 ) -> None:
     """Whatever the timeout."""
     first, second, silent = boards(3, 600.0)
-    clock = Clock(lambda: second.post(OTHER.sent) if clock.now > 0.5 else None)
+    clock = Clock(lambda: second.post(OTHER.message) if clock.now > 0.5 else None)
     monkeypatch.setattr(lost_ranks, "time", clock)
-    first.post(MARK.sent)
-    error = str(first.error("x", MARK, RuntimeError("closed")))
+    first.post(MINE.message)
+    error = str(first.error("x", MINE.operation, MINE.message, RuntimeError("closed")))
     assert "no sign of rank 2, which" in error
     assert "rank 1 sent something else" in error
     assert 0.5 + lost_ranks._SOON <= clock.now < 0.5 + lost_ranks._SOON + 0.4
-    silent.post(MARK.sent)
+    silent.post(MINE.message)
     clock.now = 0.0
-    assert "no sign" not in str(first.error("x", MARK, RuntimeError("closed")))
+    assert "no sign" not in str(first.error("x", MINE.operation, MINE.message, RuntimeError("closed")))
     assert clock.now == 0.0
 
 
-class SilentWire:
+class SilentTransport:
     """Its device does not say whether what was sent has arrived."""
 
     is_on_cpu = False
@@ -156,25 +156,25 @@ class SilentWire:
     def gather(self, packet: torch.Tensor, _: object) -> torch.Tensor:
         return packet[None]
 
-    def overdue(self) -> str:
+    def pending(self) -> str:
         return "7: norm forward"
 
 
 def test_what_may_not_have_arrived_is_logged_once_before_the_timeout(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sharing, "time", clock)
-    monkeypatch.setattr(sharing, "_look_after", lambda _: None)
+    monkeypatch.setattr(exchange, "time", clock)
+    monkeypatch.setattr(exchange, "_start_watching", lambda _: None)
     (board,) = boards(1, 10.0)
-    shared = sharing.Sharing(board, SilentWire, 10.0)
+    shared = exchange.Exchange(board, SilentTransport, 10.0)
     for _ in range(2):  # once for each time that nothing follows
-        shared.exchange("gather", torch.ones(2), "norm")
+        shared.run("gather", torch.ones(2), "norm")
         clock.now += 7.9
-        shared.look()
+        shared.watch()
         assert not caplog.messages
         for _ in range(2):
             clock.now += 0.2
-            shared.look()
+            shared.watch()
         assert [text.partition(" s. ")[0] for text in caplog.messages] == ["nothing was shared for 8"]
         assert caplog.messages[0].endswith("7: norm forward")
         caplog.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras import ops
 
@@ -11,19 +11,15 @@ from batchnorm.statistics.policy import Chosen, Known
 from batchnorm.statistics.synced import Synced
 
 from .groups import Parts, split
+from .layer_protocol import KerasLayer
 from .moments import Moments, moments, normalize, wide
 from .moving import move
 from .synchronized import pooled
 
-if TYPE_CHECKING:
-    from .layers import BatchNormalization
-
 Tensor = Any
 
 
-def call(
-    layer: BatchNormalization, inputs: Tensor, axis: int, by_batch: bool, valid: Tensor | None
-) -> Tensor:
+def call(layer: KerasLayer, inputs: Tensor, axis: int, by_batch: bool, valid: Tensor | None) -> Tensor:
     """Return the layer's output; `by_batch`: in training, with all that follows from it."""
     x = wide(inputs)
     policy = layer.statistics
@@ -36,7 +32,7 @@ def call(
         parts = split(x, valid, axis, policy.groups(by_batch))
         found = moments(parts.x, parts.axes, parts.valid)
         if by_batch and (layer.synchronized or isinstance(policy, Synced)):
-            found = pooled(found)
+            found = pooled(found, layer._label)
         chosen = _chosen(layer, parts, found, by_batch)
         used, rstd = found._replace(delta=chosen.mean), chosen.rstd
     gamma = parts.per_channel(layer.gamma) if layer.scale else 1.0
@@ -52,7 +48,7 @@ def call(
     return ops.cast(layer.activation(y), layer.compute_dtype)
 
 
-def _chosen(layer: BatchNormalization, parts: Parts, found: Moments, by_batch: bool) -> Chosen:
+def _chosen(layer: KerasLayer, parts: Parts, found: Moments, by_batch: bool) -> Chosen:
     """Return what the policy chooses, its mean as the distance from `found.shift`.
 
     A policy mixes and compares means, so where they are counted from is all the same to it, but not to

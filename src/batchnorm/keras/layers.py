@@ -73,6 +73,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Raises:
         InputShapeError: (a ValueError) a mask that does not fit.
         OptionError: (a ValueError) a policy or option that Keras cannot keep to, or two that contradict.
+        RankError: (a RuntimeError) on torch.distributed, a rank did not come to a layer that shares
+            statistics, or came to another one; ranks know the layer by its name.
         ValueError: as the stock layer, for wrong options.
 
     Differs from Keras: moving statistics of 16-bit layers are float32; accurate for |mean|/std up to 1e6,

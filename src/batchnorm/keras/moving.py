@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras import ops
 
 from batchnorm.statistics.batch import running_update
 
+from .layer_protocol import KerasLayer
 from .moments import Moments, union
-
-if TYPE_CHECKING:
-    from .layers import BatchNormalization
 
 Tensor = Any
 
 
-def move(layer: BatchNormalization, groups: Moments) -> None:
+def move(layer: KerasLayer, groups: Moments) -> None:
     """Move the moving statistics, and what counts batches.
 
         moving = momentum * moving + (1 - momentum) * batch

@@ -1,4 +1,4 @@
-"""Moments of all replicas, by their counts: TensorFlow's strategies and torch.distributed.
+"""Pools the moments of all replicas by their counts: TensorFlow's strategies and torch.distributed.
 
 On JAX a batch is global already (`keras.distribution` shards it, and XLA reduces over all of it).
 """
@@ -10,34 +10,44 @@ from typing import Any
 import keras
 from keras import ops
 
+from batchnorm.errors import RankError
+
 from .moments import Moments, union
 
 Tensor = Any
 
 
-def pooled(local: Moments) -> Moments:
+def pooled(local: Moments, label: str) -> Moments:
     """Return the moments of the union of all replicas' values; differentiable, one collective each way.
 
-    A replica may have any count, 0 included. Of groups of samples, group g of all replicas is one: they must
-    have equally many.
+    A replica may have any count, 0 included. Of groups of samples, group g of all replicas is one, so all
+    replicas must have the same number of groups.
+
+    Args:
+        local: moments of this replica.
+        label: names the layer: on torch, the same on all ranks, whose errors show it.
+
+    Raises:
+        RankError: (a RuntimeError, on torch) a rank did not come to this layer in time, or came to another.
 
     Source: Peng et al. 2018, arXiv:1711.07240.
     """
-    everyone = _gathered(ops.stack(local))
+    everyone = _gathered(ops.stack(local), label)
     return local if everyone is None else union(Moments(*ops.unstack(everyone, 4, axis=1)))
 
 
-def _gathered(values: Tensor) -> Tensor | None:
+def _gathered(values: Tensor, label: str) -> Tensor | None:
     """Return every replica's `values`, `[replicas, *values.shape]`, or None where there is one replica."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         return _gathered_by_strategy(values)
     if backend == "torch":
-        return _gathered_by_process_group(values)
+        return _gathered_by_process_group(values, label)
     return None
 
 
 def _gathered_by_strategy(values: Tensor) -> Tensor | None:
+    """Return the values of all replicas of TensorFlow's current strategy."""
     import tensorflow as tf
 
     replica = tf.distribute.get_replica_context()
@@ -50,14 +60,11 @@ def _gathered_by_strategy(values: Tensor) -> Tensor | None:
     return replica.all_reduce(tf.distribute.ReduceOp.SUM, rows)
 
 
-def _gathered_by_process_group(values: Tensor) -> Tensor | None:
-    import torch
-    from torch import distributed
+def _gathered_by_process_group(values: Tensor, label: str) -> Tensor | None:
+    """Return the values of all ranks of torch.distributed's default group."""
+    from batchnorm.torch import functional
 
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return None
-    from torch.distributed.nn.functional import all_reduce
-
-    own = torch.arange(distributed.get_world_size(), device=values.device) == distributed.get_rank()
-    rows = torch.where(own.view(-1, *[1] * values.dim()), values[None], torch.zeros_like(values)[None])
-    return all_reduce(rows)  # type: ignore[no-untyped-call]
+    try:
+        return functional.gather_ranks(values, f"{label} forward")
+    except RankError as error:
+        raise RankError(str(error)) from error  # Keras makes a new one of the message, without the layer

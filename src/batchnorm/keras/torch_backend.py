@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import keras
 import torch
 from keras import ops
@@ -11,11 +9,9 @@ from keras import ops
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.torch import functional
 
+from .layer_protocol import KerasLayer
 from .moments import Moments
 from .moving import move
-
-if TYPE_CHECKING:
-    from .layers import BatchNormalization
 
 # Keras's activation, with its defaults -> the same function fused into the kernel.
 _FUSED = {
@@ -31,7 +27,7 @@ _FUSED = {
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def call(layer: BatchNormalization, inputs: torch.Tensor, axis: int, by_batch: bool) -> torch.Tensor:
+def call(layer: KerasLayer, inputs: torch.Tensor, axis: int, by_batch: bool) -> torch.Tensor:
     """Return the layer's output; `by_batch`: in training, with all that follows from it."""
     x = inputs.movedim(axis, 1) if inputs.dim() > 1 else inputs.unsqueeze(0)
     if x.dtype not in _HALVES:  # those go in as they are: kernels compute in a wide dtype
@@ -83,7 +79,7 @@ def _parameter(variable: keras.Variable, x: torch.Tensor) -> torch.Tensor:
 
 
 def _renormalized(
-    layer: BatchNormalization, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    layer: KerasLayer, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weight and bias with r and d in them: (x̂ r + d) weight + bias."""
     found = functional.moments(x)

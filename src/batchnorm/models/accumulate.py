@@ -11,8 +11,8 @@ from torch import nn
 
 from batchnorm.errors import OptionError
 from batchnorm.torch.contexts.accumulation import Accumulator
-from batchnorm.torch.contexts.recomputed import is_recomputed
 from batchnorm.torch.layers import _Layer
+from batchnorm.torch.tracing import is_recomputed
 
 from .contexts import layers_of, shown
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from batchnorm.errors import OptionError
 from batchnorm.torch.checks import check_module
+from batchnorm.torch.contexts.checkpointing import Scope
 from batchnorm.torch.contexts.domains import selected
-from batchnorm.torch.contexts.scope import Scope
 from batchnorm.torch.layers import _Layer
 
 from .norms import find_norms

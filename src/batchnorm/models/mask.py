@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import InputTypeError, OptionError
+from batchnorm.torch.contexts.checkpointing import Scope
 from batchnorm.torch.contexts.masks import Masked
-from batchnorm.torch.contexts.scope import Scope
 
 from .contexts import layers_of
 from .folded import FOLDED

@@ -1,4 +1,4 @@
-"""What an input must be before anything is computed; a call that raises has changed nothing."""
+"""Checks the arguments of a call before anything is computed or changed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _Parameter, _strided, _int64 = nn.Parameter, torch.strided, torch.int64
 
 
 def is_plain(call: Call) -> bool:
-    """Whether a call is as most are: by the batch's or the running statistics, of common tensors on a CPU.
+    """Whether a call is a common one: by the batch's or the running statistics, of plain tensors on a CPU.
 
-    The CPU's kernels take such a call as it is, and there is nothing else to check. This is one look, written
-    out, in place of a dozen checks: these took longer than the kernel of a small layer.
+    The CPU's kernels take such a call as it is, and nothing else has to be checked. This fast path replaces a
+    dozen checks, which took longer than the kernel of a small layer.
     """
     (
         x,
@@ -128,7 +128,7 @@ def _is_counter(count: Tensor) -> bool:
 
 
 def check_module(model: object, verb: str) -> nn.Module:
-    """Return a model of torch; raise ArgumentTypeError for anything else: what it is, and what to pass."""
+    """Return a torch model; for anything else raise ArgumentTypeError, which says what to pass instead."""
     if isinstance(model, nn.Module):
         return model
     what, remedy = shown_type(model), ""
@@ -145,13 +145,13 @@ def check_module(model: object, verb: str) -> nn.Module:
 
 
 def shown_type(value: object) -> str:
-    """Return `an int`, `a list`: what was received, where only its type matters."""
+    """Return the type of a value with its article, for errors: `an int`, `a list`."""
     name = type(value).__name__
     return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def not_a_tensor(input: object) -> InputTypeError:
-    """Return the error for an input that is no tensor."""
+    """Return the error for an input that is not a tensor."""
     remedy = ": torch.as_tensor makes one of it" if hasattr(input, "__array__") else ""
     return InputTypeError(f"expected a tensor, got {shown_type(input)}{remedy}")
 
@@ -170,7 +170,7 @@ def check_activation(activation: str | None) -> None:
 
 
 def check_small_batch(value: object, tracked: bool) -> None:
-    """Raise OptionError unless a layer can have this `small_batch`; "running" needs running statistics."""
+    """Raise OptionError unless `small_batch` is valid; "running" needs running statistics."""
     check_choice("small_batch", value, ("raise", "running"))
     if value == "running" and not tracked:
         raise OptionError(
@@ -180,7 +180,7 @@ def check_small_batch(value: object, tracked: bool) -> None:
 
 
 def check_nonfinite(value: object, tracked: bool) -> None:
-    """Raise OptionError unless a layer can have this `nonfinite`; "skip" needs running statistics."""
+    """Raise OptionError unless `nonfinite` is valid; "skip" needs running statistics."""
     check_choice("nonfinite", value, ("propagate", "skip", "raise"))
     if value == "skip" and not tracked:
         raise OptionError(
@@ -190,7 +190,7 @@ def check_nonfinite(value: object, tracked: bool) -> None:
 
 
 def check_policy(policy: object, tracked: bool) -> None:
-    """Raise OptionError unless `policy` is one that a layer takes; some need running statistics."""
+    """Raise OptionError unless `policy` is a statistics policy; some policies need running statistics."""
     if not isinstance(policy, Policy):
         got = f"a {type(policy).__name__}" if isinstance(policy, Tensor) else repr(policy)
         known = ", ".join(f"batchnorm.{name}(...)" for name in POLICIES)
@@ -213,14 +213,14 @@ def check_eps(eps: float, training: bool) -> None:
 
 
 def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
-    """Raise OptionError unless an option is one of a few words."""
+    """Raise OptionError unless an option has one of the known values."""
     if value not in known:
         words = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
         raise OptionError(f"{name} must be {words}; got {value!r}")
 
 
 def check_axis(axis: int, input: Tensor) -> None:
-    """Raise OptionError unless `axis` can be the channels': any but the first."""
+    """Raise OptionError unless `axis` is an axis of the input other than the first."""
     if not isinstance(axis, int) or not -input.dim() < axis < input.dim() or axis == 0:
         raise OptionError(
             f"axis must be one of the input's {input.dim()} dimensions, and not the first, which is the "
@@ -236,7 +236,7 @@ def check_input(input: Tensor) -> None:
     if not input.is_floating_point():
         raise InputTypeError(f"expected a floating-point input, got {_dtype(input)}: {_to_floating(input)}")
     if input.dim() < 2:
-        if input.numel() == 0:  # as the stock function: a 1-D tensor of no values passes
+        if input.numel() == 0:  # the stock function accepts an empty 1-D tensor, too
             return
         raise InputShapeError(
             f"expected an input [N, C, ...] of two or more dimensions, got shape {list(input.shape)}: "
@@ -245,14 +245,14 @@ def check_input(input: Tensor) -> None:
 
 
 def _to_floating(input: Tensor) -> str:
-    """Return how a tensor that is not floating can be normalized."""
+    """Return the remedy for a tensor that is not floating-point."""
     if input.is_complex():
         return "normalize .real and .imag by a layer each, or torch.view_as_real of it as twice the channels"
     return "convert it with .float()"
 
 
 def is_mkldnn(tensor: Tensor) -> bool:
-    """Whether a tensor is of MKL-DNN's layout, which is dense but shows no memory."""
+    """Whether a tensor has MKL-DNN's opaque layout."""
     return tensor.layout is torch._mkldnn  # type: ignore[attr-defined]
 
 
@@ -279,7 +279,7 @@ def is_single(input: Tensor) -> bool:
 
 
 def too_few(input: Tensor, remedies: str) -> InputShapeError:
-    """Return the error for an input of one value per channel, in the words of torch."""
+    """Return the error for an input of one value per channel, which begins with torch's own text."""
     return InputShapeError(
         f"Expected more than 1 value per channel when training, got input size {input.size()}: "
         f"one value has no variance; {remedies}"
@@ -314,7 +314,7 @@ def check_mask(mask: Tensor | None, input: Tensor) -> None:
 
 
 def mask_of_lengths(lengths: Tensor, input: Tensor) -> Tensor:
-    """Return the mask `[N, L]` of sequences of `lengths` `[N]`, for an input `[N, C, L]`; or raise."""
+    """Return the mask `[N, L]` of sequences with `lengths` `[N]`, for an input `[N, C, L]`; or raise."""
     if input.dim() != 3:
         raise OptionError(
             f"lengths are those of sequences, inputs [N, C, L]; got an input of shape {list(input.shape)}: "
@@ -328,9 +328,8 @@ def mask_of_lengths(lengths: Tensor, input: Tensor) -> Tensor:
             f"lengths must have one number per sample, [{input.shape[0]}]; got shape {list(lengths.shape)}"
         )
     lengths = lengths.to(input.device)
-    if (
-        input.is_cpu and not torch.compiler.is_compiling() and lengths.numel()
-    ):  # a GPU would make the host wait
+    # Not checked on a GPU, where the host would have to wait.
+    if input.is_cpu and not torch.compiler.is_compiling() and lengths.numel():
         least, most = lengths.min().item(), lengths.max().item()
         if least < 0 or most > input.shape[2]:
             raise OptionError(
@@ -349,7 +348,7 @@ def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
             f"{name} should contain {channels} elements not {vector.numel()}: the input of shape "
             f"{list(input.shape)} has {channels} channels (axis 1)"
         )
-    if vector.dim() != 1:  # as many values side by side in another shape would broadcast elsewhere
+    if vector.dim() != 1:  # another shape of the same size would broadcast along another axis
         raise InputShapeError(
             f"{name} has shape {list(vector.shape)}, and must have one axis, of {channels}: .flatten() it"
         )
@@ -363,7 +362,7 @@ def check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
 def check_running(
     running_mean: Tensor | None, running_var: Tensor | None, input: Tensor, *, given: bool
 ) -> None:
-    """Raise unless both running statistics fit the input, and both are there where they are what is given."""
+    """Raise unless both running statistics fit the input; `given`: the call normalizes by them."""
     if not given and (running_mean is None) is not (running_var is None):
         raise OptionError(
             "running_mean and running_var must either both be None or neither be None; got "
@@ -381,7 +380,7 @@ def check_running(
 
 
 def check_parameter(name: str, parameter: Tensor | None, input: Tensor) -> None:
-    """As `check_vector`; besides, the dtype is the input's, or float32 for a 16-bit input."""
+    """As `check_vector`; the dtype must be the input's, or float32 for a 16-bit input."""
     check_vector(name, parameter, input)
     if parameter is None or parameter.dtype == input.dtype:
         return
@@ -409,4 +408,5 @@ def check_residual(residual: Tensor | None, input: Tensor) -> None:
 
 
 def _dtype(tensor: Tensor) -> str:
+    """Return the name of a tensor's dtype, such as `float32`."""
     return str(tensor.dtype).removeprefix("torch.")

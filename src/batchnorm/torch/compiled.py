@@ -25,11 +25,11 @@ from batchnorm.statistics.synced import Synced
 
 from . import autograd
 from .call import Call
+from .collectives.operations import Ranks, numbered, sharing_ranks
 from .composite import Normalized, cleared
-from .contexts.recomputed import is_in_backward
 from .policy_step import PolicyStep
-from .ranks.collectives import Ranks, numbered, sharing_ranks
 from .running_stats import check_finite, of_groups
+from .tracing import is_in_backward
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]

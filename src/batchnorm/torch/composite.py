@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.interface import wide_dtype
@@ -36,19 +35,6 @@ class Normalized(NamedTuple):
     y: Tensor
     batch: PooledMoments | None
     moved: bool = False
-
-
-def is_transforming() -> bool:
-    """Whether a `torch.func` transform or forward-mode differentiation is going on around this call."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def is_batch(dy: Tensor) -> bool:
-    """Whether `dy` is a batch of cotangents, of `torch.autograd.grad(is_grads_batched=True)`.
-
-    That vectorizes over the backward alone, by a mechanism older than `torch.func`.
-    """
-    return torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def normalize(

@@ -27,12 +27,12 @@ from batchnorm.statistics.synced import Synced
 
 from . import autograd, checks, compiled, composite
 from .call import Call
+from .collectives import operations as collectives
 from .composite import Normalized
-from .contexts.recomputed import is_recomputed
-from .exported import behind, is_exporting, stock
+from .exported import behind, stock
 from .policy_step import PolicyStep, known_to, samples_of
-from .ranks import collectives
 from .running_stats import check_finite, move
+from .tracing import is_exporting, is_recomputed, is_transforming
 
 
 def batch_norm(call: Call) -> Tensor:
@@ -189,7 +189,7 @@ def normalize(call: Call, mode: Mode, running: RunningState | None = None, *, ex
         return Normalized(behind(call.x.clone(), call.residual, call.activation), None)
     step = _policy_step(call, mode) if mode.measures else None
     strict = call.nonfinite == "raise" and call.training and mode.measures
-    if exporting or composite.is_transforming():
+    if exporting or is_transforming():
         found = composite.normalize(call, _given(call, mode), step, exporting=exporting)
         if strict and found.batch is not None:
             check_finite(found.batch.mean.detach(), found.batch.m2.detach())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 
 from batchnorm.kernels.activations import ACTIVATIONS
@@ -13,13 +12,6 @@ from batchnorm.statistics.batch import running_update
 
 from .call import Call
 from .checks import HALVES
-
-
-def is_exporting() -> bool:
-    """Whether torch.export, torch.jit.trace or make_fx looks on: they record operators, and no kernels."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
-        return True
-    return not torch.compiler.is_compiling() and get_proxy_mode() is not None
 
 
 def stock(call: Call, *, measures: bool, moves: bool) -> Tensor:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, distributed
+from torch._compile import _disable_dynamo
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm.kernels.choose import engine
+from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Policy
 
 from . import checks, dispatch
 from .call import Call, RunningState
-from .exported import is_exporting, stock
+from .collectives.operations import differentiable_gather, numbered, sharing_ranks, timeout_of
+from .exported import stock
 from .running_stats import moved, pooled_groups
 from .symbolic import one_node
+from .tracing import is_exporting
 
 __all__ = ["batch_norm", "moments", "normalize_batch", "pure_batch_norm"]
 
@@ -214,3 +218,27 @@ def normalize_batch(
     assert batch is not None
     count, mean, m2 = batch if groups is not None else pooled_groups(batch)
     return y, PooledMoments(count, mean.detach(), m2.detach())
+
+
+@_disable_dynamo  # a process group has no graph; this decorator does not import Dynamo
+def gather_ranks(values: Tensor, label: str) -> Tensor | None:
+    """Gather a tensor over the default process group: for layers that pool moments by themselves.
+
+    Args:
+        values: floating, of any shape, the same on all ranks; differentiable to any order.
+        label: names the layer and the direction to the other ranks, which must give the same name.
+
+    Returns:
+        `[R, *values.shape]`, in the order of the ranks; None where there is one process.
+
+    Raises:
+        RankError: (a RuntimeError) a rank did not come to this layer within the group's own timeout, or came
+            to another one.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    ranks = sharing_ranks(None, timeout_of(distributed.group.WORLD))
+    if ranks is None:
+        return None
+    wide = values.to(wide_dtype(values.device))
+    return differentiable_gather(wide, numbered(ranks, values.device), label).to(values.dtype)

@@ -21,9 +21,8 @@ from .checks import (
     not_a_tensor,
 )
 from .contexts.accumulation import Accumulator
+from .contexts.checkpointing import Memory, Scope
 from .contexts.domains import add_domains, check_domains, fill, select, selected
-from .contexts.recomputed import Memory, may_be_recomputed
-from .contexts.scope import Scope
 from .dispatch import batch_norm
 from .naming import qualified_name
 from .options import keyword_options
@@ -31,6 +30,7 @@ from .own_buffers import OwnBuffers, counter
 from .quantization import refuse_to_fuse
 from .scripted import stock_twin
 from .symbolic import ITSELF, OneNode, is_symbolic
+from .tracing import may_be_recomputed
 
 _BATCH = Batch()
 # What a layer has for as long as it is in a context, or has a backward before it.
@@ -321,7 +321,7 @@ class _Layer(OneNode, OwnBuffers):
 
         torch puts what this returns into the model that is being scripted: script a copy to keep this layer.
         """
-        return stock_twin(self)
+        return stock_twin(self, forward=_Layer.forward, own=OURS, options=OPTIONS, changed=beyond_stock(self))
 
 
 # Attributes of our layers that no stock layer has; and options, each with the value that is stock's way.

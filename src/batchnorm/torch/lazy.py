@@ -1,4 +1,4 @@
-"""Lazy layers: torch's, which become ours when the first input tells the number of channels."""
+"""Lazy layers, which become ours when the first input determines the number of channels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .symbolic import OneNode
 
 
 class _Lazy(OneNode, OwnBuffers):
-    """What the lazy form keeps for the layer that it becomes."""
+    """The options that a lazy layer stores for the layer that it becomes."""
 
     activation: str | None = None
     statistics: Any = _Layer.statistics
@@ -29,9 +29,10 @@ class _Lazy(OneNode, OwnBuffers):
     _scope: Any = None
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
-        """Let torch make the tensors, which looks at the input alone, and learn the number of channels.
+        """Create the tensors, and set the number of channels.
 
-        Where a state has brought the tensors, torch leaves that number 0.
+        torch creates them by the shape of the input, and leaves the number of channels 0 where a loaded state
+        has created them before.
         """
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         super().initialize_parameters(input)  # type: ignore[misc]
@@ -39,10 +40,10 @@ class _Lazy(OneNode, OwnBuffers):
         self.num_features = next((t.numel() for t in tensors if t is not None), input.shape[1])
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the layer that it has become: torch takes this method, then lets the hook change the class."""
+        """As the forward of the new class: torch looks this method up before its hook changes the class."""
         if isinstance(self, _Layer):
             return self.forward(input, *args, **kwargs)
-        y: Tensor = super().forward(input)  # called past the hook: it raises, as the stock lazy layer does
+        y: Tensor = super().forward(input)  # without the hook this raises, as the stock lazy layer does
         return y
 
 

@@ -1,4 +1,4 @@
-"""`lean`: around a forward, outputs of norms are not kept for the backward; it computes them again."""
+"""`lean`: a context in which norm outputs are not saved for the backward, which recomputes them."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from . import composite, output_recipes
+from . import output_recipes
 from .lean_savings import Savings
+from .tracing import is_transforming
 
-# Max pooling keeps, as int64, where in its plane each maximum was; int16 holds that for planes of 181 x 181.
+# Max pooling saves the position of each maximum in its plane as int64; int16 is enough up to 181 x 181.
 _NARROW = (torch.uint8, torch.int16, torch.int32)
-_FEW = 4096  # values that are not worth it
-_PLANES = 4  # axes of such indices, at least: labels, which their owner keeps too, have fewer
+_FEW = 4096  # fewer values than this are not worth a conversion
+_PLANES = 4  # axes that such indices have at least; labels, which the caller keeps anyway, have fewer
 
 
-class _Narrow:
-    """Integers, kept as the narrowest that hold them."""
+class _NarrowIntegers:
+    """Integers, saved in the narrowest dtype that holds them."""
 
     __slots__ = ("values",)
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
 
-    def take(self) -> Tensor:
+    def unpack(self) -> Tensor:
+        """Return the integers as int64."""
         return self.values.to(torch.int64)
 
 
-Packed = output_recipes.Kept | output_recipes.Reading | _Narrow
+Packed = output_recipes.SavedTensor | output_recipes.RecomputedOutput | _NarrowIntegers
 
 
 @contextlib.contextmanager
@@ -41,29 +43,29 @@ def lean() -> Iterator[None]:
             loss = f(model(x))
         loss.backward()
 
-    A layer of this library keeps its input for its own gradient. Its output, which a convolution or pooling
-    behind it keeps for theirs, follows from that by one cheap pass: within this context it is not kept, and
-    the backward computes it again by the same kernel, bit for bit. That takes in whatever is fused into the
-    layer, residual and activation: `convert` and `fuse` the model before. It holds for what operators keep in
-    this thread, and for outputs that were computed within such a context.
+    A layer of this library saves its input for its own gradient. Its output, which a following convolution or
+    pooling saves for its gradient, can be recomputed from that in one cheap pass. Within this context the
+    output is not saved, and the backward recomputes it with the same kernel, bit for bit. Whatever is fused
+    into the layer, residual and activation, is recomputed with it: `convert` and `fuse` the model before. The
+    context covers what operators save in this thread, of outputs that were computed within such a context.
 
     Warns:
-        UserWarning: (once) next to nothing is saved, as the model's norms are torch's own, or their
-            activations and additions are not fused into them; it names the calls that help.
+        UserWarning: (once) hardly any memory is saved, because the model's norms are torch's own, or because
+            activations and additions are not fused into them; the warning names the calls that help.
 
     Raises:
-        RuntimeError: (in the backward) as torch's own: something that is needed was written to in place.
+        RuntimeError: (in the backward) a saved tensor was written to in place; the same as torch's own error.
 
-    Differs from torch: an output that was written to after an operator had kept it is an error there; here
-    the backward has the value that the operator saw. What torch does not count as a write (`.data`, NumPy) is
-    not seen. Of nested `saved_tensors_hooks`, torch asks the innermost pair only, and this is one.
-    `torch.compile` decides by itself what to compute again: for compiled parts, and within a transform of
-    `torch.func`, this does nothing.
+    Differs from torch: writing to an output after an operator has saved it is an error there; here the
+    backward has the value that the operator read. Writes that torch does not count (`.data`, NumPy) go
+    unnoticed. Of nested `saved_tensors_hooks`, torch calls the innermost pair only, and this context is one.
+    `torch.compile` decides by itself what to recompute: for compiled parts, and within a transform of
+    `torch.func`, this context does nothing.
 
     Source: the idea of recomputing what is cheap, Chen et al. 2016, arXiv:1604.06174; for norm and activation
     by inverting them, Rota Bulò et al. 2017, arXiv:1712.02616.
     """
-    if torch.compiler.is_compiling() or composite.is_transforming():
+    if torch.compiler.is_compiling() or is_transforming():
         yield
         return
     saved = Savings()
@@ -71,30 +73,31 @@ def lean() -> Iterator[None]:
     def pack(tensor: Tensor) -> Packed:
         recipe = output_recipes.find(tensor)
         saved.note(tensor, is_spared=recipe is not None)
-        return _kept(tensor) if recipe is None else recipe.read(tensor)
+        return _saved(tensor) if recipe is None else recipe.placeholder(tensor)
 
     with saved_tensors_hooks(pack, _unpack):
         yield
-    saved.warn(stacklevel=4)  # this, contextlib, the block
+    saved.warn(stacklevel=4)  # this function, contextlib, the block
 
 
-def _kept(tensor: Tensor) -> Packed:
-    """Return what is kept in the place of a tensor that has no recipe."""
+def _saved(tensor: Tensor) -> Packed:
+    """Save a tensor that has no recipe."""
     if tensor.dtype == torch.int64 and tensor.dim() >= _PLANES and tensor.numel() >= _FEW:
-        return _narrowed(tensor) or output_recipes.keep(tensor)
-    return output_recipes.keep(tensor)
+        return _narrowed(tensor) or output_recipes.save(tensor)
+    return output_recipes.save(tensor)
 
 
 def _unpack(packed: Packed) -> Tensor:
-    return packed.take()
+    """Return a saved tensor to the operator that needs it."""
+    return packed.unpack()
 
 
-def _narrowed(values: Tensor) -> _Narrow | None:
-    """Return integers as the narrowest that hold them; on a GPU the host waits for their bounds."""
+def _narrowed(values: Tensor) -> _NarrowIntegers | None:
+    """Return integers in the narrowest dtype that holds them; on a GPU the host waits for their bounds."""
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a CUDA graph cannot wait
+        return None  # within a capture the host cannot wait
     low, high = (int(bound) for bound in torch.aminmax(values))
     for dtype in _NARROW:
         if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
-            return _Narrow(values.to(dtype))
+            return _NarrowIntegers(values.to(dtype))
     return None

@@ -1,4 +1,4 @@
-"""What `lean` saves, and whether it could save more: on layers that it does not know it saves nothing."""
+"""Counts the memory that `lean` saves, and warns where other layers keep it from saving more."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from batchnorm.kernels.activations import ACTIVATIONS
 
 from . import autograd
 
-_ENOUGH = 0.1  # of what could be saved, in bytes; less is next to nothing
-_FAR = 3  # steps of the graph from an activation, over an addition, to a norm
+_ENOUGH = 0.1  # fraction of the missed bytes; where less is saved, a warning is due
+_FAR = 3  # steps of the graph that are searched for a norm: from an activation over an addition to it
 _HELP = {
     "convert": "the batch normalizations here are torch's own: batchnorm.convert(model), then "
     "batchnorm.fuse(model, example), before",
@@ -26,15 +26,15 @@ _warned: set[str] = set()
 
 
 class Savings:
-    """Bytes that one block of `lean` did not keep, and those that it could have spared on other layers."""
+    """Counts the bytes that one block of `lean` saves, and those that it misses on other layers."""
 
     def __init__(self) -> None:
-        _fusable()  # now, as it differentiates: not within the hooks
+        _fusable()  # called here, because it builds a graph, which must not happen within the hooks
         self.spared = 0
         self.missed = dict.fromkeys(_HELP, 0)
 
     def note(self, tensor: Tensor, *, is_spared: bool) -> None:
-        """Note a tensor that an operator keeps for the backward."""
+        """Count a tensor that an operator saves for the backward."""
         if is_spared:
             self.spared += tensor.nbytes
         elif len(_warned) < len(_HELP) and tensor.is_floating_point() and tensor.grad_fn is not None:
@@ -43,7 +43,7 @@ class Savings:
                 self.missed[remedy] += tensor.nbytes
 
     def warn(self, stacklevel: int) -> None:
-        """Warn where next to nothing was saved, once for each remedy."""
+        """Warn if hardly any memory was saved, once for each remedy."""
         missed = sum(self.missed.values())
         if self.spared >= _ENOUGH * missed:
             return
@@ -54,9 +54,9 @@ class Savings:
 
 
 def _remedy(node: Any, far: int) -> str | None:
-    """Return what would let `lean` spare the output of a node: it is a norm's, or follows from one."""
+    """Return the remedy that would let `lean` recompute the output of a node, if a norm is before it."""
     if getattr(type(node), "_forward_cls", None) in (autograd._BatchNorm, autograd._PolicyBatchNorm):
-        return "fuse" if far else None  # its own output is kept at the end of a chain only
+        return "fuse" if far else None  # the output of a norm itself is saved only at the end of a chain
     name = node.name()
     if "BatchNorm" in name:
         return "convert"
@@ -68,7 +68,7 @@ def _remedy(node: Any, far: int) -> str | None:
 
 @functools.cache
 def _fusable() -> frozenset[str]:
-    """Return the names that the graph has for additions and the activations that a layer can apply."""
+    """Return the names of the graph's nodes for additions and for activations that a layer can apply."""
     with torch.enable_grad(), torch.inference_mode(False):
         x = torch.zeros(1, requires_grad=True)
         results = [x + x, *(getattr(F, name)(x) for name in ACTIVATIONS)]

@@ -1,7 +1,7 @@
 """The qualified name of a layer, for error messages.
 
-A module does not know its parents. While an error is being raised, though, the modules that called it are on
-the stack: the outermost one that contains the layer is the model, as the user sees it.
+A module does not know its parents, but while an error is being raised, the modules that called it are on the
+stack. The outermost of them that contains the layer is the model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 
-@_disable_dynamo  # it cannot trace a look at the stack, and would warn; this form does not import it
+@_disable_dynamo  # Dynamo cannot trace frames, and would warn; this decorator does not import it
 def qualified_name(layer: nn.Module) -> str:
     """Return `features.3 (BatchNorm2d)` within the outermost module on the call stack, else `BatchNorm2d`."""
     kind = type(layer).__name__

@@ -1,4 +1,4 @@
-"""The options of our layers that no stock layer has, derived from the constructor."""
+"""Reads the options that no stock layer has from the signature of a constructor."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-_AS_STOCK = {"bias"}  # a stock layer without it is one whose bias is None
+_AS_STOCK = {"bias"}  # a stock layer can do without, too: its bias is then None
 
 
 def keyword_options(constructor: Callable[..., None]) -> dict[str, Any]:
-    """Return the keyword-only options of a constructor, each with the value of a stock layer."""
+    """Return the keyword-only options of a constructor with their defaults, which compute what stock does."""
     return {
         name: parameter.default
         for name, parameter in inspect.signature(constructor).parameters.items()

@@ -1,14 +1,15 @@
-"""How the output of a norm is had again for the backward, instead of being kept: `lean` keeps recipes.
+"""Recomputes norm outputs in the backward pass, so that `lean` need not save them.
 
-A recipe is what the norm keeps for its own gradient anyway (x, mean, rstd), and its parameters. Whoever keeps
-the output gets a `Reading` of its recipe in place of the tensor. A recipe belongs to the graph of its norm:
-it is held by what the norm keeps and by readings, and dies with them; it is found by its output's storage.
+A recipe is what the norm saves for its own gradient anyway (x, mean, rstd), and copies of its parameters. An
+operator that saves the output gets a placeholder in place of the tensor. A recipe belongs to the graph of its
+norm: only the norm's saved tensors and the placeholders refer to it, and it is freed with them. It is looked
+up by the storage of the output.
 
-    y₃ = norm(x₃) + y₂,  y₂ = norm(x₂) + y₁,  y₁ = norm(x₁)        each of x₃, x₂, x₁ is kept; no y is
+    y₃ = norm(x₃) + y₂,  y₂ = norm(x₂) + y₁,  y₁ = norm(x₁)        x₃, x₂, x₁ are saved; no y is
 
-A residual, or an x, that is itself such an output makes a chain, recomputed link by link. It ends after
-`SEGMENT` links: the next output is kept as it is. What a chain recomputes on its way is held until its
-readers have taken it.
+If a residual or an x is itself such an output, the recipes form a chain, which is recomputed link by link. A
+chain ends after `SEGMENT` links: the next output is saved. Outputs that a chain recomputes on its way stay in
+memory until their readers have read them.
 """
 
 from __future__ import annotations
@@ -25,27 +26,29 @@ from batchnorm.kernels.interface import Engine, Statistics
 
 from .call import Call
 
-SEGMENT = 4  # links of a chain; the outputs of a whole segment can be in memory at once in the backward
+SEGMENT = 4  # links of a chain; all outputs of a chain can be in memory at once in the backward
 
-_RECIPES: weakref.WeakValueDictionary[int, Recipe] = weakref.WeakValueDictionary()  # by the output's storage
-_KEPT: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()  # by the tensor's storage
+# By the number of the output's storage, and of the saved tensor's.
+_RECIPES: weakref.WeakValueDictionary[int, Recipe] = weakref.WeakValueDictionary()
+_SAVED: weakref.WeakValueDictionary[int, SavedTensor] = weakref.WeakValueDictionary()
 
 
-class Kept:
-    """A tensor that is kept as it is, with torch's own check that nobody has written to it since."""
+class SavedTensor:
+    """A tensor saved for the backward, with torch's own check for in-place writes."""
 
     __slots__ = ("__weakref__", "recipe", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()
         self.version = tensor._version
-        self.recipe: Recipe | None = None  # that this keeps alive
+        self.recipe: Recipe | None = None  # keeps the recipe alive as long as the norm's saved tensors
 
-    def take(self) -> Tensor:
+    def unpack(self) -> Tensor:
         """Return the tensor.
 
         Raises:
-            RuntimeError: as torch's own, which checks no tensor that hooks keep: it was written to.
+            RuntimeError: the tensor was written to. torch raises the same error, but does not check tensors
+                that hooks save.
         """
         found = self.tensor
         if found._version != self.version:
@@ -58,115 +61,130 @@ class Kept:
         return found
 
 
-class Place(NamedTuple):
-    """Which values of a storage a tensor shows."""
+class View(NamedTuple):
+    """The part of a storage that a tensor shows."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Place:
+    def of(cls, tensor: Tensor) -> View:
+        """Return the part that `tensor` shows of its storage."""
         return cls(tuple(tensor.size()), tuple(tensor.stride()), int(tensor.storage_offset()))
 
     def within(self, tensor: Tensor) -> Tensor:
-        """Return those values of the storage of `tensor`."""
+        """Return the same part of the storage of `tensor`."""
         return tensor.as_strided(self.size, self.stride, self.offset)
 
 
-class Reading:
-    """What stands for an output, or a view of it, where somebody keeps it for the backward."""
+class RecomputedOutput:
+    """The placeholder for a norm's output, or a view of it, that an operator saves for the backward."""
 
-    __slots__ = ("__weakref__", "has_taken", "place", "recipe")
+    __slots__ = ("__weakref__", "is_read", "recipe", "view")
 
     def __init__(self, recipe: Recipe, tensor: Tensor) -> None:
         self.recipe = recipe
-        self.place = Place.of(tensor)
-        self.has_taken = False  # in the backward that is going on
+        self.view = View.of(tensor)
+        self.is_read = False  # in the current backward
 
-    def take(self) -> Tensor:
+    def unpack(self) -> Tensor:
         """Return the values, recomputed."""
-        self.has_taken = True
+        self.is_read = True
         with torch.no_grad():
-            return self.place.within(self.recipe.output())
+            return self.view.within(self.recipe.output())
 
-    def is_sure(self) -> bool:
-        return self.recipe.is_sure()
+    def is_available(self) -> bool:
+        """Whether the backward can recompute the output."""
+        return self.recipe.is_available()
 
 
-class Other:
-    """A residual that its norm does not keep: it counts as kept if, by then, somebody else keeps it.
+class SharedResidual:
+    """A residual that its norm does not save: usable only if another operator has saved it.
 
-    That an output without activation can be recomputed must not keep its residual alive.
+    A norm without an activation needs no residual for its gradient, so its recipe must not keep the residual
+    in memory.
     """
 
     def __init__(self, residual: Tensor) -> None:
-        self.storage = _reference(residual)  # its number is nobody else's meanwhile
-        self.place, self.dtype, self.version = Place.of(residual), residual.dtype, residual._version
-        self.kept: Kept | None = None
+        self.storage = _storage(residual)  # while this exists, no other storage gets the same number
+        self.view, self.dtype, self.version = View.of(residual), residual.dtype, residual._version
+        self.saved: SavedTensor | None = None
 
-    def is_sure(self) -> bool:
-        if self.kept is None:
-            found = _KEPT.get(self.storage.cdata)
+    def is_available(self) -> bool:
+        """Whether another operator has saved the residual by now."""
+        if self.saved is None:
+            found = _SAVED.get(self.storage.cdata)
             if found is not None and (found.version, found.tensor.dtype) == (self.version, self.dtype):
-                self.kept = found
-        return self.kept is not None
+                self.saved = found
+        return self.saved is not None
 
-    def take(self) -> Tensor:
-        assert self.kept is not None, "taken before it was sure"
-        return self.place.within(self.kept.take())
+    def unpack(self) -> Tensor:
+        """Return the residual as the other operator has saved it."""
+        assert self.saved is not None, "unpacked before it was available"
+        return self.view.within(self.saved.unpack())
 
 
 class Recipe:
-    """What it takes to have the output `y` of a norm again, bit for bit: by the same kernels."""
+    """What recomputes the output `y` of a norm with the same kernels, bit for bit.
+
+    Args:
+        y: the output.
+        engine: the engine that computed it.
+        call: the call.
+        x: the input.
+        residual: the residual, or None.
+        statistics: mean and rstd, by which the call was normalized.
+    """
 
     def __init__(
         self,
         y: Tensor,
         engine: Engine,
         call: Call,
-        x: Kept | Reading,
-        residual: Kept | Reading | Other | None,
+        x: SavedTensor | RecomputedOutput,
+        residual: SavedTensor | RecomputedOutput | SharedResidual | None,
         statistics: Statistics,
     ) -> None:
-        self.storage = _reference(y)
+        self.storage = _storage(y)
         self.version, self.dtype, self.offset = y._version, y.dtype, y.storage_offset()
         self.device = y.device
         self.engine, self.statistics = engine, statistics
         self.activation, self.group_size = call.activation, call.group_size
-        self.mask = None if call.mask is None else Kept(call.mask)
-        # Copies: an optimizer's step is no reason to have other values, or none.
+        self.mask = None if call.mask is None else SavedTensor(call.mask)
+        # Copies, as an optimizer may step before the backward.
         parameters = (call.weight, call.bias)
         self.parameters = tuple(None if p is None else p.detach().clone() for p in parameters)
-        self.x: Kept | Reading | None = x
+        self.x: SavedTensor | RecomputedOutput | None = x
         self.residual = residual
-        before = (s.recipe.links for s in (x, residual) if isinstance(s, Reading))
+        before = (s.recipe.links for s in (x, residual) if isinstance(s, RecomputedOutput))
         self.links: int = 1 + max(before, default=0)
-        self._readings: list[weakref.ref[Reading]] = []
+        self._readers: list[weakref.ref[RecomputedOutput]] = []
         self.lock = threading.RLock()
-        self._found: Tensor | None = None  # recomputed, and waiting for readings
-        self._stream: torch.Stream | None = None  # where it was
+        self._output: Tensor | None = None  # recomputed, until all readers have read it
+        self._stream: torch.Stream | None = None  # the stream that recomputed it
 
-    def is_sure(self) -> bool:
-        """Whether all of it will be there when the backward asks."""
+    def is_available(self) -> bool:
+        """Whether the backward will have everything that the recipe needs."""
         with self.lock:
-            return all(s.is_sure() for s in (self.x, self.residual) if isinstance(s, Reading | Other))
+            sources = (s for s in (self.x, self.residual) if isinstance(s, RecomputedOutput | SharedResidual))
+            return all(source.is_available() for source in sources)
 
-    def read(self, tensor: Tensor) -> Reading:
-        """Return a reading of the output, or of a view of it, for somebody who keeps it."""
-        reading = Reading(self, tensor)
-        self._readings.append(weakref.ref(reading))
-        return reading
+    def placeholder(self, tensor: Tensor) -> RecomputedOutput:
+        """Return a placeholder for the output, or a view of it, that an operator saves."""
+        reader = RecomputedOutput(self, tensor)
+        self._readers.append(weakref.ref(reader))
+        return reader
 
-    def _is_awaited(self) -> bool:
-        """Whether somebody who keeps the output has not taken it in this backward."""
-        found = (reference() for reference in self._readings)
-        return any(reading is not None and not reading.has_taken for reading in found)
+    def _has_waiting_readers(self) -> bool:
+        """Whether an operator that saved the output has not read it in this backward."""
+        found = (reference() for reference in self._readers)
+        return any(reader is not None and not reader.is_read for reader in found)
 
     def output(self) -> Tensor:
-        """Return the output: recomputed once for all who read it in this backward."""
+        """Return the output, recomputed once for all readers in this backward."""
         with self.lock:
-            found, stream = self._found, _stream(self.device)
+            found, stream = self._output, _stream(self.device)
             if self.x is None:
                 assert found is not None
                 if stream is not None:
@@ -174,71 +192,76 @@ class Recipe:
                 return found
             if found is None or stream != self._stream:
                 found = self._recomputed()
-            self._found, self._stream = (found, stream) if self._is_awaited() else (None, None)
+            is_waited_for = self._has_waiting_readers()
+            self._output, self._stream = (found, stream) if is_waited_for else (None, None)
             return found
 
     def _recomputed(self) -> Tensor:
+        """Return the output, computed anew."""
         assert self.x is not None
-        residual = None if self.residual is None else self.residual.take()
-        mask = None if self.mask is None else self.mask.take()
+        residual = None if self.residual is None else self.residual.unpack()
+        mask = None if self.mask is None else self.mask.unpack()
         weight, bias = self.parameters
-        call = Call(self.x.take(), weight, bias, residual, mask, self.activation, group_size=self.group_size)
+        x = self.x.unpack()
+        call = Call(x, weight, bias, residual, mask, self.activation, group_size=self.group_size)
         y = self.engine.normalize(call, self.statistics)
         assert y.storage_offset() == self.offset, "a fresh output begins where the first one did"
         return y
 
     def release(self) -> None:
-        """End a backward: that of the norm is the last of those of its readers that take part in it.
+        """Release the recomputed output, when the norm's own backward begins.
 
-        Who has not taken the output by now may do so when the norm keeps nothing any more. It is then kept as
-        it is, and the recipe's own tensors are not.
+        Every reader that takes part in this backward has read the output by then. A reader that has not run
+        yet may run after the norm's saved tensors are gone: the output is then materialized for it, and the
+        recipe drops its own tensors.
         """
         with self.lock:
             if self.x is None:
                 return
-            if self._is_awaited():
+            if self._has_waiting_readers():
                 with torch.no_grad():
-                    self._found = self.output()
+                    self._output = self.output()
                 if self._stream is not None:
-                    self._stream.synchronize()  # who reads it is not known yet
+                    self._stream.synchronize()  # the stream of the later reader is not known yet
                 self.x = self.residual = None
             else:
-                self._found = None
-                for reference in self._readings:
-                    reading = reference()
-                    if reading is not None:
-                        reading.has_taken = False
+                self._output = None
+                for reference in self._readers:
+                    reader = reference()
+                    if reader is not None:
+                        reader.is_read = False
 
 
 def _stream(device: torch.device) -> torch.Stream | None:
-    """Return the stream of a device; what one stream has recomputed is no other's to read."""
+    """Return the current stream of a device; an output is read only in the stream that recomputed it."""
     return None if device.type == "cpu" else torch.accelerator.current_stream(device)
 
 
-def _reference(tensor: Tensor) -> StorageWeakRef:
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    """Return a weak reference to the storage of a tensor."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _key(tensor: Tensor) -> int | None:
-    """Return the number of a tensor's storage, where it has a plain one."""
+    """Return the number of a tensor's storage; None for tensor subclasses and other layouts than strided."""
     is_plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
     return tensor.untyped_storage()._cdata if is_plain and tensor.layout is torch.strided else None
 
 
-def keep(tensor: Tensor) -> Kept:
-    """Keep a tensor as it is."""
-    kept = Kept(tensor)
-    if not (tensor.is_leaf and tensor.requires_grad):  # parameters: nobody looks for them
+def save(tensor: Tensor) -> SavedTensor:
+    """Save a tensor as it is."""
+    saved = SavedTensor(tensor)
+    if not (tensor.is_leaf and tensor.requires_grad):  # parameters are never looked up
         key = _key(tensor)
         if key is not None:
-            _KEPT[key] = kept
-    return kept
+            _SAVED[key] = saved
+    return saved
 
 
 def find(tensor: Tensor) -> Recipe | None:
-    """Return the recipe of a tensor: where it shows an output as the norm left it, in the norm's own graph.
+    """Return the recipe of a tensor, if it shows an unmodified output in the graph of the norm.
 
-    Outside that graph (`detach`) it may be kept for longer than what the recipe needs is there.
+    A tensor outside of that graph (`detach`) may be saved for longer than the recipe's tensors exist.
     """
     if tensor.is_leaf or (key := _key(tensor)) is None:
         return None
@@ -246,26 +269,26 @@ def find(tensor: Tensor) -> Recipe | None:
     if found is None:
         return None
     same = (tensor._version, tensor.dtype) == (found.version, found.dtype)
-    return found if same and not tensor.is_neg() and found.is_sure() else None
+    return found if same and not tensor.is_neg() and found.is_available() else None
 
 
 def record(
     y: Tensor, engine: Engine, call: Call, statistics: Statistics, keeps_residual: bool = True
 ) -> None:
-    """Make the recipe of an output, where `lean` has kept what its norm keeps.
+    """Make the recipe of an output, if the norm's own tensors were saved within `lean`.
 
     Args:
         y: the output, with its graph.
-        engine: what computed it.
+        engine: the engine that computed it.
         call: the call.
-        statistics: by which it was normalized; the norm keeps them for its gradient.
-        keeps_residual: whether behind an activation the norm keeps the residual, for its own gradient.
+        statistics: mean and rstd, the tensors that the norm saves for its gradient.
+        keeps_residual: whether a norm with an activation saves the residual for its own gradient.
     """
-    if not _KEPT:  # nobody is lean: a tenth of a microsecond
+    if not _SAVED:  # no thread is within `lean`; this check takes a tenth of a microsecond
         return
     residual = call.residual
     key = _key(statistics[0])
-    own = None if key is None else _KEPT.get(key)
+    own = None if key is None else _SAVED.get(key)
     if (
         own is None
         or y.grad_fn is None
@@ -283,22 +306,26 @@ def record(
 
 
 def release(node: Any) -> None:
-    """End a backward of the recipe's readers, as its norm's begins; `node` is the norm's."""
+    """Release the recomputed output of a norm whose backward begins; `node` is its node in the graph."""
     found = getattr(node, "recipe", None)
     recipe = None if found is None else found()
     if recipe is not None:
         recipe.release()
 
 
-def _source(tensor: Tensor) -> Kept | Reading:
+def _source(tensor: Tensor) -> SavedTensor | RecomputedOutput:
+    """Return the placeholder of a tensor that has a recipe; else save the tensor."""
     recipe = find(tensor)
-    return Kept(tensor) if recipe is None else Reading(recipe, tensor)
+    return SavedTensor(tensor) if recipe is None else RecomputedOutput(recipe, tensor)
 
 
-def _residual(residual: Tensor | None, is_kept: bool) -> Kept | Reading | Other | None:
+def _residual(
+    residual: Tensor | None, is_saved: bool
+) -> SavedTensor | RecomputedOutput | SharedResidual | None:
+    """Return where a recipe gets the residual from; `is_saved`: the norm saves it for its own gradient."""
     if residual is None:
         return None
     found = _source(residual)
-    if isinstance(found, Kept) and not is_kept:
-        return Other(residual)
+    if isinstance(found, SavedTensor) and not is_saved:
+        return SharedResidual(residual)
     return found

@@ -12,10 +12,10 @@ from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments, pooled
 from batchnorm.statistics.policy import Chosen, Known, Policy
 
-from .ranks import collectives
+from .collectives import operations as collectives
 
 if TYPE_CHECKING:
-    from .contexts.recomputed import Memory
+    from .contexts.checkpointing import Memory
 
 
 class OfTorch:

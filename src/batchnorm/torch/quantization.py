@@ -1,7 +1,7 @@
-"""What torch.ao.quantization is told of our layers: that it takes torch's own, which `revert` makes of them.
+"""Makes torch.ao.quantization refuse our layers with an error that names the remedy, `revert`.
 
-Its flows look layers up by their exact class, in tables. Where they miss a norm they stop without saying
-why, or leave it in float behind a quantized layer.
+torch.ao.quantization looks layers up by their exact class. A norm that is not in its tables makes it stop
+without a reason, or stays a float layer behind a quantized one.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ REVERT_FIRST = "torch.ao.quantization takes torch's own layers only: call batchn
 
 
 def quantizes(tracer: object) -> bool:
-    """Whether a tracer of `torch.fx` is one of torch.ao.quantization, or of what compares its models."""
+    """Whether a tracer of `torch.fx` belongs to torch.ao.quantization or to its numeric suite."""
     return any(kind.__module__.startswith("torch.ao.") for kind in type(tracer).__mro__)
 
 
 def refuse_to_fuse(stock: type[nn.Module], ours: type[nn.Module]) -> None:
-    """Have `fuse_modules` say `REVERT_FIRST` of one of our classes, where it would fuse the stock one."""
+    """Make `fuse_modules` raise `REVERT_FIRST` for one of our classes where it would fuse the stock one."""
     try:
         methods = importlib.import_module("torch.ao.quantization.fuser_method_mappings")
-    except ImportError:  # torch says that it will go
+    except ImportError:  # torch has announced to remove this module
         return
     table: dict[Any, Any] = getattr(methods, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {})
     table.update({_replaced(kinds, stock, ours): _refuse for kinds in list(table) if stock in kinds})
 
 
 def _replaced(kinds: tuple[type, ...], stock: type, ours: type) -> tuple[type, ...]:
+    """Return a pattern of layer classes with our class in place of the stock one."""
     return tuple(ours if kind is stock else kind for kind in kinds)
 
 
-def _refuse(is_qat: bool, *modules: nn.Module) -> NoReturn:  # noqa: ARG001 -- as every fuser of torch
+def _refuse(is_qat: bool, *modules: nn.Module) -> NoReturn:  # noqa: ARG001 -- the signature of torch's fusers
+    """Raise OptionError for a sequence of layers that torch would fuse."""
     raise OptionError(REVERT_FIRST, " – ".join(type(module).__name__ for module in modules))

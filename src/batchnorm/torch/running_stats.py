@@ -11,8 +11,8 @@ from batchnorm.errors import NonFiniteError, OptionError
 from batchnorm.statistics.batch import running_update
 from batchnorm.statistics.moments import PooledMoments, pooled
 
-from . import composite
 from .call import RunningState
+from .tracing import is_transforming
 
 
 class Moved(NamedTuple):
@@ -53,7 +53,7 @@ def check_finite(mean: Tensor, m2: Tensor) -> None:
     try:
         is_fine = bool(torch.isfinite(mean).all() & torch.isfinite(m2).all())
     except RuntimeError as error:
-        if not composite.is_transforming():
+        if not is_transforming():
             raise
         raise OptionError(
             'nonfinite="raise" cannot look at values under torch.func.vmap: set layer.nonfinite = "skip" or '
@@ -166,7 +166,7 @@ def write(running: RunningState, after: Moved) -> None:
         with torch.no_grad():
             for old, before in written:
                 old.copy_(before)
-        if not composite.is_transforming():
+        if not is_transforming():
             raise
         raise OptionError(
             "torch.func cannot write to running statistics that it does not transform: pass the buffers as "

@@ -1,7 +1,8 @@
-"""Calls with symbols in place of tensors: `torch.fx` makes one node of a layer, as it does of a stock layer.
+"""Makes `torch.fx` record a layer, or a function, as one node, as it does with a stock layer.
 
-torch knows its own layers by the name of their module, and calls none of them. Ours are called, and answer
-with the node, before any hook runs: hooks run when the node does.
+torch recognizes its own layers by the name of their module, and does not call them while it traces. It does
+call ours, with proxies in place of tensors; they return the node before any hook runs. The hooks run when the
+node does.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ ITSELF = (
 
 
 def is_symbolic(*values: object) -> bool:
-    """Whether one of the arguments of a call is a symbol of `torch.fx`."""
+    """Whether one of the arguments of a call is a proxy of `torch.fx`."""
     return any(isinstance(value, Proxy) for value in values)
 
 
 def one_node(function: Callable[P, R]) -> Callable[P, R]:
-    """Have `torch.fx` make one node of a function, as it does of torch's own."""
+    """Decorate a function so that `torch.fx` records it as one node, as it does with torch's own."""
 
     @functools.wraps(function)
     def recorded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -43,7 +44,7 @@ def one_node(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class OneNode(nn.Module):
-    """A layer of which `torch.fx` makes one node."""
+    """A layer that `torch.fx` records as one node."""
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
@@ -53,10 +54,10 @@ class OneNode(nn.Module):
 
 
 def _node(layer: nn.Module, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy:
-    """Return what `torch.fx` records of a call of the layer: as it is called.
+    """Return the node that `torch.fx` records for a call of the layer, with the arguments of the call.
 
     Raises:
-        OptionError: torch.ao.quantization traces a norm.
+        OptionError: the tracer is one of torch.ao.quantization, and the layer a norm.
     """
     path = tracer.path_of_module(layer)
     if quantizes(tracer) and isinstance(layer, nn.modules.batchnorm._BatchNorm):

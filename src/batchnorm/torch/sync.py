@@ -24,9 +24,9 @@ class SyncBatchNorm(_Layer):
         y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
 
     In training, mean and var (biased) are those of the batches of all ranks together, as if one process had
-    them; the running statistics move by them, with the unbiased variance, and are the same on all ranks bit
-    for bit. In evaluation mean and var are the running ones, and no rank waits for another. It is the layer
-    of any rank of input with `statistics=Synced(...)`, which says more.
+    them. The running statistics move by these, with the unbiased variance, and are the same on all ranks bit
+    for bit. In evaluation mean and var are the running ones, and no rank waits for another. The layer is that
+    with `statistics=Synced(...)`, which has the details, for inputs of any number of dimensions.
 
     Args:
         num_features: C, the number of channels.
@@ -34,19 +34,20 @@ class SyncBatchNorm(_Layer):
         momentum: fraction 0..1 of a batch in the running statistics; None = their plain average over batches.
         affine: learn weight and bias.
         track_running_stats: keep running statistics; without them, evaluation uses the rank's own batch.
-        process_group: who shares statistics: a group of torch.distributed, or global ranks; None = all ranks.
-            Only its ranks are kept, so that the layer can be copied and stored.
+        process_group: the ranks that share statistics: a group of torch.distributed, or global ranks; None =
+            all ranks. The layer stores the ranks only, so it can be copied and saved.
         device, dtype, bias, activation, nonfinite, small_batch, domains: as of `batchnorm.BatchNorm2d`.
 
     Shapes:
-        input `[N, C, *S]`, output the same; ranks may have different N and S, and none at all.
+        input `[N, C, *S]`, output the same; ranks may have different N and S, and empty batches.
 
     Raises:
         InputShapeError: (a ValueError and RuntimeError) less than two dimensions, or wrong channels.
         RankError: (a RuntimeError) another rank did not come to this layer in time, or came to another one.
 
-    Differs from torch: it runs on CPUs (Gloo) as on GPUs (NCCL); one packet each way; exact counts for masks
-    and uneven batches; float64 on the way; it subclasses no SyncBatchNorm, as DDP refuses these on a CPU.
+    Differs from torch: it runs on CPUs (Gloo) and on GPUs (NCCL); it takes one collective each way; counts
+    are exact for masks and uneven batches; ranks exchange float64; it does not subclass torch's
+    SyncBatchNorm, which DDP refuses on a CPU.
 
     Source: Peng et al. 2018, arXiv:1711.07240; https://github.com/pytorch/pytorch/issues/36530.
     """
@@ -95,9 +96,9 @@ class SyncBatchNorm(_Layer):
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any | None = None) -> nn.Module:
         """Turn the batch normalizations of a model into layers of this class, in place.
 
-        A layer stays the module that it is, with its parameters, buffers, hooks and modes, as by
-        `batchnorm.convert`; `convert(model, batchnorm.Synced())` also keeps its class, which checks the rank
-        of its input.
+        Each layer stays the same module object with its parameters, buffers, hooks and modes, as with
+        `batchnorm.convert`; `convert(model, batchnorm.Synced())` also keeps its class, which checks the
+        number of dimensions of its input.
 
         Args:
             module: a model, or a batch normalization itself.
@@ -107,10 +108,10 @@ class SyncBatchNorm(_Layer):
             `module`.
 
         Raises:
-            OptionError: (a ValueError) a subclass of a stock layer, by name: what it computes is not known.
-                Nothing has changed then.
+            OptionError: (a ValueError) a layer is of a subclass of a stock layer, which may compute something
+                else; the error names it, and nothing has changed.
 
-        Differs from torch: it refuses what it would change without a word, and makes no new modules.
+        Differs from torch: torch replaces such layers silently, and makes new modules.
 
         Source: https://github.com/pytorch/pytorch/issues/187298 (subclasses dropped silently).
         """
@@ -135,7 +136,7 @@ for _stock in _PLAIN:
 
 
 def become_synced(norm: nn.Module, policy: Synced) -> None:
-    """Make a SyncBatchNorm of a stock layer or one of ours; the module stays the same object."""
+    """Turn a stock layer or one of ours into a SyncBatchNorm; the module stays the same object."""
     norm.__class__ = SyncBatchNorm
     assert isinstance(norm, SyncBatchNorm)
     vars(norm).pop("process_group", None)
@@ -144,7 +145,7 @@ def become_synced(norm: nn.Module, policy: Synced) -> None:
 
 
 def ranks_of(process_group: Any) -> tuple[int, ...] | None:
-    """Return the global ranks of a process group; None = all. Ranks themselves serve too."""
+    """Return the global ranks of a process group, or of a list of ranks; None = all."""
     if process_group is None or isinstance(process_group, list | tuple | range):
         return None if process_group is None else tuple(process_group)
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from batchnorm.errors import OptionError, RankError
-from batchnorm.torch.ranks import collectives
+from batchnorm.torch.collectives import operations as collectives
 
 _TOLD = 240  # bytes of an error's text that the other ranks are told
 
@@ -42,7 +41,7 @@ class Ranks:
         self.size = distributed.get_world_size(group)
         process_group = distributed.group.WORLD if group is None else group
         members = distributed.get_process_group_ranks(process_group)
-        self._everyone = collectives.Ranks(tuple(members), _timeout(process_group))
+        self._everyone = collectives.Ranks(tuple(members), collectives.timeout_of(process_group))
 
     def gather(self, work: Callable[[], Tensor], length: int) -> list[Tensor]:
         """Do the work of this rank and return what every rank found, in the order of ranks.
@@ -73,14 +72,6 @@ class Ranks:
                     f"calibrate changed nothing on any rank, because rank {rank} raised {_heard(other)}"
                 )
         return [other[1 + _TOLD :] for other in rows]
-
-
-def _timeout(group: Any) -> float:
-    """Return the seconds that a group of torch.distributed waits for its members."""
-    for device in ("cpu", "cuda"):
-        with contextlib.suppress(RuntimeError):  # the group has no backend for it
-            return float(group._get_backend(torch.device(device)).options._timeout.total_seconds())
-    return float(distributed.distributed_c10d.default_pg_timeout.total_seconds())
 
 
 def _told(error: BaseException | None) -> Tensor:

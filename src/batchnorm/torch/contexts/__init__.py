@@ -1,1 +1,1 @@
-"""What surrounds a call: a mask, a domain, micro-batches that move as one, a forward computed again."""
+"""Contexts of a call: a mask, a domain, accumulated micro-batches, a recomputed forward."""

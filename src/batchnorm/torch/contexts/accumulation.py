@@ -1,8 +1,6 @@
-"""The moments of several micro-batches, until they move a layer's running statistics as one batch."""
+"""Accumulates the moments of several micro-batches, which move the running statistics as one batch."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,43 +9,41 @@ from batchnorm.statistics.moments import PooledMoments, merge
 from batchnorm.torch.running_stats import Moved, is_finite, moved, pooled_groups, write
 
 from .domains import domain_of, selected
-
-if TYPE_CHECKING:
-    from batchnorm.torch.layers import _Layer
+from .layer_protocol import ContextLayer
 
 
 class _Accumulated:
-    """What the micro-batches of one domain have in common.
+    """The accumulated moments of the micro-batches of one domain.
 
     Attributes:
-        moments: of all values, `[C]`, wide.
-        counted: whether any micro-batch counts: True, or a tensor where the device alone knows.
-        skipped: how many do not, as they have inf or NaN.
+        moments: of all values that count, `[C]`, wide.
+        counted: whether any micro-batch counts: True, or a tensor where the result is on the device.
+        skipped: the number of micro-batches that do not count, because they have inf or NaN.
     """
 
     def __init__(self, moments: PooledMoments, counted: bool | Tensor, skipped: int | Tensor) -> None:
         self.moments, self.counted, self.skipped = moments, counted, skipped
 
     def with_(self, other: _Accumulated) -> _Accumulated:
-        """Return both together."""
+        """Return the moments of both together."""
         return _Accumulated(
             merge(self.moments, other.moments), self.counted | other.counted, self.skipped + other.skipped
         )
 
 
 class Accumulator:
-    """The moments of a layer's calls within `batchnorm.accumulate`; per channel, nothing else is kept.
+    """The moments of a layer's calls within `batchnorm.accumulate`, per channel.
 
-    It belongs to no copy of the layer and to no file.
+    Copies and files of the layer do not include it.
 
     Args:
-        layer: whose calls these are.
+        layer: the layer whose calls are accumulated.
     """
 
-    def __init__(self, layer: _Layer) -> None:
+    def __init__(self, layer: ContextLayer) -> None:
         self.layer = layer
-        self._now: dict[int, _Accumulated] = {}  # of the forward that goes on, by domain
-        self._all: dict[int, _Accumulated] = {}  # of those that have come to an end
+        self._now: dict[int, _Accumulated] = {}  # of the current forward, by domain
+        self._all: dict[int, _Accumulated] = {}  # of finished forwards, by domain
 
     def __deepcopy__(self, _: dict[int, object]) -> None:
         return None
@@ -56,11 +52,11 @@ class Accumulator:
         return type(None), ()
 
     def add(self, batch: PooledMoments, *, skip: bool) -> None:
-        """Take the moments of a call, `[G, C]`.
+        """Add the moments of a call, `[G, C]`.
 
         Args:
             batch: the moments.
-            skip: leave them out where they are not finite, and count that.
+            skip: leave the moments out where they are not finite, and count the batch as skipped.
         """
         found = pooled_groups(PooledMoments(batch.count, batch.mean.detach(), batch.m2.detach()))
         one = _Accumulated(found, True, 0)
@@ -77,17 +73,17 @@ class Accumulator:
         self._now[domain] = self._now[domain].with_(one) if domain in self._now else one
 
     def begin(self) -> None:
-        """Begin a forward; what one that has not come to an end has left is dropped."""
+        """Begin a forward; the moments of an unfinished one, which raised, are dropped."""
         self._now = {}
 
     def end(self) -> None:
-        """End a forward: what its calls had counts."""
+        """End a forward, whose moments then count."""
         for domain, one in self._now.items():
             self._all[domain] = self._all[domain].with_(one) if domain in self._all else one
         self._now = {}
 
     def flush(self) -> None:
-        """Move the running statistics by all forwards that have come to an end, as by one batch."""
+        """Move the running statistics by all finished forwards, as by one batch."""
         found, self._all = self._all, {}
         if not self.layer.statistics.moves(training=True):  # frozen meanwhile
             return
@@ -96,7 +92,8 @@ class Accumulator:
                 _move(self.layer, one)
 
 
-def _move(layer: _Layer, one: _Accumulated) -> None:
+def _move(layer: ContextLayer, one: _Accumulated) -> None:
+    """Move the running statistics in use by accumulated moments."""
     running = layer._running_state()
     device = None if running.mean is None else running.mean.device
     count, mean, m2 = one.moments
@@ -106,7 +103,7 @@ def _move(layer: _Layer, one: _Accumulated) -> None:
         m2[None].to(device),
     )
     after = moved(running._replace(sequential=False), batch, skip=False)
-    if isinstance(one.counted, Tensor):  # it may be that no micro-batch counts: then there was no batch
+    if isinstance(one.counted, Tensor):  # if no micro-batch counts, there was no batch
         fine = one.counted.to(device)
         mean, var = (
             None if old is None or new is None else torch.where(fine, new, old.to(new.dtype))

@@ -1,23 +1,22 @@
 """Running statistics of several domains in one layer, of which one at a time is in use.
 
-Those of domain 0 are the stock buffers; those of domain k have the same names and `_k` behind. To use domain
-k, the two change places: whoever reads `layer.running_mean` reads that of the domain in use, so that every
-verb and every path knows nothing of domains.
+Those of domain 0 are the stock buffers; those of domain k have the same names with the suffix `_k`. To use
+domain k, the two are swapped: `layer.running_mean` is that of the domain in use, so no other code has to know
+about domains.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
 
-if TYPE_CHECKING:
-    from batchnorm.torch.layers import _Layer
+from .layer_protocol import ContextLayer
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -34,8 +33,8 @@ def check_domains(domains: object, tracked: bool) -> int:
     return domains
 
 
-def add_domains(layer: _Layer, domains: int) -> None:
-    """Give a layer of one domain the buffers of several; each starts as the statistics that are there."""
+def add_domains(layer: ContextLayer, domains: int) -> None:
+    """Give a layer with one domain the buffers of several; each starts as a copy of its statistics."""
     for k in range(1, domains):
         for name in STATISTICS:
             buffer = layer._buffers[name]
@@ -48,10 +47,10 @@ def running_names(domains: int) -> list[str]:
 
 
 def select(buffers: dict[str, Tensor | None], before: int, k: int) -> None:
-    """Put the statistics of domain `k` in place of those of domain `before`, which are in use.
+    """Swap the statistics of domain `before`, which are in use, for those of domain `k`.
 
     Args:
-        buffers: of a layer, by name.
+        buffers: the buffers of a layer, by name.
     """
     for number in (before, k) if before != k else ():
         if number:  # 0 is in use, or becomes so in between
@@ -60,14 +59,14 @@ def select(buffers: dict[str, Tensor | None], before: int, k: int) -> None:
                 buffers[name], buffers[other] = buffers[other], buffers[name]
 
 
-def domain_of(layer: _Layer) -> int:
-    """Return the domain that is in use."""
+def domain_of(layer: ContextLayer) -> int:
+    """Return the domain whose statistics are in use."""
     return layer._domain or 0
 
 
 @contextlib.contextmanager
-def selected(layer: _Layer, k: int) -> Iterator[None]:
-    """Use the statistics of domain `k` within the block, whatever is used around it."""
+def selected(layer: ContextLayer, k: int) -> Iterator[None]:
+    """Use the statistics of domain `k` within the block, whichever is in use around it."""
     earlier, before = layer._domain, domain_of(layer)
     select(layer._buffers, before, k)
     layer._domain = k
@@ -81,8 +80,8 @@ def selected(layer: _Layer, k: int) -> Iterator[None]:
             layer._domain = earlier
 
 
-def keep_one(layer: _Layer, k: int) -> None:
-    """Make a layer of one domain of it, which has the statistics of domain `k`."""
+def keep_one(layer: ContextLayer, k: int) -> None:
+    """Reduce a layer to one domain, with the statistics of domain `k`."""
     select(layer._buffers, domain_of(layer), k)
     vars(layer).pop("_domain", None)
     for number in range(1, layer.domains):
@@ -91,8 +90,8 @@ def keep_one(layer: _Layer, k: int) -> None:
     layer.domains = 1
 
 
-def fill(state_dict: dict[str, Any], prefix: str, layer: _Layer) -> None:
-    """Add to a state what it lacks of a layer's further domains: copies of what it has of domain 0."""
+def fill(state_dict: dict[str, Any], prefix: str, layer: ContextLayer) -> None:
+    """Add the statistics of domains that a state lacks, as copies of its domain 0."""
     if f"{prefix}running_mean" not in state_dict:
         return
     for k in range(1, layer.domains):
@@ -100,7 +99,7 @@ def fill(state_dict: dict[str, Any], prefix: str, layer: _Layer) -> None:
             found = state_dict.get(f"{prefix}{name}")
             if found is None:  # a counter, which states of torch < 0.4.1 do not have
                 found = layer._buffers[f"{name}_{k}"]
-                if found is not None and found.is_meta:  # it has no number
+                if found is not None and found.is_meta:  # a meta tensor has no value to copy
                     found = torch.tensor(0, dtype=torch.long)
             if found is not None:
                 state_dict.setdefault(f"{prefix}{name}_{k}", found.detach().clone())

@@ -1,4 +1,4 @@
-"""A mask for a model's input, and what becomes of it on the grids of its layers."""
+"""Reduces a mask for a model's input to the grids of its layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from batchnorm.errors import InputShapeError
 
 
 class Masked:
-    """The mask of a context: reduced to a layer's grid once for all layers that have the same.
+    """The mask of a context, reduced once for all layers with the same grid.
 
     Args:
         mask: `[N, *S]` bool, True = the value counts.
@@ -23,9 +23,9 @@ class Masked:
     def of(self, input: Tensor) -> Tensor:
         """Return the mask for the input `[N, C, *S]` of a layer, `[N, *S]`."""
         sizes = (*input.shape[:1], *input.shape[2:])
-        if torch.compiler.is_compiling():  # the compiler sees by itself that two are the same
+        if torch.compiler.is_compiling():  # the compiler merges equal results by itself
             return reduced(self.mask, sizes)
-        if _version(self.mask) != self._version:  # somebody has written to it
+        if _version(self.mask) != self._version:  # the mask was written to in place
             self._reduced.clear()
             self._version = _version(self.mask)
         if sizes not in self._reduced:
@@ -34,15 +34,17 @@ class Masked:
 
 
 def _version(tensor: Tensor) -> int:
+    """Return torch's count of in-place writes; 0 where torch keeps none."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def reduced(mask: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Return a mask for another grid: a position counts if any valid position of the mask falls in it.
 
-    Of an axis with L positions, position i of another with M covers [i L / M, (i + 1) L / M): for M <= L all
-    that it touches count for it (adaptive max pooling), for a finer grid the one at its start (nearest).
-    Without positions, `[N]`, a sample counts that has a valid one; a mask `[N]` holds for all of a sample.
+    Position i of M covers [i L / M, (i + 1) L / M) of an axis with L positions. For M <= L it counts if any
+    position that it touches does (adaptive max pooling), on a finer grid if the one at its start does
+    (nearest). On a grid without positions, `[N]`, a sample counts if any of its positions does; a mask `[N]`
+    holds for all positions of a sample.
 
     Args:
         mask: `[N, *S]` bool.
@@ -72,7 +74,7 @@ def reduced(mask: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 
 def _resampled(mask: Tensor, axis: int, size: int) -> Tensor:
-    """Return the mask with `size` positions along one axis; of an empty axis none counts."""
+    """Return the mask with `size` positions along one axis; none counts if the axis is empty."""
     length = mask.shape[axis]
     if length == 0:
         return mask.new_zeros([size if a == axis else s for a, s in enumerate(mask.shape)])

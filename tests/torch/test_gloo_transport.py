@@ -12,24 +12,24 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from batchnorm.torch.ranks.gloo_wire import GlooWire
-from batchnorm.torch.ranks.messages import UnlikeError, mark_of
+from batchnorm.torch.collectives.exchange import FingerprintMismatchError, fingerprint_of
+from batchnorm.torch.collectives.gloo_transport import GlooTransport
 
-MARK = mark_of("layer", "gather", torch.Size([7]), torch.float64)
-OTHER = mark_of("other", "gather", torch.Size([7]), torch.float64)
+MINE = fingerprint_of("layer", "gather", torch.Size([7]), torch.float64)
+OTHER = fingerprint_of("other", "gather", torch.Size([7]), torch.float64)
 TIMEOUT = 300.0
 
 
-def by_members(size: int, act: Callable[[GlooWire], Any]) -> list[Any]:
+def by_members(size: int, act: Callable[[GlooTransport], Any]) -> list[Any]:
     """Connect members and return, of each, what `act` returns of its connections, or the error raised."""
     store = distributed.HashStore()
 
     def member(index: int) -> Any:
-        wire = GlooWire(store, index, size, timeout=TIMEOUT)
+        transport = GlooTransport(store, index, size, timeout=TIMEOUT)
         try:
-            return act(wire)
+            return act(transport)
         except RuntimeError as error:
-            wire.hang_up()
+            transport.close()
             return error
 
     with ThreadPoolExecutor(size) as pool:
@@ -46,11 +46,11 @@ def test_any_number_of_members(size: int) -> None:
     """Twice in a row, so that no message of the first time is taken for one of the second."""
     packets = torch.stack([packet_of(index) for index in range(size)])
 
-    def act(wire: GlooWire) -> list[Tensor]:
-        packet = packets[wire.index].clone()
-        found = [wire.gather(packet, MARK), wire.add(packet, MARK)]
-        found += [wire.gather(-packet, MARK), wire.add(-packet, MARK)]
-        assert torch.equal(packet, packets[wire.index])
+    def act(transport: GlooTransport) -> list[Tensor]:
+        packet = packets[transport.index].clone()
+        found = [transport.gather(packet, MINE), transport.add(packet, MINE)]
+        found += [transport.gather(-packet, MINE), transport.add(-packet, MINE)]
+        assert torch.equal(packet, packets[transport.index])
         return found
 
     found = by_members(size, act)
@@ -65,14 +65,14 @@ def test_any_number_of_members(size: int) -> None:
 @pytest.mark.parametrize("act", ["gather", "add"])
 @pytest.mark.parametrize("size", [2, 5, 8])
 def test_no_member_gets_a_result_if_one_sends_another_message(size: int, act: str) -> None:
-    def share(wire: GlooWire) -> Tensor:
-        mark = OTHER if wire.index == size - 1 else MARK
-        shared: Tensor = getattr(wire, act)(packet_of(wire.index), mark)
+    def share(transport: GlooTransport) -> Tensor:
+        fingerprint = OTHER if transport.index == size - 1 else MINE
+        shared: Tensor = getattr(transport, act)(packet_of(transport.index), fingerprint)
         return shared
 
     found = by_members(size, share)
     assert all(isinstance(error, RuntimeError) for error in found), found
-    assert any(isinstance(error, UnlikeError) for error in found)
+    assert any(isinstance(error, FingerprintMismatchError) for error in found)
 
 
 class Told:
@@ -98,21 +98,21 @@ def test_one_who_waits_is_let_go_from_another_thread_and_from_the_other_end() ->
     waits = {0: threading.Event(), 2: threading.Event()}
     is_2_gone = threading.Event()
 
-    def seconds_until_let_go(wire: GlooWire) -> float:
-        wire._backend = Told(wire._backend, waits[wire.index])
+    def seconds_until_let_go(transport: GlooTransport) -> float:
+        transport._backend = Told(transport._backend, waits[transport.index])
         began = time.monotonic()
         with pytest.raises(RuntimeError):
-            wire.gather(packet_of(wire.index), MARK)
+            transport.gather(packet_of(transport.index), MINE)
         return time.monotonic() - began
 
-    def act(wire: GlooWire) -> float:
-        if wire.index == 0:
-            return seconds_until_let_go(wire)
+    def act(transport: GlooTransport) -> float:
+        if transport.index == 0:
+            return seconds_until_let_go(transport)
         with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(seconds_until_let_go, wire) if wire.index == 2 else None
+            waiting = pool.submit(seconds_until_let_go, transport) if transport.index == 2 else None
             for event in (*waits.values(), *(() if waiting else (is_2_gone,))):
                 assert event.wait(TIMEOUT)
-            wire.hang_up()
+            transport.close()
             found = waiting.result() if waiting else 0.0
             is_2_gone.set()
             return found

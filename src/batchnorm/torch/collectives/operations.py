@@ -1,6 +1,7 @@
-"""Numbers of all ranks: one collective each, eagerly or as differentiable operations.
+"""Gathers and adds tensors across ranks, eagerly or as differentiable operations.
 
-The message of a rank that skipped a layer never pairs with those of others: all raise, and name the layer.
+The message of a rank that skipped a layer never pairs with those of others: all ranks raise, and name the
+layer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .process_groups import Ranks, index_of, members, members_as_before, numbered, sharing, sharing_ranks
+from .process_groups import (
+    Ranks,
+    exchange_of,
+    index_of,
+    members,
+    members_as_before,
+    numbered,
+    sharing_ranks,
+    timeout_of,
+)
 
 __all__ = [
     "Ranks",
@@ -21,51 +31,52 @@ __all__ = [
     "members",
     "numbered",
     "sharing_ranks",
+    "timeout_of",
 ]
 
 
 def gather(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
-    """Return the packets of all ranks, in their order: the same bits on each.
+    """Return the packets of all ranks in the order of the ranks, with the same bits on each rank.
 
     Args:
-        packet: any shape, the same on all ranks; float64 (elsewhere than on CPUs; there, any dtype).
-        ranks: who takes part.
-        label: what identifies the sender, such as `features.3 (BatchNorm2d) forward`.
+        packet: any shape, the same on all ranks; float64, or on CPUs any dtype.
+        ranks: the ranks that take part.
+        label: identifies the sender, such as `features.3 (BatchNorm2d) forward`.
 
     Returns:
         `[R, *packet.shape]`, a tensor of its own.
 
     Raises:
-        RankError: a rank is missing after the timeout, or sent another layer's packet or that of
-            another call of the same; or there are not as many ranks as there were in the forward.
-        OptionError: this process is not one of the group.
+        RankError: a rank is missing after the timeout, or sent the packet of another layer or of another
+            call; or the number of ranks differs from that of the forward.
+        OptionError: this process is not in the group.
     """
     if members_as_before(ranks, label) == 1:
         return packet.detach().clone()[None]
-    return sharing(ranks, packet.device).exchange("gather", packet.detach(), label, ranks.call)
+    return exchange_of(ranks, packet.device).run("gather", packet.detach(), label, ranks.call)
 
 
 def add(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
-    """Return the sum of the packets of all ranks: the same bits on each.
+    """Return the sum of the packets of all ranks, with the same bits on each rank.
 
     Args, Raises: as `gather`.
 
     Returns:
-        of the packet's shape, a tensor of its own.
+        a tensor of its own, of the packet's shape.
     """
     if members_as_before(ranks, label) == 1:
         return packet.detach().clone()
-    return sharing(ranks, packet.device).exchange("add", packet.detach(), label, ranks.call)
+    return exchange_of(ranks, packet.device).run("add", packet.detach(), label, ranks.call)
 
 
 def differentiable_gather(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
-    """As `gather`; its gradient is this rank's row of the ranks' sum, to any order."""
+    """As `gather`, differentiable to any order: the gradient is this rank's row of the sum over ranks."""
     gathered: Tensor = _Gather.apply(packet, ranks, label)  # type: ignore[no-untyped-call]
     return gathered
 
 
 def differentiable_add(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
-    """As `add`; its gradient is the ranks' sum, to any order."""
+    """As `add`, differentiable to any order: the gradient is the sum over ranks."""
     total: Tensor = _Add.apply(packet, ranks, label)  # type: ignore[no-untyped-call]
     return total
 

@@ -1,0 +1,1 @@
+"""Collectives between the ranks of torch.distributed, which carry synchronized statistics."""

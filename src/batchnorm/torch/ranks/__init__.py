@@ -1,1 +1,0 @@
-"""Numbers of all ranks of torch.distributed: what synchronised statistics travel by."""
