@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.choose import engine
+from batchnorm.torch.call import Call
 
 from .interleaved import clocked, interleave
 from .layer_cases import LARGE, Case, layouts

@@ -13,7 +13,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from batchnorm.errors import ArgumentTypeError, OptionError
 
 from . import eager
 from .interface import Engine
+
+if TYPE_CHECKING:
+    from .cpu.plain_call import PlainCall
 
 ENVIRONMENT_VARIABLE = "BATCHNORM_ENGINE"
 ENGINES: dict[str, Engine] = {"eager": cast(Engine, eager)}
@@ -125,11 +128,21 @@ def engine(x: Tensor) -> Engine:
     return load(name)
 
 
-def default_cpu_engine() -> Engine | None:
-    """Return the engine for CPUs, None where another one is asked for or it cannot be loaded."""
-    if _override.get() is not None or _environment() is not None or _missing("cpu") is not None:
-        return None
-    return ENGINES["cpu"]
+def is_default() -> bool:
+    """Whether a tensor on a CPU is run by the engine for CPUs, as nothing asks for another one."""
+    return _override.get() is None and _is_default()
+
+
+@functools.cache
+def _is_default() -> bool:
+    return _environment() is None and _missing("cpu") is None
+
+
+@functools.cache
+def load_plain_call() -> type[PlainCall]:
+    """Return the class of a plain call, of the engine for CPUs."""
+    found: type[PlainCall] = importlib.import_module("batchnorm.kernels.cpu.plain_call").PlainCall
+    return found
 
 
 def compiles(device: str, dtype: torch.dtype) -> bool:

@@ -271,7 +271,12 @@ def forward(
 
 
 def evaluate(
-    call: Call, mean: Tensor, var: Tensor, activation_mask: Tensor | None = None
+    call: Call,
+    mean: Tensor,
+    var: Tensor,
+    activation_mask: Tensor | None = None,
+    *,
+    keeps: bool = True,  # noqa: ARG001
 ) -> tuple[Tensor, Statistics]:
     """See `interface.Engine.evaluate`."""
     statistics = constants(mean, var, call.eps)

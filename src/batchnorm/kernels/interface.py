@@ -153,9 +153,22 @@ class Engine(Protocol):
         """
 
     def evaluate(
-        self, call: Call, mean: Tensor, var: Tensor, activation_mask: Tensor | None = None
+        self,
+        call: Call,
+        mean: Tensor,
+        var: Tensor,
+        activation_mask: Tensor | None = None,
+        *,
+        keeps: bool = True,
     ) -> tuple[Tensor, Statistics]:
-        """Return y, normalized by running statistics, and copies of these: mean and 1 / sqrt(var + eps)."""
+        """Return y, normalized by running statistics, and copies of these: mean and 1 / sqrt(var + eps).
+
+        Args:
+            call: the call.
+            mean, var: running statistics, `[C]`.
+            activation_mask: as of `forward`.
+            keeps: the copies are wanted.
+        """
 
     def normalize(self, call: Call, statistics: Statistics, activation_mask: Tensor | None = None) -> Tensor:
         """Return y, normalized by given statistics."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from .call import Call
 from .composite import Normalized
 from .policy_step import PolicyStep, array, shows_its_memory, tensor
 from .running_stats import check_finite, of_groups
+
+if TYPE_CHECKING:
+    from batchnorm.kernels.cpu.plain_call import PlainCall
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -97,6 +100,52 @@ class _BatchNorm(torch.autograd.Function):
         else:
             gradients = engine.backward(call, dy, statistics, constant, activation_mask)
         dx, dweight, dbias, dresidual = _cast(ctx, gradients, dy, activation, mask)
+        return dx, dweight, dbias, dresidual, None, None
+
+
+class _PlainBatchNorm(torch.autograd.Function):
+    """(x, weight, bias, residual, plain, found) -> y: as `_BatchNorm`, for a prepared plain call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        plain: PlainCall,
+        found: list[Tensor] | None,
+    ) -> Tensor:
+        y, statistics = plain.forward(x, residual)
+        if plain.activation is None:
+            ctx.save_for_backward(x, weight, None, None, statistics)
+        else:
+            ctx.save_for_backward(x, weight, bias, residual, statistics)
+        ctx.plain = plain
+        ctx.set_materialize_grads(False)
+        if found is not None and statistics is not None:
+            found.append(statistics)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
+        if hasattr(ctx, "recipe"):
+            output_recipes.release(ctx)
+        if dy is None:
+            return (None,) * 6
+        x, weight, bias, residual, statistics = ctx.saved_tensors
+        plain: PlainCall = ctx.plain
+        gradients: Gradients
+        if _is_differentiated(dy):
+            call = Call(x, weight, bias, residual, None, plain.activation, plain.eps)
+            given = None if plain.training else _mean_and_rstd(engine(x), call, (statistics,))
+            ctx.dtypes = (weight.dtype, weight.dtype, x.dtype)
+            gradients = composite.gradients(ctx, call, dy, given)
+        else:
+            gradients = plain.backward(x, dy, weight, bias, residual, statistics)
+        dx, dweight, dbias, dresidual = gradients
+        if plain.activation is None and ctx.needs_input_grad[3]:
+            dresidual = dy
         return dx, dweight, dbias, dresidual, None, None
 
 
@@ -259,29 +308,22 @@ def normalize_by_policy(call: Call, step: PolicyStep, *, strict: bool) -> Normal
     return Normalized(y, batch)
 
 
-def normalize_plain(call: Call, engine: Engine) -> Tensor:
-    """Normalize by an engine that takes the call as it is, and moves its running statistics.
-
-    Args:
-        call: by the batch's own statistics in training, and else by the running ones.
-        engine: the engine.
-    """
-    running = call.running
-    if not torch.is_grad_enabled():
-        if call.training:
-            return engine.forward(call, running)[0]
-        return engine.evaluate(call, running.mean, running.var)[0]  # type: ignore[arg-type]
-    found: list[Tensor] | None = None if _hooks(False) is None else []
-    launch = (engine, running, not call.training, None, found)
-    y: Tensor = _apply(call.x, call.weight, call.bias, call.residual, call, launch)
-    if found is not None:  # `lean` may be what hooks are for
-        output_recipes.record(y, engine, call, tuple(found))
-    return y
-
-
 # torch's `Function.apply` also looks for a `setup_context`, and for wrappers of transforms that are over. A
 # plain call has neither, and the search takes 2 µs, as long as a small kernel.
-_apply: Callable[..., Any] = super(torch.autograd.Function, _BatchNorm).apply
+_apply: Callable[..., Any] = super(torch.autograd.Function, _PlainBatchNorm).apply
+
+
+def normalize_plain(plain: PlainCall, x: Tensor, residual: Tensor | None) -> Tensor:
+    """Run a plain call."""
+    if not torch.is_grad_enabled():
+        return plain.forward(x, residual, keeps=False)[0]
+    weight, bias, *_ = plain.tensors
+    found: list[Tensor] | None = None if _hooks(False) is None else []
+    y: Tensor = _apply(x, weight, bias, residual, plain, found)
+    if found is not None:  # `lean` may be what hooks are for
+        call = Call(x, weight, bias, residual, None, plain.activation, plain.eps)
+        output_recipes.record(y, engine(x), call, tuple(found))
+    return y
 
 
 def normalize(

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm.errors import OptionError
-from batchnorm.kernels.choose import default_cpu_engine
+from batchnorm.kernels.choose import is_default, load_plain_call
 from batchnorm.kernels.eager import constants
 from batchnorm.kernels.interface import RunningState, wide_dtype
 from batchnorm.statistics.batch import Batch
@@ -32,15 +31,17 @@ from .composite import Normalized
 from .exported import behind, stock
 from .policy_step import PolicyStep, known_to, samples_of
 from .running_stats import check_finite, move
-from .tracing import is_exporting, is_recomputed, is_transforming
+from .tracing import is_exporting, is_recomputed, is_transforming, is_watched
+
+if TYPE_CHECKING:
+    from batchnorm.kernels.cpu.plain_call import PlainCall
 
 
 def batch_norm(call: Call) -> Tensor:
     """Normalize, and move the running statistics in place: last, after everything that can fail."""
-    if not _is_watched() and checks.is_plain(call):
-        engine = default_cpu_engine()
-        if engine is not None:
-            return autograd.normalize_plain(call, engine)
+    plain = plain_call(call)
+    if plain is not None:
+        return autograd.normalize_plain(plain, call.x, call.residual)
     running = call.running
     tensors = (call.x, running.mean, running.var, call.weight, call.bias, call.residual, call.mask)
     if has_torch_function(tensors):
@@ -67,24 +68,28 @@ def batch_norm(call: Call) -> Tensor:
     return y
 
 
-_is_intercepted = torch._C._is_torch_function_mode_enabled
-_number_of_dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_in_torch_func = torch._C._are_functorch_transforms_active
-_is_tracing = torch._C._is_tracing
-_current_backward = torch._C._current_graph_task_id
+def may_be_plain() -> bool:
+    """Whether a call may go straight to the CPU's kernels: nothing watches it, or asks for another engine."""
+    return not is_watched() and is_default()
 
 
-def _is_watched() -> bool:
-    """Whether torch compiles, traces, transforms, intercepts or recomputes what is called now."""
-    return (
-        torch.compiler.is_compiling()
-        or _is_intercepted()
-        or _number_of_dispatch_modes() > 0
-        or _is_in_torch_func()
-        or forward_ad._current_level >= 0
-        or _is_tracing()
-        or _current_backward() != -1
+def plain_call(call: Call) -> PlainCall | None:
+    """Return a plain call, prepared; None where a call is not plain."""
+    if not may_be_plain() or not checks.is_plain(call):
+        return None
+    mean, var, batches, momentum, *_ = call.running
+    running: Any = (mean, var, batches)
+    plain = load_plain_call()(
+        call.x,
+        call.weight,  # type: ignore[arg-type]
+        call.bias,  # type: ignore[arg-type]
+        running,
+        training=call.training,
+        eps=call.eps,
+        momentum=momentum,  # type: ignore[arg-type]
+        activation=call.activation,
     )
+    return plain if plain.is_dense else None
 
 
 def _of_mkldnn(call: Call) -> Tensor:

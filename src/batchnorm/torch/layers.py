@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from batchnorm.errors import BatchNormError, InputShapeError, OptionError
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 
+from .autograd import normalize_plain
 from .call import NO_RUNNING_STATE, Call, RunningState
 from .checks import (
     check_activation,
@@ -23,7 +24,7 @@ from .checks import (
 from .contexts.accumulation import Accumulator
 from .contexts.checkpointing import Memory, Scope
 from .contexts.domains import add_domains, check_domains, fill, select, selected
-from .dispatch import batch_norm
+from .dispatch import batch_norm, may_be_plain, plain_call
 from .naming import qualified_name
 from .options import keyword_options
 from .own_buffers import OwnBuffers, counter
@@ -32,9 +33,12 @@ from .scripted import stock_twin
 from .symbolic import ITSELF, OneNode, is_symbolic
 from .tracing import may_be_recomputed
 
+if TYPE_CHECKING:
+    from batchnorm.kernels.cpu.plain_call import PlainCall
+
 _BATCH = Batch()
 # What a layer has for as long as it is in a context, or has a backward before it.
-PASSING = ("_memory", "_accumulator", "_scope", "_domain")
+PASSING = ("_memory", "_plain", "_accumulator", "_scope", "_domain")
 
 
 class _Layer(OneNode, OwnBuffers):
@@ -50,6 +54,7 @@ class _Layer(OneNode, OwnBuffers):
     _memory: Memory | None = None
     _accumulator: Accumulator | None = None
     _scope: Scope | None = None
+    _plain: PlainCall | None = None
     _domain: int | None = None  # whose statistics are in use; None = of 0, in no context
     _thawed: Policy  # what `unfreeze` gives back
     _learned: dict[str, bool]  # which parameters learned before `freeze`
@@ -212,6 +217,21 @@ class _Layer(OneNode, OwnBuffers):
         return masked.of(input) if mask is None and masked is not None else mask
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        if may_be_plain() and mask is None:
+            plain = self._plain
+            if (
+                plain is not None
+                and plain.training is self.training
+                and plain.momentum == self.momentum
+                and plain.eps == self.eps
+                and plain.activation == self.activation
+                and type(self._statistics) is Batch
+                and self._nonfinite == "propagate"
+                and self._accumulator is None
+                and self.track_running_stats
+                and plain.takes(input, residual, self._parameters, self._buffers)
+            ):
+                return normalize_plain(plain, input, residual)
         self._check_input_dim(input)
         policy, training = self._statistics, self.training
         try:  # as torch's attributes, but in a tenth of the time
@@ -242,7 +262,11 @@ class _Layer(OneNode, OwnBuffers):
             self._small_batch,
             self._name,
         )
-        return batch_norm(call)
+        plain = plain_call(call)
+        if plain is None:
+            return batch_norm(call)
+        self._plain = plain
+        return normalize_plain(plain, input, residual)
 
     def _running_state(self) -> RunningState:
         """Return the running statistics that are in use, and what goes with them."""

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 from batchnorm.errors import OptionError
@@ -47,10 +47,12 @@ class OneNode(nn.Module):
     """A layer that `torch.fx` records as one node."""
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and len(args) == 1 and type(args[0]) is Tensor:  # nearly all calls
+            return nn.Module._call_impl(self, *args)  # type: ignore[no-untyped-call]
         for value in (*args, *kwargs.values()):
             if isinstance(value, Proxy):
                 return _node(self, value.tracer, args, kwargs)
-        return super()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return nn.Module._call_impl(self, *args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def _node(layer: nn.Module, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy:

@@ -9,7 +9,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from batchnorm.kernels.eager import constants
 from batchnorm.kernels.interface import Call, Coefficients, Moments, RunningState, Statistics
@@ -23,18 +22,22 @@ from .prepared import Pass, Prepared, prepare
 from .statistics import CHANNELS
 
 _WIDE = torch.float64
-_BYTES = 8  # of a number of the statistics
+# `_EMPTY.new_empty(n)` takes two thirds of the time of `torch.empty(n, dtype=torch.float64)`.
+_EMPTY = torch.empty(0, dtype=_WIDE)
+_args = KernelArgs.from_buffer_copy
+_increment_version = torch._C._increment_version  # `torch.autograd.graph.increment_version` of a list
 
 
 def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
     """See `interface.Engine.moments`."""
-    x, prepared = _prepared(x, mask, group_size, None, "moments")
-    args, mask = prepared.args(), None if mask is None else mask.contiguous()
-    args.x, args.mask = x.data_ptr(), _address(mask)
-    statistics = _statistics(args, prepared)
-    parts = _with_parts(args, prepared) if prepared.parts > 1 else None
+    x, prepared = _prepared(x, mask is not None, group_size, None, "moments")
+    args, mask = _args(prepared.template), None if mask is None else mask.contiguous()
+    args.x = x.data_ptr()
+    if mask is not None:
+        args.mask = mask.data_ptr()
+    statistics, scratch = _EMPTY.new_empty(prepared.statistics), _EMPTY.new_empty(prepared.scratch)
+    args.statistics, args.scratch = statistics.data_ptr(), scratch.data_ptr()
     prepared.run(args)
-    del parts
     return unpack((statistics,), prepared.channels)[0]
 
 
@@ -43,55 +46,55 @@ def forward(
 ) -> tuple[Tensor, Statistics]:
     """See `interface.Engine.forward`."""
     assert activation_mask is None, "it keeps none"
-    x, prepared = _prepared(call.x, call.mask, call.group_size, call.activation, "forward")
-    args = prepared.args()
-    inputs = _inputs(args, x, prepared, call)
+    x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "forward")
+    args = _args(prepared.template)
+    inputs = _inputs(args, x, prepared.real, call)
     y = huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
-    args.y, args.eps = y.data_ptr(), call.eps
-    statistics = _statistics(args, prepared)
-    parts = _with_parts(args, prepared) if prepared.parts > 1 else None
-    if running is None:
-        prepared.run(args)
-    else:
-        written = _running(args, running)
-        args.moves = prepared.groups == 1
-        prepared.run(args)
-        if prepared.groups > 1:
+    statistics = _EMPTY.new_empty(prepared.statistics)
+    args.y, args.eps, args.statistics = y.data_ptr(), call.eps, statistics.data_ptr()
+    if prepared.scratch:
+        scratch = _EMPTY.new_empty(prepared.scratch)
+        args.scratch = scratch.data_ptr()
+    written = None if running is None else _running(args, running)
+    prepared.run(args)
+    if written:
+        if running is not None and prepared.groups > 1:
             _move_by_groups(args, prepared, running.sequential)
-        increment_version(written)
-    del inputs, parts
+        _increment_version(written)
+    del inputs
     return y if x is call.x else laid_out_as(call.x, y), (statistics,)
 
 
 def evaluate(
-    call: Call, mean: Tensor, var: Tensor, activation_mask: Tensor | None = None
+    call: Call, mean: Tensor, var: Tensor, activation_mask: Tensor | None = None, *, keeps: bool = True
 ) -> tuple[Tensor, Statistics]:
     """See `interface.Engine.evaluate`."""
     assert activation_mask is None, "it keeps none"
-    real = torch.float64 if call.x.dtype == torch.float64 else torch.float32
-    if not (_is_readable(mean, real) and _is_readable(var, real)):
-        statistics: Statistics = constants(mean, var, call.eps)
-        return normalize(call, statistics), statistics
-    x, prepared = _prepared(call.x, call.mask, None, call.activation, "normalize")
-    args = prepared.args()
-    inputs = _inputs(args, x, prepared, call)
-    y = _output(x, prepared)
+    x, prepared = _prepared(call.x, call.mask is not None, None, call.activation, "evaluate")
+    if not (_is_readable(mean, prepared.real) and _is_readable(var, prepared.real)):
+        given = constants(mean, var, call.eps)
+        return normalize(call, given), given
+    args = _args(prepared.template)
+    inputs = _inputs(args, x, prepared.real, call)
+    y = huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
     args.y, args.eps = y.data_ptr(), call.eps
-    table = _statistics(args, prepared)
-    args.running_mean, args.running_var, args.takes = mean.data_ptr(), var.data_ptr(), 1
+    args.running_mean, args.running_var = mean.data_ptr(), var.data_ptr()
+    statistics: Statistics = ()
+    if keeps or not prepared.is_small:
+        statistics = (_EMPTY.new_empty(prepared.statistics),)
+        args.statistics = statistics[0].data_ptr()
     prepared.run(args)
     del inputs
-    return y if x is call.x else laid_out_as(call.x, y), (table,)
+    return y if x is call.x else laid_out_as(call.x, y), statistics
 
 
 def normalize(call: Call, statistics: Statistics, activation_mask: Tensor | None = None) -> Tensor:
     """See `interface.Engine.normalize`."""
     assert activation_mask is None, "it keeps none"
-    x, prepared = _prepared(call.x, call.mask, call.group_size, call.activation, "normalize")
-    args = prepared.args()
-    inputs = _inputs(args, x, prepared, call)
-    given = _given(args, prepared, statistics)
-    y = _output(x, prepared)
+    x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "normalize")
+    args = _args(prepared.template)
+    inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
+    y = huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
     args.y = y.data_ptr()
     prepared.run(args)
     del inputs, given
@@ -115,75 +118,73 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `interface.Engine.backward`."""
     assert activation_mask is None, "it keeps none"
-    x, prepared = _prepared(call.x, call.mask, call.group_size, call.activation, "backward")
-    args, channels, real = prepared.args(), prepared.channels, prepared.real
-    inputs = _inputs(args, x, prepared, call)
-    given = _given(args, prepared, statistics)
+    residual = call.residual
+    x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "backward")
+    args = _args(prepared.template)
+    inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
     if dy.stride() != x.stride() or dy.dtype is not x.dtype or dy.is_neg():
         dy = torch.empty_like(x).copy_(dy)
-    args.dy, args.constant = dy.data_ptr(), constant
-    scratch = _with_sums(args, prepared)
     dx = huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
-    args.dx = dx.data_ptr()
-    residual, dresidual = call.residual, None
+    dweight, dbias = _parameters(inputs[0], prepared)
+    args.dy, args.dx, args.constant = dy.data_ptr(), dx.data_ptr(), constant
+    args.dweight, args.dbias = dweight.data_ptr(), dbias.data_ptr()
+    if prepared.scratch:
+        scratch = _EMPTY.new_empty(prepared.scratch)
+        args.scratch = scratch.data_ptr()
+    dresidual = None
     if residual is not None:
         dresidual = _output(x, prepared)
         args.dresidual = dresidual.data_ptr()
-    weight = inputs[0]
-    if weight is None:
-        dweight, dbias = torch.empty(channels, dtype=real), torch.empty(channels, dtype=real)
-    else:  # without options, in two thirds of the time
-        dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     if prepared.groups == 1:
-        args.dweight, args.dbias = dweight.data_ptr(), dbias.data_ptr()
         prepared.run(args)
     else:
-        prepared.run(args)
-        args.dweight, args.dbias = dweight.data_ptr(), dbias.data_ptr()
-        _run_over_groups("groups_backward", args, prepared)
-    del inputs, given, scratch
+        _run_groups(args, prepared)
+    del inputs, given
     if x is not call.x:
         dx = laid_out_as(call.x, dx)
-    if dresidual is not None:
-        dresidual = _as_the_residual(dresidual, residual)
+    if dresidual is not None and residual is not None and not is_alike(dresidual, residual):
+        dresidual = laid_out_as(residual, dresidual)
     return dx, dweight, dbias, dresidual
 
 
 def backward_reduce(call: Call, dy: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
     """See `interface.Engine.backward_reduce`."""
-    x, prepared = _prepared(call.x, call.mask, call.group_size, call.activation, "reduce")
-    args = prepared.args()
-    inputs = _inputs(args, x, prepared, call)
-    given = _given(args, prepared, statistics)
+    x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "reduce")
+    args = _args(prepared.template)
+    inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
     dy = _laid_out(dy, x)
-    args.dy = dy.data_ptr()
-    scratch = _with_sums(args, prepared)
-    sum_dy, sum_dy_xhat = torch.empty(2, prepared.groups, prepared.channels, dtype=_WIDE).unbind()
-    args.sum_dy, args.sum_dy_xhat = sum_dy.data_ptr(), sum_dy_xhat.data_ptr()
-    if prepared.parts == 1:
-        args.part_dy, args.part_dy_xhat = args.sum_dy, args.sum_dy_xhat
+    scratch = _EMPTY.new_empty(prepared.scratch)
+    args.dy, args.scratch = dy.data_ptr(), scratch.data_ptr()
     prepared.run(args)
-    del inputs, given, scratch
-    return sum_dy, sum_dy_xhat
+    del inputs, given
+    groups, channels = prepared.groups, prepared.channels
+    start = args.parts * groups + 3 * groups * channels  # behind part_count, a, b and c
+    sums = scratch[start : start + 2 * groups * channels].view(2, groups, channels)
+    return sums[0], sums[1]
 
 
 def backward_apply(
     call: Call, dy: Tensor, statistics: Statistics, coefficients: Coefficients
 ) -> tuple[Tensor, Tensor | None]:
     """See `interface.Engine.backward_apply`."""
-    x, prepared = _prepared(call.x, call.mask, call.group_size, call.activation, "apply")
-    args = prepared.args()
-    inputs = _inputs(args, x, prepared, call)
-    given = _given(args, prepared, statistics)
+    residual = call.residual
+    x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "apply")
+    args = _args(prepared.template)
+    inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
     dy = _laid_out(dy, x)
     a, b, c = (_contiguous(values, _WIDE) for values in coefficients)
     args.dy, args.a, args.b, args.c = dy.data_ptr(), a.data_ptr(), b.data_ptr(), c.data_ptr()
-    dx, dresidual = _gradients(args, x, prepared, call.residual)
+    dx, dresidual = _output(x, prepared), None if residual is None else _output(x, prepared)
+    args.dx = dx.data_ptr()
+    if dresidual is not None:
+        args.dresidual = dresidual.data_ptr()
     prepared.run(args)
     del inputs, given
     if x is not call.x:
         dx = laid_out_as(call.x, dx)
-    return dx, _as_the_residual(dresidual, call.residual)
+    if dresidual is not None and residual is not None and not is_alike(dresidual, residual):
+        dresidual = laid_out_as(residual, dresidual)
+    return dx, dresidual
 
 
 def moves(x: Tensor, running: RunningState) -> bool:
@@ -207,7 +208,7 @@ def _is_readable(values: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel may read a tensor of such numbers by its address."""
     return (
         (type(values) is Tensor or type(values) is torch.nn.Parameter)
-        and values.dtype == dtype
+        and values.dtype is dtype
         and values.is_cpu
         and values.is_contiguous()
     )
@@ -219,10 +220,9 @@ def _is_writable(values: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _prepared(
-    x: Tensor, mask: Tensor | None, group_size: int | None, activation: str | None, what: Pass
+    x: Tensor, masked: bool, group_size: int | None, activation: str | None, what: Pass
 ) -> tuple[Tensor, Prepared]:
     """Return x, or a dense copy of it, and the launch for it."""
-    masked = mask is not None
     prepared = prepare(x.shape, x.stride(), x.dtype, masked, group_size, activation, what)
     if prepared.is_dense and not x.is_neg():
         return x, prepared
@@ -230,14 +230,8 @@ def _prepared(
     return x, prepare(x.shape, x.stride(), x.dtype, masked, group_size, activation, what)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _contiguous(values: Tensor, dtype: torch.dtype) -> Tensor:
-    if values.dtype == dtype and values.is_contiguous():
-        return values
-    return values.to(dtype).contiguous()
+    return values if values.dtype is dtype and values.is_contiguous() else values.to(dtype).contiguous()
 
 
 def _laid_out(values: Tensor, x: Tensor) -> Tensor:
@@ -247,15 +241,22 @@ def _laid_out(values: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(values)
 
 
-def _inputs(args: KernelArgs, x: Tensor, prepared: Prepared, call: Call) -> tuple[Tensor | None, ...]:
+def _output(x: Tensor, prepared: Prepared) -> Tensor:
+    """Return memory for an output in the layout of x."""
+    return huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
+
+
+def _inputs(args: KernelArgs, x: Tensor, real: torch.dtype, call: Call) -> tuple[Tensor | None, ...]:
     """Set the addresses of what a call reads besides statistics; return what is to outlive the launch."""
     weight, bias, residual, mask = call.weight, call.bias, call.residual, call.mask
     args.x = x.data_ptr()
     if weight is not None:
-        weight = _contiguous(weight, prepared.real)
+        if weight.dtype is not real or not weight.is_contiguous():
+            weight = weight.to(real).contiguous()
         args.weight = weight.data_ptr()
     if bias is not None:
-        bias = _contiguous(bias, prepared.real)
+        if bias.dtype is not real or not bias.is_contiguous():
+            bias = bias.to(real).contiguous()
         args.bias = bias.data_ptr()
     if residual is not None:
         residual = _laid_out(residual, x)
@@ -266,83 +267,22 @@ def _inputs(args: KernelArgs, x: Tensor, prepared: Prepared, call: Call) -> tupl
     return weight, bias, residual, mask
 
 
-def _statistics(args: KernelArgs, prepared: Prepared) -> Tensor:
-    """Return memory for the statistics, in this engine's form, which the kernel fills."""
-    groups, size = prepared.groups, prepared.groups * prepared.channels
-    table = torch.empty(groups + 3 * size, dtype=_WIDE)
-    args.count = args.part_count = start = table.data_ptr()
-    args.mean = args.part_mean = mean = start + _BYTES * groups
-    args.m2 = args.part_m2 = m2 = mean + _BYTES * size
-    args.rstd = m2 + _BYTES * size
-    return table
-
-
-def _given(args: KernelArgs, prepared: Prepared, statistics: Statistics) -> Statistics:
+def _given(args: KernelArgs, statistics: Statistics) -> Statistics:
     """Set the addresses of statistics; return what is to outlive the call."""
     if len(statistics) == 1:
-        groups = prepared.groups
-        args.mean = mean = statistics[0].data_ptr() + _BYTES * groups
-        args.rstd = mean + 2 * _BYTES * groups * prepared.channels
+        args.statistics = statistics[0].data_ptr()
         return statistics
-    own_mean, rstd = (_contiguous(values, _WIDE) for values in statistics[:2])
-    args.mean, args.rstd = own_mean.data_ptr(), rstd.data_ptr()
-    return own_mean, rstd
+    mean, rstd = (_contiguous(values, _WIDE) for values in statistics[:2])
+    args.mean, args.rstd = mean.data_ptr(), rstd.data_ptr()
+    return mean, rstd
 
 
-def _with_parts(args: KernelArgs, prepared: Prepared) -> Tensor:
-    """Return memory for the moments of parts."""
-    groups = prepared.parts * prepared.groups
-    size = groups * prepared.channels
-    scratch = torch.empty(groups + 2 * size, dtype=_WIDE)
-    args.part_count = start = scratch.data_ptr()
-    args.part_mean = start + _BYTES * groups
-    args.part_m2 = start + _BYTES * (groups + size)
-    return scratch
-
-
-def _with_sums(args: KernelArgs, prepared: Prepared) -> Tensor:
-    """Return memory for the gradient's sums and coefficients, of parts too."""
-    parts, groups = prepared.parts, prepared.groups
-    size = groups * prepared.channels
-    scratch = torch.empty(parts * groups + (5 if parts == 1 else 5 + 2 * parts) * size, dtype=_WIDE)
-    args.part_count = start = scratch.data_ptr()
-    step = _BYTES * size
-    args.a = start = start + _BYTES * parts * groups
-    args.b, args.c, args.sum_dy, args.sum_dy_xhat = (
-        start + step,
-        start + 2 * step,
-        start + 3 * step,
-        start + 4 * step,
-    )
-    args.part_dy, args.part_dy_xhat = args.sum_dy, args.sum_dy_xhat
-    if parts > 1:
-        args.part_dy, args.part_dy_xhat = start + 5 * step, start + (5 + parts) * step
-    return scratch
-
-
-def _output(x: Tensor, prepared: Prepared) -> Tensor:
-    """Return memory for y or dx, in the layout of x."""
-    return huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
-
-
-def _gradients(
-    args: KernelArgs, x: Tensor, prepared: Prepared, residual: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return memory for dx and dresidual, in the layout of x."""
-    dx = _output(x, prepared)
-    args.dx = dx.data_ptr()
-    if residual is None:
-        return dx, None
-    dresidual = _output(x, prepared)
-    args.dresidual = dresidual.data_ptr()
-    return dx, dresidual
-
-
-def _as_the_residual(dresidual: Tensor | None, residual: Tensor | None) -> Tensor | None:
-    """Return dresidual in the dtype and layout of the residual."""
-    if dresidual is None or residual is None or is_alike(dresidual, residual):
-        return dresidual
-    return laid_out_as(residual, dresidual)
+def _parameters(weight: Tensor | None, prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """Return memory for dweight and dbias, in the dtype of the arithmetic, which the weight has."""
+    if weight is None:
+        shape = (prepared.channels,)
+        return _EMPTY.new_empty(shape, dtype=prepared.real), _EMPTY.new_empty(shape, dtype=prepared.real)
+    return torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _running(args: KernelArgs, running: RunningState) -> list[Tensor]:
@@ -366,16 +306,27 @@ def _running(args: KernelArgs, running: RunningState) -> list[Tensor]:
 
 
 def _move_by_groups(args: KernelArgs, prepared: Prepared, sequential: bool) -> None:
-    """Move the running statistics by several groups."""
-    pooled = torch.empty(2 * prepared.channels, dtype=_WIDE)
-    args.pooled_mean = pooled.data_ptr()
-    args.pooled_m2 = args.pooled_mean + _BYTES * prepared.channels
+    """Move the running statistics by several groups, whose moments are there."""
+    pooled = _EMPTY.new_empty(2, prepared.channels)
+    args.pooled_mean, args.pooled_m2 = (row.data_ptr() for row in pooled)
     args.sequential = sequential
     _run_over_groups("groups_forward", args, prepared)
 
 
+def _run_groups(args: KernelArgs, prepared: Prepared) -> None:
+    """Run a backward of several groups, and then add up their dweight and dbias."""
+    addresses = args.dweight, args.dbias
+    args.dweight = args.dbias = 0
+    scratch = _EMPTY.new_empty(args.local // _EMPTY.element_size())
+    if args.local:  # the sums are needed afterwards
+        args.scratch, args.local = scratch.data_ptr(), 0
+    prepared.run(args)
+    args.dweight, args.dbias = addresses
+    _run_over_groups("groups_backward", args, prepared)
+
+
 def _run_over_groups(name: str, args: KernelArgs, prepared: Prepared) -> None:
-    """Put several groups together, behind the forward or the backward."""
+    """Put several groups together, behind a forward or a backward."""
     args.tasks = args.total = tasks = math.ceil(prepared.channels / CHANNELS)
     args.next = args.finished = 0
     is_small = prepared.groups * prepared.channels <= FEW

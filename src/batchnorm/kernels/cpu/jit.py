@@ -16,7 +16,7 @@ from numba.core import event
 
 from . import groups, planes, rows, running, statistics
 from .access import finished, number_finished, take_number
-from .kernel_args import FINISHED, NEXT, read
+from .kernel_args import FINISHED, NEXT, locate_moments, locate_sums, read
 from .on_disk import Kept
 from .vector import FULL, SIMPLE, Variant, function, part_of_one
 
@@ -36,7 +36,9 @@ DTYPES: dict[torch.dtype, tuple[type, type]] = {
 
 
 @part_of_one
-def _work(body: Any, merge: Any, end: Any, address: Any, dtype: Any, real: Any, features: Any) -> None:
+def _work(
+    locate: Any, body: Any, merge: Any, end: Any, address: Any, dtype: Any, real: Any, features: Any
+) -> None:
     """Runs tasks until all are taken: first those of the first pass, then the merges, then the second pass.
 
     A thread with a task of a later pass waits until all tasks of the earlier ones are finished; other threads
@@ -44,9 +46,11 @@ def _work(body: Any, merge: Any, end: Any, address: Any, dtype: Any, real: Any, 
     """
     variant = Variant(dtype, real, features)
     args = read(address)
-    if args.takes:  # every thread writes the same numbers, so none waits for another
+    tasks, merges, workspace = args.tasks, args.merges, np.empty(args.workspace + args.local, np.uint8)
+    # Every thread writes the same numbers, so that none waits for another.
+    locate(args, workspace.ctypes.data + args.workspace if args.local else 0)
+    if args.takes:
         running.take_running(args, real)
-    tasks, merges, workspace = args.tasks, args.merges, np.empty(args.workspace, np.uint8)
     index = take_number(address + NEXT)
     while index < args.total:
         before = 0 if index < tasks else tasks if index < tasks + merges else tasks + merges
@@ -85,7 +89,8 @@ def _close(close: Any, end: Any, address: Any, real: Any) -> None:
 def _planes_forward(dtype: Any, real: Any, features: Any, source: int) -> Any:
     def planes_forward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.forward, statistics.merge_moments, running.move_running, args, dtype, real, features)
+            merge, end = statistics.merge_moments, running.move_running
+            _work(locate_moments, planes.forward, merge, end, args, dtype, real, features)
 
     return planes_forward
 
@@ -93,7 +98,8 @@ def _planes_forward(dtype: Any, real: Any, features: Any, source: int) -> Any:
 def _planes_backward(dtype: Any, real: Any, features: Any, source: int) -> Any:
     def planes_backward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(planes.backward, statistics.merge_sums, running.move_nothing, args, dtype, real, features)
+            merge, end = statistics.merge_sums, running.move_nothing
+            _work(locate_sums, planes.backward, merge, end, args, dtype, real, features)
 
     return planes_backward
 
@@ -101,7 +107,8 @@ def _planes_backward(dtype: Any, real: Any, features: Any, source: int) -> Any:
 def _rows_forward(dtype: Any, real: Any, features: Any, source: int) -> Any:
     def rows_forward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.forward, statistics.merge_moments, running.move_running, args, dtype, real, features)
+            merge, end = statistics.merge_moments, running.move_running
+            _work(locate_moments, rows.forward, merge, end, args, dtype, real, features)
 
     return rows_forward
 
@@ -109,7 +116,8 @@ def _rows_forward(dtype: Any, real: Any, features: Any, source: int) -> Any:
 def _rows_backward(dtype: Any, real: Any, features: Any, source: int) -> Any:
     def rows_backward(args):  # type: ignore[no-untyped-def]
         if source:
-            _work(rows.backward, statistics.merge_sums, running.move_nothing, args, dtype, real, features)
+            merge, end = statistics.merge_sums, running.move_nothing
+            _work(locate_sums, rows.backward, merge, end, args, dtype, real, features)
 
     return rows_backward
 

@@ -13,6 +13,8 @@ from .vector import function
 
 # Addresses, 0 where there is none. Tensors are dense; statistics are float64, `[G, C]`.
 _ADDRESSES = (
+    "statistics",  # count `[G]`, mean, m2, rstd; the four are found from here, where it is given
+    "scratch",  # what a pass needs besides: `locate_moments` and `locate_sums` say what lies where
     "x",
     "y",
     "residual",
@@ -54,6 +56,7 @@ _NUMBERS = (
     "parts",  # a group is cut into so many tasks, of about as many units each
     "span",  # groups of a task
     "workspace",  # bytes that a thread needs to compute in
+    "local",  # bytes of statistics and scratch that the only thread of a small call takes from its own memory
     "columns",  # rows only: values in a row; a row may hold several units
     "block",  # columns of a task; of planes: channels
     "planes",  # of a task that goes through the tensor as it lies in memory; 0 where a task is of one channel
@@ -117,6 +120,59 @@ NEXT, FINISHED = KernelArgs.next.offset, KernelArgs.finished.offset  # bytes fro
 def read(address: Any) -> Any:
     """Return the record at an address."""
     return carray(pointer(address), (1,), _RECORD)[0]
+
+
+@function
+def locate_moments(args: Any, local: Any) -> None:
+    """Sets the addresses of statistics, and of parts' moments, from those of their memory.
+
+    All threads of a call write the same numbers. Scratch: part_count `[parts, G]`, part_mean, part_m2.
+
+    Args:
+        args: the call's arguments.
+        local: memory of the thread, for a call that is given none.
+    """
+    groups, size = args.groups, args.groups * args.channels
+    _locate_statistics(args, args.statistics if args.statistics else local)
+    if args.parts == 1:
+        args.part_count, args.part_mean, args.part_m2 = args.count, args.mean, args.m2
+    else:
+        args.part_count = args.scratch
+        args.part_mean = args.part_count + 8 * args.parts * groups
+        args.part_m2 = args.part_mean + 8 * args.parts * size
+
+
+@function
+def locate_sums(args: Any, local: Any) -> None:
+    """Sets the addresses of statistics, and of the gradient's sums and coefficients, as `locate_moments`.
+
+    Scratch: part_count `[parts, G]`; a, b, c, sum_dy, sum_dy_xhat; of several parts, part_dy, part_dy_xhat.
+    """
+    groups, size = args.groups, args.groups * args.channels
+    if args.statistics:
+        _locate_statistics(args, args.statistics)
+    scratch = args.scratch if args.scratch else local
+    if not scratch:
+        return
+    args.part_count = scratch
+    args.a = scratch + 8 * args.parts * groups
+    args.b = args.a + 8 * size
+    args.c = args.b + 8 * size
+    args.sum_dy = args.c + 8 * size
+    args.sum_dy_xhat = args.sum_dy + 8 * size
+    args.part_dy, args.part_dy_xhat = args.sum_dy, args.sum_dy_xhat
+    if args.parts > 1:
+        args.part_dy = args.sum_dy_xhat + 8 * size
+        args.part_dy_xhat = args.part_dy + 8 * args.parts * size
+
+
+@function
+def _locate_statistics(args: Any, statistics: Any) -> None:
+    if statistics:
+        args.count = statistics
+        args.mean = args.count + 8 * args.groups
+        args.m2 = args.mean + 8 * args.groups * args.channels
+        args.rstd = args.m2 + 8 * args.groups * args.channels
 
 
 @function

@@ -27,19 +27,20 @@ from .partition import SHORT, Partition, partition
 from .row_layout import PER_CHANNEL, PER_COLUMN
 from .statistics import CHANNELS
 
-# What a launch computes: moments, y, or both; sums of the gradient, dx, or both.
-Pass = Literal["moments", "normalize", "forward", "reduce", "apply", "backward"]
-
-# What a kernel is told of the partition.
-_CUT = ("channels", "positions", "groups", "units", "group_units", "parts", "columns", "block", "span")
+# What a launch computes: the moments, y by given statistics, y by running statistics, or moments and y; the
+# gradient's sums, dx by given coefficients, or both.
+Pass = Literal["moments", "normalize", "evaluate", "forward", "reduce", "apply", "backward"]
 
 _KEPT = 1024  # launches; the least recently used one goes
+# What a kernel is told of a partition.
+_CUT = ("channels", "positions", "groups", "units", "group_units", "parts", "columns", "block", "span")
 _PLANE = 128  # values side by side from which a tensor is normalized as it lies in memory, plane by plane
 _PLANES = 2**15  # values of such a task
 # Values from which y and dx are written past the caches. In training they come back when much else has been
 # through the caches; in evaluation the next layer reads y at once.
 _STREAM, _STREAM_GIVEN = 2**19, 2**22
 _HUGE = 2**22  # bytes from which an output is worth huge pages
+_NUMBER = 8  # bytes of a number of statistics or scratch
 
 
 class Prepared:
@@ -47,45 +48,56 @@ class Prepared:
 
     Attributes:
         is_dense: whether the tensor is laid out as one of the two that there are kernels for.
-        channels, groups, parts: C, G, and the parts of a group whose statistics are merged.
+        channels, groups: C and G.
+        statistics: how many numbers count, mean, m2 and rstd are.
+        scratch: how many numbers a pass needs besides; 0 where its only thread has memory for them.
         real: dtype of the arithmetic, and of weight and bias.
+        is_small: whether one thread runs it.
         is_huge: whether outputs are worth huge pages.
+        template: the record of a call, as bytes, in which addresses are missing.
     """
 
     __slots__ = (
-        "_is_small",
         "_kernel",
         "_tasks",
-        "_template",
         "_work",
         "channels",
         "groups",
         "is_dense",
         "is_huge",
-        "parts",
+        "is_small",
         "real",
+        "scratch",
+        "statistics",
+        "template",
     )
 
     def __init__(
-        self, cut: Partition, template: KernelArgs, name: str, dtype: torch.dtype, simple: bool, values: int
+        self, cut: Partition, args: KernelArgs, kernel_name: str, dtype: torch.dtype, masked: bool, what: Pass
     ) -> None:
-        self.is_dense = cut.is_dense
-        self.channels, self.groups, self.parts = cut.channels, cut.groups, cut.parts
+        values = cut.units * (cut.positions if cut.family == "planes" else 1) * cut.channels
+        size, parts = cut.groups * cut.channels, cut.parts
+        self.is_dense, self.channels, self.groups = cut.is_dense, cut.channels, cut.groups
         self.real = torch.float64 if dtype == torch.float64 else torch.float32
         self.is_huge = values * dtype.itemsize >= _HUGE
-        self._template = bytes(template)
-        self._tasks = template.tasks
-        self._is_small = values <= FEW or template.tasks == 1
-        self._kernel = kernel(name, dtype, simple)
+        self.is_small = values <= FEW or args.tasks == 1
+        self.statistics, self.scratch = cut.groups + 3 * size, 0
+        if what in ("moments", "forward") and parts > 1:
+            self.scratch = parts * (cut.groups + 2 * size)
+        elif what in ("reduce", "backward"):
+            self.scratch = parts * cut.groups + (5 if parts == 1 else 5 + 2 * parts) * size
+        if self.is_small and what == "evaluate":
+            args.local = _NUMBER * self.statistics
+        elif self.is_small and what == "backward":
+            args.local, self.scratch = _NUMBER * self.scratch, 0
+        self.template = bytes(args)
+        self._tasks = args.tasks
+        self._kernel = kernel(kernel_name, dtype, not masked and args.activation in (IDENTITY, CLAMP))
         self._work: Callable[[int], None] = worker(self._kernel)
-
-    def args(self) -> KernelArgs:
-        """Return a record for a call, in which addresses are missing."""
-        return KernelArgs.from_buffer_copy(self._template)
 
     def run(self, args: KernelArgs) -> None:
         """Run the kernel."""
-        if self._is_small:
+        if self.is_small:
             self._work(ctypes.addressof(args))
         else:
             run(self._kernel, args, self._tasks)
@@ -111,48 +123,38 @@ def prepare(
         what: what to compute.
     """
     cut = partition(shape, stride, masked, group_size)
-    args = KernelArgs()
-    for name in (
-        "channels",
-        "positions",
-        "groups",
-        "units",
-        "group_units",
-        "parts",
-        "columns",
-        "block",
-        "span",
-    ):
+    args, values = KernelArgs(), math.prod(shape)
+    for name in _CUT:
         setattr(args, name, getattr(cut, name))
+    is_backward, is_given = what in ("reduce", "apply", "backward"), what in ("normalize", "evaluate")
     args.measure = what in ("moments", "forward", "reduce", "backward")
     args.apply = what not in ("moments", "reduce")
+    args.moves, args.takes = what == "forward" and cut.groups == 1, what == "evaluate"
     args.activation = CODES[activation]
     args.low = args.high = args.low_kink = args.high_kink = math.nan  # no bounds
     if activation in BOUNDS:
         args.low, args.high = args.low_kink, args.high_kink = BOUNDS[activation]
         args.low_kink = TINY.get(dtype, 0.0)
-    values = math.prod(shape)
     args.merges = cut.groups * math.ceil(cut.channels / CHANNELS) if args.measure and cut.parts > 1 else 0
     passes = 2 if args.merges and args.apply else 1
     family, args.tasks = cut.family, cut.tasks
-    args.stream = values >= (_STREAM_GIVEN if what == "normalize" else _STREAM)
+    args.stream = values >= (_STREAM_GIVEN if is_given else _STREAM)
     if family == "planes" and cut.positions < SHORT:
         args.stream = False  # masked; most of a short run's lines are shared with its neighbours
-    if what == "normalize" and cut.positions >= _PLANE:
+    if is_given and cut.positions >= _PLANE:
         family, args.planes = "planes", max(1, _PLANES // cut.positions)
         args.tasks = math.ceil(cut.units * cut.channels / args.planes)
         # Of two planes that share a cache line, neither can write it whole, past the caches.
         args.stream = args.stream and cut.positions * dtype.itemsize % LINE == 0
     args.total = passes * args.tasks + args.merges
     args.workspace = _workspace(family, cut, 8 if dtype == torch.float64 else 4)
-    half = "forward" if what in ("moments", "normalize", "forward") else "backward"
-    simple = not masked and args.activation in (IDENTITY, CLAMP)
-    return Prepared(cut, args, f"{family}_{half}", dtype, simple, values)
+    name = f"{family}_{'backward' if is_backward else 'forward'}"
+    return Prepared(cut, args, name, dtype, masked, what)
 
 
 def _workspace(family: str, cut: Partition, number: int) -> int:
-    """Return how many bytes a thread computes in; `number`: bytes of one of the arithmetic."""
+    """Return how many bytes a thread computes in; `number`: bytes of a number of the arithmetic."""
     if family == "planes":
         return PARAMETERS * LANES * number
     wide = min(cut.block, cut.columns) + LANES
-    return (PER_COLUMN * number + PER_CHANNEL * 8) * wide
+    return -(-(PER_COLUMN * number + PER_CHANNEL * 8) * wide // 64) * 64

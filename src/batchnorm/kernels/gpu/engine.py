@@ -109,7 +109,12 @@ def _normalized(launches: Launches, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 def evaluate(
-    call: Call, mean: Tensor, var: Tensor, activation_mask: Tensor | None = None
+    call: Call,
+    mean: Tensor,
+    var: Tensor,
+    activation_mask: Tensor | None = None,
+    *,
+    keeps: bool = True,  # noqa: ARG001
 ) -> tuple[Tensor, Statistics]:
     """See `interface.Engine.evaluate`."""
     statistics = _constants(mean, var, call.eps)

@@ -1,0 +1,179 @@
+"""A plain call of a layer, prepared: verified once, and run again on inputs of the same kind.
+
+A plain call has float tensors, a weight and a bias in the dtype of the arithmetic, no mask and no groups, and
+normalizes by its batch and moves running statistics, or normalizes by these. What depends on its tensors'
+shapes, dtypes and addresses alone is kept: then a small layer takes less time than torch's own. No value is
+kept, and every run asks for the addresses anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import huge_pages
+from .kernel_args import KernelArgs
+from .prepared import prepare
+
+# `_EMPTY.new_empty(n)` takes two thirds of the time of `torch.empty(n, dtype=torch.float64)`.
+_EMPTY = torch.empty(0, dtype=torch.float64)
+_empty_like = torch.empty_like
+_copied = KernelArgs.from_buffer_copy
+_increment_version = torch._C._increment_version  # `torch.autograd.graph.increment_version` of a list
+_strided = torch.strided
+
+
+class PlainCall:
+    """A plain call of a layer.
+
+    Args:
+        x: an input `[N, C, *S]`, dense.
+        weight, bias: `[C]`.
+        running: running mean `[C]`, running variance `[C]`, and the number of batches, one integer.
+        training: whether the batch's own statistics normalize it, and move the running ones.
+        eps: added to var.
+        momentum: fraction of a batch in the running statistics, 0..1.
+        activation: its name, or None.
+    """
+
+    __slots__ = (
+        "_addresses",
+        "_backward",
+        "_dtype",
+        "_forward",
+        "_moved",
+        "_shape",
+        "_stride",
+        "_template",
+        "activation",
+        "eps",
+        "momentum",
+        "tensors",
+        "training",
+    )
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running: tuple[Tensor, Tensor, Tensor],
+        *,
+        training: bool,
+        eps: float,
+        momentum: float,
+        activation: str | None,
+    ) -> None:
+        self._shape, self._stride, self._dtype = kind = x.shape, x.stride(), x.dtype
+        self.activation, self.eps, self.momentum, self.training = activation, eps, momentum, training
+        self._forward = prepare(*kind, False, None, activation, "forward" if training else "evaluate")
+        self._backward = prepare(*kind, False, None, activation, "backward")
+        self.tensors = (weight, bias, *running)
+        self._addresses = tuple(tensor.data_ptr() for tensor in self.tensors)
+        self._moved = list(running) if training else []
+        args = _copied(self._forward.template)
+        args.weight, args.bias, args.running_mean, args.running_var, args.batches = self._addresses
+        args.eps, args.momentum = eps, momentum
+        self._template = bytes(args)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether there are kernels for the layout of the input."""
+        return self._forward.is_dense
+
+    def takes(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        parameters: Mapping[str, Tensor | None],
+        buffers: Mapping[str, Tensor | None],
+    ) -> bool:
+        """Return whether an input is of the same kind, and the layer's tensors are where they were."""
+        weight, bias, mean, var, batches = self.tensors
+        at_weight, at_bias, at_mean, at_var, at_batches = self._addresses
+        return (
+            type(x) is Tensor
+            and x.shape == self._shape
+            and x.dtype is self._dtype
+            and x.is_cpu
+            and x.layout is _strided
+            and x.stride() == self._stride
+            and not x.is_neg()
+            and parameters.get("weight") is weight
+            and parameters.get("bias") is bias
+            and buffers.get("running_mean") is mean
+            and buffers.get("running_var") is var
+            and buffers.get("num_batches_tracked") is batches
+            and weight.data_ptr() == at_weight
+            and bias.data_ptr() == at_bias
+            and mean.data_ptr() == at_mean
+            and var.data_ptr() == at_var
+            and batches.data_ptr() == at_batches
+            and (residual is None or self._is_alike(residual))
+        )
+
+    def _is_alike(self, residual: Tensor) -> bool:
+        return (
+            type(residual) is Tensor
+            and residual.dtype is self._dtype
+            and residual.is_cpu
+            and residual.layout is _strided
+            and residual.shape == self._shape
+            and residual.stride() == self._stride
+            and not residual.is_neg()
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None, keeps: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Return y and the statistics that normalized it, in the form of the engine; None if not kept."""
+        prepared, args = self._forward, _copied(self._template)
+        y = huge_pages.empty_like(x) if prepared.is_huge else _empty_like(x)
+        args.x, args.y = x.data_ptr(), y.data_ptr()
+        statistics = None
+        if keeps or self.training or not prepared.is_small:
+            statistics = _EMPTY.new_empty(prepared.statistics)
+            args.statistics = statistics.data_ptr()
+        if prepared.scratch:
+            scratch = _EMPTY.new_empty(prepared.scratch)
+            args.scratch = scratch.data_ptr()
+        if residual is not None:
+            args.residual = residual.data_ptr()
+        prepared.run(args)
+        if self._moved:
+            _increment_version(self._moved)
+        return y, statistics
+
+    def backward(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        statistics: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return dx, dweight, dbias and dresidual; bias and residual are needed behind an activation."""
+        prepared, args = self._backward, _copied(self._backward.template)
+        if dy.stride() != self._stride or dy.dtype is not self._dtype or dy.is_neg():
+            dy = _empty_like(x).copy_(dy)
+        dx = huge_pages.empty_like(x) if prepared.is_huge else _empty_like(x)
+        dweight, dbias = _empty_like(weight), _empty_like(weight)
+        args.x, args.dy, args.dx, args.weight = x.data_ptr(), dy.data_ptr(), dx.data_ptr(), weight.data_ptr()
+        args.statistics, args.dweight, args.dbias = (
+            statistics.data_ptr(),
+            dweight.data_ptr(),
+            dbias.data_ptr(),
+        )
+        args.constant = not self.training
+        if prepared.scratch:
+            scratch = _EMPTY.new_empty(prepared.scratch)
+            args.scratch = scratch.data_ptr()
+        if bias is not None:
+            args.bias = bias.data_ptr()
+        dresidual = None
+        if residual is not None:
+            dresidual = huge_pages.empty_like(x) if prepared.is_huge else _empty_like(x)
+            args.residual, args.dresidual = residual.data_ptr(), dresidual.data_ptr()
+        prepared.run(args)
+        return dx, dweight, dbias, dresidual
