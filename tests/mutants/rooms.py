@@ -120,7 +120,8 @@ ROOMS = (
         ("kernels/cpu/*.py",),
         (
             Run((*_in("kernels", "engines", "running", "groups_of_a_task", "cpu", "again"),
-                 *_in("torch", "against_reference", "accuracy", "prepared_calls", "prepared_tensors")),
+                 *_in("torch", "against_reference", "accuracy", "prepared_calls", "prepared_tensors",
+                      "prepared_bound")),
                 choice="not ((test_engines or test_running) and (gpu or eager))"),
         ),
         patience=300.0,
