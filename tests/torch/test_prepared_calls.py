@@ -252,6 +252,23 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_number_of_threads_changed_between_two_calls_changes_no_bit(layout: str) -> None:
+    shape = (9, 16, 61, 47)  # several tasks in both layouts
+    layer = scramble(batchnorm.BatchNorm2d(16, dtype=torch.float64))
+    x, dy = (relaid(t, layout) for t in batch(torch.float64, shape))
+    start = state(layer)
+    assert_exact(layer, x, dy)
+    found = []
+    for count in (1, 2, 3, 1, 3, 2):
+        torch.set_num_threads(count)
+        layer.load_state_dict(start)
+        found.append(step(layer, x, dy))
+    for other in found[1:]:
+        assert_identical(other, found[0])
+
+
 # The layer that takes the input: kind, channels, dtype. The input's shape. What a layer of 5 channels says.
 REFUSED = {
     "channels": (batchnorm.BatchNorm1d, 6, None, (4, 6), "running_mean should contain 6 elements not 5"),
