@@ -38,7 +38,6 @@ Gradients = tuple[Tensor | None, ...]
 
 _is_in_torch_func = torch._C._are_functorch_transforms_active
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
-_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 # How a call is launched: the engine; running statistics that it moves; whether those of the call are what it
@@ -135,14 +134,18 @@ class _PlainBatchNorm(torch.autograd.Function):
             return (None,) * 6
         x, weight, bias, residual, statistics = ctx.saved_tensors
         plain: PlainCall = ctx.plain
-        gradients: Gradients
-        if _is_differentiated(dy):
+        gradients: Gradients | None = None
+        if not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+            try:
+                gradients = plain.backward(x, dy, weight, bias, residual, statistics)
+            except RuntimeError:  # of a batch of cotangents, or within a transform, tensors show no address
+                if not _is_differentiated(dy):
+                    raise
+        if gradients is None:
             call = Call(x, weight, bias, residual, None, plain.activation, plain.eps)
             given = None if plain.training else _mean_and_rstd(engine(x), call, (statistics,))
             ctx.dtypes = (weight.dtype, weight.dtype, x.dtype)
             gradients = composite.gradients(ctx, call, dy, given)
-        else:
-            gradients = plain.backward(x, dy, weight, bias, residual, statistics)
         dx, dweight, dbias, dresidual = gradients
         if plain.activation is None and ctx.needs_input_grad[3]:
             dresidual = dy
@@ -318,9 +321,9 @@ def normalize_plain(plain: PlainCall, x: Tensor, residual: Tensor | None) -> Ten
     if not torch.is_grad_enabled():
         return plain.forward(x, residual, keeps=False)[0]
     weight, bias, *_ = plain.tensors
-    found: list[Tensor] | None = None if _hooks(False) is None else []
+    found: list[Tensor] | None = [] if output_recipes.is_lean else None
     y: Tensor = _apply(x, weight, bias, residual, plain, found)
-    if found is not None:  # `lean` may be what hooks are for
+    if found is not None:
         call = Call(x, weight, bias, residual, None, plain.activation, plain.eps)
         output_recipes.record(y, engine(x), call, tuple(found))
     return y

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm.errors import OptionError
-from batchnorm.kernels.choose import is_default, load_plain_call
+from batchnorm.kernels import choose
 from batchnorm.kernels.eager import constants
 from batchnorm.kernels.interface import RunningState, wide_dtype
 from batchnorm.statistics.batch import Batch
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
 
 def batch_norm(call: Call) -> Tensor:
     """Normalize, and move the running statistics in place: last, after everything that can fail."""
-    plain = plain_call(call)
-    if plain is not None:
-        return autograd.normalize_plain(plain, call.x, call.residual)
     running = call.running
     tensors = (call.x, running.mean, running.var, call.weight, call.bias, call.residual, call.mask)
     if has_torch_function(tensors):
@@ -68,18 +66,34 @@ def batch_norm(call: Call) -> Tensor:
     return y
 
 
-def may_be_plain() -> bool:
-    """Whether a call may go straight to the CPU's kernels: nothing watches it, or asks for another engine."""
-    return not is_watched() and is_default()
+_is_intercepted = torch._C._is_torch_function_mode_enabled
+_number_of_dispatch_modes = torch._C._len_torch_dispatch_stack
+_current_backward = torch._C._current_graph_task_id
+
+
+def may_repeat_plain() -> bool:
+    """Whether a layer's plain call may run again: nothing watches it, or asks for another engine.
+
+    It does not ask for transforms of `torch.func`, as tensors that they wrap show no address: a plain call of
+    such raises. Nor for `torch.jit.trace`, in which a layer forgets its plain call.
+    """
+    return not (
+        torch.compiler.is_dynamo_compiling()
+        or _is_intercepted()
+        or _number_of_dispatch_modes() > 0
+        or forward_ad._current_level >= 0
+        or _current_backward() != -1
+        or choose.is_any_forced
+    )
 
 
 def plain_call(call: Call) -> PlainCall | None:
     """Return a plain call, prepared; None where a call is not plain."""
-    if not may_be_plain() or not checks.is_plain(call):
+    if is_watched() or not choose.is_default() or not checks.is_plain(call):
         return None
     mean, var, batches, momentum, *_ = call.running
     running: Any = (mean, var, batches)
-    plain = load_plain_call()(
+    plain = choose.load_plain_call()(
         call.x,
         call.weight,  # type: ignore[arg-type]
         call.bias,  # type: ignore[arg-type]

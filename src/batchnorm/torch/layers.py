@@ -24,14 +24,14 @@ from .checks import (
 from .contexts.accumulation import Accumulator
 from .contexts.checkpointing import Memory, Scope
 from .contexts.domains import add_domains, check_domains, fill, select, selected
-from .dispatch import batch_norm, may_be_plain, plain_call
+from .dispatch import batch_norm, may_repeat_plain, plain_call
 from .naming import qualified_name
 from .options import keyword_options
 from .own_buffers import OwnBuffers, counter
 from .quantization import refuse_to_fuse
 from .scripted import stock_twin
 from .symbolic import ITSELF, OneNode, is_symbolic
-from .tracing import may_be_recomputed
+from .tracing import is_transforming, may_be_recomputed
 
 if TYPE_CHECKING:
     from batchnorm.kernels.cpu.plain_call import PlainCall
@@ -207,6 +207,11 @@ class _Layer(OneNode, OwnBuffers):
                 error.add_note(f"This was raised in the layer {qualified_name(self)}.")
             raise
 
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward within `torch.jit.trace`, which no plain call shows its operators."""
+        self._plain = None
+        return super()._slow_forward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def mask_for(
         self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor | None:
@@ -217,7 +222,7 @@ class _Layer(OneNode, OwnBuffers):
         return masked.of(input) if mask is None and masked is not None else mask
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        if may_be_plain() and mask is None:
+        if mask is None and may_repeat_plain():
             plain = self._plain
             if (
                 plain is not None
@@ -231,7 +236,11 @@ class _Layer(OneNode, OwnBuffers):
                 and self.track_running_stats
                 and plain.takes(input, residual, self._parameters, self._buffers)
             ):
-                return normalize_plain(plain, input, residual)
+                try:
+                    return normalize_plain(plain, input, residual)
+                except RuntimeError:
+                    if not is_transforming():
+                        raise
         self._check_input_dim(input)
         policy, training = self._statistics, self.training
         try:  # as torch's attributes, but in a tenth of the time

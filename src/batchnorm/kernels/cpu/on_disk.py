@@ -37,8 +37,8 @@ class _Cache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Returns the compiled function, None where there is none that is whole.
 
-        Numba would first import all that it can compile, which takes as long as importing Numba itself. What is
-        compiled needs its memory management alone; before it compiles, Numba imports the rest.
+        Numba would first import all that it can compile, which takes as long as importing Numba itself. A
+        compiled function needs its memory management alone; before it compiles, Numba imports the rest.
         """
         rtsys.initialize(target_context)
         with self._guard_against_spurious_io_errors():

@@ -95,10 +95,11 @@ class PlainCall:
         at_weight, at_bias, at_mean, at_var, at_batches = self._addresses
         return (
             type(x) is Tensor
-            and x.shape == self._shape
-            and x.dtype is self._dtype
             and x.is_cpu
             and x.layout is _strided
+            and not x.is_nested
+            and x.dtype is self._dtype
+            and x.shape == self._shape
             and x.stride() == self._stride
             and not x.is_neg()
             and parameters.get("weight") is weight
@@ -120,6 +121,7 @@ class PlainCall:
             and residual.dtype is self._dtype
             and residual.is_cpu
             and residual.layout is _strided
+            and not residual.is_nested
             and residual.shape == self._shape
             and residual.stride() == self._stride
             and not residual.is_neg()
