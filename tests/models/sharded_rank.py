@@ -1,7 +1,8 @@
 """One of two processes of torch.distributed.
 
 It shards three networks of one state with `fully_shard`, converts one and freezes one of them after that,
-trains all three, and saves what they end with.
+trains all three, and saves what they end with. It does the same with networks that it converts and then wraps
+in `FullyShardedDataParallel`, with the original parameters and with flat ones.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 
 import batchnorm
 
@@ -31,6 +32,25 @@ def shard(model: nn.Module) -> nn.Module:
         fully_shard(part)
     assert isinstance(model[5], FSDPModule)
     return model
+
+
+def wrap(model: nn.Module, use_orig_params: bool) -> nn.Module:
+    """Wrap the last norm alone, the block, and the rest in FSDP's first form."""
+
+    def wrapped(part: nn.Module) -> nn.Module:
+        # Without a device it asks for an accelerator.
+        return FullyShardedDataParallel(part, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+
+    model[5], model[2] = wrapped(model[5]), wrapped(model[2])
+    return wrapped(model)
+
+
+def train_wrapped(model: nn.Module, rank: int) -> dict[str, Tensor]:
+    """Return the whole state of a model in FSDP's first form after some steps."""
+    train(model, rank)
+    with FullyShardedDataParallel.summon_full_params(model):
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return {name.replace("_fsdp_wrapped_module.", ""): value.detach().clone() for name, value in tensors}
 
 
 def train(model: nn.Module, rank: int) -> dict[str, Tensor]:
@@ -65,6 +85,10 @@ def main(rank: int, folder: Path) -> None:
     assert kinds[1].__name__ == "FSDPBatchNorm1d"
     batchnorm.freeze(frozen)
     found = {"stock": train(stock, rank), "ours": train(ours, rank), "frozen": train(frozen, rank)}
+    for how, use_orig_params in (("original", True), ("flat", False)):
+        for whose in ("stock", "ours"):
+            model = network() if whose == "stock" else batchnorm.convert(network())
+            found[f"{how} {whose}"] = train_wrapped(wrap(model, use_orig_params), rank)
     batchnorm.revert(ours)
     assert type(ours[5]).__mro__[1:3] == (FSDPModule, nn.BatchNorm1d), type(ours[5]).__mro__
     ours(torch.randn(4, 3, 8, 8))

@@ -1,4 +1,4 @@
-"""Models that `fully_shard` has sharded already: two real processes over Gloo."""
+"""Models that both forms of FSDP have sharded: two real processes over Gloo."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def test_sharded_models_are_converted_and_frozen(tmp_path: Path) -> None:
         for name, value in found["frozen"].items():
             is_statistic = "running_" in name or "num_batches" in name
             assert torch.equal(value, initial[name]) == is_statistic, name
+        # FSDP's first form keeps parameters in a flat one, whose memory it frees between the calls.
+        for wrapped in ("original stock", "original ours", "flat stock", "flat ours"):
+            assert found[wrapped].keys() == found["stock"].keys()
+            for name, value in found["stock"].items():
+                what = f"{wrapped}: {name}"
+                torch.testing.assert_close(found[wrapped][name], value, rtol=1e-4, atol=1e-5, msg=what)

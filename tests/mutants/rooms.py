@@ -120,7 +120,8 @@ ROOMS = (
         ("kernels/cpu/*.py",),
         (
             Run((*_in("kernels", "engines", "running", "groups_of_a_task", "cpu", "again"),
-                 *_in("torch", "against_reference", "accuracy")),
+                 *_in("torch", "against_reference", "accuracy", "prepared_calls", "prepared_tensors",
+                      "prepared_bound")),
                 choice="not ((test_engines or test_running) and (gpu or eager))"),
         ),
         patience=300.0,
@@ -170,7 +171,8 @@ ROOMS = (
         (
             Run(_in("torch", "errors", "layouts", "layers", "modules", "axis", "statistics", "policies",
                     "against_reference", "masks_of_layers", "domains", "functional_transforms", "ghost",
-                    "options_travel", "export", "opinfo", "trouble", "checkpoint", "compile"),
+                    "prepared_calls", "prepared_tensors", "options_travel", "export", "opinfo", "trouble",
+                    "checkpoint", "compile"),
                 choice=f"{_NOT_COMPILED} and not with_inductor"),
             Run(_in("models", "calibrate_masked"), only=("torch/layers.py",)),  # who asks for a layer's mask
         ),

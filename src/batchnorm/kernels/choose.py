@@ -130,12 +130,7 @@ def engine(x: Tensor) -> Engine:
 
 def is_default() -> bool:
     """Returns whether the engine for CPUs runs tensors on a CPU: nothing asks for another one."""
-    return _override.get() is None and _is_default()
-
-
-@functools.cache
-def _is_default() -> bool:
-    return _environment() is None and _missing("cpu") is None
+    return _override.get() is None and _environment() is None and _missing("cpu") is None
 
 
 @functools.cache

@@ -22,6 +22,7 @@ _HELP = {
     "fuse": "what stands behind the layers of batchnorm here is not part of them: "
     "batchnorm.fuse(model, example) before",
 }
+_NORMS = (autograd._BatchNorm, autograd._PlainBatchNorm, autograd._PolicyBatchNorm)
 _warned: set[str] = set()
 
 
@@ -55,7 +56,7 @@ class Savings:
 
 def _remedy(node: Any, far: int) -> str | None:
     """Return the remedy that would let `lean` recompute the output of a node, if a norm is before it."""
-    if getattr(type(node), "_forward_cls", None) in (autograd._BatchNorm, autograd._PolicyBatchNorm):
+    if getattr(type(node), "_forward_cls", None) in _NORMS:
         return "fuse" if far else None  # the output of a norm itself is saved only at the end of a chain
     name = node.name()
     if "BatchNorm" in name:

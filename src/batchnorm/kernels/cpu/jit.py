@@ -24,7 +24,9 @@ _log = logging.getLogger("batchnorm")
 _WORK = types.void(types.intp)
 
 # Files in which nothing is compiled.
-_PLAIN_PYTHON = frozenset({"engine", "huge_pages", "on_disk", "parallel", "partition", "prepared"})
+_PLAIN_PYTHON = frozenset(
+    {"engine", "huge_pages", "on_disk", "parallel", "partition", "plain_call", "prepared"}
+)
 
 # dtype of a tensor -> NumPy type of its values in memory (access.py), and the dtype of the arithmetic.
 DTYPES: dict[torch.dtype, tuple[type, type]] = {

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from numba.core.caching import IndexDataCacheFile
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
+from numba.core.runtime import rtsys
 
 _DIGEST = 32  # bytes, at the end of a file, after the content that Numba reads
 
@@ -25,7 +26,23 @@ class Kept(CFunc):
     def enable_caching(self) -> None:
         """Lets `compile` load the function from disk, or write it there."""
         super().enable_caching()
-        vars(self)["_cache"]._cache_file.__class__ = _WholeFiles
+        cache = vars(self)["_cache"]
+        cache.__class__ = _Cache
+        cache._cache_file.__class__ = _WholeFiles
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of one function."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Returns the compiled function, None where there is none that is whole.
+
+        Numba would first import all that it can compile, which takes as long as importing Numba itself. What is
+        compiled needs its memory management alone; before it compiles, Numba imports the rest.
+        """
+        rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 class _WholeFiles(IndexDataCacheFile):
