@@ -225,6 +225,7 @@ def layer_row(ratios: dict[str, float], over_floor: float, **fields: Any) -> dic
         "operation": "norm-relu",
         "dtype": "bfloat16",
         "layout": "channels-last",
+        "regime": floor.SPLIT,
         "tensor_bytes": 10**8,
         "ratios": {f"{name} / ours": {"median": found} for name, found in ratios.items()},
         "rivals": {"ours": {"over_floor": over_floor}},
@@ -233,16 +234,21 @@ def layer_row(ratios: dict[str, float], over_floor: float, **fields: Any) -> dic
 
 def test_goals_of_a_gpu_are_of_the_right_rows() -> None:
     rows = [
-        layer_row({"stock": 4.0, "compiled": 1.3}, 1.2),
-        layer_row({"stock": 1.0, "compiled": 1.0}, 1.2, operation="norm-add-relu"),
+        layer_row({"stock": 1.6, "compiled": 1.3}, 1.2),
+        layer_row({"stock": 1.25, "compiled": 0.8}, 1.2, operation="norm-add-relu"),
+        layer_row({"stock": 1.9}, 1.2, regime=floor.ONE_PASS, tensor_bytes=100),
+        layer_row({"stock": 2.2}, 1.2, regime=floor.ONE_PASS, layout="contiguous", tensor_bytes=100),
+        layer_row({"stock": 0.1}, 1.2, layout="contiguous", tensor_bytes=100),
         layer_row({"stock": 0.1}, 2.0, operation="norm"),
         layer_row({"stock": 0.1}, 9.0, dtype="float32", tensor_bytes=100),
         {"missing": "no time"},
     ]
-    stock, native, _, compiled, floors, of_main = goals.device_layer_findings(rows)
-    assert (stock.found, stock.number, stock.reached) == (pytest.approx(2.0), 2, True)
+    stock, native, _, compiled, on_chip, floors, of_main = goals.device_layer_findings(rows)
+    assert (stock.found, stock.number, stock.reached) == (pytest.approx(2**0.5), 2, True)
     assert (native.number, native.reached) == (0, False)
-    assert (compiled.found, compiled.reached) == (pytest.approx(1.3**0.5), False)
+    assert (compiled.found, compiled.reached) == (pytest.approx(1.04**0.5), False)
+    assert (on_chip.found, on_chip.number, on_chip.reached) == (pytest.approx(4.18**0.5), 2, True)
+    assert [found.asked for found in (stock, compiled, on_chip)] == ["≥ 1.4", "≥ 1.1", "≥ 2"]
     assert (floors.found, floors.worst, floors.number) == (1.2, 2.0, 3)
     assert (of_main.number, of_main.reached) == (2, True)
 

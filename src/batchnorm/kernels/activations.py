@@ -1,4 +1,4 @@
-"""The activations that a layer can apply in the same pass, and their derivatives, on torch tensors."""
+"""Defines the activations that a layer can apply in the same pass, and their derivatives, on tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# The largest numbers that round to 0: where y is 0, the derivative of relu is.
+# The largest numbers that round to 0, by dtype: where y rounds to 0, the derivative of relu is 0.
 TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 
 

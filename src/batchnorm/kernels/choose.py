@@ -1,7 +1,7 @@
-"""Which engine runs a tensor, and why.
+"""Chooses the engine that runs a tensor, and says why.
 
-The order of precedence: an override by `use` in this context, the environment variable BATCHNORM_ENGINE, then
-the tensor itself. An engine never runs what it does not take: eager runs it then, whoever asked for another.
+The order of precedence is: an override by `use` in this context, the environment variable BATCHNORM_ENGINE,
+then the tensor itself. What an engine does not take runs on eager, even where that engine was asked for.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Choice(NamedTuple):
 
 
 def choose(x: Tensor) -> Choice:
-    """Return which engine runs `x`, and why.
+    """Returns which engine runs `x`, and why.
 
     Raises:
         OptionError: the environment variable names no engine.
@@ -67,7 +67,7 @@ def choose(x: Tensor) -> Choice:
 
 
 def _chosen(x: Tensor) -> tuple[str, str | None]:
-    """Return the engine's name, and why it is eager where another one was wanted."""
+    """Returns the engine's name, and why it is eager where another one was wanted."""
     wanted = _override.get() or _environment()
     if wanted is None:
         wanted = "cpu" if x.is_cpu or x.device.type not in _GPUS else "gpu"
@@ -81,13 +81,13 @@ def _chosen(x: Tensor) -> tuple[str, str | None]:
 
 @functools.cache
 def _environment() -> str | None:
-    """What the environment variable asks for; read once, as that takes longer than a small kernel."""
+    """Returns what the environment variable asks for; reading it takes longer than a small kernel."""
     wanted = os.environ.get(ENVIRONMENT_VARIABLE)
     return _known(wanted, ENVIRONMENT_VARIABLE) if wanted else None
 
 
 def _obstacle(x: Tensor, wanted: str) -> str | None:
-    """Return what keeps the engine for CPUs or the one for GPUs from running `x`, or None."""
+    """Returns what keeps the engine for CPUs or the one for GPUs from running `x`, or None."""
     if wanted == "cpu" and not x.is_cpu:
         return f"tensors on {x.device.type}"
     if wanted == "gpu" and x.device.type not in _GPUS and not (x.is_cpu and _interprets_triton()):
@@ -105,9 +105,9 @@ def _obstacle(x: Tensor, wanted: str) -> str | None:
 
 @functools.cache
 def _missing(wanted: str) -> str | None:
-    """Return what an engine cannot be loaded without, or None.
+    """Returns what an engine cannot be loaded without, or None.
 
-    A library that is there may raise anything: Numba refuses a NumPy that is newer than itself, for one.
+    An installed library may raise anything on import: Numba refuses a NumPy that is newer than itself.
     """
     library = _LIBRARIES[wanted]
     if importlib.util.find_spec(library.lower()) is None:
@@ -122,44 +122,44 @@ def _missing(wanted: str) -> str | None:
 
 @functools.cache
 def _interprets_triton() -> bool:
-    """Whether Triton's kernels run on CPUs, in its interpreter: TRITON_INTERPRET=1 when they are imported."""
+    """Returns whether Triton's interpreter runs its kernels on CPUs: TRITON_INTERPRET=1 at their import."""
     return _missing("gpu") is None and bool(importlib.import_module(_LATER["gpu"]).IS_INTERPRETED)
 
 
 def engine(x: Tensor) -> Engine:
-    """Return the engine that runs `x`."""
+    """Returns the engine that runs `x`."""
     name, _ = _chosen(x)
     return load(name)
 
 
 def is_default() -> bool:
-    """Whether a tensor on a CPU is run by the engine for CPUs, as nothing asks for another one."""
+    """Returns whether the engine for CPUs runs tensors on a CPU: nothing asks for another one."""
     return _override.get() is None and _environment() is None and _missing("cpu") is None
 
 
 @functools.cache
 def load_plain_call() -> type[PlainCall]:
-    """Return the class of a plain call, of the engine for CPUs."""
+    """Returns `PlainCall` of the engine for CPUs, imported on first use."""
     found: type[PlainCall] = importlib.import_module("batchnorm.kernels.cpu.plain_call").PlainCall
     return found
 
 
 def compiles(device: str, dtype: torch.dtype) -> bool:
-    """Whether tensors of this kind are the engine's for GPUs, and its kernels can be shown to a compiler."""
+    """Returns whether the engine for GPUs runs such tensors, by kernels that a compiler can look into."""
     wanted = _override.get() or _environment() or "gpu"
     is_its = wanted == "gpu" and device in _GPUS and dtype in _FLOATING
     return is_its and _missing("gpu") is None and not _interprets_triton()
 
 
 def load(name: str) -> Engine:
-    """Return the engine of a name."""
+    """Returns the engine of a name."""
     if name not in ENGINES:
         ENGINES[name] = cast(Engine, importlib.import_module(_LATER[name]))
     return ENGINES[name]
 
 
 def explain(x: Tensor | torch.nn.Module) -> str:
-    """Say in one line which engine runs `x`, and why.
+    """Says in one line which engine runs `x`, and why.
 
     Args:
         x: an input `[N, C, *S]`; or a layer or model: then of inputs of the dtype and on the device of it.

@@ -1,6 +1,6 @@
-"""The engine of plain torch operations: any device, any dtype, always there.
+"""Computes the primitives by plain torch operations: the engine for any device and dtype, always there.
 
-Every elementwise step is computed in the wide dtype, over chunks of samples: a chunk's temporaries stay in
+It computes every elementwise step in the wide dtype, over chunks of samples: a chunk's temporaries stay in
 the cache, where a float64 copy of the whole input would cost a page fault for every 4 KB. Sums of chunks are
 added in order and a chunk's size is a constant, so that results do not depend on the number of threads. A
 small input is one chunk, and what both halves of a pass need is then computed once.
@@ -25,9 +25,9 @@ _ROW = 4096
 
 
 class _Chunks:
-    """How `[N, C, *S]` is cut along N: runs of samples that never straddle two groups.
+    """The chunks into which `[N, C, *S]` is cut along N; no chunk has samples of two groups.
 
-    Per-channel vectors are kept in a form that broadcasts against x: a row `[1, C, 1, ...]` per group.
+    Vectors per channel have a shape that broadcasts against x: a row `[1, C, 1, ...]` for each group.
     """
 
     def __init__(self, x: Tensor, mask: Tensor | None, group_size: int | None) -> None:
@@ -44,7 +44,7 @@ class _Chunks:
         self.single = self.groups == 1 and 0 < self.samples <= self.step
 
     def __iter__(self) -> Iterator[tuple[int, slice | None]]:
-        """Yield (group, samples of the chunk); None stands for all samples."""
+        """Yields (group, samples of the chunk); None stands for all samples."""
         if self.single:
             yield 0, None
             return
@@ -54,25 +54,25 @@ class _Chunks:
                 yield group, slice(start, min(end, start + self.step))
 
     def spread(self, vector: Tensor) -> Tensor:
-        """Return `[G, C]` or `[C]` shaped to broadcast against x."""
+        """Returns `[G, C]` or `[C]` shaped to broadcast against x."""
         return vector.view(*vector.shape, *self.spatial) if self.spatial else vector
 
     def gather(self, spread: Tensor) -> Tensor:
-        """Return `[G, C, 1, ...]` as `[G, C]`."""
+        """Returns `[G, C, 1, ...]` as `[G, C]`."""
         return spread.view(spread.shape[:2]) if self.spatial else spread
 
     def of(self, spread: Tensor, group: int) -> Tensor:
-        """Return a group's row of a spread `[G, C, 1, ...]`."""
+        """Returns a group's row of a spread `[G, C, 1, ...]`."""
         return spread if self.groups == 1 else spread[group : group + 1]
 
     def clear(self, chunk: Tensor, samples: slice | None) -> Tensor:
-        """Zero the masked positions of a fresh chunk, in place."""
+        """Zeroes the masked positions of a fresh chunk, in place."""
         if self.mask is None:
             return chunk
         return chunk.masked_fill_(~take(self.mask, samples).unsqueeze(1), 0.0)
 
     def sum(self, chunk: Tensor) -> Tensor:
-        """Return the sum of a chunk per channel, a wide row.
+        """Returns the sum of a chunk per channel, a wide row.
 
         torch splits a sum over threads by its outputs, except where there is a single one; one channel is
         therefore summed by rows of constant length first.
@@ -86,7 +86,7 @@ class _Chunks:
         return total.view([1, 1, *self.spatial])
 
     def total(self, parts: Iterator[tuple[int, tuple[Tensor, ...]]], width: int) -> tuple[Tensor, ...]:
-        """Return `width` sums, spread, of (group, sums of a chunk), added in order."""
+        """Returns `width` sums, spread, of (group, sums of a chunk), added in order."""
         sums: list[tuple[Tensor, ...] | None] = [None] * self.groups
         for group, part in parts:
             before = sums[group]
@@ -98,7 +98,7 @@ class _Chunks:
         return tuple(torch.cat(column) for column in zip(*(part or empty for part in sums), strict=True))
 
     def count(self) -> Tensor:
-        """Return the number of values per channel, `[G]`, wide."""
+        """Returns the number of values per channel, `[G]`, wide."""
         positions = math.prod(self.x.shape[2:])
         if self.mask is None:
             full, last = self.size * positions, (self.samples - (self.groups - 1) * self.size) * positions
@@ -110,19 +110,19 @@ class _Chunks:
         return torch.stack([part.sum() for part in torch.split(per_sample, self.size)])
 
     def divisor(self, count: Tensor) -> Tensor | float:
-        """Return the counts to divide spread sums by: at least 1, a number where one serves all."""
+        """Returns the counts to divide spread sums by: at least 1, a number where one serves all."""
         if self.groups == 1 and self.mask is None:
             return max(1.0, float(self.samples * math.prod(self.x.shape[2:])))
         return count.clamp(min=1).view(-1, 1, *self.spatial)
 
 
 def take(tensor: Tensor, samples: slice | None) -> Tensor:
-    """Return those samples of a tensor; None stands for all."""
+    """Returns those samples of a tensor; None stands for all."""
     return tensor if samples is None else tensor[samples]
 
 
 class _Pass:
-    """One batch normalization, chunk by chunk; what a single chunk computed is kept for the next step."""
+    """One batch normalization, chunk by chunk; what a single chunk has computed is kept for the next step."""
 
     def __init__(
         self,
@@ -143,12 +143,12 @@ class _Pass:
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def given(self, mean: Tensor, rstd: Tensor) -> Self:
-        """Take these statistics, `[G, C]` each."""
+        """Sets the statistics to normalize by, `[G, C]` each."""
         self.mean, self.rstd = self.chunks.spread(mean), self.chunks.spread(rstd)
         return self
 
     def measure(self) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Take the batch's own mean; return the count `[G]`, m2 spread, and what m2 is divided by."""
+        """Sets the mean to the batch's own; returns the count `[G]`, m2 spread, and the divisor of m2."""
         chunks = self.chunks
         count = chunks.count()
         divisor = chunks.divisor(count)
@@ -169,7 +169,7 @@ class _Pass:
         return count, chunks.total(squares(), 1)[0], divisor
 
     def centred(self, group: int, samples: slice | None) -> Tensor:
-        """Return x - mean of a chunk, wide, zero where masked."""
+        """Returns x - mean of a chunk, wide, zero where masked."""
         if self._centred is not None:
             return self._centred
         chunks = self.chunks
@@ -179,11 +179,11 @@ class _Pass:
         return found
 
     def xhat(self, group: int, samples: slice | None) -> Tensor:
-        """Return x̂ of a chunk, wide, zero where masked."""
+        """Returns x̂ of a chunk, wide, zero where masked."""
         return self.centred(group, samples) * self.chunks.of(self.rstd, group)
 
     def z(self, base: Tensor, scale: Tensor | None, samples: slice | None) -> Tensor:
-        """Return scale * base + bias + residual: z, of x̂ and weight, or of x - mean and weight * rstd."""
+        """Returns scale * base + bias + residual: z, of x̂ and weight, or of x - mean and weight * rstd."""
         if scale is None:
             z = base if self.bias is None else base + self.bias
         else:
@@ -191,7 +191,7 @@ class _Pass:
         return z if self.residual is None else z + take(self.residual, samples)
 
     def normalize(self) -> Tensor:
-        """Return y in the dtype and layout of x, zero where masked."""
+        """Returns y in the dtype and layout of x, zero where masked."""
         chunks = self.chunks
         scale = self.rstd if self.weight is None else self.rstd * self.weight
         y = torch.empty_like(chunks.x)
@@ -202,7 +202,7 @@ class _Pass:
         return y
 
     def xhat_and_dz(self, dy: Tensor, group: int, samples: slice | None) -> tuple[Tensor, Tensor]:
-        """Return x̂ and dy', dy through the activation, both wide and zero where masked."""
+        """Returns x̂ and dy', dy through the activation, both wide and zero where masked."""
         if self._kept is not None:
             return self._kept
         xhat = self.xhat(group, samples)
@@ -217,7 +217,7 @@ class _Pass:
         return found
 
     def reduce(self, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """Return Σ dy' and Σ dy' x̂, `[G, C]`."""
+        """Returns Σ dy' and Σ dy' x̂, `[G, C]`."""
         chunks = self.chunks
 
         def parts() -> Iterator[tuple[int, tuple[Tensor, ...]]]:
@@ -229,7 +229,7 @@ class _Pass:
         return chunks.gather(sum_dy), chunks.gather(sum_dy_xhat)
 
     def apply(self, dy: Tensor, coefficients: Coefficients) -> tuple[Tensor, Tensor | None]:
-        """Return dx = a dy' + b x̂ + c, and dresidual = dy'."""
+        """Returns dx = a dy' + b x̂ + c, and dresidual = dy'."""
         chunks = self.chunks
         a, b, c = map(chunks.spread, coefficients)
         dx = torch.empty_like(chunks.x)
@@ -284,7 +284,7 @@ def evaluate(
 
 
 def constants(mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return mean and rstd `[1, C]`, wide, of running statistics: copies, as these will move."""
+    """Returns mean and rstd `[1, C]`, wide, of running statistics: copies, as the originals will move."""
     wide = wide_dtype(mean.device)
     rstd = (var.detach().to(wide) + eps).rsqrt()
     return mean.detach().to(wide, copy=True).unsqueeze(0), rstd.unsqueeze(0)
@@ -338,10 +338,10 @@ def backward_apply(
 
 
 def moves(x: Tensor, running: RunningState) -> bool:  # noqa: ARG001
-    """See `interface.Engine.moves`: always left to the caller."""
+    """See `interface.Engine.moves`: this engine leaves that to the caller."""
     return False
 
 
 def activation_mask(call: Call) -> Tensor | None:  # noqa: ARG001
-    """See `interface.Engine.activation_mask`: it keeps none."""
+    """See `interface.Engine.activation_mask`: this engine keeps none."""
     return None

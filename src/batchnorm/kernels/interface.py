@@ -1,4 +1,4 @@
-"""The primitives that every engine offers: torch tensors in, torch tensors out, no autograd, no modules.
+"""Declares the primitives of every engine: torch tensors in, torch tensors out, no autograd, no modules.
 
 Notation, here and in every engine:
 
@@ -32,20 +32,20 @@ _WITHOUT_FLOAT64 = frozenset({"mps"})
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which statistics travel on `device`: float64, or float32 where that is missing."""
+    """Returns the dtype in which statistics travel on `device`: float64, or float32 where that is missing."""
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
 # a, b and c of dx = a dy' + b x̂ + c, each `[G, C]`, wide.
 Coefficients = tuple[Tensor, Tensor, Tensor]
 
-# What a call normalizes by: (mean, rstd), `[G, C]` each; or what an engine's `forward` or `evaluate` has
-# returned, in a form of its own, which the same engine reads in a later call.
+# What a call normalizes by: (mean, rstd), `[G, C]` each, which every engine takes; or what `forward` or
+# `evaluate` of an engine has returned, in a form of its own, which only that engine reads.
 Statistics = tuple[Tensor, ...]
 
 
 class Call(Protocol):
-    """A call, as an engine reads it; the layers' record of a call has these fields (`torch/call.py`)."""
+    """The fields of a call that an engine reads; the layers' record of a call has them (`torch/call.py`)."""
 
     @property
     def x(self) -> Tensor:
@@ -115,7 +115,7 @@ class RunningState(Protocol):
 
     @property
     def sequential(self) -> bool:
-        """Whether each group moves them as a batch of its own, in order.
+        """Returns whether each group moves them as a batch of its own, in order.
 
         A group of fewer than two values is passed over; `batches` grows by G. A batch is skipped as a whole.
         """
@@ -139,12 +139,12 @@ class Engine(Protocol):
     """What an engine module offers; shapes as in the notation above."""
 
     def moments(self, x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
-        """Return the moments of x: two passes, the second one centred; never E[x²] - E[x]²."""
+        """Returns the moments of x, from deviations: never E[x²] - E[x]²."""
 
     def forward(
         self, call: Call, running: RunningState | None = None, activation_mask: Tensor | None = None
     ) -> tuple[Tensor, Statistics]:
-        """Return y `[N, C, *S]`, in the dtype and layout of x, and the statistics of x.
+        """Returns y `[N, C, *S]`, in the dtype and layout of x, and the statistics of x.
 
         Args:
             call: the call.
@@ -161,20 +161,20 @@ class Engine(Protocol):
         *,
         keeps: bool = True,
     ) -> tuple[Tensor, Statistics]:
-        """Return y, normalized by running statistics, and copies of these: mean and 1 / sqrt(var + eps).
+        """Returns y, normalized by running statistics, and copies of these: mean and 1 / sqrt(var + eps).
 
         Args:
             call: the call.
             mean, var: running statistics, `[C]`.
             activation_mask: as of `forward`.
-            keeps: the copies are wanted.
+            keeps: whether the caller keeps the copies; if not, an engine need not return them.
         """
 
     def normalize(self, call: Call, statistics: Statistics, activation_mask: Tensor | None = None) -> Tensor:
-        """Return y, normalized by given statistics."""
+        """Returns y, normalized by given statistics."""
 
     def unpack(self, statistics: Statistics, channels: int) -> tuple[Moments, Tensor]:
-        """Return the moments and rstd, `[G, C]`, in what `forward` has returned."""
+        """Returns the moments and rstd, `[G, C]`, that the statistics of a `forward` hold."""
 
     def backward(
         self,
@@ -184,7 +184,7 @@ class Engine(Protocol):
         constant: bool,
         activation_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return dx, dweight, dbias and dresidual: both backward halves with no policy between them.
+        """Returns dx, dweight, dbias and dresidual: `backward_reduce` and `backward_apply`, without a policy.
 
         With n values per channel and a = weight * rstd, as mean and rstd are those of x itself:
 
@@ -199,19 +199,19 @@ class Engine(Protocol):
         """
 
     def backward_reduce(self, call: Call, dy: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """Return sum_dy = Σ dy' and sum_dy_xhat = Σ dy' x̂, each `[G, C]` in the wide dtype."""
+        """Returns sum_dy = Σ dy' and sum_dy_xhat = Σ dy' x̂, each `[G, C]` in the wide dtype."""
 
     def backward_apply(
         self, call: Call, dy: Tensor, statistics: Statistics, coefficients: Coefficients
     ) -> tuple[Tensor, Tensor | None]:
-        """Return dx = a dy' + b x̂ + c and dresidual = dy', for coefficients (a, b, c), each `[G, C]`.
+        """Returns dx = a dy' + b x̂ + c and dresidual = dy', for coefficients (a, b, c), each `[G, C]`.
 
         The statistics policy computes the coefficients, so that none is a special case here. The middle term
         takes x̂, not x: b x + c would cancel where |mean| is far above std.
         """
 
     def moves(self, x: Tensor, running: RunningState) -> bool:
-        """Whether `forward` of x can move these; else they need the framework's own operations."""
+        """Returns whether `forward` of x can move these; else they need the framework's own operations."""
 
     def activation_mask(self, call: Call) -> Tensor | None:
-        """Return memory for a bit per value, whether the activation has a slope there; None = not kept."""
+        """Returns memory for one bit per value, whether the activation has a slope there; None = not kept."""

@@ -1,4 +1,4 @@
-"""How values lie in memory, for engines that read it by address."""
+"""Tells how values lie in memory, for engines that read it by address."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...], axes: Sequence[int]) -> bool:
-    """Whether values lie side by side, of these axes the last one fastest."""
+    """Returns whether values lie side by side, in the order of these axes: the last varies fastest."""
     step = 1
     for axis in reversed(axes):
         if shape[axis] > 1 and stride[axis] != step:
@@ -19,11 +19,11 @@ def is_dense(shape: tuple[int, ...], stride: tuple[int, ...], axes: Sequence[int
 
 
 def is_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape have the same dtype and layout."""
+    """Returns whether two tensors of one shape have the same dtype and layout."""
     return a.dtype == b.dtype and a.stride() == b.stride()
 
 
 def laid_out_as(like: Tensor, values: Tensor) -> Tensor:
-    """Return values in the dtype and layout that a fresh tensor like `like` has."""
+    """Returns values in the dtype and layout that a fresh tensor like `like` has."""
     wanted = torch.empty_like(like)
     return values if is_alike(values, wanted) else wanted.copy_(values)

@@ -1,12 +1,13 @@
-"""Eager calls: forward and gradient over an engine's kernels, as autograd Functions.
+"""Runs eager calls as autograd Functions over an engine's kernels.
 
-A call without a policy between its halves is one launch each way (`_BatchNorm`). Where a policy chooses the
-statistics, or ranks share moments, its step runs between moments and normalization, and between the sums of
-the gradient and dx (`_PolicyBatchNorm`).
+`_PlainBatchNorm` runs a layer's prepared plain call. `_BatchNorm` runs any other call that normalizes by its
+batch or by running statistics, with one primitive of the engine each way. Where a policy chooses the
+statistics, or ranks share moments, `_PolicyBatchNorm` runs the policy's step between moments and
+normalization, and between the sums of the gradient and dx.
 
-Kept for the backward: x, and per channel the statistics; bias and residual only behind an activation, whose
-derivative needs them, or one bit per value in their place, if the engine keeps that. No running buffer is
-ever kept, so updating one between two forwards is safe.
+A Function saves x, the weight and the statistics per channel. It saves bias and residual only behind an
+activation, whose derivative needs them, or one bit per value in their place, if the engine keeps that. It
+never saves a running buffer, so updating one between two forwards is safe.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ _is_in_torch_func = torch._C._are_functorch_transforms_active
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-# How a call is launched: the engine; running statistics that it moves; whether those of the call are what it
-# normalizes by; memory for the activation's slopes; and a list to which its statistics are appended, as they
-# would cost a quarter of the time of a whole small stock layer as further outputs.
+# How a call is launched: the engine; the running statistics that it moves; whether it normalizes by those of
+# the call; memory for the activation's slopes; and a list to which it appends its statistics: as further
+# outputs of the Function they would cost a quarter of the time of a whole small stock layer.
 _Launch = tuple[Engine, RunningState | None, bool, Tensor | None, list[Tensor] | None]
 
 
@@ -103,7 +104,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 class _PlainBatchNorm(torch.autograd.Function):
-    """(x, weight, bias, residual, plain, found) -> y: as `_BatchNorm`, for a prepared plain call."""
+    """(x, weight, bias, residual, plain, found) -> y: as `_BatchNorm`, of a prepared plain call."""
 
     @staticmethod
     def forward(
@@ -171,7 +172,7 @@ class _PolicyBatchNorm(torch.autograd.Function):
         y = engine.normalize(call, chosen[:2])
         behind = (bias, residual) if call.activation is not None else (None, None)
         count = batch.count if isinstance(batch.count, Tensor) else None
-        # What follows the batch in a constant way is a number.
+        # Derivatives that are the same in all channels are numbers, which autograd does not save.
         saved = (value if isinstance(value, Tensor) else None for value in chosen)
         ctx.save_for_backward(x, weight, *behind, call.mask, count, batch.mean, batch.m2, *saved)
         ctx.numbers = tuple(None if isinstance(value, Tensor) else value for value in chosen)
@@ -269,7 +270,7 @@ def gradients_of(
 def _coefficients(
     weight: Tensor | None, chosen: Chosen, batch: PooledMoments, sum_dy: Tensor, sum_dy_xhat: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # A copy: memory that an array has shown is not resizable any more, and FSDP resizes its parameters'.
+    # A copy: torch cannot resize memory that an array shares, and FSDP resizes that of its parameters.
     wide = 1.0 if weight is None else weight.detach().to(sum_dy.dtype, copy=True)
     if not shows_its_memory(sum_dy):
         return gradient_coefficients(wide, chosen, batch, sum_dy, sum_dy_xhat)
@@ -286,7 +287,7 @@ def _coefficients(
 
 
 def measured(engine: Engine, call: Call, step: PolicyStep, *, strict: bool) -> tuple[PooledMoments, Chosen]:
-    """Return the moments of all ranks that share, and what the policy chooses by them.
+    """Return the moments of all ranks that share them, and what the policy chooses by these.
 
     Args:
         strict: raise NonFiniteError where moments are not finite.
@@ -311,13 +312,13 @@ def normalize_by_policy(call: Call, step: PolicyStep, *, strict: bool) -> Normal
     return Normalized(y, batch)
 
 
-# torch's `Function.apply` also looks for a `setup_context`, and for wrappers of transforms that are over. A
-# plain call has neither, and the search takes 2 µs, as long as a small kernel.
+# torch's `Function.apply` also looks for a `setup_context`, and for wrappers that ended transforms have left.
+# A plain call has neither, and the search takes 2 µs, as long as a small kernel.
 _apply: Callable[..., Any] = super(torch.autograd.Function, _PlainBatchNorm).apply
 
 
 def normalize_plain(plain: PlainCall, x: Tensor, residual: Tensor | None) -> Tensor:
-    """Run a plain call."""
+    """Run a layer's prepared plain call."""
     if not torch.is_grad_enabled():
         return plain.forward(x, residual, keeps=False)[0]
     weight, bias, *_ = plain.tensors
@@ -364,6 +365,6 @@ def _batch(engine: Engine, call: Call, statistics: tuple[Tensor, ...], *, strict
     (count, mean, m2), _ = engine.unpack(statistics, call.x.shape[1])
     if strict:
         check_finite(mean, m2)
-    if call.mask is None and len(mean) == 1:  # known here: no operation on a tensor need find it out
+    if call.mask is None and len(mean) == 1:  # the host knows the count without any operation on tensors
         return PooledMoments(float(call.x.shape[0] * math.prod(call.x.shape[2:])), mean, m2)
     return of_groups(count, mean, m2)

@@ -1,4 +1,4 @@
-"""The record of a call: its tensors, its running statistics, its options."""
+"""Defines the record of a call: its tensors, its running statistics, its options."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class RunningState(NamedTuple):
         skipped: how many batches with inf or NaN were skipped, an integer tensor of one value; None = such
             batches are not skipped.
         sequential: each group of samples moves them as a batch of its own.
-        memory: what they were in passes that checkpointing may compute again (`contexts/checkpointing.py`).
-        accumulator: takes the batch's moments, and moves them later, by several (`contexts/accumulation.py`).
+        memory: remembers them for forwards that checkpointing may recompute (`contexts/checkpointing.py`).
+        accumulator: collects the moments of several batches, which move them as one
+            (`contexts/accumulation.py`).
     """
 
     mean: Tensor | None = None
@@ -36,7 +37,7 @@ class RunningState(NamedTuple):
 
     @property
     def is_tracked(self) -> bool:
-        """Whether there is anything that a batch could move."""
+        """Whether there is a running statistic or a count that a batch moves."""
         return self.mean is not None or self.var is not None or self.batches is not None
 
     @property
@@ -65,7 +66,7 @@ class Call(NamedTuple):
         training: the mode.
         nonfinite: "propagate", "skip" or "raise": what a batch with inf or NaN does in training.
         small_batch: "raise" or "running": what one value per channel is normalized by in training.
-        label: returns how other ranks know the layer; None for a function.
+        label: returns the name by which other ranks know the layer; None for a function.
     """
 
     x: Tensor

@@ -1,9 +1,9 @@
-"""Calls as `torch.library` operators, one each way, for `torch.compile`.
+"""Runs calls under `torch.compile` as `torch.library` operators, one each way.
 
 The compiler takes each as one opaque call, so a compiled layer computes what an eager one does. There are two
-pairs: plain ones, and those with a policy between their halves. Operators that the compiler looks into are in
-`compiled_kernels.py`. Eager calls do not come here: a pair of custom operators costs more than a whole small
-stock layer.
+pairs: one for calls by the batch or given statistics, one for calls by a policy. Operators that the compiler
+looks into are in `compiled_kernels.py`. Eager calls do not use these operators: a pair of custom operators
+costs more than a whole small stock layer.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ def cast(ctx: Any, dy: Tensor, activation: str | None, mask: Tensor | None, foun
 
 
 def normalized(engine: Engine, call: Call, mean: Tensor | None, rstd: Tensor | None) -> Outputs:
-    """Return y, count, mean, m2 and rstd, in memory of their own; for given statistics, count = m2 = 0."""
+    """Return y, count, mean, m2 and rstd, none a view of another; for given statistics, count = m2 = 0."""
     if mean is None or rstd is None:
         y, statistics = engine.forward(call)
         (count, *moments), found = engine.unpack(statistics, call.x.shape[1])
-        if len(statistics) == 1:  # they are views of one tensor, which no operator may return
+        if len(statistics) == 1:  # these are views of one tensor, which an operator must not return
             return y, count.clone(), moments[0].clone(), moments[1].clone(), found.clone()
         return y, count, moments[0], moments[1], found
     y = engine.normalize(call, (mean, rstd))
@@ -137,7 +137,7 @@ def _(x: Tensor, *others: Any) -> Gradients:
 
 
 def register_gradient(operator: Any, backward: Callable[..., Gradients]) -> None:
-    """Let autograd take the gradient of an operator by another one, both with arguments as those here."""
+    """Register an operator's gradient, which another operator computes; both have arguments as those here."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, bias, residual, mask, given_mean, _, activation, _, group_size, _ = inputs

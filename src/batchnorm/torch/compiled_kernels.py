@@ -1,10 +1,11 @@
-"""The operators of `compiled.py` for GPUs, which `torch.compile` looks into: its graphs hold the kernels.
+"""Defines the operators for GPUs that `torch.compile` looks into, so that its graphs hold the kernels.
 
-So it knows what each of them reads and writes, and launches them as its own. Where sizes are symbols, which
-would have to be numbers to cut a tensor into programs, the opaque operators stay: then one graph serves every
-batch size. So they do behind a mask, whose bytes are a view that torch 2.13 cannot divide among its graphs.
+So the compiler knows what each kernel reads and writes, and launches the kernels itself. Where sizes are
+symbols, the opaque operators of `compiled.py` run, and one graph serves every batch size: cutting a tensor
+into programs takes numbers. Those operators also run calls with a mask, whose bytes are a view that torch
+2.13 cannot divide among its graphs.
 
-Imported when there is something to compile: what it needs of torch is slow to import.
+This module is imported when a call is compiled: what it needs of torch is slow to import.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .call import Call
 
 
 def _edition() -> str:
-    """Return a digest of the sources: torch keeps on disk what it made of an operator, by its arguments."""
+    """Return a digest of the sources: torch caches a compiled operator on disk by its arguments."""
     folder = Path(choose.__file__).with_name("gpu")
     sources = [Path(__file__), Path(compiled.__file__), *sorted(folder.glob("*.py"))]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
@@ -72,12 +73,12 @@ def _normalize_backward(
 
 compiled.register_gradient(_normalize, _normalize_backward)
 
-# Asked while the graph is made, and not looked into: `use` in this context holds for the graph from then on.
+# The compiler calls it once, while it makes the graph: an engine that `use` asks for then stays the graph's.
 _compiles = torch.compiler.assume_constant_result(choose.compiles)  # type: ignore[no-untyped-call]
 
 
 def can_see(call: Call) -> bool:
-    """Whether these operators take a call: of the engine for GPUs, with values, of sizes that are numbers."""
+    """Whether these operators take a call: on the engine for GPUs, not empty, with sizes that are numbers."""
     numbers: tuple[Any, ...] = (*call.x.shape, *call.x.stride(), call.eps, call.group_size or 1)
     is_static = all(has_static_value(number) for number in numbers)
     return is_static and 0 not in call.x.shape and bool(_compiles(call.x.device.type, call.x.dtype))

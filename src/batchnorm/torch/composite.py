@@ -1,6 +1,6 @@
-"""Batch normalization as plain differentiable torch operations.
+"""Computes batch normalization by plain differentiable torch operations.
 
-torch itself differentiates this form, to any order and in any mode: it serves double backward, forward-mode
+torch itself differentiates this form, to any order and in any mode. It serves double backward, forward-mode
 differentiation and the transforms of `torch.func`, where a hand-written gradient would need one of its own.
 """
 
@@ -50,7 +50,8 @@ def normalize(
         call: the call.
         given: mean and rstd to normalize by, `[1, C]` each, constants.
         step: the policy that chooses them. Without either: by the moments of each group.
-        exporting: for a runtime, which has activations in float32 (ONNX Runtime has no elu in float64).
+        exporting: whether a graph is recorded for a runtime. Activations are then computed in float32: ONNX
+            Runtime has no elu in float64.
     """
     x, mask = call.x, call.mask
     wide = cleared(x.to(wide_dtype(x.device)), mask)
@@ -97,7 +98,7 @@ def _moments(
         number = -(-samples // size)
         groups = torch.arange(samples, device=wide.device) // size
     if counted is None and groups is None:
-        count: float | Tensor = 1.0 * samples * positions  # not float(): of an exporter it may be a symbol
+        count: float | Tensor = 1.0 * samples * positions  # not float(): an exporter's size may be a symbol
     else:
         per_sample = wide.new_ones(samples, 1) * positions
         if counted is not None:
@@ -130,7 +131,7 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients by operations that torch can differentiate and transform in their turn.
 
-    That is for double backward; and for a backward in a `vmap` or in forward mode, of a forward outside it.
+    Double backward needs them, and a backward within a `vmap` or forward mode of a forward outside of it.
 
     Args:
         ctx: of an autograd Function whose first inputs are x, weight, bias and residual; it has `dtypes`
@@ -140,7 +141,7 @@ def gradients(
         given, step: as of `normalize`.
     """
     if call.bias is None and ctx.dtypes[1] is not None:
-        # Not kept, as no activation follows: any value gives the same gradient.
+        # Without an activation the bias is not saved: any value of it gives the same gradient.
         channels = call.x.shape[1]
         zeros = torch.zeros(channels, dtype=ctx.dtypes[1], device=call.x.device, requires_grad=True)
         call = call._replace(bias=zeros)

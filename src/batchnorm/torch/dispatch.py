@@ -1,10 +1,10 @@
-"""One call, from its checks to its running statistics, and the path that it takes.
+"""Runs one call, from its checks to its running statistics, on the path that it needs.
 
-a plain call on a CPU        straight to the kernels: nothing watches, transforms, compiles or exports it
-exported or traced           `exported.py`: torch's own operators
-under a transform            `composite.py`: plain differentiable operations
-under torch.compile          `compiled.py`, `compiled_policy.py`: one operator each way
-any other                    `autograd.py`: an autograd Function over the kernels
+a layer's plain call, on a CPU    `autograd.py`: prepared; nothing watches, transforms, compiles or exports it
+exported or traced                `exported.py`: torch's own operators
+under a transform                 `composite.py`: plain differentiable operations
+under torch.compile               `compiled.py`: one operator each way; `compiled_kernels.py` on GPUs
+any other                         `autograd.py`: an autograd Function over the kernels
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ _current_backward = torch._C._current_graph_task_id
 
 
 def may_repeat_plain() -> bool:
-    """Whether a layer's plain call may run again: nothing watches it, or asks for another engine.
+    """Whether a layer may run its plain call again: no torch mode is active, and no other engine is wanted.
 
-    It does not ask for transforms of `torch.func`, as tensors that they wrap show no address: a plain call of
-    such raises. Nor for `torch.jit.trace`, in which a layer forgets its plain call.
+    Two modes are left out. Under a transform of `torch.func` tensors show no address, so that a plain call
+    raises, and the layer takes another path; within `torch.jit.trace` a layer forgets its plain call.
     """
     return not (
         torch.compiler.is_dynamo_compiling()
@@ -88,7 +88,7 @@ def may_repeat_plain() -> bool:
 
 
 def plain_call(call: Call) -> PlainCall | None:
-    """Return a plain call, prepared; None where a call is not plain."""
+    """Prepare a plain call; None where the call is not plain, or no kernel takes the layout of its input."""
     if is_watched() or not choose.is_default() or not checks.is_plain(call):
         return None
     mean, var, batches, momentum, *_ = call.running
@@ -118,11 +118,11 @@ class Mode(NamedTuple):
     """What a call does with its batch.
 
     Attributes:
-        measures: it takes moments; if not, it normalizes by the running statistics.
-        moves: the running statistics then move.
-        needs_two: one value per channel is refused.
+        measures: whether it takes moments; if not, it normalizes by the running statistics.
+        moves: whether the running statistics then move.
+        needs_two: whether one value per channel is refused.
         ranks: the ranks that share moments; None = each has its own.
-        small_batch_fallback: groups of fewer than two values are normalized by the running statistics.
+        small_batch_fallback: whether the running statistics normalize groups of fewer than two values.
     """
 
     measures: bool
@@ -146,7 +146,7 @@ def mode_of(call: Call) -> Mode:
     needs_two = training and ranks is None
     small_batch_fallback = False
     if needs_two and call.small_batch == "running" and running.is_complete:
-        is_traced = bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]  # for other sizes, too
+        is_traced = bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]  # the graph serves other sizes, too
         small_batch_fallback = call.mask is not None or is_traced or _smallest_group(call) == 1
         needs_two = False
     return Mode(True, moves, needs_two, ranks, small_batch_fallback)
@@ -162,14 +162,14 @@ def _smallest_group(call: Call) -> int:
 
 
 def _for_kernels(call: Call) -> RunningState | None:
-    """Return what a kernel can move along the way, None where the statistics move apart from it."""
+    """Return the running statistics that a kernel may move in its launch; None where they move afterwards."""
     running, nonfinite = call.running, call.nonfinite
     is_apart = running.accumulator is not None or nonfinite == "raise"
     return None if is_apart or (nonfinite == "skip" and running.skipped is None) else running
 
 
 def check(call: Call, mode: Mode, *, exporting: bool) -> None:
-    """Raise unless a call can be computed; nothing has changed then."""
+    """Raise an error, before anything has changed, unless a call can be computed."""
     checks.check_activation(call.activation)
     input, running = call.x, call.running
     checks.check_eps(call.eps, call.training)
@@ -188,7 +188,7 @@ def check(call: Call, mode: Mode, *, exporting: bool) -> None:
 
 
 def _remedies(call: Call) -> str:
-    """Return what helps against one value per channel: what a call of this layer, or function, can do."""
+    """Return the remedies for one value per channel, as an error names them: of a layer, or of a function."""
     larger = "use a larger batch, drop the last batch of one (DataLoader(drop_last=True)), "
     is_tracked = call.running.is_complete
     if call.label is None:
@@ -199,7 +199,7 @@ def _remedies(call: Call) -> str:
 
 
 def normalize(call: Call, mode: Mode, running: RunningState | None = None, *, exporting: bool) -> Normalized:
-    """Take the path that this call needs; only eager kernels move `running`."""
+    """Normalize on the path that the call needs; only the kernels of an eager call move `running`."""
     if call.residual is not None:
         dtype = torch.promote_types(call.x.dtype, call.residual.dtype)
         if dtype != call.x.dtype:
@@ -243,7 +243,7 @@ def _given(call: Call, mode: Mode) -> tuple[Tensor, Tensor] | None:
 
 
 def _policy_step(call: Call, mode: Mode) -> PolicyStep | None:
-    """Return the policy's step between the halves of a call, None where there is nothing to choose."""
+    """Return the policy's step between moments and normalization; None where the policy chooses nothing."""
     policy, training, running = call.policy, call.training, call.running
     if mode.ranks is None and policy.is_plain(training) and not mode.small_batch_fallback:
         return None
@@ -257,7 +257,7 @@ def _policy_step(call: Call, mode: Mode) -> PolicyStep | None:
 
 
 def is_exported_as_stock(call: Call, mode: Mode) -> bool:
-    """Whether a call that is being exported is one of torch's own operator."""
+    """Whether the export of a call records torch's own operator."""
     if mode.moves and call.running.accumulator is not None:
         raise OptionError(
             "batchnorm.accumulate cannot be exported in training: export outside of the block, or in "

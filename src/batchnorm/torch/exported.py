@@ -1,4 +1,4 @@
-"""Calls that are being exported, as torch's own operators, which every exporter knows."""
+"""Runs calls that are being exported by torch's own operators, which every exporter knows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .checks import HALVES
 
 
 def stock(call: Call, *, measures: bool, moves: bool) -> Tensor:
-    """Normalize by torch's operators, and move the running statistics, the count apart.
+    """Normalize by torch's operators, and move the running mean and variance; the caller moves the count.
 
     Args:
         call: the call.
-        measures: by the batch; else by the running statistics.
-        moves: and move these.
+        measures: whether the batch's statistics normalize it, or the running ones.
+        moves: whether the running ones move.
     """
     input, weight, bias, residual = call.x, call.weight, call.bias, call.residual
     running_mean, running_var, batches, momentum, *_ = call.running
@@ -33,13 +33,14 @@ def stock(call: Call, *, measures: bool, moves: bool) -> Tensor:
         if not moves:
             used = tuple(None if t is None else t.float() for t in used)
     elif running_mean is not None and running_mean.dtype != input.dtype:
-        # its 16-bit form wants float32 parameters
+        # beside float32 running statistics, torch's 16-bit operator takes float32 parameters
         weight, bias = (None if t is None else t.to(running_mean.dtype) for t in (weight, bias))
     if momentum is None:
         momentum = 0.0 if batches is None else 1.0 / (batches + 1).to(wide_dtype(batches.device))
     is_apart = widens and any(t is not None and t.dtype != input.dtype for t in used)
     if moves and (is_apart or isinstance(momentum, Tensor)):
-        # torch's operator takes a number, and its own dtype: read the batch off it, and move by hand
+        # torch's operator takes a number as momentum, and running statistics in its own dtype. With momentum
+        # 1 it writes the statistics of the batch, by which the running ones then move.
         mean, var = (
             None if t is None else torch.zeros_like(t, dtype=input.dtype if is_apart else None) for t in used
         )
@@ -52,11 +53,11 @@ def stock(call: Call, *, measures: bool, moves: bool) -> Tensor:
         mean, var = used
         y = F.batch_norm(input, mean, var, weight, bias, measures, number, call.eps)
     y = behind(y, residual, call.activation)
-    return y if y.dtype == dtype else y.to(dtype)  # no operator in the graph that does nothing
+    return y if y.dtype == dtype else y.to(dtype)  # the same dtype would be an operator of the graph
 
 
 def _widens(input: Tensor) -> bool:
-    """Whether a 16-bit call is written to a file as float32 within: cast, normalized, activated, cast back.
+    """Whether a 16-bit call is exported in float32: cast, normalized, activated, cast back.
 
     As one operator of mixed dtypes, ONNX's optimizer (onnxscript 0.7) folds its float32 parameters into the
     16-bit ones of a convolution or Gemm before it, and no runtime reads that; and few activations have a form

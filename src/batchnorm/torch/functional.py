@@ -1,4 +1,4 @@
-"""Batch normalization as functions, `batchnorm.functional`."""
+"""Defines the functions of `batchnorm.functional`."""
 
 from __future__ import annotations
 
@@ -220,9 +220,9 @@ def normalize_batch(
     return y, PooledMoments(count, mean.detach(), m2.detach())
 
 
-@_disable_dynamo  # a process group has no graph; this decorator does not import Dynamo
+@_disable_dynamo  # no graph holds a process group; this decorator does not import Dynamo
 def gather_ranks(values: Tensor, label: str) -> Tensor | None:
-    """Gather a tensor over the default process group: for layers that pool moments by themselves.
+    """Gather a tensor over the default process group, for layers that pool moments themselves.
 
     Args:
         values: floating, of any shape, the same on all ranks; differentiable to any order.
@@ -232,8 +232,8 @@ def gather_ranks(values: Tensor, label: str) -> Tensor | None:
         `[R, *values.shape]`, in the order of the ranks; None where there is one process.
 
     Raises:
-        RankError: (a RuntimeError) a rank did not come to this layer within the group's own timeout, or came
-            to another one.
+        RankError: (a RuntimeError) a rank did not call this layer within the group's own timeout, or called
+            another one.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return None

@@ -1,4 +1,4 @@
-"""BatchNorm1d, BatchNorm2d and BatchNorm3d: the layers of `torch.nn`, with more."""
+"""Defines BatchNorm1d, BatchNorm2d and BatchNorm3d: drop-ins for the layers of `torch.nn`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from batchnorm.kernels.cpu.plain_call import PlainCall
 
 _BATCH = Batch()
-# What a layer has for as long as it is in a context, or has a backward before it.
+# Attributes of a context, of forwards that may be recomputed, or of prepared calls: no copy or file has them.
 PASSING = ("_memory", "_plain", "_accumulator", "_scope", "_domain")
 
 
@@ -55,7 +55,7 @@ class _Layer(OneNode, OwnBuffers):
     _accumulator: Accumulator | None = None
     _scope: Scope | None = None
     _plain: PlainCall | None = None
-    _domain: int | None = None  # whose statistics are in use; None = of 0, in no context
+    _domain: int | None = None  # whose statistics are in use; None = of domain 0, outside of any context
     _thawed: Policy  # what `unfreeze` gives back
     _learned: dict[str, bool]  # which parameters learned before `freeze`
     _activation_at: tuple[nn.Module, ...]  # the modules that applied the activation before `fuse`
@@ -154,7 +154,7 @@ class _Layer(OneNode, OwnBuffers):
         return self._buffers.get("skipped")
 
     def _add_domains(self, domains: int) -> None:
-        """Have several running statistics; each starts as those that are there."""
+        """Add running statistics for further domains, each a copy of those of domain 0."""
         if domains > 1:
             add_domains(self, domains)
             self.domains = domains
@@ -198,9 +198,9 @@ class _Layer(OneNode, OwnBuffers):
             return self._normalize(input, residual, mask)
         except BatchNormError as error:
             if torch.compiler.is_compiling():
-                raise  # torch then runs the call eagerly, and it comes here again
+                raise  # torch then runs the call eagerly, and the eager call names the layer
             raise error.at(qualified_name(self)) from None
-        except Exception as error:  # of torch, for what no check looks at: a state that somebody broke
+        except Exception as error:  # of torch, where no check looks: a damaged state, for one
             if not isinstance(input, Tensor):
                 raise not_a_tensor(input).at(qualified_name(self)) from None
             if not torch.compiler.is_compiling():
@@ -215,7 +215,7 @@ class _Layer(OneNode, OwnBuffers):
     def mask_for(
         self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor | None:
-        """Return the mask that a call with these arguments would heed, `[N, *S]`: for those who listen."""
+        """Return the mask that a call with these arguments uses, `[N, *S]`; `calibrate` asks for it."""
         if lengths is not None:
             return mask_of_lengths(lengths, input)
         masked = None if self._scope is None else self._scope.masked
@@ -245,7 +245,7 @@ class _Layer(OneNode, OwnBuffers):
         policy, training = self._statistics, self.training
         try:  # as torch's attributes, but in a tenth of the time
             weight, bias = self._parameters["weight"], self._parameters["bias"]
-        except KeyError:  # parametrized, or taken apart by FSDP
+        except KeyError:  # parametrized, or sharded by FSDP
             weight, bias = self.weight, self.bias
         running = self._running_state()
         if running.mean is None and running.var is None and not training:
@@ -278,12 +278,12 @@ class _Layer(OneNode, OwnBuffers):
         return normalize_plain(plain, input, residual)
 
     def _running_state(self) -> RunningState:
-        """Return the running statistics that are in use, and what goes with them."""
+        """Return the running statistics that are in use, with their counts and options."""
         buffers = self._buffers
         try:
             mean, var = buffers["running_mean"], buffers["running_var"]
             batches = buffers["num_batches_tracked"] if self.track_running_stats else None
-        except KeyError:  # of attributes that are no buffers
+        except KeyError:  # they are attributes, and no buffers
             mean, var = self.running_mean, self.running_var
             batches = self.num_batches_tracked if self.track_running_stats else None
         return RunningState(
@@ -298,7 +298,7 @@ class _Layer(OneNode, OwnBuffers):
         )
 
     def _recall(self, policy: Policy) -> Memory | None:
-        """Return what remembers the running statistics, if training normalizes by them while they move."""
+        """Return the memory of the running statistics, if training normalizes by them while they move."""
         is_needed = policy.needs_running or self._small_batch == "running"
         if not is_needed or not policy.measures(training=True) or torch.compiler.is_compiling():
             return None
@@ -309,7 +309,7 @@ class _Layer(OneNode, OwnBuffers):
     def _name(self) -> str:
         """Return the name by which other ranks know the layer: that of its first shared call."""
         if self._label is None:
-            if torch.compiler.is_compiling():  # nobody may look at the stack
+            if torch.compiler.is_compiling():  # the compiler cannot trace a look at the stack
                 return f"{type(self).__name__} of {self.num_features} channels"
             self._label = qualified_name(self)
         return self._label
@@ -342,7 +342,7 @@ class _Layer(OneNode, OwnBuffers):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a file has of the layer: contexts that it is in are this one's alone."""
+        """Return the state of a copy or file; the contexts that the layer is in are not part of it."""
         state = {name: value for name, value in vars(self).items() if name not in PASSING}
         if self._domain:
             state["_buffers"] = dict(self._buffers)

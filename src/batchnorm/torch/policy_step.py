@@ -1,4 +1,4 @@
-"""The statistics policy of one call: it stands between the moments and the normalization by them."""
+"""Runs the statistics policy of one call, between its moments and the normalization by them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class OfTorch:
-    """The functions of arrays that policies take, of torch."""
+    """torch's functions of arrays, as policies call them."""
 
     sqrt = staticmethod(torch.sqrt)
     clip = staticmethod(torch.clip)
@@ -29,7 +29,7 @@ class OfTorch:
 
 
 class OfNumPy:
-    """The same, of NumPy: on a CPU its operations on a few hundred numbers take a third of torch's time."""
+    """NumPy's functions: on a CPU they take a third of torch's time for a few hundred numbers."""
 
     sqrt = staticmethod(np.sqrt)
     clip = staticmethod(np.clip)
@@ -49,10 +49,10 @@ class PolicyStep(NamedTuple):
         policy: as it stands on the layer.
         training: the mode.
         known: running statistics, wide, and more; copies that no later step changes.
-        ranks: who shares statistics; None = nobody.
-        label: how other ranks know the layer.
-        small_batch_fallback: groups of fewer than two values are normalized by the running statistics.
-        memory: what the running statistics were in passes that may come again; None where it does not matter.
+        ranks: the ranks that share statistics; None = no other rank does.
+        label: the name by which other ranks know the layer.
+        small_batch_fallback: whether the running statistics normalize groups of fewer than two values.
+        memory: remembers the running statistics for forwards that may be recomputed; None = not needed.
     """
 
     policy: Policy
@@ -66,9 +66,9 @@ class PolicyStep(NamedTuple):
     def share(
         self, batch: PooledMoments, *, differentiable: bool = False
     ) -> tuple[PooledMoments, float | Tensor]:
-        """Return the moments of all who share, and the number of samples that these have.
+        """Return the moments of all ranks that share them, and the number of samples that these ranks have.
 
-        One packet: the number of samples; count, mean and m2 of each group.
+        One packet carries the number of samples, and count, mean and m2 of each group.
         """
         if self.ranks is None:
             return batch, self.known.samples
@@ -100,7 +100,7 @@ class PolicyStep(NamedTuple):
         return total[0], total[1]
 
     def recalled(self, batch: PooledMoments) -> PolicyStep:
-        """Return the choice with what was known in the first pass, if this one is computed again."""
+        """Return the step with the running statistics of the first pass, if this forward is a recompute."""
         if self.memory is None:
             return self
         return self._replace(known=self.memory.known(self.known, batch, self.training))
@@ -109,12 +109,12 @@ class PolicyStep(NamedTuple):
         """Return what the call normalizes by, `[G, C]` each or a number, given what `share` returned.
 
         Args:
-            plain: without a graph or a transform.
+            plain: whether no graph is built and no transform is active, so that NumPy may compute it.
         """
         known = self.known._replace(samples=samples)
         if not (plain and shows_its_memory(batch.mean)):
             return self._choose(batch, known, OfTorch)
-        with np.errstate(all="ignore"):  # inf and NaN are no news: torch says nothing of them
+        with np.errstate(all="ignore"):  # torch does not warn of inf and NaN either
             found = self._choose(PooledMoments(*map(array, batch)), Known(*map(array, known)), OfNumPy)
         return Chosen(*map(tensor, found))
 
@@ -132,7 +132,7 @@ class PolicyStep(NamedTuple):
 
 
 def shows_its_memory(values: Tensor) -> bool:
-    """Whether `array` can have them: a plain tensor on a CPU, and none without values, such as a fake one."""
+    """Whether `array` can share the memory of a tensor: a plain one on a CPU; fake tensors have no memory."""
     return values.is_cpu and type(values) is Tensor
 
 
@@ -154,13 +154,13 @@ def known_to(
     eps: float,
     like: torch.dtype,
 ) -> Known:
-    """Return what a policy may know: wide copies of the running statistics."""
+    """Return what a policy reads besides the moments: wide copies of the running statistics."""
     mean, var = (None if t is None else t.detach().to(like, copy=True) for t in (running_mean, running_var))
     return Known(mean, var, None if batches is None else batches.detach().clone(), samples, eps)
 
 
 def samples_of(x: Tensor, mask: Tensor | None) -> float | Tensor:
-    """Return the number of samples with a value that counts, wide: of an integer, shares would be float32."""
+    """Return the number of samples with a value that counts; wide, as fractions of integers are float32."""
     if mask is None:
-        return 1.0 * x.shape[0]  # not float(): of an exporter it may be a symbol
+        return 1.0 * x.shape[0]  # not float(): an exporter's size may be a symbol
     return mask.unsqueeze(1).flatten(1).any(1).sum(dtype=wide_dtype(x.device))

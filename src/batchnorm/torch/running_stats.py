@@ -1,4 +1,4 @@
-"""How the running statistics of a layer move, where no kernel did it along the way."""
+"""Moves the running statistics of a layer where no kernel has done so in its launch."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _momentum(running: RunningState, number: int, like: Tensor) -> float | Tenso
         return running.momentum
     if running.batches is None:
         return 0.0  # as torch.nn does, which then has nothing to average over
-    return 1.0 / (running.batches + (number + 1)).to(like.dtype)  # stays on the device
+    return 1.0 / (running.batches + (number + 1)).to(like.dtype)  # the host does not wait for it
 
 
 def _check_writable(running: RunningState) -> None:

@@ -1,4 +1,4 @@
-"""The Numba engine: see `interface.Engine`.
+"""Computes the primitives of `interface.Engine` by kernels in Numba.
 
 Its form of statistics is one tensor, `[G + 3 G C]`: count `[G]`, then mean, m2 and rstd `[G, C]` each.
 """
@@ -200,12 +200,12 @@ def moves(x: Tensor, running: RunningState) -> bool:
 
 
 def activation_mask(call: Call) -> Tensor | None:  # noqa: ARG001
-    """See `interface.Engine.activation_mask`: it keeps none."""
+    """See `interface.Engine.activation_mask`: this engine keeps none."""
     return None
 
 
 def _is_readable(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel may read a tensor of such numbers by its address."""
+    """Returns whether a kernel may read a tensor of such numbers by its address."""
     return (
         (type(values) is Tensor or type(values) is torch.nn.Parameter)
         and values.dtype is dtype
@@ -215,14 +215,14 @@ def _is_readable(values: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _is_writable(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel may write to it, too."""
+    """Returns whether a kernel may also write to a tensor."""
     return _is_readable(values, dtype) and not values.requires_grad and not values.is_inference()
 
 
 def _prepared(
     x: Tensor, masked: bool, group_size: int | None, activation: str | None, what: Pass
 ) -> tuple[Tensor, Prepared]:
-    """Return x, or a dense copy of it, and the launch for it."""
+    """Returns x, or a dense copy of it, and the launch for it."""
     prepared = prepare(x.shape, x.stride(), x.dtype, masked, group_size, activation, what)
     if prepared.is_dense and not x.is_neg():
         return x, prepared
@@ -235,19 +235,19 @@ def _contiguous(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _laid_out(values: Tensor, x: Tensor) -> Tensor:
-    """Return values in the dtype and layout of x."""
+    """Returns values in the dtype and layout of x."""
     if is_alike(values, x) and not values.is_neg():
         return values
     return torch.empty_like(x).copy_(values)
 
 
 def _output(x: Tensor, prepared: Prepared) -> Tensor:
-    """Return memory for an output in the layout of x."""
+    """Returns memory for an output in the layout of x."""
     return huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
 
 
 def _inputs(args: KernelArgs, x: Tensor, real: torch.dtype, call: Call) -> tuple[Tensor | None, ...]:
-    """Set the addresses of what a call reads besides statistics; return what is to outlive the launch."""
+    """Sets the addresses of all inputs but statistics; returns tensors that must outlive the launch."""
     weight, bias, residual, mask = call.weight, call.bias, call.residual, call.mask
     args.x = x.data_ptr()
     if weight is not None:
@@ -268,7 +268,7 @@ def _inputs(args: KernelArgs, x: Tensor, real: torch.dtype, call: Call) -> tuple
 
 
 def _given(args: KernelArgs, statistics: Statistics) -> Statistics:
-    """Set the addresses of statistics; return what is to outlive the call."""
+    """Sets the addresses of statistics; returns tensors that must outlive the launch."""
     if len(statistics) == 1:
         args.statistics = statistics[0].data_ptr()
         return statistics
@@ -278,7 +278,7 @@ def _given(args: KernelArgs, statistics: Statistics) -> Statistics:
 
 
 def _parameters(weight: Tensor | None, prepared: Prepared) -> tuple[Tensor, Tensor]:
-    """Return memory for dweight and dbias, in the dtype of the arithmetic, which the weight has."""
+    """Returns memory for dweight and dbias, in the dtype of the arithmetic, which the weight has."""
     if weight is None:
         shape = (prepared.channels,)
         return _EMPTY.new_empty(shape, dtype=prepared.real), _EMPTY.new_empty(shape, dtype=prepared.real)
@@ -286,7 +286,7 @@ def _parameters(weight: Tensor | None, prepared: Prepared) -> tuple[Tensor, Tens
 
 
 def _running(args: KernelArgs, running: RunningState) -> list[Tensor]:
-    """Set the addresses of running statistics that the kernel moves, and return them."""
+    """Sets the addresses of running statistics that the kernel moves, and returns them."""
     mean, var, batches, skipped = running.mean, running.var, running.batches, running.skipped
     args.momentum = running.momentum
     written = []
@@ -306,7 +306,7 @@ def _running(args: KernelArgs, running: RunningState) -> list[Tensor]:
 
 
 def _move_by_groups(args: KernelArgs, prepared: Prepared, sequential: bool) -> None:
-    """Move the running statistics by several groups, whose moments are there."""
+    """Moves the running statistics by several groups, whose moments are computed."""
     pooled = _EMPTY.new_empty(2, prepared.channels)
     args.pooled_mean, args.pooled_m2 = (row.data_ptr() for row in pooled)
     args.sequential = sequential
@@ -314,7 +314,7 @@ def _move_by_groups(args: KernelArgs, prepared: Prepared, sequential: bool) -> N
 
 
 def _run_groups(args: KernelArgs, prepared: Prepared) -> None:
-    """Run a backward of several groups, and then add up their dweight and dbias."""
+    """Runs a backward of several groups, and then adds up their dweight and dbias."""
     addresses = args.dweight, args.dbias
     args.dweight = args.dbias = 0
     scratch = _EMPTY.new_empty(args.local // _EMPTY.element_size())
@@ -326,7 +326,7 @@ def _run_groups(args: KernelArgs, prepared: Prepared) -> None:
 
 
 def _run_over_groups(name: str, args: KernelArgs, prepared: Prepared) -> None:
-    """Put several groups together, behind a forward or a backward."""
+    """Merges several groups, after a forward or a backward."""
     args.tasks = args.total = tasks = math.ceil(prepared.channels / CHANNELS)
     args.next = args.finished = 0
     is_small = prepared.groups * prepared.channels <= FEW

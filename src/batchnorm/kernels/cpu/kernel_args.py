@@ -1,4 +1,4 @@
-"""What a kernel is told: one record of addresses and numbers, filled in Python and read in the kernel."""
+"""Defines a kernel's arguments: one record of addresses and numbers, filled in Python, read in the kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .vector import function
 # Addresses, 0 where there is none. Tensors are dense; statistics are float64, `[G, C]`.
 _ADDRESSES = (
     "statistics",  # count `[G]`, mean, m2, rstd; the four are found from here, where it is given
-    "scratch",  # what a pass needs besides: `locate_moments` and `locate_sums` say what lies where
+    "scratch",  # further memory of a pass; `locate_moments` and `locate_sums` say what lies where
     "x",
     "y",
     "residual",
@@ -68,7 +68,7 @@ _NUMBERS = (
     "moves",  # whether running statistics move at the end
     "takes",  # whether mean and rstd are those of the running statistics, and written first
     "sequential",  # whether each group moves them in turn
-    "spoiled",  # whether a group's moments are not finite, where somebody wants to know
+    "spoiled",  # whether a group's moments are not finite, where `skipped` is given
     "tasks",  # of a pass over the tensor
     "merges",  # tasks that merge the parts' statistics between two passes; 0 where there is one pass
     "total",  # tasks in all
@@ -84,13 +84,13 @@ _REALS = (
 
 
 _COUNTERS = (
-    "next",  # task that nobody has taken yet
+    "next",  # the first task that no thread has taken
     "finished",  # number of tasks that are done, of several passes
 )
 
 
 class KernelArgs(ctypes.Structure):
-    """The record, as Python fills it."""
+    """The record as Python fills it."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in (*_ADDRESSES, *_NUMBERS)),
@@ -118,7 +118,7 @@ NEXT, FINISHED = KernelArgs.next.offset, KernelArgs.finished.offset  # bytes fro
 
 @function
 def read(address: Any) -> Any:
-    """Return the record at an address."""
+    """Returns the record at an address."""
     return carray(pointer(address), (1,), _RECORD)[0]
 
 
@@ -130,7 +130,7 @@ def locate_moments(args: Any, local: Any) -> None:
 
     Args:
         args: the call's arguments.
-        local: memory of the thread, for a call that is given none.
+        local: memory of the call's only thread, for a call without memory of its own.
     """
     groups, size = args.groups, args.groups * args.channels
     _locate_statistics(args, args.statistics if args.statistics else local)
@@ -177,25 +177,25 @@ def _locate_statistics(args: Any, statistics: Any) -> None:
 
 @function
 def numbers(address: Any, size: Any) -> Any:
-    """Return `size` float64 numbers at an address, as an array; nothing is copied."""
+    """Returns `size` float64 numbers at an address, as an array; nothing is copied."""
     return carray(pointer(address), (size,), np.float64)
 
 
 @function
 def table(workspace: Any, start: Any, rows: Any, columns: Any, real: Any) -> Any:
-    """Return a part of a thread's workspace as a table, from byte `start` on."""
+    """Returns a part of a thread's workspace as a table, from byte `start` on."""
     return carray(pointer(workspace.ctypes.data + start), (rows, columns), real)
 
 
 @function
 def plain(value: Any) -> Any:
-    """Return a number; of all the NaNs there are, the usual one (see `access._narrowed`)."""
+    """Returns a number; for any NaN, NumPy's own (see `access._narrowed`)."""
     return value if value == value else np.nan
 
 
 @function
 def parameter(address: Any, channel: Any, missing: Any, real: Any) -> Any:
-    """Return a channel's weight or bias in float64; `missing` where there is none."""
+    """Returns a channel's weight or bias in float64; `missing` where there is none."""
     if address == 0:
         return missing
     return plain(np.float64(carray(pointer(address), (channel + 1,), real)[channel]))
@@ -203,20 +203,20 @@ def parameter(address: Any, channel: Any, missing: Any, real: Any) -> Any:
 
 @function
 def set_parameter(address: Any, channel: Any, value: Any, real: Any) -> None:
-    """Write a channel's number, in the dtype of the arithmetic; nothing where there is no address."""
+    """Writes a channel's number, in the dtype of the arithmetic; nothing where there is no address."""
     if address:
         carray(pointer(address), (channel + 1,), real)[channel] = value
 
 
 @function
 def is_valid(args: Any, unit: Any) -> Any:
-    """Whether the mask, of one byte per unit, leaves a unit in."""
+    """Returns whether the mask, of one byte per unit, leaves a unit in."""
     return args.mask == 0 or carray(pointer(args.mask), (unit + 1,), np.uint8)[unit] != 0
 
 
 @function
 def clear(table: Any) -> None:
-    """Set a table's numbers to 0; NumPy's own spelling takes Numba a second to compile."""
+    """Sets a table's numbers to 0; NumPy's own spelling takes Numba a second to compile."""
     for row in range(table.shape[0]):
         for column in range(table.shape[1]):
             table[row, column] = 0

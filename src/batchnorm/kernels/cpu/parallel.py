@@ -1,7 +1,7 @@
-"""A kernel's tasks, on as many threads as torch has: torch's own, so that nobody waits for a second pool's.
+"""Runs a kernel's tasks on torch's own threads, so that no second pool competes with these for the cores.
 
-Each thread takes the next task that nobody has taken. Tasks do not depend on each other, so neither does the
-result on who does which.
+Each thread takes the next task that no thread has taken. Results do not depend on which thread runs which
+task.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from .kernel_args import KernelArgs
 
-# Values from which threads are worth waking: below, one is done before the others are up.
+# Values from which it is worth to wake threads: below, one thread is done before the others have woken.
 FEW = 2**15
 
 _in_a_child = False
@@ -33,7 +33,7 @@ if hasattr(os, "register_at_fork"):  # where there is a fork, the parent's threa
 
 
 def run(kernel: int, args: KernelArgs, tasks: int) -> None:
-    """Run a kernel, given by its address, on a record of so many tasks."""
+    """Runs a kernel, given by its address, on a record of so many tasks."""
     threads = min(tasks, torch.get_num_threads())
     if threads == 1 or _in_a_child:
         worker(kernel)(ctypes.addressof(args))
@@ -43,13 +43,13 @@ def run(kernel: int, args: KernelArgs, tasks: int) -> None:
 
 @functools.cache
 def worker(kernel: int) -> Callable[[int], None]:
-    """Return the compiled function at an address; the GIL is free while it runs."""
+    """Returns the compiled function at an address; the GIL is free while it runs."""
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)
 
 
 @functools.cache
 def _on_threads() -> Callable[[int, int, int], None]:
-    """What runs a compiled function on several threads at a time."""
+    """Returns a function that runs a compiled function on several threads at a time."""
     try:
         # By the handle of torch's own library, the loader finds the OpenMP that torch uses.
         torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

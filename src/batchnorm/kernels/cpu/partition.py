@@ -1,4 +1,4 @@
-"""How a tensor is cut into tasks: by its shape and layout alone, so that results do not depend on threads."""
+"""Decides how a tensor is cut into tasks, by shape and layout alone: results do not depend on threads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _BLOCK = 1024  # columns of a block otherwise: a multiple of a vector
 _CACHED = 2**17  # values that stay in a core's cache
 _NARROW = 128  # columns of a block that are worth a task of their own
 _SPAN = 2**16  # values of a task of several groups or channels, at most
-_TASKS = 16  # enough for the threads of most machines, and to even out what each of them gets to do
+_TASKS = 16  # enough for the threads of most machines, and for an even share of work
 _PART, _PARTS = 2**17, 32  # values of a part at least, and number of parts at most
 
 
 class Partition(NamedTuple):
-    """A call's tasks; what the numbers mean, kernel_args.py says.
+    """The tasks of a call; kernel_args.py says what the numbers mean.
 
     Attributes:
         is_dense: whether the tensor is laid out as one of the two that there are kernels for.
@@ -46,7 +46,7 @@ class Partition(NamedTuple):
 def partition(
     shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_size: int | None
 ) -> Partition:
-    """Return the tasks for a tensor `[N, C, *S]` that is not empty.
+    """Returns the tasks for a tensor `[N, C, *S]` that is not empty.
 
     Args:
         shape, stride: of the tensor.
@@ -90,11 +90,11 @@ def partition(
 
 
 def _columns(positions: int) -> int:
-    """Return the columns of a block of short planes: whole ones, and whole vectors of columns."""
+    """Returns the columns of a block of short planes: whole ones, and whole vectors of columns."""
     planes = 16 // math.gcd(16, positions)
     return max(1, _ROW // (planes * positions)) * planes * positions
 
 
 def _parts(tasks: int, values: int) -> int:
-    """Return into how many parts each task is cut, of which all have so many values."""
+    """Returns the number of parts into which each of so many tasks, of so many values, is cut."""
     return 1 if tasks >= _TASKS else max(1, min(_PARTS // tasks, values // _PART))

@@ -1,9 +1,9 @@
-"""A plain call of a layer, prepared: verified once, and run again on inputs of the same kind.
+"""Runs a layer's plain call, verified once, again on inputs of the same kind.
 
-A plain call has float tensors, a weight and a bias in the dtype of the arithmetic, no mask and no groups, and
-normalizes by its batch and moves running statistics, or normalizes by these. What depends on its tensors'
-shapes, dtypes and addresses alone is kept: then a small layer takes less time than torch's own. No value is
-kept, and every run asks for the addresses anew.
+A plain call has float tensors, a weight and a bias in the dtype of the arithmetic, no mask and no groups. It
+normalizes by its batch and moves running statistics, or it normalizes by these. What depends on shapes,
+strides, dtypes and addresses alone is kept, so that a small layer spends little time outside of its kernel.
+No value is kept: every run reads the layer's tensors, after it has compared their addresses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _strided = torch.strided
 
 
 class PlainCall:
-    """A plain call of a layer.
+    """A plain call of a layer, prepared for inputs of one shape, strides and dtype.
 
     Args:
         x: an input `[N, C, *S]`, dense.
@@ -80,7 +80,7 @@ class PlainCall:
 
     @property
     def is_dense(self) -> bool:
-        """Whether there are kernels for the layout of the input."""
+        """Returns whether there are kernels for the layout of the input."""
         return self._forward.is_dense
 
     def takes(
@@ -90,7 +90,10 @@ class PlainCall:
         parameters: Mapping[str, Tensor | None],
         buffers: Mapping[str, Tensor | None],
     ) -> bool:
-        """Return whether an input is of the same kind, and the layer's tensors are where they were."""
+        """Returns whether an input is of the same kind, and the layer's tensors are where they were.
+
+        A tensor whose `.data` was replaced by another view that begins at the same address is not noticed.
+        """
         weight, bias, mean, var, batches = self.tensors
         at_weight, at_bias, at_mean, at_var, at_batches = self._addresses
         return (
@@ -128,7 +131,7 @@ class PlainCall:
         )
 
     def forward(self, x: Tensor, residual: Tensor | None, keeps: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Return y and the statistics that normalized it, in the form of the engine; None if not kept."""
+        """Returns y and the statistics that normalized it, in the form of the engine; None if not kept."""
         prepared, args = self._forward, _copied(self._template)
         y = huge_pages.empty_like(x) if prepared.is_huge else _empty_like(x)
         args.x, args.y = x.data_ptr(), y.data_ptr()
@@ -155,7 +158,7 @@ class PlainCall:
         residual: Tensor | None,
         statistics: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return dx, dweight, dbias and dresidual; bias and residual are needed behind an activation."""
+        """Returns dx, dweight, dbias and dresidual; bias and residual are needed behind an activation."""
         prepared, args = self._backward, _copied(self._backward.template)
         if dy.stride() != self._stride or dy.dtype is not self._dtype or dy.is_neg():
             dy = _empty_like(x).copy_(dy)

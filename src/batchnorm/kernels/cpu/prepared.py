@@ -1,7 +1,7 @@
-"""Launches of kernels, prepared once for all calls that have the same shapes, strides, dtypes and options.
+"""Prepares launches of kernels, once for all calls that have the same shape, strides, dtype and options.
 
-Deciding how a tensor is cut, and filling a kernel's record, take longer than the kernel of a small layer. As
-they depend on no value and no address, both are kept: a call copies the record, sets addresses, and runs.
+Deciding how a tensor is cut, and filling a kernel's record, take longer than the kernel of a small layer.
+Both depend on no value and no address, and are kept: a call copies the record, sets addresses, and runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .statistics import CHANNELS
 Pass = Literal["moments", "normalize", "evaluate", "forward", "reduce", "apply", "backward"]
 
 _KEPT = 1024  # launches; the least recently used one goes
-# What a kernel is told of a partition.
+# The fields of a partition that a kernel's record has, too.
 _CUT = ("channels", "positions", "groups", "units", "group_units", "parts", "columns", "block", "span")
 _PLANE = 128  # values side by side from which a tensor is normalized as it lies in memory, plane by plane
 _PLANES = 2**15  # values of such a task
@@ -44,13 +44,13 @@ _NUMBER = 8  # bytes of a number of statistics or scratch
 
 
 class Prepared:
-    """One kind of launch.
+    """A launch for calls of one kind.
 
     Attributes:
         is_dense: whether the tensor is laid out as one of the two that there are kernels for.
         channels, groups: C and G.
         statistics: how many numbers count, mean, m2 and rstd are.
-        scratch: how many numbers a pass needs besides; 0 where its only thread has memory for them.
+        scratch: how many further numbers a pass needs; 0 where its only thread has memory for them.
         real: dtype of the arithmetic, and of weight and bias.
         is_small: whether one thread runs it.
         is_huge: whether outputs are worth huge pages.
@@ -96,7 +96,7 @@ class Prepared:
         self._work: Callable[[int], None] = worker(self._kernel)
 
     def run(self, args: KernelArgs) -> None:
-        """Run the kernel."""
+        """Runs the kernel."""
         if self.is_small:
             self._work(ctypes.addressof(args))
         else:
@@ -113,7 +113,7 @@ def prepare(
     activation: str | None,
     what: Pass,
 ) -> Prepared:
-    """Return the launch for a tensor `[N, C, *S]` that is not empty; for one that is not dense, of a copy.
+    """Returns the launch for a tensor `[N, C, *S]` that is not empty; for one that is not dense, of a copy.
 
     Args:
         shape, stride, dtype: of the tensor.
@@ -153,7 +153,7 @@ def prepare(
 
 
 def _workspace(family: str, cut: Partition, number: int) -> int:
-    """Return how many bytes a thread computes in; `number`: bytes of a number of the arithmetic."""
+    """Returns how many bytes a thread computes in; `number`: bytes of a number of the arithmetic."""
     if family == "planes":
         return PARAMETERS * LANES * number
     wide = min(cut.block, cut.columns) + LANES

@@ -1,4 +1,4 @@
-"""The Triton engine: see `interface.Engine`."""
+"""Computes the primitives of `interface.Engine` by kernels in Triton."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = N
 
 
 class _Measured(NamedTuple):
-    """A call of which the moments alone are wanted."""
+    """The record of a call that computes moments alone."""
 
     x: Tensor
     mask: Tensor | None
@@ -62,7 +62,7 @@ class _Measured(NamedTuple):
 
 
 def _measured(launches: Launches, eps: float, running: dict[str, Any]) -> Statistics:
-    """Return the moments, taken in parts, and rstd."""
+    """Returns the moments, taken in parts, and rstd."""
     partition = launches.partition
     found = _tables(launches)
     tables = launches.tables(3, partition.parts)
@@ -122,7 +122,7 @@ def evaluate(
 
 
 def _constants(mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return mean and rstd = 1 / sqrt(var + eps), `[1, C]`, copied."""
+    """Returns mean and rstd = 1 / sqrt(var + eps), `[1, C]`, copied."""
     real = mean.dtype
     if real not in _REALS or not all(_is_plain(t, real, mean) for t in (mean, var)):
         return constants(mean, var, eps)
@@ -141,7 +141,7 @@ def forward(
     """See `interface.Engine.forward`."""
     launches = Launches(call, activation_mask)
     moved = _moved(running)
-    # A batch of one group that is never skipped moves them along the way.
+    # The statistics of one group that is never skipped move in the launch that finds its moments.
     is_apart = running is not None and (launches.partition.groups > 1 or running.skipped is not None)
     within = {} if is_apart else moved
     if launches.partition.is_whole:
@@ -182,7 +182,7 @@ def _moved(running: RunningState | None) -> dict[str, Any]:
 
 
 def _sums(launches: Launches, dy: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
-    """Return the gradient's sums, of parts."""
+    """Returns the gradient's sums, of parts."""
     partition = launches.partition
     parts = dict(
         zip(("part_count", "part_dy", "part_dy_xhat"), launches.tables(3, partition.parts), strict=True)
@@ -201,7 +201,7 @@ def _sums(launches: Launches, dy: Tensor, mean: Tensor, rstd: Tensor) -> dict[st
 def _applied(
     launches: Launches, dy: Tensor, mean: Tensor, rstd: Tensor, slopes: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return dx and dresidual, in the layout of x."""
+    """Returns dx and dresidual, in the layout of x."""
     steps, out = launches.steps(), _outputs(launches)
     given = {"dy": dy, "mean": mean, "rstd": rstd}
     launches.run(gradient.differentiate, steps["parts"], **steps, **given, **slopes, **out, **launches.affine)
@@ -251,7 +251,7 @@ def backward_apply(
 
 
 def _returned(launches: Launches, dresidual: Tensor | None, residual: Tensor | None) -> Tensor | None:
-    """Return dresidual as the residual is laid out; as x, where activation_mask stand for it."""
+    """Returns dresidual in the layout of the residual, or of x where an activation mask replaces that."""
     if dresidual is None or residual is None:
         return dresidual
     return launches.returned(dresidual, residual)
@@ -317,7 +317,7 @@ def moves(x: Tensor, running: RunningState) -> bool:
 
 
 def _is_plain(values: Tensor, dtype: torch.dtype, like: Tensor) -> bool:
-    """Whether a kernel may read and write a tensor."""
+    """Returns whether a kernel may read and write a tensor."""
     return (
         (type(values) is Tensor or type(values) is torch.nn.Parameter)
         and values.dtype == dtype

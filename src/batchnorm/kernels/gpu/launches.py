@@ -1,4 +1,4 @@
-"""One call: its tensors in the layout of x, and what all of its kernels are told."""
+"""Launches the kernels of one call, with the arguments that they have in common."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .partition import merging, partition, power
 
 
 class Launches:
-    """One call: its tensors in the layout of x, and what all of its kernels are told."""
+    """One call: its tensors in the layout of x, and the arguments that its kernels have in common."""
 
     def __init__(self, call: Call, activation_mask: Tensor | None = None) -> None:
         x = call.x.resolve_neg() if call.x.is_neg() else call.x
@@ -36,26 +36,26 @@ class Launches:
         self.bias = None if call.bias is None else call.bias.contiguous()
 
     def laid_out(self, values: Tensor) -> Tensor:
-        """Return values in the dtype and layout of x."""
+        """Returns values in the dtype and layout of x."""
         if is_alike(values, self.x) and not values.is_neg():
             return stored(values)
         return torch.empty_like(self.x).copy_(values)
 
     def returned(self, output: Tensor, like: Tensor) -> Tensor:
-        """Return an output in the dtype and layout of what the caller gave."""
+        """Returns an output in the dtype and layout of what the caller gave."""
         return output if like is self.x else laid_out_as(like, output)
 
     def tables(self, number: int, *sizes: int) -> list[Tensor]:
-        """Return room for so many tables per group and channel, `[*sizes, G, C]`; no views of one tensor.
+        """Returns memory for so many tables per group and channel, `[*sizes, G, C]`; no views of one tensor.
 
-        A compiler that sees a kernel write into several views of a tensor copies that after each.
+        A compiler that sees a kernel write into several views of a tensor copies the tensor after each write.
         """
         shape = (*sizes, self.partition.groups, self.partition.channels)
         return [torch.empty(shape, dtype=torch.float64, device=self.x.device) for _ in range(number)]
 
     @property
     def tiles(self) -> dict[str, Any]:
-        """Where a kernel finds the values of its tiles."""
+        """The arguments by which a kernel finds the values of its tiles."""
         partition = self.partition
         return {
             "mask": self.mask,
@@ -72,7 +72,7 @@ class Launches:
 
     @property
     def affine(self) -> dict[str, Any]:
-        """What z is made of, apart from x and its statistics."""
+        """The arguments of z, besides x and its statistics."""
         return {
             "residual": self.residual,
             "weight": self.weight,
@@ -84,21 +84,21 @@ class Launches:
 
     @property
     def whole(self) -> dict[str, Any]:
-        """What a kernel is told that takes whole channels."""
+        """The arguments of kernels whose programs take whole channels."""
         return {"tiles": self.partition.tiles, "SINGLE": self.partition.tiles == 1}
 
     def run(self, kernel: Any, parts: int, /, **arguments: Any) -> None:
-        """Launch a kernel over tiles."""
+        """Launches a kernel over tiles."""
         programs = self.partition.channel_tiles * parts * self.partition.groups
         launch(kernel, programs, self.partition.warps, self.x, arguments | {"x": self.x} | self.tiles)
 
     def steps(self) -> dict[str, int]:
-        """Into how many parts tiles are cut where each value is read once, and of how many tiles."""
+        """Returns the number of parts, and of tiles in each, for kernels that read each value once."""
         span, tiles = self.partition.tiles, self.partition.step_tiles
         return {"parts": math.ceil(span / tiles), "tiles": tiles, "span": span}
 
     def merge(self, kernel: Any, **arguments: Any) -> None:
-        """Launch a kernel over parts."""
+        """Launches a kernel over parts."""
         partition = self.partition
         block, channels = merging(partition.parts, partition.channels)
         shape = {"channels": partition.channels, "groups": partition.groups, "parts": partition.parts}
@@ -107,7 +107,7 @@ class Launches:
         launch(kernel, programs, 4, self.x, arguments | shape | sizes)
 
     def close(self, kernel: Any, **arguments: Any) -> None:
-        """Launch a kernel that puts groups together."""
+        """Launches a kernel that merges groups."""
         partition = self.partition
         block = min(32, power(partition.groups))
         channels = min(32, power(partition.channels))
