@@ -6,6 +6,7 @@ between two calls, and compare each call with a float64 stock layer of the value
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import threading
@@ -325,3 +326,76 @@ def test_unusual_running_statistics_move_as_in_stock(kind: str, training: bool) 
     layer = UNUSUAL[kind]().train(training)
     for _ in range(3):
         assert_exact(layer, *batch())
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_a_transform_takes_no_plain_call(activation: str | None) -> None:
+    """Neither one of the input, nor of something else, nor of a cotangent, nor forward mode."""
+    warm = batchnorm.BatchNorm1d(3, activation=activation).eval()
+    with torch.no_grad():
+        warm.running_mean.normal_()
+        warm.weight.uniform_(0.5, 2)
+    fresh = copy.deepcopy(warm)
+    x, scale, dy = torch.randn(4, 5, 3).unbind(1)[0], torch.randn(4, 3), torch.randn(4, 3)
+    many = torch.randn(6, 4, 3)
+
+    def found(layer: nn.Module, again: bool) -> list[Tensor]:
+        def call(t: Tensor) -> Tensor:
+            if again:
+                layer(x)  # so that the layer has a plain call of this kind
+            return layer(t)
+
+        y = call(leaf := x.clone().requires_grad_())
+        return [
+            torch.func.grad(lambda t: (call(t) * dy).sum())(x),
+            torch.func.grad(lambda t: (call(x) * t * dy).sum())(scale),
+            torch.func.jvp(call, (x,), (scale,))[1],
+            torch.func.vmap(call)(many),
+            torch.func.vmap(lambda t: call(x) * t)(many),
+            torch.autograd.grad(y, leaf, many, is_grads_batched=True)[0],
+            torch.autograd.functional.hessian(lambda t: call(t).pow(3).sum(), x),
+        ]
+
+    for ours, expected in zip(found(warm, True), found(fresh, False), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_within_a_transform_that_cannot_write_a_warm_layer_refuses_as_a_fresh_one() -> None:
+    layer, x = batchnorm.BatchNorm1d(3), torch.randn(5, 3)
+    layer(x)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(batchnorm.errors.OptionError, match=r"torch\.func cannot write"):
+        torch.func.grad(lambda t: layer(t).pow(3).sum())(x)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_jit_trace_records_torchs_own_operators_after_plain_calls() -> None:
+    layer, x = batchnorm.BatchNorm1d(3).eval(), torch.randn(5, 3)
+    expected = layer(x)
+    traced = torch.jit.trace(layer, (x,))
+    assert "aten::batch_norm" in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), expected)
+
+
+def test_parameters_of_16_bits_are_read_anew_and_have_gradients_of_16_bits() -> None:
+    layer = batchnorm.BatchNorm1d(3, activation="relu").to(torch.bfloat16)
+    x, dy = torch.randn(6, 3).bfloat16(), torch.randn(6, 3).bfloat16()
+    for scale in (1.0, 2.0):
+        layer.weight.data.fill_(scale)
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(dy)
+        with batchnorm.kernels.use("cpu"):  # the general path, of the same kernels
+            other = copy.deepcopy(layer)
+            other.zero_grad()
+            again = x.clone().requires_grad_()
+            expected = other(again)
+            expected.backward(dy)
+        assert torch.equal(y, expected)
+        assert torch.equal(leaf.grad, again.grad)
+        assert layer.weight.grad.dtype == torch.bfloat16
+        assert torch.equal(layer.weight.grad, other.weight.grad)
+        assert torch.equal(layer.bias.grad, other.bias.grad)

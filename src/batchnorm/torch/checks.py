@@ -55,12 +55,14 @@ def is_plain(call: Call) -> bool:
     real = _REALS.get(dtype)
     if len(shape) < 2 or shape[0] < 1 + training or not x.numel():
         return False
-    channels = shape[1]
+    channels, learned = shape[1], weight.dtype
     mean, var, batches, momentum, _, _, _, accumulator = running
-    for vector in (weight, bias, mean, var):
+    if learned is not bias.dtype or (learned is not real and learned is not dtype):
+        return False
+    for vector, wanted in ((weight, learned), (bias, learned), (mean, real), (var, real)):
         if not (
             (type(vector) is _Parameter or type(vector) is Tensor)
-            and vector.dtype is real
+            and vector.dtype is wanted
             and vector.is_cpu
             and vector.numel() == channels
             and vector.stride() == (1,)

@@ -44,6 +44,7 @@ class PlainCall:
         "_dtype",
         "_forward",
         "_moved",
+        "_real",
         "_shape",
         "_stride",
         "_template",
@@ -75,6 +76,8 @@ class PlainCall:
         self._moved = list(running) if training else []
         args = _copied(self._forward.template)
         args.weight, args.bias, args.running_mean, args.running_var, args.batches = self._addresses
+        # Parameters of 16 bits are widened anew in each run.
+        self._real = None if weight.dtype is self._forward.real else self._forward.real
         args.eps, args.momentum = eps, momentum
         self._template = bytes(args)
 
@@ -144,6 +147,9 @@ class PlainCall:
             args.scratch = scratch.data_ptr()
         if residual is not None:
             args.residual = residual.data_ptr()
+        if self._real is not None:
+            weight, bias = self.tensors[0].to(self._real), self.tensors[1].to(self._real)
+            args.weight, args.bias = weight.data_ptr(), bias.data_ptr()
         prepared.run(args)
         if self._moved:
             _increment_version(self._moved)
@@ -160,6 +166,9 @@ class PlainCall:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Returns dx, dweight, dbias and dresidual; bias and residual are needed behind an activation."""
         prepared, args = self._backward, _copied(self._backward.template)
+        dtype = weight.dtype
+        if self._real is not None:
+            weight, bias = weight.to(self._real), None if bias is None else bias.to(self._real)
         if dy.stride() != self._stride or dy.dtype is not self._dtype or dy.is_neg():
             dy = _empty_like(x).copy_(dy)
         dx = huge_pages.empty_like(x) if prepared.is_huge else _empty_like(x)
@@ -181,4 +190,6 @@ class PlainCall:
             dresidual = huge_pages.empty_like(x) if prepared.is_huge else _empty_like(x)
             args.residual, args.dresidual = residual.data_ptr(), dresidual.data_ptr()
         prepared.run(args)
+        if self._real is not None:
+            dweight, dbias = dweight.to(dtype), dbias.to(dtype)
         return dx, dweight, dbias, dresidual

@@ -40,6 +40,7 @@ _PLANES = 2**15  # values of such a task
 # through the caches; in evaluation the next layer reads y at once.
 _STREAM, _STREAM_GIVEN = 2**19, 2**22
 _HUGE = 2**22  # bytes from which an output is worth huge pages
+_FEW_GIVEN = 2**17  # values from which threads are worth waking for one pass over them
 _NUMBER = 8  # bytes of a number of statistics or scratch
 
 
@@ -73,14 +74,21 @@ class Prepared:
     )
 
     def __init__(
-        self, cut: Partition, args: KernelArgs, kernel_name: str, dtype: torch.dtype, masked: bool, what: Pass
+        self,
+        cut: Partition,
+        values: int,
+        args: KernelArgs,
+        kernel_name: str,
+        dtype: torch.dtype,
+        masked: bool,
+        what: Pass,
     ) -> None:
-        values = cut.units * (cut.positions if cut.family == "planes" else 1) * cut.channels
         size, parts = cut.groups * cut.channels, cut.parts
         self.is_dense, self.channels, self.groups = cut.is_dense, cut.channels, cut.groups
         self.real = torch.float64 if dtype == torch.float64 else torch.float32
         self.is_huge = values * dtype.itemsize >= _HUGE
-        self.is_small = values <= FEW or args.tasks == 1
+        few = _FEW_GIVEN if what in ("normalize", "evaluate") else FEW
+        self.is_small = values <= few or args.tasks == 1
         self.statistics, self.scratch = cut.groups + 3 * size, 0
         if what in ("moments", "forward") and parts > 1:
             self.scratch = parts * (cut.groups + 2 * size)
@@ -149,7 +157,7 @@ def prepare(
     args.total = passes * args.tasks + args.merges
     args.workspace = _workspace(family, cut, 8 if dtype == torch.float64 else 4)
     name = f"{family}_{'backward' if is_backward else 'forward'}"
-    return Prepared(cut, args, name, dtype, masked, what)
+    return Prepared(cut, values, args, name, dtype, masked, what)
 
 
 def _workspace(family: str, cut: Partition, number: int) -> int:
