@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import batchnorm
 from batchnorm.kernels.cpu import engine as cpu
 from batchnorm.kernels.cpu import huge_pages, jit, parallel
 from batchnorm.kernels.cpu.partition import partition
+from batchnorm.kernels.cpu.prepared import prepare
 from tests.support.cases import Case
 from tests.support.compare import assert_close, reference_results
 from tests.support.primitives import Primitives
@@ -370,3 +372,16 @@ def test_a_nan_of_any_bits_stays_one_in_bfloat16() -> None:
     weight = torch.tensor([-1, 0x7FFFFFFF, 0x3F800000], dtype=torch.int32).view(torch.float32)
     y, *_ = engine.forward(x, 1e-5, weight)
     assert y.isnan().all(0).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("what", ["forward", "backward", "evaluate", "normalize"])
+@pytest.mark.parametrize("layout", ["planes", "short planes", "channels-last", "[N, C]"])
+def test_large_calls_run_on_threads_and_in_huge_pages_in_every_layout(layout: str, what: Any) -> None:
+    shape = {"short planes": (32, 1024, 14, 14), "[N, C]": (4096, 1024)}.get(layout, (32, 64, 56, 56))
+    x = torch.empty(shape)
+    if layout == "channels-last":
+        x = x.to(memory_format=torch.channels_last)
+    launch = prepare(x.shape, x.stride(), x.dtype, False, None, None, what)
+    assert (launch.is_small, launch.is_huge) == (False, True)
+    tiny = prepare((4, 8), (8, 1), x.dtype, False, None, None, what)
+    assert (tiny.is_small, tiny.is_huge) == (True, False)
