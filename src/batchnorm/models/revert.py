@@ -12,7 +12,7 @@ from batchnorm.errors import OptionError
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
-from batchnorm.torch.checks import HALVES
+from batchnorm.torch.call import HALVES
 from batchnorm.torch.layers import OPTIONS, OURS, beyond_stock
 from batchnorm.torch.sync import SyncBatchNorm
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class RunningState(NamedTuple):

@@ -14,11 +14,8 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.serialized import POLICIES
 
-from .call import Call
+from .call import HALVES, Call
 from .quantization import REVERT_FIRST
-
-HALVES = (torch.float16, torch.bfloat16)
-
 
 # dtype of an input -> of the arithmetic, which running statistics have too.
 _REALS = {

@@ -7,7 +7,7 @@ differentiation and the transforms of `torch.func`, where a hand-written gradien
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +15,21 @@ from torch import Tensor
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments
+from batchnorm.statistics.policy import Chosen
 
 from .call import Call
 
-if TYPE_CHECKING:
-    from .policy_step import PolicyStep
+
+class Step(Protocol):
+    """What a policy does between moments and normalization; `policy_step.PolicyStep` has it."""
+
+    def share(
+        self, batch: PooledMoments, *, differentiable: bool = False
+    ) -> tuple[PooledMoments, float | Tensor]:
+        """Return the moments of all ranks that share, and the number of their samples."""
+
+    def choose(self, batch: PooledMoments, samples: float | Tensor) -> Chosen:
+        """Return what the call normalizes by."""
 
 
 class Normalized(NamedTuple):
@@ -40,7 +50,7 @@ class Normalized(NamedTuple):
 def normalize(
     call: Call,
     given: tuple[Tensor, Tensor] | None = None,
-    step: PolicyStep | None = None,
+    step: Step | None = None,
     *,
     exporting: bool = False,
 ) -> Normalized:
@@ -127,7 +137,7 @@ def gradients(
     call: Call,
     dy: Tensor,
     given: tuple[Tensor, Tensor] | None = None,
-    step: PolicyStep | None = None,
+    step: Step | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients by operations that torch can differentiate and transform in their turn.
 

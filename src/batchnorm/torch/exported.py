@@ -10,8 +10,7 @@ from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.batch import running_update
 
-from .call import Call
-from .checks import HALVES
+from .call import HALVES, Call
 
 
 def stock(call: Call, *, measures: bool, moves: bool) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .checks import HALVES
+from .call import HALVES
 from .contexts.domains import running_names
 
 

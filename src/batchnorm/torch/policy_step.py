@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,12 @@ from batchnorm.statistics.policy import Chosen, Known, Policy
 
 from .collectives import operations as collectives
 
-if TYPE_CHECKING:
-    from .contexts.checkpointing import Memory
+
+class Recall(Protocol):
+    """Running statistics of passes that may come again; `contexts.checkpointing.Memory` has them."""
+
+    def known(self, known: Known, batch: PooledMoments, training: bool) -> Known:
+        """Return what the first pass of a call knew."""
 
 
 class OfTorch:
@@ -61,7 +65,7 @@ class PolicyStep(NamedTuple):
     ranks: collectives.Ranks | None = None
     label: str = ""
     small_batch_fallback: bool = False
-    memory: Memory | None = None
+    memory: Recall | None = None
 
     def share(
         self, batch: PooledMoments, *, differentiable: bool = False

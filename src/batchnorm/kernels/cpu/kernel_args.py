@@ -160,8 +160,9 @@ def locate_sums(args: Any, local: Any) -> None:
     args.c = args.b + 8 * size
     args.sum_dy = args.c + 8 * size
     args.sum_dy_xhat = args.sum_dy + 8 * size
-    args.part_dy, args.part_dy_xhat = args.sum_dy, args.sum_dy_xhat
-    if args.parts > 1:
+    if args.parts == 1:
+        args.part_dy, args.part_dy_xhat = args.sum_dy, args.sum_dy_xhat
+    else:
         args.part_dy = args.sum_dy_xhat + 8 * size
         args.part_dy_xhat = args.part_dy + 8 * args.parts * size
 
