@@ -6,6 +6,7 @@ between two calls, and compare each call with a float64 stock layer of the value
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import subprocess
 import sys
@@ -399,3 +400,105 @@ def test_parameters_of_16_bits_are_read_anew_and_have_gradients_of_16_bits() -> 
         assert layer.weight.grad.dtype == torch.bfloat16
         assert torch.equal(layer.weight.grad, other.weight.grad)
         assert torch.equal(layer.bias.grad, other.bias.grad)
+
+
+class _Hooks:
+    """Hooks that return another tensor than was saved."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.change = change
+
+    def __enter__(self) -> None:
+        self._context = torch.autograd.graph.saved_tensors_hooks(self.change, lambda t: t)
+        self._context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.contiguous() if t.dim() == 4 else t,
+        lambda t: torch.empty(t.size(), dtype=t.dtype).copy_(t),  # as `save_on_cpu(pin_memory=True)`
+        lambda t: t.clone().as_strided(t.shape, t.stride()) if t.dim() != 1 else t.repeat_interleave(2)[::2],
+    ],
+    ids=["another layout", "copied", "strided vectors"],
+)
+def test_saved_tensors_that_hooks_have_changed_give_the_same_gradients(
+    change: Callable[[Tensor], Tensor],
+) -> None:
+    layer = batchnorm.BatchNorm2d(3, activation="gelu")
+    x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    residual, dy = torch.randn_like(x), torch.randn_like(x)
+    found = []
+    for hooks in (_Hooks(lambda t: t), _Hooks(change)):
+        leaves = [t.clone().requires_grad_() for t in (x, residual)]
+        with hooks:
+            y = layer(*leaves)
+        found.append(torch.autograd.grad(y, (*leaves, layer.weight, layer.bias), dy))
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_an_engine_asked_for_by_a_context_that_outlives_its_block_is_heeded() -> None:
+    layer, x = batchnorm.BatchNorm1d(3), torch.randn(5, 3, requires_grad=True)
+    layer(x)
+    with batchnorm.kernels.use("eager"):
+        context = contextvars.copy_context()
+    assert "Plain" in type(layer(x).grad_fn).__name__
+    assert "Plain" not in type(context.run(layer, x).grad_fn).__name__
+
+
+def test_a_backward_keeps_the_engine_of_its_forward() -> None:
+    layer, x = batchnorm.BatchNorm1d(3).eval(), torch.randn(5, 3, requires_grad=True)
+    y = layer(x)
+    with batchnorm.kernels.use("eager"):
+        (found,) = torch.autograd.grad(y.pow(2).sum(), layer.weight, create_graph=True)
+    (expected,) = torch.autograd.grad(layer(x).pow(2).sum(), layer.weight)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_trace_of_a_model_that_calls_forward_records_torchs_own_operators() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = batchnorm.BatchNorm1d(3).eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm.forward(x)
+
+    model, x = Model(), torch.randn(5, 3)
+    model(x)
+    assert "aten::batch_norm" in str(torch.jit.trace(model, (x,)).inlined_graph)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_residual_is_named_as_one() -> None:
+    layer, x = batchnorm.BatchNorm2d(3), torch.randn(4, 3, 8, 8)
+    nested = torch.nested.nested_tensor([torch.randn(3, 8, 8) for _ in range(4)])
+    for _ in range(2):
+        with pytest.raises(batchnorm.errors.InputTypeError, match="residual is a nested tensor"):
+            layer(x, nested)
+        layer(x)
+
+
+def test_a_layer_keeps_no_graph_of_a_computed_weight() -> None:
+    layer, x = batchnorm.BatchNorm1d(3), torch.randn(5, 3)
+    base = torch.ones(3, requires_grad=True)
+    torch.func.functional_call(layer, {"weight": base * 2, "bias": torch.zeros(3)}, (x,))
+    assert layer._plain is None or layer._plain.tensors[0].grad_fn is None
+
+
+def test_a_tensor_of_a_transform_that_is_over_is_normalized() -> None:
+    layer, kept = batchnorm.BatchNorm1d(3).eval(), []
+    x = torch.randn(5, 3)
+
+    def leak(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t.sum()
+
+    torch.func.grad(leak)(x)
+    for _ in range(2):
+        torch.testing.assert_close(layer(kept[0]), layer(x))

@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -37,9 +36,7 @@ _ENGINE_FOR = {"cpu": "the engine for CPUs", "gpu": "the engine for GPUs"}
 # Devices that Triton compiles for; AMD's GPUs are called cuda by torch.
 _GPUS = frozenset({"cuda", "xpu"})
 _override: ContextVar[str | None] = ContextVar("batchnorm_engine", default=None)
-# Whether `use` is in force in any context: where it is not, nobody need ask which one this is.
-is_any_forced = False
-_forced_lock, _number_forced = threading.Lock(), 0
+forced = _override.get  # the engine that `use` asks for in this context, or None
 
 _FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
@@ -193,19 +190,10 @@ def use(name: str) -> Iterator[None]:
         OptionError: there is no such engine.
     """
     token = _override.set(_known(name, "batchnorm.kernels.use"))
-    _count_forced(1)
     try:
         yield
     finally:
-        _count_forced(-1)
         _override.reset(token)
-
-
-def _count_forced(more: int) -> None:
-    global _number_forced, is_any_forced
-    with _forced_lock:
-        _number_forced += more
-        is_any_forced = _number_forced > 0
 
 
 def _known(name: str, source: str) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from batchnorm.kernels.choose import engine
+from batchnorm.kernels.choose import engine, load
 from batchnorm.kernels.interface import Engine, RunningState
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Chosen, gradient_coefficients
@@ -61,6 +61,8 @@ class _BatchNorm(torch.autograd.Function):
         launch: _Launch,
     ) -> Tensor:
         engine, running, constant, activation_mask, found = launch
+        if x is not call.x:  # torch has taken off the wrapper of a transform that is over
+            call = call._replace(x=x, weight=weight, bias=bias, residual=residual)
         if constant:
             mean, var = call.running.mean, call.running.var
             y, statistics = engine.evaluate(call, mean, var, activation_mask)  # type: ignore[arg-type]
@@ -136,17 +138,22 @@ class _PlainBatchNorm(torch.autograd.Function):
         x, weight, bias, residual, statistics = ctx.saved_tensors
         plain: PlainCall = ctx.plain
         gradients: Gradients | None = None
-        if not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+        is_saved = plain.is_as_saved(x, weight, bias, residual, statistics)
+        if is_saved and not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
             try:
                 gradients = plain.backward(x, dy, weight, bias, residual, statistics)
             except RuntimeError:  # of a batch of cotangents, or within a transform, tensors show no address
                 if not _is_differentiated(dy):
                     raise
         if gradients is None:
-            call = Call(x, weight, bias, residual, None, plain.activation, plain.eps)
-            given = None if plain.training else _mean_and_rstd(engine(x), call, (statistics,))
+            call, own = Call(x, weight, bias, residual, None, plain.activation, plain.eps), load("cpu")
             ctx.dtypes = (weight.dtype, weight.dtype, x.dtype)
-            gradients = composite.gradients(ctx, call, dy, given)
+            if _is_differentiated(dy):
+                given = None if plain.training else _mean_and_rstd(own, call, (statistics,))
+                gradients = composite.gradients(ctx, call, dy, given)
+            else:
+                found = own.backward(call, dy, (statistics,), not plain.training)
+                gradients = _cast(ctx, found, dy, plain.activation, None)
         dx, dweight, dbias, dresidual = gradients
         if plain.activation is None and ctx.needs_input_grad[3]:
             dresidual = dy
@@ -169,6 +176,8 @@ class _PolicyBatchNorm(torch.autograd.Function):
         batch: PooledMoments,
         chosen: Chosen,
     ) -> Tensor:
+        if x is not call.x:  # torch has taken off the wrapper of a transform that is over
+            call = call._replace(x=x, weight=weight, bias=bias, residual=residual)
         y = engine.normalize(call, chosen[:2])
         behind = (bias, residual) if call.activation is not None else (None, None)
         count = batch.count if isinstance(batch.count, Tensor) else None
@@ -326,7 +335,7 @@ def normalize_plain(plain: PlainCall, x: Tensor, residual: Tensor | None) -> Ten
     y: Tensor = _apply(x, weight, bias, residual, plain, found)
     if found is not None:
         call = Call(x, weight, bias, residual, None, plain.activation, plain.eps)
-        output_recipes.record(y, engine(x), call, tuple(found))
+        output_recipes.record(y, load("cpu"), call, tuple(found))
     return y
 
 

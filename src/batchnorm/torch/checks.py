@@ -56,6 +56,8 @@ def is_plain(call: Call) -> bool:
     mean, var, batches, momentum, _, _, _, accumulator = running
     if learned is not bias.dtype or (learned is not real and learned is not dtype):
         return False
+    if weight.grad_fn is not None or bias.grad_fn is not None:  # a layer would keep their graph alive
+        return False
     for vector, wanted in ((weight, learned), (bias, learned), (mean, real), (var, real)):
         if not (
             (type(vector) is _Parameter or type(vector) is Tensor)
@@ -87,6 +89,7 @@ def is_plain(call: Call) -> bool:
         and residual.dtype is dtype
         and residual.is_cpu
         and residual.layout is _strided
+        and not residual.is_nested
         and residual.shape == shape
         and residual.stride() == x.stride()
         and not residual.is_neg()

@@ -32,7 +32,7 @@ from .composite import Normalized
 from .exported import behind, stock
 from .policy_step import PolicyStep, known_to, samples_of
 from .running_stats import check_finite, move
-from .tracing import is_exporting, is_recomputed, is_transforming, is_watched
+from .tracing import is_exporting, is_recomputed, is_transforming, is_watched, may_hide_addresses
 
 if TYPE_CHECKING:
     from batchnorm.kernels.cpu.plain_call import PlainCall
@@ -68,14 +68,15 @@ def batch_norm(call: Call) -> Tensor:
 
 _is_intercepted = torch._C._is_torch_function_mode_enabled
 _number_of_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
 _current_backward = torch._C._current_graph_task_id
 
 
 def may_repeat_plain() -> bool:
     """Whether a layer may run its plain call again: no torch mode is active, and no other engine is wanted.
 
-    Two modes are left out. Under a transform of `torch.func` tensors show no address, so that a plain call
-    raises, and the layer takes another path; within `torch.jit.trace` a layer forgets its plain call.
+    It leaves out transforms of `torch.func`, under which tensors show no address: a plain call then raises,
+    and the layer takes another path.
     """
     return not (
         torch.compiler.is_dynamo_compiling()
@@ -83,13 +84,14 @@ def may_repeat_plain() -> bool:
         or _number_of_dispatch_modes() > 0
         or forward_ad._current_level >= 0
         or _current_backward() != -1
-        or choose.is_any_forced
+        or _is_tracing()
+        or choose.forced() is not None
     )
 
 
 def plain_call(call: Call) -> PlainCall | None:
     """Prepare a plain call; None where the call is not plain, or no kernel takes the layout of its input."""
-    if is_watched() or not choose.is_default() or not checks.is_plain(call):
+    if is_watched() or may_hide_addresses(call.x) or not choose.is_default() or not checks.is_plain(call):
         return None
     mean, var, batches, momentum, *_ = call.running
     running: Any = (mean, var, batches)

@@ -31,7 +31,7 @@ from .own_buffers import OwnBuffers, counter
 from .quantization import refuse_to_fuse
 from .scripted import stock_twin
 from .symbolic import ITSELF, OneNode, is_symbolic
-from .tracing import is_transforming, may_be_recomputed
+from .tracing import may_be_recomputed, may_hide_addresses
 
 if TYPE_CHECKING:
     from batchnorm.kernels.cpu.plain_call import PlainCall
@@ -207,11 +207,6 @@ class _Layer(OneNode, OwnBuffers):
                 error.add_note(f"This was raised in the layer {qualified_name(self)}.")
             raise
 
-    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward within `torch.jit.trace`, which no plain call shows its operators."""
-        self._plain = None
-        return super()._slow_forward(*args, **kwargs)  # type: ignore[no-untyped-call]
-
     def mask_for(
         self, input: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor | None:
@@ -239,7 +234,7 @@ class _Layer(OneNode, OwnBuffers):
                 try:
                     return normalize_plain(plain, input, residual)
                 except RuntimeError:
-                    if not is_transforming():
+                    if not may_hide_addresses(input):
                         raise
         self._check_input_dim(input)
         policy, training = self._statistics, self.training

@@ -87,3 +87,8 @@ def is_watched() -> bool:
         or _is_tracing()
         or _current_backward() != -1
     )
+
+
+def may_hide_addresses(x: Tensor) -> bool:
+    """Whether a transform of `torch.func` is active, or has left its wrapper around a tensor."""
+    return is_transforming() or torch._C._functorch.is_functorch_wrapped_tensor(x)

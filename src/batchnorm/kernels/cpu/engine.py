@@ -270,8 +270,9 @@ def _inputs(args: KernelArgs, x: Tensor, real: torch.dtype, call: Call) -> tuple
 def _given(args: KernelArgs, statistics: Statistics) -> Statistics:
     """Sets the addresses of statistics; returns tensors that must outlive the launch."""
     if len(statistics) == 1:
-        args.statistics = statistics[0].data_ptr()
-        return statistics
+        table = _contiguous(statistics[0], _WIDE)
+        args.statistics = table.data_ptr()
+        return (table,)
     mean, rstd = (_contiguous(values, _WIDE) for values in statistics[:2])
     args.mean, args.rstd = mean.data_ptr(), rstd.data_ptr()
     return mean, rstd

@@ -43,6 +43,7 @@ class PlainCall:
         "_backward",
         "_dtype",
         "_forward",
+        "_learned",
         "_moved",
         "_real",
         "_shape",
@@ -72,6 +73,7 @@ class PlainCall:
         self._forward = prepare(*kind, False, None, activation, "forward" if training else "evaluate")
         self._backward = prepare(*kind, False, None, activation, "backward")
         self.tensors = (weight, bias, *running)
+        self._learned = weight.dtype
         self._addresses = tuple(tensor.data_ptr() for tensor in self.tensors)
         self._moved = list(running) if training else []
         args = _copied(self._forward.template)
@@ -113,6 +115,8 @@ class PlainCall:
             and buffers.get("running_mean") is mean
             and buffers.get("running_var") is var
             and buffers.get("num_batches_tracked") is batches
+            and weight.dtype is self._learned
+            and bias.dtype is self._learned
             and weight.data_ptr() == at_weight
             and bias.data_ptr() == at_bias
             and mean.data_ptr() == at_mean
@@ -154,6 +158,26 @@ class PlainCall:
         if self._moved:
             _increment_version(self._moved)
         return y, statistics
+
+    def is_as_saved(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        statistics: Tensor,
+    ) -> bool:
+        """Returns whether tensors are laid out as those that were saved: hooks may return others."""
+        return (
+            x.stride() == self._stride
+            and x.dtype is self._dtype
+            and weight.dtype is self._learned
+            and weight.stride() == (1,)
+            and statistics.dtype is torch.float64
+            and statistics.stride() == (1,)
+            and (bias is None or (bias.dtype is self._learned and bias.stride() == (1,)))
+            and (residual is None or (residual.stride() == self._stride and residual.dtype is self._dtype))
+        )
 
     def backward(
         self,
