@@ -364,7 +364,8 @@ def test_row_74_triton_loads_behind_tensorflow() -> None:
     assert done.stdout.startswith("gpu for float32 [5, 3] on cpu")
 
 
-COMPILING = Path(__file__).parent / "compile_for_gpu.py"
+COMPILING = "tests.kernels.compile_for_gpu"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -373,7 +374,12 @@ def test_every_kernel_compiles_for_a_gpu_where_there_is_none(steps: str, tmp_pat
     """By Triton's compiler, to machine code: what the interpreter lets pass, the compiler may not."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, str(COMPILING), steps], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", COMPILING, steps],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = set(done.stdout.split())
