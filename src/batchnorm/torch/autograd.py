@@ -31,15 +31,13 @@ from .call import Call
 from .composite import Normalized
 from .policy_step import PolicyStep, array, shows_its_memory, tensor
 from .running_stats import check_finite, of_groups
+from .tracing import is_batched_cotangent, is_transforming
 
 if TYPE_CHECKING:
     from batchnorm.kernels.cpu.plain_call import PlainCall
 
 Gradients = tuple[Tensor | None, ...]
-
-_is_in_torch_func = torch._C._are_functorch_transforms_active
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
-
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 # How a call is launched: the engine; the running statistics that it moves; whether it normalizes by those of
 # the call; memory for the activation's slopes; and a list to which it appends its statistics: as further
@@ -93,16 +91,8 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, bias, residual, mask, activation_mask, *statistics = ctx.saved_tensors
         engine, activation, eps, group_size, constant = ctx.settings
         call = Call(x, weight, bias, residual, mask, activation, eps, group_size)
-        if _is_differentiated(dy):
-            if activation_mask is not None:
-                dy = dy * _slopes(engine, call, tuple(statistics), activation_mask)
-                call, activation = call._replace(activation=None), None
-            given = _mean_and_rstd(engine, call, tuple(statistics)) if constant else None
-            gradients = composite.gradients(ctx, call, dy, given)
-        else:
-            gradients = engine.backward(call, dy, statistics, constant, activation_mask)
-        dx, dweight, dbias, dresidual = _cast(ctx, gradients, dy, activation, mask)
-        return dx, dweight, dbias, dresidual, None, None
+        gradients = _gradients(ctx, engine, call, dy, tuple(statistics), constant, activation_mask)
+        return *gradients, None, None
 
 
 class _PlainBatchNorm(torch.autograd.Function):
@@ -137,27 +127,21 @@ class _PlainBatchNorm(torch.autograd.Function):
             return (None,) * 6
         x, weight, bias, residual, statistics = ctx.saved_tensors
         plain: PlainCall = ctx.plain
-        gradients: Gradients | None = None
         is_saved = plain.is_as_saved(x, weight, bias, residual, statistics)
         if is_saved and not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
             try:
-                gradients = plain.backward(x, dy, weight, bias, residual, statistics)
+                dx, dweight, dbias, dresidual = plain.backward(x, dy, weight, bias, residual, statistics)
             except RuntimeError:  # of a batch of cotangents, or within a transform, tensors show no address
                 if not _is_differentiated(dy):
                     raise
-        if gradients is None:
-            call, own = Call(x, weight, bias, residual, None, plain.activation, plain.eps), load("cpu")
-            ctx.dtypes = (weight.dtype, weight.dtype, x.dtype)
-            if _is_differentiated(dy):
-                given = None if plain.training else _mean_and_rstd(own, call, (statistics,))
-                gradients = composite.gradients(ctx, call, dy, given)
             else:
-                found = own.backward(call, dy, (statistics,), not plain.training)
-                gradients = _cast(ctx, found, dy, plain.activation, None)
-        dx, dweight, dbias, dresidual = gradients
-        if plain.activation is None and ctx.needs_input_grad[3]:
-            dresidual = dy
-        return dx, dweight, dbias, dresidual, None, None
+                if plain.activation is None and ctx.needs_input_grad[3]:
+                    dresidual = dy
+                return dx, dweight, dbias, dresidual, None, None
+        call = Call(x, weight, bias, residual, None, plain.activation, plain.eps)
+        ctx.dtypes = (weight.dtype, weight.dtype, x.dtype)
+        gradients = _gradients(ctx, load("cpu"), call, dy, (statistics,), not plain.training)
+        return *gradients, None, None
 
 
 class _PolicyBatchNorm(torch.autograd.Function):
@@ -211,7 +195,27 @@ class _PolicyBatchNorm(torch.autograd.Function):
 
 def _is_differentiated(dy: Tensor) -> bool:
     """Whether a backward is itself differentiated or transformed."""
-    return torch.is_grad_enabled() or _is_in_torch_func() or _is_batched(dy) or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or is_transforming() or is_batched_cotangent(dy)
+
+
+def _gradients(
+    ctx: Any,
+    engine: Engine,
+    call: Call,
+    dy: Tensor,
+    statistics: tuple[Tensor, ...],
+    constant: bool,
+    activation_mask: Tensor | None = None,
+) -> Gradients:
+    """Return dx, dweight, dbias and dresidual of a call by its batch, or by `constant` statistics."""
+    if not _is_differentiated(dy):
+        found: Gradients = engine.backward(call, dy, statistics, constant, activation_mask)
+        return _cast(ctx, found, dy, call.activation, call.mask)
+    if activation_mask is not None:
+        dy = dy * _slopes(engine, call, statistics, activation_mask)
+        call = call._replace(activation=None)
+    given = _mean_and_rstd(engine, call, statistics) if constant else None
+    return _cast(ctx, composite.gradients(ctx, call, dy, given), dy, call.activation, call.mask)
 
 
 def _cast(
@@ -331,7 +335,7 @@ def normalize_plain(plain: PlainCall, x: Tensor, residual: Tensor | None) -> Ten
     if not torch.is_grad_enabled():
         return plain.forward(x, residual, keeps=False)[0]
     weight, bias, *_ = plain.tensors
-    found: list[Tensor] | None = [] if output_recipes.is_lean else None
+    found: list[Tensor] | None = None if _hooks(False) is None else []  # `lean` is one of such hooks
     y: Tensor = _apply(x, weight, bias, residual, plain, found)
     if found is not None:
         call = Call(x, weight, bias, residual, None, plain.activation, plain.eps)

@@ -33,7 +33,7 @@ def is_plain(call: Call) -> bool:
     The CPU's kernels take such a call as it is, and there is nothing else to check. This is one look, written
     out, in place of a dozen checks: these took longer than the kernel of a small layer.
     """
-    x, weight, bias, residual, mask, activation, eps, _, running, policy, training, nonfinite, _, _ = call
+    x, weight, bias, _, mask, activation, eps, _, running, policy, training, nonfinite, _, _ = call
     if (
         type(x) is not Tensor
         or not x.is_cpu
@@ -75,24 +75,13 @@ def is_plain(call: Call) -> bool:
         and batches.is_cpu
     ):
         return False
-    if training and (
+    return not training or not (
         nonfinite != "propagate"
         or mean.requires_grad  # type: ignore[union-attr]
         or var.requires_grad  # type: ignore[union-attr]
         or mean.is_inference()  # type: ignore[union-attr]
         or var.is_inference()  # type: ignore[union-attr]
         or batches.is_inference()
-    ):
-        return False
-    return residual is None or (
-        type(residual) is Tensor
-        and residual.dtype is dtype
-        and residual.is_cpu
-        and residual.layout is _strided
-        and not residual.is_nested
-        and residual.shape == shape
-        and residual.stride() == x.stride()
-        and not residual.is_neg()
     )
 
 

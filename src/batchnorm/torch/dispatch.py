@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm.errors import OptionError
@@ -66,27 +65,13 @@ def batch_norm(call: Call) -> Tensor:
     return y
 
 
-_is_intercepted = torch._C._is_torch_function_mode_enabled
-_number_of_dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_tracing = torch._C._is_tracing
-_current_backward = torch._C._current_graph_task_id
-
-
 def may_repeat_plain() -> bool:
     """Whether a layer may run its plain call again: no torch mode is active, and no other engine is wanted.
 
     It leaves out transforms of `torch.func`, under which tensors show no address: a plain call then raises,
     and the layer takes another path.
     """
-    return not (
-        torch.compiler.is_dynamo_compiling()
-        or _is_intercepted()
-        or _number_of_dispatch_modes() > 0
-        or forward_ad._current_level >= 0
-        or _current_backward() != -1
-        or _is_tracing()
-        or choose.forced() is not None
-    )
+    return not is_watched() and choose.forced() is None
 
 
 def plain_call(call: Call) -> PlainCall | None:
@@ -105,7 +90,8 @@ def plain_call(call: Call) -> PlainCall | None:
         momentum=momentum,  # type: ignore[arg-type]
         activation=call.activation,
     )
-    return plain if plain.is_dense else None
+    fits = plain.is_dense and (call.residual is None or plain.is_alike(call.residual))
+    return plain if fits else None
 
 
 def _of_mkldnn(call: Call) -> Tensor:

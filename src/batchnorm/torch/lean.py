@@ -75,7 +75,7 @@ def lean() -> Iterator[None]:
         saved.note(tensor, is_spared=recipe is not None)
         return _saved(tensor) if recipe is None else recipe.placeholder(tensor)
 
-    with output_recipes.recording(), saved_tensors_hooks(pack, _unpack):
+    with saved_tensors_hooks(pack, _unpack):
         yield
     saved.warn(stacklevel=4)  # this function, contextlib, the block
 

@@ -14,10 +14,8 @@ memory until their readers have read them.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,29 +29,8 @@ from .call import Call
 SEGMENT = 4  # links of a chain; all outputs of a chain can be in memory at once in the backward
 
 # By the number of the output's storage, and of the saved tensor's.
-# Whether `lean` is in force in any thread: where it is not, there is nothing to record.
-is_lean = False
-_lean_lock, _number_lean = threading.Lock(), 0
-
 _RECIPES: weakref.WeakValueDictionary[int, Recipe] = weakref.WeakValueDictionary()
 _SAVED: weakref.WeakValueDictionary[int, SavedTensor] = weakref.WeakValueDictionary()
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[None]:
-    """Records outputs within the block."""
-    _count_lean(1)
-    try:
-        yield
-    finally:
-        _count_lean(-1)
-
-
-def _count_lean(more: int) -> None:
-    global _number_lean, is_lean
-    with _lean_lock:
-        _number_lean += more
-        is_lean = _number_lean > 0
 
 
 class SavedTensor:

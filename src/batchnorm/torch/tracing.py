@@ -71,18 +71,19 @@ def _is_within_function() -> bool:
 
 _is_intercepted = torch._C._is_torch_function_mode_enabled
 _number_of_dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_in_torch_func = torch._C._are_functorch_transforms_active
 _is_tracing = torch._C._is_tracing
 _current_backward = torch._C._current_graph_task_id
 
 
 def is_watched() -> bool:
-    """Whether torch compiles, traces, transforms, intercepts or recomputes what is called now."""
+    """Whether torch compiles, traces, intercepts or recomputes what is called now, or takes its tangent.
+
+    It leaves out the transforms of `torch.func`: `may_hide_addresses` knows these.
+    """
     return (
         torch.compiler.is_dynamo_compiling()
         or _is_intercepted()
         or _number_of_dispatch_modes() > 0
-        or _is_in_torch_func()
         or forward_ad._current_level >= 0
         or _is_tracing()
         or _current_backward() != -1

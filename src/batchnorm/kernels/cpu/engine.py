@@ -18,24 +18,20 @@ from . import huge_pages
 from .jit import kernel
 from .kernel_args import KernelArgs
 from .parallel import FEW, run
-from .prepared import Pass, Prepared, prepare
+from .prepared import EMPTY, Pass, Prepared, copied, increment_version, prepare
 from .statistics import CHANNELS
 
 _WIDE = torch.float64
-# `_EMPTY.new_empty(n)` takes two thirds of the time of `torch.empty(n, dtype=torch.float64)`.
-_EMPTY = torch.empty(0, dtype=_WIDE)
-_args = KernelArgs.from_buffer_copy
-_increment_version = torch._C._increment_version  # `torch.autograd.graph.increment_version` of a list
 
 
 def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
     """See `interface.Engine.moments`."""
     x, prepared = _prepared(x, mask is not None, group_size, None, "moments")
-    args, mask = _args(prepared.template), None if mask is None else mask.contiguous()
+    args, mask = copied(prepared.template), None if mask is None else mask.contiguous()
     args.x = x.data_ptr()
     if mask is not None:
         args.mask = mask.data_ptr()
-    statistics, scratch = _EMPTY.new_empty(prepared.statistics), _EMPTY.new_empty(prepared.scratch)
+    statistics, scratch = EMPTY.new_empty(prepared.statistics), EMPTY.new_empty(prepared.scratch)
     args.statistics, args.scratch = statistics.data_ptr(), scratch.data_ptr()
     prepared.run(args)
     return unpack((statistics,), prepared.channels)[0]
@@ -47,20 +43,20 @@ def forward(
     """See `interface.Engine.forward`."""
     assert activation_mask is None, "it keeps none"
     x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "forward")
-    args = _args(prepared.template)
+    args = copied(prepared.template)
     inputs = _inputs(args, x, prepared.real, call)
     y = huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
-    statistics = _EMPTY.new_empty(prepared.statistics)
+    statistics = EMPTY.new_empty(prepared.statistics)
     args.y, args.eps, args.statistics = y.data_ptr(), call.eps, statistics.data_ptr()
     if prepared.scratch:
-        scratch = _EMPTY.new_empty(prepared.scratch)
+        scratch = EMPTY.new_empty(prepared.scratch)
         args.scratch = scratch.data_ptr()
     written = None if running is None else _running(args, running)
     prepared.run(args)
     if written:
         if running is not None and prepared.groups > 1:
             _move_by_groups(args, prepared, running.sequential)
-        _increment_version(written)
+        increment_version(written)
     del inputs
     return y if x is call.x else laid_out_as(call.x, y), (statistics,)
 
@@ -74,14 +70,14 @@ def evaluate(
     if not (_is_readable(mean, prepared.real) and _is_readable(var, prepared.real)):
         given = constants(mean, var, call.eps)
         return normalize(call, given), given
-    args = _args(prepared.template)
+    args = copied(prepared.template)
     inputs = _inputs(args, x, prepared.real, call)
     y = huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
     args.y, args.eps = y.data_ptr(), call.eps
     args.running_mean, args.running_var = mean.data_ptr(), var.data_ptr()
     statistics: Statistics = ()
     if keeps or not prepared.is_small:
-        statistics = (_EMPTY.new_empty(prepared.statistics),)
+        statistics = (EMPTY.new_empty(prepared.statistics),)
         args.statistics = statistics[0].data_ptr()
     prepared.run(args)
     del inputs
@@ -92,7 +88,7 @@ def normalize(call: Call, statistics: Statistics, activation_mask: Tensor | None
     """See `interface.Engine.normalize`."""
     assert activation_mask is None, "it keeps none"
     x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "normalize")
-    args = _args(prepared.template)
+    args = copied(prepared.template)
     inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
     y = huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
     args.y = y.data_ptr()
@@ -120,7 +116,7 @@ def backward(
     assert activation_mask is None, "it keeps none"
     residual = call.residual
     x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "backward")
-    args = _args(prepared.template)
+    args = copied(prepared.template)
     inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
     if dy.stride() != x.stride() or dy.dtype is not x.dtype or dy.is_neg():
         dy = torch.empty_like(x).copy_(dy)
@@ -129,7 +125,7 @@ def backward(
     args.dy, args.dx, args.constant = dy.data_ptr(), dx.data_ptr(), constant
     args.dweight, args.dbias = dweight.data_ptr(), dbias.data_ptr()
     if prepared.scratch:
-        scratch = _EMPTY.new_empty(prepared.scratch)
+        scratch = EMPTY.new_empty(prepared.scratch)
         args.scratch = scratch.data_ptr()
     dresidual = None
     if residual is not None:
@@ -150,10 +146,10 @@ def backward(
 def backward_reduce(call: Call, dy: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
     """See `interface.Engine.backward_reduce`."""
     x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "reduce")
-    args = _args(prepared.template)
+    args = copied(prepared.template)
     inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
     dy = _laid_out(dy, x)
-    scratch = _EMPTY.new_empty(prepared.scratch)
+    scratch = EMPTY.new_empty(prepared.scratch)
     args.dy, args.scratch = dy.data_ptr(), scratch.data_ptr()
     prepared.run(args)
     del inputs, given
@@ -169,7 +165,7 @@ def backward_apply(
     """See `interface.Engine.backward_apply`."""
     residual = call.residual
     x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "apply")
-    args = _args(prepared.template)
+    args = copied(prepared.template)
     inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
     dy = _laid_out(dy, x)
     a, b, c = (_contiguous(values, _WIDE) for values in coefficients)
@@ -282,7 +278,7 @@ def _parameters(weight: Tensor | None, prepared: Prepared) -> tuple[Tensor, Tens
     """Returns memory for dweight and dbias, in the dtype of the arithmetic, which the weight has."""
     if weight is None:
         shape = (prepared.channels,)
-        return _EMPTY.new_empty(shape, dtype=prepared.real), _EMPTY.new_empty(shape, dtype=prepared.real)
+        return EMPTY.new_empty(shape, dtype=prepared.real), EMPTY.new_empty(shape, dtype=prepared.real)
     return torch.empty_like(weight), torch.empty_like(weight)
 
 
@@ -308,7 +304,7 @@ def _running(args: KernelArgs, running: RunningState) -> list[Tensor]:
 
 def _move_by_groups(args: KernelArgs, prepared: Prepared, sequential: bool) -> None:
     """Moves the running statistics by several groups, whose moments are computed."""
-    pooled = _EMPTY.new_empty(2, prepared.channels)
+    pooled = EMPTY.new_empty(2, prepared.channels)
     args.pooled_mean, args.pooled_m2 = (row.data_ptr() for row in pooled)
     args.sequential = sequential
     _run_over_groups("groups_forward", args, prepared)
@@ -318,7 +314,7 @@ def _run_groups(args: KernelArgs, prepared: Prepared) -> None:
     """Runs a backward of several groups, and then adds up their dweight and dbias."""
     addresses = args.dweight, args.dbias
     args.dweight = args.dbias = 0
-    scratch = _EMPTY.new_empty(args.local // _EMPTY.element_size())
+    scratch = EMPTY.new_empty(args.local // EMPTY.element_size())
     if args.local:  # the sums are needed afterwards
         args.scratch, args.local = scratch.data_ptr(), 0
     prepared.run(args)

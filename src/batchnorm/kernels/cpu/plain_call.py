@@ -14,14 +14,9 @@ import torch
 from torch import Tensor
 
 from . import huge_pages
-from .kernel_args import KernelArgs
-from .prepared import prepare
+from .prepared import EMPTY, copied, increment_version, prepare
 
-# `_EMPTY.new_empty(n)` takes two thirds of the time of `torch.empty(n, dtype=torch.float64)`.
-_EMPTY = torch.empty(0, dtype=torch.float64)
 _empty_like = torch.empty_like
-_copied = KernelArgs.from_buffer_copy
-_increment_version = torch._C._increment_version  # `torch.autograd.graph.increment_version` of a list
 _strided = torch.strided
 
 
@@ -76,7 +71,7 @@ class PlainCall:
         self._learned = weight.dtype
         self._addresses = tuple(tensor.data_ptr() for tensor in self.tensors)
         self._moved = list(running) if training else []
-        args = _copied(self._forward.template)
+        args = copied(self._forward.template)
         args.weight, args.bias, args.running_mean, args.running_var, args.batches = self._addresses
         # Parameters of 16 bits are widened anew in each run.
         self._real = None if weight.dtype is self._forward.real else self._forward.real
@@ -122,10 +117,11 @@ class PlainCall:
             and mean.data_ptr() == at_mean
             and var.data_ptr() == at_var
             and batches.data_ptr() == at_batches
-            and (residual is None or self._is_alike(residual))
+            and (residual is None or self.is_alike(residual))
         )
 
-    def _is_alike(self, residual: Tensor) -> bool:
+    def is_alike(self, residual: Tensor) -> bool:
+        """Returns whether a residual has the shape, strides and dtype of the input, and an address."""
         return (
             type(residual) is Tensor
             and residual.dtype is self._dtype
@@ -139,15 +135,15 @@ class PlainCall:
 
     def forward(self, x: Tensor, residual: Tensor | None, keeps: bool = True) -> tuple[Tensor, Tensor | None]:
         """Returns y and the statistics that normalized it, in the form of the engine; None if not kept."""
-        prepared, args = self._forward, _copied(self._template)
+        prepared, args = self._forward, copied(self._template)
         y = huge_pages.empty_like(x) if prepared.is_huge else _empty_like(x)
         args.x, args.y = x.data_ptr(), y.data_ptr()
         statistics = None
         if keeps or self.training or not prepared.is_small:
-            statistics = _EMPTY.new_empty(prepared.statistics)
+            statistics = EMPTY.new_empty(prepared.statistics)
             args.statistics = statistics.data_ptr()
         if prepared.scratch:
-            scratch = _EMPTY.new_empty(prepared.scratch)
+            scratch = EMPTY.new_empty(prepared.scratch)
             args.scratch = scratch.data_ptr()
         if residual is not None:
             args.residual = residual.data_ptr()
@@ -156,7 +152,7 @@ class PlainCall:
             args.weight, args.bias = weight.data_ptr(), bias.data_ptr()
         prepared.run(args)
         if self._moved:
-            _increment_version(self._moved)
+            increment_version(self._moved)
         return y, statistics
 
     def is_as_saved(
@@ -189,7 +185,7 @@ class PlainCall:
         statistics: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Returns dx, dweight, dbias and dresidual; bias and residual are needed behind an activation."""
-        prepared, args = self._backward, _copied(self._backward.template)
+        prepared, args = self._backward, copied(self._backward.template)
         dtype = weight.dtype
         if self._real is not None:
             weight, bias = weight.to(self._real), None if bias is None else bias.to(self._real)
@@ -205,7 +201,7 @@ class PlainCall:
         )
         args.constant = not self.training
         if prepared.scratch:
-            scratch = _EMPTY.new_empty(prepared.scratch)
+            scratch = EMPTY.new_empty(prepared.scratch)
             args.scratch = scratch.data_ptr()
         if bias is not None:
             args.bias = bias.data_ptr()
