@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from batchnorm.models.agreement import call
-from batchnorm.models.norms import find_norms
+from batchnorm.models.norms.find import find_norms
+from batchnorm.models.verify import call
 
 _LAID_OUT = (
     "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Transpose", "Permute", "T", "Clone",

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import batchnorm
-from batchnorm.models.agreement import call
-from batchnorm.models.norms import find_norms
+from batchnorm.models.norms.find import find_norms
+from batchnorm.models.verify import call
 
 from . import zoo, zoo_nasty
 from .fold_possible import possible

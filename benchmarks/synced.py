@@ -1,4 +1,4 @@
-"""Synchronised statistics over Gloo, 1 to 4 ranks: a layer's step against others, and single collectives."""
+"""Synchronized statistics over Gloo, 1 to 4 ranks: a layer's step against others, and single collectives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What synchronising costs a network, by two figures of a cluster: latency and bandwidth.
+"""What synchronizing costs a network, by two figures of a cluster: latency and bandwidth.
 
 `python -m benchmarks.synced_model --ranks 8 --latency 20e-6 --bandwidth 10e9` prints it for ResNet-50.
 """
@@ -116,7 +116,7 @@ def main(
         list[int] | None, typer.Option(help="Number of ranks; several times for several.")
     ] = None,
 ) -> None:
-    """Print what synchronising ResNet-50 costs per step on a cluster of these two figures."""
+    """Print what synchronizing ResNet-50 costs per step on a cluster of these two figures."""
     typer.echo(model_table(ranks or (2, 4, 8, 16, 64), latency, bandwidth))
 
 

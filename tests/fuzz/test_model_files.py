@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from batchnorm.cli.weights import load_weights
 from batchnorm.errors import BatchNormError, DataError
+from batchnorm.models.calibration.accumulator import Layout, Tally
 from batchnorm.models.calibration.batches import Seen
 from batchnorm.models.calibration.progress_file import Progress, ProgressFile
-from batchnorm.models.calibration.tally import Layout, Tally
 
 from .budget import fuzz, shards
 from .mutations import mutated

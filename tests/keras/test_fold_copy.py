@@ -12,8 +12,8 @@ from keras import layers, ops
 
 from batchnorm.errors import DataError, OptionError
 from batchnorm.keras import BatchNormalization
-from batchnorm.keras.agreement import FoldError, example_for, products_dtype
 from batchnorm.keras.fold import fold, fold_table
+from batchnorm.keras.folding.verify import FoldError, example_for, products_dtype
 from batchnorm.keras.norms import norms_within
 
 from .foldable import assert_same, dense, draw, folded, functional, made, randomized, sequential

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm
-from batchnorm.models.norms import find_norms
+from batchnorm.models.norms.find import find_norms
 from tests.torch.twins import scramble
 
 from .nets import anatomy

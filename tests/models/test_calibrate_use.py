@@ -227,17 +227,17 @@ def test_memory_does_not_grow_with_the_number_of_batches(method: str) -> None:
 
 def test_moments_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the kernel that normalizes; a second look at the values would cost as much again."""
-    from batchnorm.models.calibration import listening
+    from batchnorm.models.calibration import observers
 
     calls: list[int] = []
-    once = listening.normalize_batch
+    once = observers.normalize_batch
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return once(*args, **kwargs)
 
-    monkeypatch.setattr(listening, "normalize_batch", counted)
-    monkeypatch.setattr(listening, "moments", None)
+    monkeypatch.setattr(observers, "normalize_batch", counted)
+    monkeypatch.setattr(observers, "moments", None)
     monkeypatch.setattr(F, "batch_norm", None)
     batchnorm.calibrate(Branches(), images(8).split(4))
     assert len(calls) == 4 * 2

@@ -192,7 +192,7 @@ def _converted(model: nn.Module) -> nn.Module:
     return twin
 
 
-def test_frozen_and_synchronised_norms_fold(frozen_norm: Any) -> None:  # noqa: F811
+def test_frozen_and_synchronized_norms_fold(frozen_norm: Any) -> None:  # noqa: F811
     layers = [nn.Conv2d(6, 4, 1), frozen_norm(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4)]
     model = ready(nn.Sequential(*layers))
     x = torch.randn(BATCHED[2], dtype=torch.float64)

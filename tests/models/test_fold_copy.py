@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import export
 
 import batchnorm
-from batchnorm.models.norms import find_norms
+from batchnorm.models.norms.find import find_norms
 from tests.support.exported import run_onnx
 
 from .foldable import assert_equal, folded, ready

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import batchnorm
 from batchnorm.errors import OptionError
-from batchnorm.models import fold_plan
-from batchnorm.models.agreement import AgreementError
+from batchnorm.models.folding import plan as fold_plan
+from batchnorm.models.verify import AgreementError
 
 from .foldable import folded, ready, reasons
 from .foreign import frozen_norm  # noqa: F401

@@ -15,7 +15,7 @@ from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 import batchnorm
 from batchnorm.errors import OptionError
 from batchnorm.models import freeze as freeze_module
-from batchnorm.models.kinds import is_layer
+from batchnorm.models.norms.kinds import is_layer
 from tests.models import nets
 from tests.models.foreign import frozen_norm, frozen_timm_norm, timm_norm  # noqa: F401 -- fixtures
 from tests.models.nets import anatomy, assert_alike, refuses, scrambled

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 import batchnorm
 from batchnorm.errors import OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
-from batchnorm.models import activations
 from batchnorm.models import fuse as fuse_module
-from batchnorm.models.agreement import AgreementError
-from batchnorm.models.identity import FusedActivation
-from batchnorm.models.kinds import is_ours
-from batchnorm.models.rewrite import FusedForward
+from batchnorm.models.fusion.fused_activation import FusedActivation
+from batchnorm.models.fusion.rewrite import FusedForward
+from batchnorm.models.norms import activations
+from batchnorm.models.norms.kinds import is_ours
+from batchnorm.models.verify import AgreementError
 from tests.models import nets
 from tests.models.foreign import timm_norm  # noqa: F401 -- a fixture
 from tests.models.nets import anatomy, assert_alike, refuses, scrambled

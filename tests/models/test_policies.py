@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.errors import OptionError
-from batchnorm.models.timm_norm import BatchNormAct2d
+from batchnorm.models.norms.timm import BatchNormAct2d
 from tests.models.foreign import timm_norm  # noqa: F401 -- a fixture
 from tests.torch.twins import assert_identical, scramble, state
 
@@ -56,8 +56,8 @@ def test_what_is_set_in_between_stays() -> None:
     assert model[1].statistics == batchnorm.Batch()
     stock = batchnorm.freeze(net())
     assert batchnorm.unfreeze(stock)[1].statistics == batchnorm.Batch()
-    synchronised = batchnorm.freeze(nn.Sequential(nn.SyncBatchNorm(4)))
-    assert batchnorm.unfreeze(synchronised)[0].statistics == batchnorm.Synced()
+    synchronized = batchnorm.freeze(nn.Sequential(nn.SyncBatchNorm(4)))
+    assert batchnorm.unfreeze(synchronized)[0].statistics == batchnorm.Synced()
 
 
 @pytest.mark.parametrize(

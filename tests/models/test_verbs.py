@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import batchnorm
 from batchnorm.errors import OptionError
-from batchnorm.models.agreement import AgreementError
+from batchnorm.models.verify import AgreementError
 
 
 class Residual(nn.Module):

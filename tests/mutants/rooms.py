@@ -68,7 +68,7 @@ _KERAS_LAYERS = _in(
 # Which backends run what of the layer: on torch our kernels do most of it.
 _KERAS_BY_TORCH = ("keras/layers.py", "keras/policies.py", "keras/torch_backend.py", "keras/moments.py",
                    "keras/norms.py")  # fmt: skip
-_KERAS_BY_OTHERS = ("keras/layers.py", "keras/everywhere.py", "keras/groups.py", "keras/moments.py",
+_KERAS_BY_OTHERS = ("keras/layers.py", "keras/ops_path.py", "keras/groups.py", "keras/moments.py",
                     "keras/synchronized.py")  # fmt: skip
 _KERAS_VERBS = _in(
     "keras", "fold", "fold_left", "fold_copy", "calibrate", "calibrate_data", "calibrate_in_fit", "freeze",
@@ -92,7 +92,7 @@ ROOMS = (
         "running statistics",
         ("torch/running_stats.py", "kernels/cpu/running.py", "kernels/gpu/running.py",
          "torch/contexts/accumulation.py", "torch/tracing.py", "models/accumulate.py",
-         "keras/moving.py", "statistics/running.py"),
+         "keras/moving_statistics.py", "statistics/running.py"),
         (
             Run((*_in("torch", "statistics", "accumulate"), *_in("kernels", "running"),
                  *_in("statistics", "statistics"),
@@ -140,7 +140,7 @@ ROOMS = (
         ("torch/collectives/*.py", "torch/sync.py", "statistics/synced.py"),
         (
             Run(_in("statistics", "statistics"), only=("statistics/*",)),
-            Run((*_in("torch", "gloo_transport", "lost_ranks"), *_in("models", "synchronised"),
+            Run((*_in("torch", "gloo_transport", "lost_ranks"), *_in("models", "synchronized"),
                  *_in("torch", "synced", "contexts_on_ranks", "collectives", "ddp"))),
         ),
     ),
@@ -149,7 +149,7 @@ ROOMS = (
         ("models/calibrate.py", "models/calibration/*.py", "statistics/calibration.py"),
         (
             Run(_in("models", "calibrate", "calibrate_masked", "calibrate_resumed", "calibrate_use",
-                    "calibrate_layerwise", "calibrate_spilled", "policies", "calibrate_ranks")),
+                    "calibrate_layerwise", "calibrate_layerwise_disk", "policies", "calibrate_ranks")),
         ),
     ),
     Room(
@@ -179,14 +179,13 @@ ROOMS = (
     ),
     Room(
         "folding and fusion",
-        ("models/fold*.py", "models/affine.py", "models/absorbers.py", "models/agreement.py", "models/fu*.py",
-         "models/flow*.py", "models/blocks.py", "models/sites.py", "models/rewrite.py", "models/record.py",
-         "models/activations.py"),
+        ("models/fold.py", "models/folding/*.py", "models/verify.py", "models/fuse.py", "models/fusion/*.py",
+         "models/graph/*.py", "models/norms/activations.py"),
         (Run(_in("models", "fold", "fold_left", "fuse", "verbs", "fold_copy", "policies", "fold_zoo")),),
     ),
     Room(
         "Keras layers",
-        ("keras/layers.py", "keras/everywhere.py", "keras/moments.py", "keras/groups.py", "keras/policies.py",
+        ("keras/layers.py", "keras/ops_path.py", "keras/moments.py", "keras/groups.py", "keras/policies.py",
          "keras/synchronized.py", "keras/torch_backend.py", "keras/norms.py"),
         (
             Run(_KERAS_LAYERS, backend="torch", only=_KERAS_BY_TORCH),

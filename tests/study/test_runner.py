@@ -25,7 +25,7 @@ from batchnorm.study.options import parse_rates, split_list
 from batchnorm.study.pool import Died, Finished, Progress, WorkerPool, _interrupt_held
 from batchnorm.study.runner import _alone_in
 from batchnorm.study.tasks import RunTask, TimingTask, plan
-from batchnorm.study.verdicts import quantities
+from batchnorm.study.verdicts import formatting
 
 from .own_code import write_own_code
 
@@ -312,7 +312,7 @@ def test_rates_that_differ_in_the_last_place_have_names_and_texts_of_their_own()
     assert tasks[0].name == "mlp-none-0.001-0"
     words = shlex.split(study.command())
     assert parse_rates(split_list(words[words.index("--learning-rate") + 1])) == rates
-    assert len({quantities.rate(rate) for rate in rates}) == len(rates)
+    assert len({formatting.rate(rate) for rate in rates}) == len(rates)
 
 
 def test_the_command_is_one_that_a_shell_reads() -> None:

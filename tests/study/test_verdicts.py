@@ -13,9 +13,9 @@ import pytest
 
 from batchnorm.errors import DataError
 from batchnorm.study.verdicts import Claim, Comparison, Grade, judge, read
-from batchnorm.study.verdicts import quantities as q
-from batchnorm.study.verdicts.inside import layer_drift, total_drift
-from batchnorm.study.verdicts.measured import Drift, Network, Run, Sample
+from batchnorm.study.verdicts import formatting as q
+from batchnorm.study.verdicts.internals import layer_drift, total_drift
+from batchnorm.study.verdicts.results import Drift, Network, Run, Sample
 from tests.study.results_fixture import Record, each_seed, record, results, usual, write
 
 

@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a synchronised layer on every rank.
+    """One call of a synchronized layer on every rank.
 
     Attributes:
         name: unique.

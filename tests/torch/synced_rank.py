@@ -231,7 +231,7 @@ BACKWARDS = ("eager", "compiled", "twice differentiable")
 
 
 def _forward(way: str) -> tuple[Tensor, Tensor]:
-    """Return an input of a synchronised layer, and its output."""
+    """Return an input of a synchronized layer, and its output."""
     layer = nn.Sequential(batchnorm.SyncBatchNorm(3))
     x = torch.randn(4, 3, requires_grad=True)
     module = torch.compile(layer, backend="aot_eager") if way == "compiled" else layer

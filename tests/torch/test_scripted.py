@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.errors import InputShapeError, NonFiniteError, OptionError
-from batchnorm.models.timm_norm import BatchNormAct2d
+from batchnorm.models.norms.timm import BatchNormAct2d
 from batchnorm.torch.layers import OPTIONS
 from tests.torch.twins import scramble, state
 

@@ -1,4 +1,4 @@
-"""Synchronised statistics: two and three real processes over Gloo find what one does with all of the data."""
+"""Synchronized statistics: two and three real processes over Gloo find what one does with all of the data."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_a_torch_that_was_built_without_distributed(monkeypatch: pytest.MonkeyPa
         batchnorm.SyncBatchNorm(4, process_group=object())
 
 
-def test_it_is_no_stock_synchronised_layer_and_has_its_signature() -> None:
+def test_it_is_no_stock_synchronized_layer_and_has_its_signature() -> None:
     """DDP refuses subclasses of the stock class on a CPU."""
     layer = batchnorm.SyncBatchNorm(3, 1e-3, None, True, True, None, "cpu", torch.float64)
     assert isinstance(layer, nn.modules.batchnorm._BatchNorm)

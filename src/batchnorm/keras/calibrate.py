@@ -17,8 +17,8 @@ from batchnorm.errors import DataError, OptionError
 from batchnorm.statistics.calibration import CalibrationReport, LayerChange
 from batchnorm.statistics.moments import PooledMoments, merge
 
-from .batch_moments import BatchMoments
-from .batches import batches, samples
+from .calibration.batch_moments import BatchMoments
+from .calibration.batches import batches, samples
 from .norms import norms_within
 from .policies import is_frozen
 

@@ -8,11 +8,11 @@ import keras
 
 from batchnorm.errors import OptionError
 
-from .agreement import assert_agree
-from .fold_plan import plan
-from .fold_table import FoldTable
-from .graph import check_model
-from .rebuild import rebuild
+from .folding.graph import check_model
+from .folding.plan import plan
+from .folding.rebuild import rebuild
+from .folding.table import FoldTable
+from .folding.verify import assert_agree
 
 Verbose = Literal["auto", 0, 1]
 

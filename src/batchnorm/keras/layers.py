@@ -14,7 +14,7 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.synced import Synced
 
-from . import everywhere, policies
+from . import ops_path, policies
 from .groups import fewest
 from .masks import valid_values
 
@@ -242,7 +242,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             from .torch_backend import call
 
             return call(self, x, axis, by_batch)
-        return everywhere.call(self, x, axis, by_batch, valid)
+        return ops_path.call(self, x, axis, by_batch, valid)
 
     def _runs_on_kernels(self, x: Tensor, axis: int, valid: Tensor | None, by_batch: bool) -> bool:
         """Whether batchnorm's own kernels, which take torch tensors, do all of this call."""

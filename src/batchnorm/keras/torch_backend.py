@@ -11,7 +11,7 @@ from batchnorm.torch import functional
 
 from .layer_protocol import KerasLayer
 from .moments import Moments
-from .moving import move
+from .moving_statistics import move
 
 # Keras's activation, with its defaults -> the same function fused into the kernel.
 _FUSED = {

@@ -18,15 +18,15 @@ from torch.nn.parameter import is_lazy
 from batchnorm.errors import ArgumentTypeError, DataError, OptionError
 from batchnorm.statistics.calibration import CalibrationReport
 
+from .calibration.accumulator import Layout
 from .calibration.batches import Forward
 from .calibration.layerwise import layerwise
+from .calibration.layerwise_disk import spilled
 from .calibration.outcome import change, running_statistics, write
 from .calibration.passes import Passes, Result, in_one_pass
 from .calibration.progress_file import ProgressFile, fingerprint
 from .calibration.ranks import Ranks
-from .calibration.spilled import spilled
-from .calibration.tally import Layout
-from .norms import split_frozen, tracking_norms
+from .norms.find import split_frozen, tracking_norms
 from .rollback import as_before_on_error
 from .verb import verb
 

@@ -8,8 +8,8 @@ from batchnorm.errors import OptionError
 from batchnorm.torch.checks import check_module
 from batchnorm.torch.layers import _Layer
 
-from .kinds import is_layer
-from .norms import find_norms
+from .norms.find import find_norms
+from .norms.kinds import is_layer
 
 
 def layers_of(model: nn.Module, verb: str) -> list[_Layer]:

@@ -15,13 +15,13 @@ from batchnorm.torch.checks import check_nonfinite, check_policy, check_small_ba
 from batchnorm.torch.contexts.domains import check_domains
 from batchnorm.torch.sync import ranks_of
 
-from .agreement import checked_change
-from .frozen_norm import complete
-from .hooks import is_forward_replaced
-from .kinds import is_layer, is_ours, rebased
-from .norms import Found, find_norms
-from .timm_norm import BatchNormAct2d, inner_activation
+from .graph.hooks import is_forward_replaced
+from .norms.find import Found, find_norms
+from .norms.frozen import complete
+from .norms.kinds import is_layer, is_ours, rebased
+from .norms.timm import BatchNormAct2d, inner_activation
 from .verb import verb
+from .verify import checked_change
 
 
 @verb()
@@ -171,7 +171,7 @@ def become_ours(found: Found, statistics: Policy | None = None) -> None:
             statistics = statistics or Running()
             if statistics == Running():
                 vars(norm)["_learned"] = {"weight": True, "bias": True}  # once it is unfrozen
-        if kind.family == "synchronised":
+        if kind.family == "synchronized":
             vars(norm)["_statistics"] = Synced(ranks_of(vars(norm).pop("process_group", None)))
         activation = inner_activation(norm) if issubclass(kind.twin, BatchNormAct2d) else None
         norm.__class__ = rebased(type(norm), kind.twin)

@@ -13,7 +13,7 @@ from batchnorm.torch.contexts.checkpointing import Scope
 from batchnorm.torch.contexts.domains import selected
 from batchnorm.torch.layers import _Layer
 
-from .norms import find_norms
+from .norms.find import find_norms
 
 
 @contextlib.contextmanager

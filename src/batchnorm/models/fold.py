@@ -13,22 +13,30 @@ from batchnorm.errors import OptionError
 from batchnorm.torch.contexts.domains import domain_of, keep_one
 from batchnorm.torch.layers import _Layer
 
-from .absorbers import absorber_of, become, copied, is_plain, read_weights, why_not, write_weights
-from .affine import affine, own_activation
-from .agreement import AgreementError, assert_agree, observe, set_mode
-from .blocks import NotTraceableError, traced
 from .convert import check_scripted
-from .flow import Flow, joined
-from .flow_recorded import recorded_flow
-from .flow_traced import traced_flow
-from .fold_plan import FoldPlan, Step, plan_on
-from .folded import FOLDED, stand_in
-from .folding import scale_inputs, scale_outputs
-from .fusion_plan import inner_first, is_block
-from .kinds import is_ours
-from .norms import all_names, find_norms
+from .folding.affine import affine, own_activation
+from .folding.arithmetic import scale_inputs, scale_outputs
+from .folding.foldable_layers import (
+    absorber_of,
+    become,
+    copied,
+    is_plain,
+    read_weights,
+    why_not,
+    write_weights,
+)
+from .folding.folded import FOLDED, stand_in
+from .folding.plan import FoldPlan, Step, plan_on
+from .fusion.plan import inner_first, is_block
+from .graph.blocks import NotTraceableError, traced
+from .graph.flow import Flow, joined
+from .graph.recorded import recorded_flow
+from .graph.traced import traced_flow
+from .norms.find import all_names, find_norms
+from .norms.kinds import is_ours
 from .revert import undo_fusion
 from .verb import verb
+from .verify import AgreementError, assert_agree, observe, set_mode
 
 
 @verb(masked="a folded norm heeds no mask")

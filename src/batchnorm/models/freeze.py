@@ -9,8 +9,8 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.running import Running
 
 from .convert import become_ours, check, check_policy_fits
-from .kinds import is_layer
-from .norms import Found, find_norms
+from .norms.find import Found, find_norms
+from .norms.kinds import is_layer
 from .rollback import untouched_on_error
 from .verb import verb
 

@@ -8,15 +8,15 @@ from torch import nn
 
 from batchnorm.errors import OptionError
 
-from .activations import module_activation
-from .agreement import checked_change
 from .convert import become_ours, check_scripted
-from .fusion_plan import Plan, plan
-from .identity import silence
-from .kinds import is_ours
-from .record import add_recorded
-from .rewrite import Rewrite, fused_class
+from .fusion.fused_activation import silence
+from .fusion.plan import Plan, plan
+from .fusion.record import add_recorded
+from .fusion.rewrite import Rewrite, fused_class
+from .norms.activations import module_activation
+from .norms.kinds import is_ours
 from .verb import verb
+from .verify import checked_change
 
 
 @verb(masked="a fused layer masks what it adds and its activation, too, so that the outputs would differ")

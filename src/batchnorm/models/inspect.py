@@ -12,10 +12,10 @@ from torch import nn
 from batchnorm.errors import OptionError
 
 from .fold import fold_plan, twin_of
-from .fold_plan import shown
+from .folding.plan import shown
 from .fuse import plan_with
-from .norms import all_names
-from .report import ModelReport, describe
+from .norms.find import all_names
+from .norms.report import ModelReport, describe
 from .verb import verb
 
 

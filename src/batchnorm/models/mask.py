@@ -13,7 +13,7 @@ from batchnorm.torch.contexts.checkpointing import Scope
 from batchnorm.torch.contexts.masks import Masked
 
 from .contexts import layers_of
-from .folded import FOLDED
+from .folding.folded import FOLDED
 from .mask_lengths import Lengths
 
 

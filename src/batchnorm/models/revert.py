@@ -16,17 +16,17 @@ from batchnorm.torch.call import HALVES
 from batchnorm.torch.layers import OPTIONS, OURS, beyond_stock
 from batchnorm.torch.sync import SyncBatchNorm
 
-from .activations import module_for
-from .agreement import checked_change
-from .blocks import NotTraceableError
 from .convert import check_scripted
-from .identity import FusedActivation, restore
-from .kinds import STOCK, TIMM, is_layer, is_synchronised, origin, rebased
-from .norms import Found, all_names, find_norms
-from .rewrite import FusedForward, authors_class, traced_as_written
-from .synchronised import plain_classes
-from .timm_norm import BatchNormAct2d, inner_activation
+from .fusion.fused_activation import FusedActivation, restore
+from .fusion.rewrite import FusedForward, authors_class, traced_as_written
+from .graph.blocks import NotTraceableError
+from .norms.activations import module_for
+from .norms.find import Found, all_names, find_norms
+from .norms.kinds import STOCK, TIMM, is_layer, is_synchronized, origin, rebased
+from .norms.timm import BatchNormAct2d, inner_activation
+from .synchronized import plain_classes
 from .verb import verb
+from .verify import checked_change
 
 
 @verb(
@@ -69,9 +69,9 @@ def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
     check_scripted(model, "revert")
     found_norms = find_norms(model)
     norms = [found for found in found_norms if is_layer(found.module)]
-    synchronised = [found for found in found_norms if is_synchronised(found.module)]
+    synchronized = [found for found in found_norms if is_synchronized(found.module)]
     _check(model, norms)
-    plain = plain_classes(model, synchronised, example)
+    plain = plain_classes(model, synchronized, example)
     with checked_change(model, example, "revert"):
         undo_fusion(model, norms)
         placed = [found for found in norms if _become_stock(found, plain.get(found.module))]

@@ -13,7 +13,7 @@ from torch import nn
 from batchnorm.errors import OptionError
 from batchnorm.torch.checks import check_module
 
-from .norms import find_norms
+from .norms.find import find_norms
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

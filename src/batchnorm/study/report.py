@@ -16,8 +16,8 @@ from batchnorm.study.frameworks import framework_in_words
 from batchnorm.study.options import shown_number
 from batchnorm.study.plots import Picture, illustrate
 from batchnorm.study.verdicts import RULE, Claim, Grade, Network, Study, judge, read
-from batchnorm.study.verdicts import quantities as q
-from batchnorm.study.verdicts.measured import NAN, Sample
+from batchnorm.study.verdicts import formatting as q
+from batchnorm.study.verdicts.results import NAN, Sample
 
 # What stands over the pictures of a claim that this run could not judge.
 _HEADINGS = {

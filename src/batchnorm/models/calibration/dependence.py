@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.models.watching import LEAVING, OURS, tensors_in, written
+from batchnorm.models.graph.dispatch_observer import LEAVING, OURS, tensors_in, written
 
 # Operators that let data decide what Python does next: it reads a number, or the size of the result.
 _DECIDING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})

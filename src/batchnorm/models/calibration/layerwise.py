@@ -14,7 +14,7 @@ from batchnorm.errors import OptionError
 from batchnorm.statistics.moments import PooledMoments
 
 from .dependence import Dependence
-from .listening import Listener, by_batch, received, values_per_channel
+from .observers import Listener, by_batch, received, values_per_channel
 from .outcome import in_place_of
 from .passes import Passes, Result
 

@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.errors import DataError, FileError, MissingExtraError
 from batchnorm.statistics.moments import PooledMoments
 
+from .accumulator import Layout, Tally
 from .batches import Forward, Seen, limited, run, samples_in
-from .listening import Listener, evaluation
+from .observers import Listener, evaluation
 from .progress_file import Progress, ProgressFile
 from .ranks import Ranks
-from .tally import Layout, Tally
 
 
 @dataclass(frozen=True)

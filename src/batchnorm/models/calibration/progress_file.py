@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.errors import DataError, FileError, MissingExtraError
 from batchnorm.files import check_writable, read_within, write_whole
 
+from .accumulator import Layout, Tally
 from .batches import Seen, as_bytes
-from .tally import Layout, Tally
 
 _FORMAT = "batchnorm calibration 2"
 _ANY_FORMAT = "batchnorm calibration "

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.errors import FileError, OptionError
-from batchnorm.models.watching import LEAVING, OURS
+from batchnorm.models.graph.dispatch_observer import LEAVING, OURS
 
 _WITHOUT = "leave spill out: passes over the data take every model"
 

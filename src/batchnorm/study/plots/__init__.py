@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from batchnorm.study.plots import layers, multiples, rows
 from batchnorm.study.plots.canvas import Picture
-from batchnorm.study.verdicts.measured import Network
+from batchnorm.study.verdicts.results import Network
 
 __all__ = ["Picture", "illustrate"]
 

@@ -20,10 +20,10 @@ from batchnorm.study.plots.canvas import (
     shown,
 )
 from batchnorm.study.plots.multiples import log_axis
-from batchnorm.study.verdicts import quantities as q
+from batchnorm.study.verdicts import formatting as q
 from batchnorm.study.verdicts.arms import BASELINE, SUBJECT
-from batchnorm.study.verdicts.inside import log_gradient_ratio, moving_layers, total_drift
-from batchnorm.study.verdicts.measured import Network, Run, Sample
+from batchnorm.study.verdicts.internals import log_gradient_ratio, moving_layers, total_drift
+from batchnorm.study.verdicts.results import Network, Run, Sample
 
 # First layer to last: mid-tones that stand out from white and from black, and differ in lightness too.
 FIRST, LAST = (0xD5, 0x5E, 0x00), (0x4A, 0x7F, 0xE0)

@@ -21,9 +21,9 @@ from batchnorm.study.plots.canvas import (
     draw,
     shown,
 )
-from batchnorm.study.verdicts import quantities as q
+from batchnorm.study.verdicts import formatting as q
 from batchnorm.study.verdicts.arms import BASELINE, SUBJECT
-from batchnorm.study.verdicts.measured import Epoch, Network, Run, Sample
+from batchnorm.study.verdicts.results import Epoch, Network, Run, Sample
 
 COLUMNS = 2
 

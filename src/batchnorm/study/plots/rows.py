@@ -21,10 +21,10 @@ from batchnorm.study.plots.canvas import (
     draw,
     shown,
 )
-from batchnorm.study.verdicts import quantities as q
+from batchnorm.study.verdicts import formatting as q
 from batchnorm.study.verdicts.arms import BASELINE, SUBJECT, is_normalized
-from batchnorm.study.verdicts.evidence import MINIMAL_ACCURACY, Comparison
-from batchnorm.study.verdicts.measured import KINDS_OF_TEST_STATISTICS, NAN, Network, Sample
+from batchnorm.study.verdicts.results import KINDS_OF_TEST_STATISTICS, NAN, Network, Sample
+from batchnorm.study.verdicts.significance import MINIMAL_ACCURACY, Comparison
 from batchnorm.study.verdicts.training import accuracy_against, reached
 
 ROW = 0.235

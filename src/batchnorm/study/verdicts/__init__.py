@@ -1,9 +1,9 @@
 """Verdicts: one per claim, in plain words with numbers, and only for what a study measured."""
 
-from batchnorm.study.verdicts.evidence import RULE, Claim, Comparison, Grade
-from batchnorm.study.verdicts.inside import drift, gradients
-from batchnorm.study.verdicts.measured import Network, Study, read
+from batchnorm.study.verdicts.internals import drift, gradients
+from batchnorm.study.verdicts.results import Network, Study, read
 from batchnorm.study.verdicts.serving import cost, statistics_at_test_time
+from batchnorm.study.verdicts.significance import RULE, Claim, Comparison, Grade
 from batchnorm.study.verdicts.training import faster, generalizes, larger_rates
 
 __all__ = ["RULE", "Claim", "Comparison", "Grade", "Network", "Study", "judge", "read"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchnorm.study.verdicts.measured import Network
+from batchnorm.study.verdicts.results import Network
 
 BASELINE = "none"
 SUBJECT = "batchnorm"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from batchnorm.study.verdicts import quantities as q
+from batchnorm.study.verdicts import formatting as q
 from batchnorm.study.verdicts.arms import BASELINE, SUBJECT, has_pair
-from batchnorm.study.verdicts.evidence import MINIMAL_ACCURACY, Claim, Comparison, Grade
-from batchnorm.study.verdicts.measured import KINDS_OF_TEST_STATISTICS, NAN, Network, Sample
+from batchnorm.study.verdicts.results import KINDS_OF_TEST_STATISTICS, NAN, Network, Sample
+from batchnorm.study.verdicts.significance import MINIMAL_ACCURACY, Claim, Comparison, Grade
 from batchnorm.study.verdicts.training import reached
 
 # A block of steps that takes this many times the median says that the machine had other work.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from batchnorm.study.verdicts import quantities as q
+from batchnorm.study.verdicts import formatting as q
 from batchnorm.study.verdicts.arms import BASELINE, SUBJECT, has_pair, in_words, is_normalized, rivals
-from batchnorm.study.verdicts.evidence import (
+from batchnorm.study.verdicts.results import Network, Run, Sample
+from batchnorm.study.verdicts.significance import (
     MINIMAL_ACCURACY,
     MINIMAL_LOG_STEPS,
     WORKS_WITHIN,
@@ -16,7 +17,6 @@ from batchnorm.study.verdicts.evidence import (
     Grade,
     compare,
 )
-from batchnorm.study.verdicts.measured import Network, Run, Sample
 
 Runs = Mapping[int, Run]
 

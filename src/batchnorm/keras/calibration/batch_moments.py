@@ -11,10 +11,9 @@ import numpy as np
 from keras import ops
 
 from batchnorm.errors import BatchNormError
+from batchnorm.keras.masks import valid_values
+from batchnorm.keras.moments import moments, wide
 from batchnorm.statistics.moments import PooledMoments
-
-from .masks import valid_values
-from .moments import moments, wide
 
 Tensor = Any
 Layer = Any

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.fx import Node
 
-from .activations import module_activation
-from .blocks import Block, NotTraceableError, traced
-from .hooks import is_forward_replaced, sees_output
-from .identity import FusedActivation
-from .kinds import is_ours
-from .norms import Found, all_names, find_norms
+from batchnorm.models.graph.blocks import Block, NotTraceableError, traced
+from batchnorm.models.graph.hooks import is_forward_replaced, sees_output
+from batchnorm.models.norms.activations import module_activation
+from batchnorm.models.norms.find import Found, all_names, find_norms
+from batchnorm.models.norms.kinds import is_ours
+from batchnorm.models.norms.timm import BatchNormAct2d, inner_activation, is_bare
+
+from .fused_activation import FusedActivation
+from .patterns import Site, site_of, tail
 from .rewrite import FusedForward, Spec, call_of
-from .sites import Site, site_of, tail
-from .timm_norm import BatchNormAct2d, inner_activation, is_bare
 
 
 @dataclass

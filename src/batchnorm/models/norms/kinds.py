@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.torch import layers, lazy
 from batchnorm.torch.sync import SyncBatchNorm
 
-from .frozen_norm import FROZEN_TIMM, is_frozen
-from .timm_norm import BatchNormAct2d
+from .frozen import FROZEN_TIMM, is_frozen
+from .timm import BatchNormAct2d
 
-Family = Literal["stock", "ours", "timm", "synchronised", "frozen", "other"]
+Family = Literal["stock", "ours", "timm", "synchronized", "frozen", "other"]
 
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: layers.BatchNorm1d,
@@ -54,7 +54,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     if cls in STOCK or cls is BatchNormAct2d or cls is SyncBatchNorm:
         return Kind(name, "ours")
     if cls is nn.SyncBatchNorm:
-        return Kind(name, "synchronised", SyncBatchNorm)
+        return Kind(name, "synchronized", SyncBatchNorm)
     if name == TIMM:
         return Kind(name, "timm", BatchNormAct2d)
     if is_frozen(name):
@@ -72,7 +72,7 @@ def is_layer(module: nn.Module) -> TypeGuard[layers._Layer | lazy._Lazy]:
     return is_ours(module) or isinstance(module, lazy._Lazy)
 
 
-def is_synchronised(module: nn.Module) -> bool:
+def is_synchronized(module: nn.Module) -> bool:
     """Whether a module is a SyncBatchNorm, torch's or ours, which does not tell the rank of its input."""
     return origin(type(module)) in (nn.SyncBatchNorm, SyncBatchNorm)
 

@@ -14,11 +14,11 @@ from batchnorm.errors import OptionError
 from tests.models import nets
 from tests.models.nets import assert_alike, refuses, scrambled
 
-synchronised = nn.SyncBatchNorm.convert_sync_batchnorm
+synchronized = nn.SyncBatchNorm.convert_sync_batchnorm
 SYNCHRONISED = {
-    "stock": synchronised,
+    "stock": synchronized,
     "ours": batchnorm.SyncBatchNorm.convert_sync_batchnorm,
-    "stock then ours": lambda model: batchnorm.convert(synchronised(model)),
+    "stock then ours": lambda model: batchnorm.convert(synchronized(model)),
     "policy": lambda model: batchnorm.convert(model, batchnorm.Synced()),
 }
 
@@ -58,7 +58,7 @@ def test_row_7_there_and_back(
     model = SYNCHRONISED[how](copy.deepcopy(stock))
     model.register_forward_hook(lambda *_: None)
     policies = [row.policy for row in batchnorm.inspect(model).rows]
-    assert policies == ["synchronised" if how == "stock" else "synced"] * len(policies)
+    assert policies == ["synchronized" if how == "stock" else "synced"] * len(policies)
     tensors = [*model.parameters(), *model.buffers(), *model.modules()]
     assert batchnorm.revert(model, example=x if with_example else None) is model
     after = [*model.parameters(), *model.buffers(), *model.modules()]
@@ -78,7 +78,7 @@ def test_row_7_what_nothing_tells_is_refused_by_name() -> None:
             return self.norm(self.conv(x)) if x.sum() < 1e9 else x
 
     stock = scrambled(Hidden())
-    model, x = synchronised(copy.deepcopy(stock)), torch.randn(5, 4, 3, 3, dtype=torch.float64)
+    model, x = synchronized(copy.deepcopy(stock)), torch.randn(5, 4, 3, 3, dtype=torch.float64)
     assert "norm (torch.nn.SyncBatchNorm): nothing tells the rank of its input" in refuses(
         batchnorm.revert, model
     )
@@ -88,7 +88,7 @@ def test_row_7_what_nothing_tells_is_refused_by_name() -> None:
     assert type(norm) is nn.BatchNorm1d
 
 
-def test_row_6_stock_synchronised_layers_become_ours() -> None:
+def test_row_6_stock_synchronized_layers_become_ours() -> None:
     """Row 6: the same module, parameters, hooks and mode; a subclass is refused, and nothing has changed."""
     stock = nn.SyncBatchNorm(4, momentum=None, eps=1e-3).half()
     heard: list[object] = []
@@ -117,7 +117,7 @@ def test_row_6_stock_synchronised_layers_become_ours() -> None:
     assert model[0].statistics == batchnorm.Synced((0, 3))
 
 
-def test_freezing_a_synchronised_layer_and_back() -> None:
+def test_freezing_a_synchronized_layer_and_back() -> None:
     model = nn.Sequential(nn.SyncBatchNorm(4))
     batchnorm.freeze(model)
     assert model[0].statistics == batchnorm.Running()
@@ -155,11 +155,11 @@ def test_an_example_that_does_not_get_there_leaves_it_to_the_neighbours() -> Non
         def forward(self, x: Tensor) -> Tensor:
             return self.used(x)
 
-    model = batchnorm.revert(synchronised(Twin()), example=torch.randn(5, 4, 3, 3))
+    model = batchnorm.revert(synchronized(Twin()), example=torch.randn(5, 4, 3, 3))
     assert [type(model.used[1]), type(model.spare[1])] == [nn.BatchNorm2d, nn.BatchNorm3d]
 
 
-def test_a_model_of_ours_and_synchronised_layers_reverts_as_a_whole_or_not_at_all() -> None:
+def test_a_model_of_ours_and_synchronized_layers_reverts_as_a_whole_or_not_at_all() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), batchnorm.BatchNorm2d(4), nn.Flatten(), nn.SyncBatchNorm(16))
     assert "3 (torch.nn.SyncBatchNorm): nothing tells" in refuses(batchnorm.revert, model)
     batchnorm.revert(model, example=torch.randn(5, 3, 2, 2))

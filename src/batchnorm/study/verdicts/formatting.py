@@ -6,7 +6,7 @@ import math
 from typing import Protocol
 
 from batchnorm.study.options import shown_number
-from batchnorm.study.verdicts.measured import Sample
+from batchnorm.study.verdicts.results import Sample
 
 MISSING = "–"
 MINUS = "\N{MINUS SIGN}"

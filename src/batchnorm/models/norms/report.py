@@ -12,10 +12,10 @@ from batchnorm.statistics.policy import Policy
 from batchnorm.torch.contexts.domains import domain_of
 from batchnorm.torch.layers import _Layer, beyond_stock
 
+from .find import Found
 from .health import health
 from .kinds import is_layer, is_ours
-from .norms import Found
-from .timm_norm import BatchNormAct2d
+from .timm import BatchNormAct2d
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class NormRow:
     Attributes:
         name: qualified name in the model; "" for the model itself.
         kind: its class, such as torch.nn.BatchNorm2d.
-        policy: which statistics it uses in training: "batch", "batch, untracked", "synchronised", "running",
+        policy: which statistics it uses in training: "batch", "batch, untracked", "synchronized", "running",
             "ghost(size=32)"; and what it does in trouble and for which domain, where that is not the usual.
         activation: what it applies itself, or None.
         channels: C; 0 where no input has told it yet.
@@ -146,8 +146,8 @@ def describe(found: Found, *, fuses_with: str | None = None, reason: str = "") -
 def _policy(found: Found) -> str:
     if found.kind.family == "frozen":
         return "running"
-    if found.kind.family == "synchronised":
-        return "synchronised"
+    if found.kind.family == "synchronized":
+        return "synchronized"
     norm = found.module
     policy = getattr(norm, "statistics", None)
     words = [_in_brief(policy) if isinstance(policy, Policy) else "batch"]

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .absorbers import Absorber, Weights
 from .affine import Affine
+from .foldable_layers import Absorber, Weights
 
 
 def scale_outputs(weights: Weights, kind: Absorber, groups: int, found: Affine) -> Weights:

@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .hooks import is_forward_replaced
+from batchnorm.models.graph.hooks import is_forward_replaced
 
 Family = Literal["linear", "conv", "transposed"]
 _FUNCTIONS: dict[Any, type[nn.Module]] = {

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .absorbers import Absorber, absorber_of, inputs_of, outputs_of, why_not
+from batchnorm.models.graph.flow import Call, Flow, Value
+from batchnorm.models.norms.find import Found
+
 from .affine import affine, own_activation, why_not_affine
-from .flow import Call, Flow, Value
-from .folding import why_not_inputs
-from .norms import Found
+from .arithmetic import why_not_inputs
+from .foldable_layers import Absorber, absorber_of, inputs_of, outputs_of, why_not
 
 Direction = Literal["before", "after"]
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .activations import module_activation
-from .agreement import call, restored, set_mode
-from .fusion_plan import Plan, unfit
-from .norms import all_names
+from batchnorm.models.norms.activations import module_activation
+from batchnorm.models.norms.find import all_names
+from batchnorm.models.verify import call, restored, set_mode
+
+from .plan import Plan, unfit
 
 
 def add_recorded(decided: Plan, model: nn.Module, example: Any) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 
 from batchnorm.errors import DataError, OptionError
 
-from .fold_plan import Plan, Step
-from .folding import KINDS, Weights, affine, read_weights
+from .arithmetic import KINDS, Weights, affine, read_weights
 from .graph import has_graph, input_layer, untrained
+from .plan import Plan, Step
 
 
 def rebuild(model: Any, plan: Plan) -> Any:

@@ -13,11 +13,11 @@ from torch.fx import Node
 from batchnorm.errors import OptionError
 from batchnorm.torch.sync import SyncBatchNorm
 
-from .activations import call_activation, module_activation
-from .agreement import call, restored, set_mode
-from .blocks import NotTraceableError
-from .norms import Found
-from .rewrite import traced_as_written
+from .fusion.rewrite import traced_as_written
+from .graph.blocks import NotTraceableError
+from .norms.activations import call_activation, module_activation
+from .norms.find import Found
+from .verify import call, restored, set_mode
 
 _PLAIN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _ADDS = ("add", "iadd", "add_")

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from batchnorm.errors import OptionError
+from batchnorm.models.graph.blocks import Block, traced
+from batchnorm.models.graph.hooks import has_hooks, sees_output
+from batchnorm.models.norms.activations import FUNCTIONS
+from batchnorm.models.norms.kinds import is_ours
 from batchnorm.torch.symbolic import is_symbolic
 
-from .activations import FUNCTIONS
-from .blocks import Block, traced
-from .hooks import has_hooks, sees_output
-from .kinds import is_ours
-from .sites import Site, site_of
+from .patterns import Site, site_of
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from batchnorm.errors import DataError, FileError, OptionError
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.torch.functional import moments
 
+from .accumulator import Tally
 from .batches import limited, run, samples_in
-from .listening import evaluation, input_of, received
+from .observers import evaluation, input_of, received
 from .outcome import in_place_of
 from .passes import Passes, Result, shown
 from .replay import Budget, Replay
-from .tally import Tally
 
 _WITHOUT = "leave spill out: passes over the data take that"
 

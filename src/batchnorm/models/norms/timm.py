@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from batchnorm.models.graph.hooks import has_hooks
 from batchnorm.torch.composite import cleared
 from batchnorm.torch.layers import BatchNorm2d
 
 from .activations import module_activation
-from .hooks import has_hooks
 
 
 class BatchNormAct2d(BatchNorm2d):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .absorbers import copied, listeners
-from .hooks import is_forward_replaced
-from .kinds import is_layer, is_ours
-from .norms import Found
-from .timm_norm import BatchNormAct2d
+from batchnorm.models.graph.hooks import is_forward_replaced
+from batchnorm.models.norms.find import Found
+from batchnorm.models.norms.kinds import is_layer, is_ours
+from batchnorm.models.norms.timm import BatchNormAct2d
+
+from .foldable_layers import copied, listeners
 
 _FIXED_EPS = 1e-5  # of the copies of FrozenBatchNorm2d in transformers, which have it in their code
 

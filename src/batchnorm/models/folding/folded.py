@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from batchnorm.errors import InputShapeError
+from batchnorm.models.norms.activations import FUNCTIONS, module_for
 from batchnorm.torch.symbolic import OneNode
-
-from .activations import FUNCTIONS, module_for
 
 FOLDED = "_batchnorm_folded"  # attribute of what stands in a norm's place
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .agreement import call as call_model
-from .agreement import restored, set_mode
+from batchnorm.models.verify import call as call_model
+from batchnorm.models.verify import restored, set_mode
+
+from .dispatch_observer import LEAVING, tensors_in, written
 from .flow import Axes, Call, Flow, Value
 from .hooks import sees_output
-from .watching import LEAVING, tensors_in, written
 
 _RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias", "aten::unsqueeze", "aten::squeeze")
 _Key = tuple[Any, ...]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import BatchNormError
-from batchnorm.models.hooks import is_forward_replaced
-from batchnorm.models.kinds import is_ours, kind_of
+from batchnorm.models.graph.hooks import is_forward_replaced
+from batchnorm.models.norms.kinds import is_ours, kind_of
 from batchnorm.statistics.moments import PooledMoments, merge
 from batchnorm.torch.checks import is_single, too_few
 from batchnorm.torch.functional import moments, normalize_batch
@@ -100,7 +100,7 @@ def by_batch(name: str, norm: _BatchNorm, hear: _Hear, *, strict: bool) -> Itera
 
     kind = kind_of(norm)
     family = "other" if kind is None or is_forward_replaced(norm) else kind.family
-    if family in ("stock", "synchronised"):
+    if family in ("stock", "synchronized"):
         with _attribute(norm, "forward", normalized):
             yield
     elif family == "ours":

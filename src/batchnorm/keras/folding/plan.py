@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import keras
 
-from .fold_table import Direction, FoldRow, FoldTable
-from .folding import KINDS
+from batchnorm.keras.layers import BatchNormalization
+from batchnorm.keras.norms import norms_within
+from batchnorm.keras.policies import measures
+
+from .arithmetic import KINDS
 from .graph import Call, Graph, Value, graph
-from .layers import BatchNormalization
-from .norms import norms_within
-from .policies import measures
+from .table import Direction, FoldRow, FoldTable
 
 _NORMS = (keras.layers.BatchNormalization, BatchNormalization)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from statistics import median
 
-from batchnorm.study.verdicts import quantities as q
+from batchnorm.study.verdicts import formatting as q
 from batchnorm.study.verdicts.arms import BASELINE, SUBJECT, has_pair
-from batchnorm.study.verdicts.evidence import (
+from batchnorm.study.verdicts.results import NAN, Drift, Network, Run, Sample
+from batchnorm.study.verdicts.significance import (
     MINIMAL_LOG_DRIFT,
     MINIMAL_LOG_GRADIENT,
     Claim,
     Comparison,
     compare,
 )
-from batchnorm.study.verdicts.measured import NAN, Drift, Network, Run, Sample
 from batchnorm.study.verdicts.training import hardly_trains
 
 # With fewer layers than this there is no depth for a gradient to vanish in.

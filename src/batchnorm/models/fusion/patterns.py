@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from .activations import call_activation, module_activation
-from .hooks import has_hooks
+from batchnorm.models.graph.hooks import has_hooks
+from batchnorm.models.norms.activations import call_activation, module_activation
 
 _ADDS = (operator.add, torch.add)
 _IN_PLACE = (operator.iadd,)

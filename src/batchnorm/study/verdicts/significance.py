@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from batchnorm.study.verdicts.measured import NAN, Run
-from batchnorm.study.verdicts.quantities import SPACE, Show, span
+from batchnorm.study.verdicts.formatting import SPACE, Show, span
+from batchnorm.study.verdicts.results import NAN, Run
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond that, the next one up is used.
 _STUDENT = (

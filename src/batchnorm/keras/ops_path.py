@@ -13,7 +13,7 @@ from batchnorm.statistics.synced import Synced
 from .groups import Parts, split
 from .layer_protocol import KerasLayer
 from .moments import Moments, moments, normalize, wide
-from .moving import move
+from .moving_statistics import move
 from .synchronized import pooled
 
 Tensor = Any

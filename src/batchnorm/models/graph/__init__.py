@@ -1,0 +1,1 @@
+"""Who makes and who reads each value of a model's forward."""
