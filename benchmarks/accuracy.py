@@ -14,13 +14,15 @@ from torch.nn import functional as F
 
 from batchnorm import functional, reference
 
+from .layouts import LAYOUTS, memory_format
+from .tables import Rows
+
 SHAPE = (16, 8, 32, 32)
 OFFSETS = (0.0, 1e1, 1e3, 1e5, 1e6)
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 QUICK_OFFSETS = (0.0, 1e5)
 
 
-def measure(quick: bool = False) -> list[dict[str, Any]]:
+def measure(quick: bool = False) -> Rows:
     """Return one row per engine, layout and offset."""
     return [
         {"layer": name, "layout": layout, "mean_over_std": offset, **_errors(function, layout, offset)}
@@ -36,8 +38,8 @@ def _errors(function: Any, layout: str, offset: float) -> dict[str, float]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    x = (draw(*SHAPE) + offset).to(memory_format=LAYOUTS[layout]).requires_grad_()
-    dy = draw(*SHAPE).to(memory_format=LAYOUTS[layout])
+    x = (draw(*SHAPE) + offset).to(memory_format=memory_format(layout)).requires_grad_()
+    dy = draw(*SHAPE).to(memory_format=memory_format(layout))
     weight, bias = (draw(SHAPE[1]).requires_grad_() for _ in range(2))
     y = function(x, None, None, weight, bias, training=True)
     found = (y, *torch.autograd.grad(y, (x, weight, bias), dy))

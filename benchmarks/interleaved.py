@@ -71,6 +71,11 @@ def interleave(rivals: Mapping[str, Clocked], rounds: int, warm_up: int = 2) -> 
     return {name: taken[warm_up:] for name, taken in times.items()}
 
 
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return each rival's median."""
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
 def ratio(theirs: list[float], ours: list[float]) -> dict[str, Any]:
     """Return the median of the ratios theirs / ours, round by round, and their quartiles."""
     ratios = sorted(their / own for their, own in zip(theirs, ours, strict=True))
