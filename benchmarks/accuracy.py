@@ -1,4 +1,4 @@
-"""How far output and gradients are from float64, stock and ours, as the mean grows against the std.
+"""Measures errors of output and gradients against float64, stock and ours, as the mean grows over the std.
 
 The error is |found - reference| / (1 + max |reference|), its maximum over the tensor, dx in units of 1/std:
 the contract of docs/architecture.md. Inputs are float32; the reference sees the same values in float64.

@@ -1,4 +1,4 @@
-"""The tables of what `fold` absorbs and of what that saves."""
+"""Tables of the norms that `fold` absorbs, and of the time of inference."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def zoo_findings(rows: Rows) -> list[Finding]:
 
 
 def is_wrong(row: Row) -> bool:
-    """Whether the folded copy of a network gives something else than the network."""
+    """Return whether the outputs of a folded copy differ from the network's."""
     if row["off_float64"] is None:
         return not row["off_float32"] <= _WRONG_FLOAT32
     return not row["off_float64"] <= WRONG

@@ -1,4 +1,4 @@
-"""How many norms `fold` absorbs over the zoo, beside `torch.fx.experimental.optimization.fuse`."""
+"""Counts the norms that `fold` absorbs over the zoo, beside `torch.fx.experimental.optimization.fuse`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def measure(quick: bool = False) -> Rows:
 
 
 def row(name: str) -> Row:
-    """Return what became of one network's norms that run, how far its outputs are off, and fx's outcome."""
+    """Return the fate of a network's norms that run, the error of its outputs, and fx's outcome."""
     model, example = zoo.made(name)
     running, functional = _running(model, example)
     allowed = possible(model, example)

@@ -1,4 +1,4 @@
-"""What was asked of the layers' speed, next to what was measured; a missed goal stays in the table."""
+"""Goals of speed and memory, compared with measured rows; a missed goal stays in the table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tables import Row, Rows, table
 
 @dataclass(frozen=True)
 class Finding:
-    """A goal and what came of it.
+    """A goal and its outcome.
 
     Attributes:
         what: which rows, and which of their figures.
@@ -39,7 +39,7 @@ class Finding:
 
 
 def findings_table(findings: list[Finding]) -> str:
-    """Return goals, what came of them, and the worst single row; and how many rows miss it, if counted."""
+    """Return goals, their outcomes, and the worst single row; and how many rows miss it, if counted."""
     counted = any(found.below is not None for found in findings)
     added = ("worst row", "rows", "below") if counted else ("rows",)
     return table(
@@ -95,7 +95,7 @@ _STOCK_NEAR_FLOOR, _OURS_NEAR_FLOOR = 1.15, 1.10
 
 
 def layer_row_findings(rows: Rows) -> list[Finding]:
-    """Return what is asked of every row of single layers, and of their geometric means."""
+    """Return the goals of every row of single layers, and of their geometric means."""
     large = [row for row in rows if row["values"] > LARGE]
     main = _where(large, operation="norm-relu", dtype="float32")
     channels_last = _where(main, layout="channels-last")

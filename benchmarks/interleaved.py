@@ -1,4 +1,4 @@
-"""Rivals timed in turn, round after round, so that whatever else the machine does meets all of them alike."""
+"""Times rivals in turn, round after round, so that other work of the machine meets all of them alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PAUSE = 0.01
 
 
 def rest() -> None:
-    """Wait until the threads of others have fallen asleep."""
+    """Wait until the threads of other rivals have fallen asleep."""
     time.sleep(_PAUSE)
 
 

@@ -1,4 +1,4 @@
-"""Where the time of one layer goes: an empty autograd Function, the kernels and their outputs, the rest."""
+"""Splits the time of one layer: an empty autograd Function, the kernels and their outputs, the rest."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def goals_table(rows: Rows) -> str:
 
 
 def row_goals_table(rows: Rows) -> str:
-    """What is asked of every row, and of means."""
+    """The goals of every row, and of means."""
     return goals.findings_table(goals.layer_row_findings(rows))
 
 

@@ -29,7 +29,7 @@ OURS = {
 
 @dataclass(frozen=True)
 class Tensors:
-    """What every rival of a case is given; `residual` is None where the operation has none."""
+    """Inputs of every rival of a case; `residual` is None where the operation has none."""
 
     x: Tensor
     dy: Tensor

@@ -1,4 +1,4 @@
-"""What a forward leaves in memory for the backward, and the time of a step: `lean` and its rivals."""
+"""Measures memory held between forward and backward, and the time of a step: `lean` and its rivals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to keep less for the backward, of the same network: what `batchnorm.lean` is compared with."""
+"""The same network with less kept for the backward: `batchnorm.lean` and checkpointing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks in plain torch, with whatever norm they are given.
+"""Networks in plain torch, with a norm of choice.
 
 Sources: Simonyan & Zisserman 2014, arXiv:1409.1556 (VGG-11); He et al. 2015, arXiv:1512.03385 (ResNet), and
 2016, arXiv:1603.05027 (pre-activation); Sandler et al. 2018, arXiv:1801.04381 (MobileNetV2); Tan & Le 2019,

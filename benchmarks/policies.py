@@ -1,4 +1,4 @@
-"""What a statistics policy, a mask or a guard costs: a training step of a layer, over that with `Batch()`."""
+"""Measures policies, masks and guards: a training step of a layer, over that with `Batch()`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of the layers: how near each comes to what memory allows."""
+"""Draws the speed of layers over the size of the tensor, beside that of a copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `batchnorm study` finds by default: one row per network and arm, at the arm's best rate."""
+"""Results of `batchnorm study` by default: one row per network and arm, at the arm's best rate."""
 
 from __future__ import annotations
 

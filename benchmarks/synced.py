@@ -41,7 +41,7 @@ class _AllReduced(torch.autograd.Function):
 
 
 class ByHand(nn.Module):
-    """What one writes without a library: sums of x and x² of all ranks, by one differentiable all-reduce."""
+    """The usual layer by hand: sums of x and x² of all ranks, by one differentiable all-reduce."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What synchronizing costs a network, by two figures of a cluster: latency and bandwidth.
+"""Models the cost of synchronizing a network, by two figures of a cluster: latency and bandwidth.
 
 `python -m benchmarks.synced_model --ranks 8 --latency 20e-6 --bandwidth 10e9` prints it for ResNet-50.
 """

@@ -33,7 +33,7 @@ def state(folder: Path = results_file.FOLDER) -> str:
 
 
 def layers_text(rows: Rows) -> str:
-    """Goals and layers: all that is printed."""
+    """Goals and layers, for the terminal."""
     return f"{layer_goals(rows)}\n\n{layers_section(rows)}"
 
 
@@ -43,7 +43,7 @@ def layer_goals(rows: Rows) -> str:
 
 
 def layers_section(rows: Rows) -> str:
-    """The layers, what a copy moved, and what there is no figure of."""
+    """The layers, the speed of a copy, and the cases without figures."""
     return _joined(layers_table(rows), _copies(rows), _gaps(rows))
 
 
@@ -88,7 +88,7 @@ def _copies(rows: Rows) -> str:
 
 
 def steps_text(rows: Rows) -> str:
-    """Goals and training steps: all that is printed."""
+    """Goals and training steps, for the terminal."""
     return f"{step_goals(rows)}\n\n{steps_section(rows)}"
 
 
@@ -98,7 +98,7 @@ def step_goals(rows: Rows) -> str:
 
 
 def steps_section(rows: Rows) -> str:
-    """The training steps, and what there is no figure of."""
+    """The training steps, and the cases without figures."""
     return _joined(steps_table(rows), _gaps(rows))
 
 

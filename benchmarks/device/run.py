@@ -1,4 +1,4 @@
-"""All that is measured on a device, within a number of seconds; files are written after every case."""
+"""Measures layers and steps on a device within a number of seconds; files are written after every case."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What was asked for on the command line.
+    """Options of the command line.
 
     Attributes:
         device: `cpu` or `cuda`.

@@ -56,7 +56,7 @@ class StepCase:
 
 
 def cases(device: str, quick: bool = False) -> list[StepCase]:
-    """Return all that is measured, most important first; what must be compiled stands alone beside stock."""
+    """Return the cases, most important first; a compiled network stands alone beside stock."""
     if quick:
         return [StepCase("ResNet-18", 8, 32, EAGER, device, 0.5)]
     groups = (EAGER, ("stock", "compiled"), ("stock", "compiled-ours"))

@@ -121,7 +121,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _is_fit() -> bool:
-    """Whether the device still works for this process: after an illegal access, say, it never does again."""
+    """Return whether this process can still use the device; after an illegal access, say, it never can."""
     try:
         free()
         if torch.cuda.is_initialized():

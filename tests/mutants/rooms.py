@@ -33,7 +33,7 @@ class Run:
     only: tuple[str, ...] = ("*",)
 
     def tries(self, file: Path | None) -> bool:
-        """Whether mutants of a file are tried with it; None is the code as it is."""
+        """Return whether mutants of a file are tried with it; None is the code as it is."""
         return file is None or any(
             fnmatch.fnmatch(str(file), f"{PACKAGE}/{pattern}") for pattern in self.only
         )
