@@ -138,8 +138,12 @@ class Moments(NamedTuple):
 class Engine(Protocol):
     """What an engine module offers; shapes as in the notation above."""
 
-    def moments(self, x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
-        """Returns the moments of x, from deviations: never E[x²] - E[x]²."""
+    def moments(self, call: Call) -> Moments:
+        """Returns the moments of x, from deviations: never E[x²] - E[x]².
+
+        Args:
+            call: x, mask and group_size, and nothing else.
+        """
 
     def forward(
         self, call: Call, running: RunningState | None = None, activation_mask: Tensor | None = None

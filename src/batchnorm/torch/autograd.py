@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -24,13 +23,12 @@ from torch.autograd import forward_ad
 from batchnorm.kernels.choose import engine, load
 from batchnorm.kernels.interface import Engine, RunningState
 from batchnorm.statistics.moments import PooledMoments
-from batchnorm.statistics.policy import Chosen, gradient_coefficients
+from batchnorm.statistics.policy import Chosen
 
 from . import composite, output_recipes
-from .call import Call
-from .composite import Normalized
-from .policy_step import PolicyStep, array, shows_its_memory, tensor
-from .running_stats import check_finite, of_groups
+from .call import Call, Normalized, cleared
+from .moments import check_finite, of_groups
+from .policy_step import PolicyStep
 from .tracing import is_batched_cotangent, is_transforming
 
 if TYPE_CHECKING:
@@ -189,7 +187,7 @@ class _PolicyBatchNorm(torch.autograd.Function):
         if _is_differentiated(dy):
             gradients = composite.gradients(ctx, call, dy, step=step)
         else:
-            gradients = gradients_of(engine, call, dy, step, batch, chosen, ctx.needs_input_grad[0])
+            gradients = step.gradients(engine, call, dy, batch, chosen, ctx.needs_input_grad[0])
         return *_cast(ctx, gradients, dy, activation, mask), *(None,) * 5
 
 
@@ -236,7 +234,7 @@ def _cast(
     if not of_residual:
         return dx, dweight, dbias, None
     if activation is None:
-        dresidual = composite.cleared(dy, mask)
+        dresidual = cleared(dy, mask)
     if dresidual is not None and dresidual.dtype is not residual_dtype:
         dresidual = dresidual.to(residual_dtype)
     return dx, dweight, dbias, dresidual
@@ -258,65 +256,10 @@ def _slopes(engine: Engine, call: Call, statistics: tuple[Tensor, ...], activati
         return found
 
 
-def gradients_of(
-    engine: Engine,
-    call: Call,
-    dy: Tensor,
-    step: PolicyStep,
-    batch: PooledMoments,
-    chosen: Chosen,
-    needs_dx: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Return dx, dweight, dbias and dresidual; the parameters' are sums over this rank's values alone."""
-    sum_dy, sum_dy_xhat = engine.backward_reduce(call, dy, chosen[:2])
-    dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
-    dweight, dbias = sum_dy_xhat.sum(0).to(dtype), sum_dy.sum(0).to(dtype)
-    if needs_dx:
-        sum_dy, sum_dy_xhat = step.add(sum_dy, sum_dy_xhat)
-    elif call.activation is None or call.residual is None:
-        return None, dweight, dbias, None
-    coefficients = _coefficients(call.weight, chosen, batch, sum_dy, sum_dy_xhat)
-    dx, dresidual = engine.backward_apply(call, dy, chosen[:2], coefficients)
-    return dx, dweight, dbias, dresidual
-
-
-def _coefficients(
-    weight: Tensor | None, chosen: Chosen, batch: PooledMoments, sum_dy: Tensor, sum_dy_xhat: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    # A copy: torch cannot resize memory that an array shares, and FSDP resizes that of its parameters.
-    wide = 1.0 if weight is None else weight.detach().to(sum_dy.dtype, copy=True)
-    if not shows_its_memory(sum_dy):
-        return gradient_coefficients(wide, chosen, batch, sum_dy, sum_dy_xhat)
-    with np.errstate(all="ignore"):
-        found = gradient_coefficients(
-            array(wide),
-            Chosen(*map(array, chosen)),
-            PooledMoments(*map(array, batch)),
-            array(sum_dy),
-            array(sum_dy_xhat),
-        )
-    a, b, c = map(tensor, found)
-    return a, b, c
-
-
-def measured(engine: Engine, call: Call, step: PolicyStep, *, strict: bool) -> tuple[PooledMoments, Chosen]:
-    """Return the moments of all ranks that share them, and what the policy chooses by these.
-
-    Args:
-        strict: raise NonFiniteError where moments are not finite.
-    """
-    with torch.no_grad():
-        found = engine.moments(call.x.detach(), mask=call.mask, group_size=call.group_size)
-        batch, samples = step.share(of_groups(found.count, found.mean, found.m2))
-        if strict:
-            check_finite(batch.mean, batch.m2)
-        return batch, step.recalled(batch).choose(batch, samples, plain=True)
-
-
 def normalize_by_policy(call: Call, step: PolicyStep, *, strict: bool) -> Normalized:
     """Normalize by what the policy's step chooses; as `composite.normalize`."""
     chosen_engine = engine(call.x)
-    batch, chosen = measured(chosen_engine, call, step, strict=strict)
+    batch, chosen = step.measured(chosen_engine, call, strict=strict)
     if not torch.is_grad_enabled():
         return Normalized(chosen_engine.normalize(call, chosen[:2]), batch)
     tensors = (call.x, call.weight, call.bias, call.residual)
@@ -376,8 +319,10 @@ def normalize(
 
 def _batch(engine: Engine, call: Call, statistics: tuple[Tensor, ...], *, strict: bool) -> PooledMoments:
     (count, mean, m2), _ = engine.unpack(statistics, call.x.shape[1])
-    if strict:
-        check_finite(mean, m2)
     if call.mask is None and len(mean) == 1:  # the host knows the count without any operation on tensors
-        return PooledMoments(float(call.x.shape[0] * math.prod(call.x.shape[2:])), mean, m2)
-    return of_groups(count, mean, m2)
+        batch = PooledMoments(float(call.x.shape[0] * math.prod(call.x.shape[2:])), mean, m2)
+    else:
+        batch = of_groups(count, mean, m2)
+    if strict:
+        check_finite(batch)
+    return batch

@@ -1,4 +1,4 @@
-"""Defines the record of a call: its tensors, its running statistics, its options."""
+"""Defines the record of a call (its tensors, running statistics and options) and that of its result."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Policy
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -86,3 +87,23 @@ class Call(NamedTuple):
     nonfinite: str = "propagate"
     small_batch: str = "raise"
     label: Callable[[], str] | None = None
+
+
+class Normalized(NamedTuple):
+    """Output, and the batch statistics where they were computed.
+
+    Attributes:
+        y: `[N, C, *S]`, in the dtype of x.
+        batch: moments of each group, `[G, C]`, wide; of all ranks, where these share them; None where the
+            statistics were given.
+        moved: whether the running statistics have moved already.
+    """
+
+    y: Tensor
+    batch: PooledMoments | None
+    moved: bool = False
+
+
+def cleared(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return values `[N, C, *S]` with 0 where the mask leaves them out, whatever was there."""
+    return values if mask is None else torch.where(mask.unsqueeze(1), values, 0.0).to(values.dtype)

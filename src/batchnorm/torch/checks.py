@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentTypeError, InputShapeError, InputTypeError, OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.layout import shows_values
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.serialized import POLICIES
@@ -39,7 +40,7 @@ def is_plain(call: Call) -> bool:
         or not x.is_cpu
         or x.layout is not _strided
         or x.is_nested
-        or x.is_neg()
+        or not shows_values(x)
         or type(policy) is not Batch
         or mask is not None
         or weight is None
@@ -65,6 +66,7 @@ def is_plain(call: Call) -> bool:
             and vector.is_cpu
             and vector.numel() == channels
             and vector.stride() == (1,)
+            and shows_values(vector)
         ):
             return False
     if not (
@@ -73,12 +75,12 @@ def is_plain(call: Call) -> bool:
         and type(batches) is Tensor
         and batches.dtype is _int64
         and batches.is_cpu
+        and not mean.requires_grad  # type: ignore[union-attr]
+        and not var.requires_grad  # type: ignore[union-attr]
     ):
         return False
     return not training or not (
         nonfinite != "propagate"
-        or mean.requires_grad  # type: ignore[union-attr]
-        or var.requires_grad  # type: ignore[union-attr]
         or mean.is_inference()  # type: ignore[union-attr]
         or var.is_inference()  # type: ignore[union-attr]
         or batches.is_inference()
@@ -335,6 +337,16 @@ def check_running(
         check_vector(name, running, input)
         if running is not None and not running.is_floating_point():
             raise InputTypeError(f"{name} is {_dtype(running)}: running statistics are floating-point")
+
+
+def check_constant(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """Raise InputTypeError, as torch does, where a gradient of running statistics would be needed."""
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is not None and running.requires_grad and torch.is_grad_enabled():
+            raise InputTypeError(
+                f"{name} requires grad, and batch_norm is not differentiable with respect to it: call "
+                f".requires_grad_(False) on it, or pass {name}.detach()"
+            )
 
 
 def check_parameter(name: str, parameter: Tensor | None, input: Tensor) -> None:

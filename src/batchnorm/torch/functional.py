@@ -16,7 +16,8 @@ from . import checks, dispatch
 from .call import Call, RunningState
 from .collectives.operations import differentiable_gather, numbered, sharing_ranks, timeout_of
 from .exported import stock
-from .running_stats import moved, pooled_groups
+from .moments import pooled_groups
+from .running_stats import moved
 from .symbolic import one_node
 from .tracing import is_exporting
 
@@ -175,7 +176,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> PooledMoments:
     checks.check_tensor(input)
     checks.check_input(input)
     checks.check_mask(mask, input)
-    count, mean, m2 = engine(input).moments(input.detach(), mask=mask)
+    count, mean, m2 = engine(input).moments(Call(input.detach(), mask=mask))
     return PooledMoments(count[0], mean[0], m2[0])
 
 

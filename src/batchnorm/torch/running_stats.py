@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.errors import NonFiniteError, OptionError
+from batchnorm.errors import OptionError
 from batchnorm.statistics.batch import running_update
-from batchnorm.statistics.moments import PooledMoments, pooled
+from batchnorm.statistics.moments import PooledMoments
 
 from .call import RunningState
+from .moments import is_finite, pooled_groups
 from .tracing import is_transforming
 
 
@@ -22,50 +23,6 @@ class Moved(NamedTuple):
     var: Tensor | None
     batches: int | Tensor
     skipped: Tensor | None
-
-
-def of_groups(count: float | Tensor, mean: Tensor, m2: Tensor) -> PooledMoments:
-    """Return moments `[G, C]` with a count that broadcasts against them: a number, or `[G, 1]`."""
-    spread = count.unsqueeze(1) if isinstance(count, Tensor) else count
-    return PooledMoments(spread, mean, m2)
-
-
-def pooled_groups(batch: PooledMoments) -> PooledMoments:
-    """Return the moments of all groups together, `[C]`."""
-    if batch.mean.shape[0] > 1:
-        return pooled(batch, torch)
-    is_each = isinstance(batch.count, Tensor) and batch.count.dim() > 0  # a tracer's sizes are tensors, too
-    count = batch.count[0] if is_each else batch.count
-    return PooledMoments(count, batch.mean[0], batch.m2[0])
-
-
-def is_finite(batch: PooledMoments) -> Tensor:
-    """Return whether all moments are finite, as a tensor: the host does not wait for it."""
-    return torch.isfinite(batch.mean).all() & torch.isfinite(batch.m2).all()
-
-
-def check_finite(mean: Tensor, m2: Tensor) -> None:
-    """Raise NonFiniteError unless all moments are finite; the host waits for a device here.
-
-    Raises:
-        OptionError: a transform of torch.func hides the values.
-    """
-    try:
-        is_fine = bool(torch.isfinite(mean).all() & torch.isfinite(m2).all())
-    except RuntimeError as error:
-        if not is_transforming():
-            raise
-        raise OptionError(
-            'nonfinite="raise" cannot look at values under torch.func.vmap: set layer.nonfinite = "skip" or '
-            '"propagate" there'
-        ) from error
-    if not is_fine:
-        channels = (~(torch.isfinite(mean) & torch.isfinite(m2))).any(0).nonzero().flatten().tolist()
-        first = ", ".join(map(str, channels[:5])) + (", ..." if len(channels) > 5 else "")
-        raise NonFiniteError(
-            f"the input has inf or NaN in channel {first} ({len(channels)} of {mean.shape[1]}): look at what "
-            'comes before this layer, or let it pass such batches over with nonfinite="skip"'
-        )
 
 
 def moved(running: RunningState, batch: PooledMoments, *, skip: bool) -> Moved:

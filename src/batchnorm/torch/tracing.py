@@ -91,5 +91,8 @@ def is_watched() -> bool:
 
 
 def may_hide_addresses(x: Tensor) -> bool:
-    """Whether a transform of `torch.func` is active, or has left its wrapper around a tensor."""
-    return is_transforming() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether a tensor may have no address: under a transform of `torch.func`, or in its wrapper, or of zeros.
+
+    A ZeroTensor (`torch._efficientzerotensor`) has no memory.
+    """
+    return is_transforming() or torch._C._functorch.is_functorch_wrapped_tensor(x) or x._is_zerotensor()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 
 from batchnorm.kernels.eager import constants
 from batchnorm.kernels.interface import Call, Coefficients, Moments, RunningState, Statistics
+from batchnorm.kernels.layout import shows_values
 
 from . import backward as gradient
 from . import forward as outputs
@@ -41,24 +42,10 @@ _REALS = (torch.float32, torch.float64)  # dtypes that running statistics have h
 _OPEN = frozenset({"relu", "relu6"})
 
 
-def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
+def moments(call: Call) -> Moments:
     """See `interface.Engine.moments`."""
-    launches = Launches(_Measured(x, mask, group_size))
-    mean, _, count, m2 = _measured(launches, 0.0, {})
+    mean, _, count, m2 = _measured(Launches(call), 0.0, {})
     return Moments(count, mean, m2)
-
-
-class _Measured(NamedTuple):
-    """The record of a call that computes moments alone."""
-
-    x: Tensor
-    mask: Tensor | None
-    group_size: int | None
-    weight: None = None
-    bias: None = None
-    residual: None = None
-    activation: None = None
-    eps: float = 0.0
 
 
 def _measured(launches: Launches, eps: float, running: dict[str, Any]) -> Statistics:
@@ -325,4 +312,5 @@ def _is_plain(values: Tensor, dtype: torch.dtype, like: Tensor) -> bool:
         and values.is_contiguous()
         and not values.requires_grad
         and not values.is_inference()
+        and shows_values(values)
     )

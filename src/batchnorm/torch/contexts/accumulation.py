@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from batchnorm.statistics.moments import PooledMoments, merge
-from batchnorm.torch.running_stats import Moved, is_finite, moved, pooled_groups, write
+from batchnorm.torch.moments import is_finite, pooled_groups
+from batchnorm.torch.running_stats import Moved, moved, write
 
-from .domains import domain_of, selected
-from .layer_protocol import ContextLayer
+from .domains import ContextLayer, domain_of, selected
 
 
 class _Accumulated:

@@ -22,8 +22,7 @@ from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Known
 from batchnorm.torch.tracing import is_recomputed, is_transforming, may_be_recomputed
 
-from .domains import domain_of, selected
-from .layer_protocol import ContextLayer
+from .domains import ContextLayer, domain_of, selected
 from .masks import Masked
 
 # Forwards that one layer remembers. A pipeline that runs the forwards of all micro-batches first has as many.
