@@ -91,7 +91,7 @@ def is_watched() -> bool:
 
 
 def may_hide_addresses(x: Tensor) -> bool:
-    """Whether a tensor may have no address: under a transform of `torch.func`, or in its wrapper, or of zeros.
+    """Whether a tensor may have no address: under a transform of `torch.func`, in its wrapper, or all zero.
 
     A ZeroTensor (`torch._efficientzerotensor`) has no memory.
     """
