@@ -26,7 +26,7 @@ from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Chosen
 
 from . import composite, output_recipes
-from .call import Call, Normalized, cleared
+from .call import Call, Gradients, Normalized, cast
 from .moments import check_finite, of_groups
 from .policy_step import PolicyStep
 from .tracing import is_batched_cotangent, is_transforming
@@ -34,7 +34,6 @@ from .tracing import is_batched_cotangent, is_transforming
 if TYPE_CHECKING:
     from batchnorm.kernels.cpu.plain_call import PlainCall
 
-Gradients = tuple[Tensor | None, ...]
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 # How a call is launched: the engine; the running statistics that it moves; whether it normalizes by those of
@@ -188,7 +187,7 @@ class _PolicyBatchNorm(torch.autograd.Function):
             gradients = composite.gradients(ctx, call, dy, step=step)
         else:
             gradients = step.gradients(engine, call, dy, batch, chosen, ctx.needs_input_grad[0])
-        return *_cast(ctx, gradients, dy, activation, mask), *(None,) * 5
+        return *cast(ctx, gradients, dy, activation, mask), *(None,) * 5
 
 
 def _is_differentiated(dy: Tensor) -> bool:
@@ -208,36 +207,12 @@ def _gradients(
     """Return dx, dweight, dbias and dresidual of a call by its batch, or by `constant` statistics."""
     if not _is_differentiated(dy):
         found: Gradients = engine.backward(call, dy, statistics, constant, activation_mask)
-        return _cast(ctx, found, dy, call.activation, call.mask)
+        return cast(ctx, found, dy, call.activation, call.mask)
     if activation_mask is not None:
         dy = dy * _slopes(engine, call, statistics, activation_mask)
         call = call._replace(activation=None)
     given = _mean_and_rstd(engine, call, statistics) if constant else None
-    return _cast(ctx, composite.gradients(ctx, call, dy, given), dy, call.activation, call.mask)
-
-
-def _cast(
-    ctx: Any, gradients: Gradients, dy: Tensor, activation: str | None, mask: Tensor | None
-) -> Gradients:
-    """Return dx, dweight, dbias and dresidual in the dtypes of their inputs, where these need them."""
-    dx, dweight, dbias, dresidual = gradients
-    _, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
-    weight_dtype, bias_dtype, residual_dtype = ctx.dtypes
-    if not of_weight:
-        dweight = None
-    elif dweight is not None and dweight.dtype is not weight_dtype:
-        dweight = dweight.to(weight_dtype)
-    if not of_bias:
-        dbias = None
-    elif dbias is not None and dbias.dtype is not bias_dtype:
-        dbias = dbias.to(bias_dtype)
-    if not of_residual:
-        return dx, dweight, dbias, None
-    if activation is None:
-        dresidual = cleared(dy, mask)
-    if dresidual is not None and dresidual.dtype is not residual_dtype:
-        dresidual = dresidual.to(residual_dtype)
-    return dx, dweight, dbias, dresidual
+    return cast(ctx, composite.gradients(ctx, call, dy, given), dy, call.activation, call.mask)
 
 
 def _mean_and_rstd(engine: Engine, call: Call, statistics: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -29,10 +29,10 @@ _Parameter, _strided, _int64 = nn.Parameter, torch.strided, torch.int64
 
 
 def is_plain(call: Call) -> bool:
-    """Whether a call is as most are: of common tensors on a CPU, by the batch's or the running statistics.
+    """Whether a call is plain: common tensors on a CPU, normalized by the batch or by running statistics.
 
-    The CPU's kernels take such a call as it is, and there is nothing else to check. This is one look, written
-    out, in place of a dozen checks: these took longer than the kernel of a small layer.
+    The kernels for CPUs take such a call as it is, and no other check is needed. The conditions are written
+    out here, because a dozen checks take longer than the kernel of a small layer.
     """
     x, weight, bias, _, mask, activation, eps, _, running, policy, training, nonfinite, _, _ = call
     if (

@@ -18,7 +18,7 @@ from batchnorm.kernels import choose
 from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments
 
-from .call import Call, Normalized, cleared
+from .call import Call, Normalized, cast
 from .moments import check_finite, of_groups
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -42,17 +42,6 @@ def fake_gradients(x: Tensor, residual: Tensor | None) -> Gradients:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     dweight, dbias = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
     return torch.empty_like(x), dweight, dbias, dresidual
-
-
-def cast(ctx: Any, dy: Tensor, activation: str | None, mask: Tensor | None, found: Gradients) -> list[Any]:
-    """Return dx, dweight, dbias and dresidual in the dtypes of their inputs; None for an input of None."""
-    dx, *others = found
-    if activation is None:
-        others[2] = cleared(dy, mask)
-    return [
-        dx,
-        *(None if dtype is None else g.to(dtype) for g, dtype in zip(others, ctx.dtypes, strict=True)),
-    ]
 
 
 def run_forward(
@@ -143,7 +132,7 @@ def register_gradient(operator: Any, backward: Callable[..., Gradients]) -> None
     def differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
         found = backward(x, dy, weight, bias, residual, mask, mean, rstd, *ctx.settings)
-        return *cast(ctx, dy, ctx.settings[0], mask, found), *(None,) * 8
+        return *cast(ctx, found, dy, ctx.settings[0], mask), *(None,) * 8
 
     operator.register_autograd(differentiate, setup_context=setup_context)
 

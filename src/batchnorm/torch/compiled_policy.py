@@ -18,9 +18,9 @@ from batchnorm.statistics.policy import Chosen, Known, Policy
 from batchnorm.statistics.serialized import from_text
 from batchnorm.statistics.synced import Synced
 
-from .call import Call, Normalized
+from .call import Call, Normalized, cast
 from .collectives.operations import Ranks, numbered, sharing_ranks
-from .compiled import Gradients, cast, fake_gradients, groups_of
+from .compiled import Gradients, fake_gradients, groups_of
 from .policy_step import PolicyStep
 from .tracing import is_in_backward
 
@@ -126,7 +126,7 @@ def _setup_chosen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _chosen_gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight, bias, residual, mask, *kept = ctx.saved_tensors
     found = _normalize_chosen_backward(x, dy, weight, bias, residual, mask, *kept, *ctx.settings)
-    return *cast(ctx, dy, ctx.settings[-1], mask, found), *(None,) * 13
+    return *cast(ctx, found, dy, ctx.settings[-1], mask), *(None,) * 13
 
 
 _normalize_chosen.register_autograd(_chosen_gradients, setup_context=_setup_chosen)

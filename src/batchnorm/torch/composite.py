@@ -21,7 +21,7 @@ from .call import Call, Normalized, cleared
 
 
 class Step(Protocol):
-    """What a policy does between moments and normalization; `policy_step.PolicyStep` has it."""
+    """What a policy does between moments and normalization: the part of `policy_step.PolicyStep` used here."""
 
     def share(
         self, batch: PooledMoments, *, differentiable: bool = False

@@ -119,8 +119,8 @@ class Mode(NamedTuple):
     measures: bool
     moves: bool
     needs_two: bool
-    ranks: collectives.Ranks | None = None
-    small_batch_fallback: bool = False
+    ranks: collectives.Ranks | None
+    small_batch_fallback: bool
 
 
 def mode_of(call: Call) -> Mode:
@@ -129,7 +129,7 @@ def mode_of(call: Call) -> Mode:
     if type(policy) is not Batch:
         checks.check_policy(policy, running.is_complete)
     if not policy.measures(training):
-        return Mode(measures=False, moves=False, needs_two=False)
+        return Mode(measures=False, moves=False, needs_two=False, ranks=None, small_batch_fallback=False)
     moves = running.is_tracked and policy.moves(training) and not is_recomputed()
     ranks = None
     if isinstance(policy, Synced) and training:

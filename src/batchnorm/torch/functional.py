@@ -7,13 +7,13 @@ from torch._compile import _disable_dynamo
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm.kernels.choose import engine
-from batchnorm.kernels.interface import wide_dtype
+from batchnorm.kernels.interface import RunningState, wide_dtype
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Policy
 
 from . import checks, dispatch
-from .call import Call, RunningState
+from .call import Call
 from .collectives.operations import differentiable_gather, numbered, sharing_ranks, timeout_of
 from .exported import stock
 from .moments import pooled_groups
@@ -213,7 +213,8 @@ def normalize_batch(
     checks.check_tensor(input)
     groups, running = statistics.groups(training), RunningState(running_mean, running_var, batches)
     call = Call(input, weight, bias, residual, mask, activation, eps, groups, running, statistics, training)
-    mode, exporting = dispatch.Mode(measures=True, moves=False, needs_two=False), is_exporting()
+    mode = dispatch.Mode(measures=True, moves=False, needs_two=False, ranks=None, small_batch_fallback=False)
+    exporting = is_exporting()
     dispatch.check(call, mode, exporting=exporting)
     y, batch, _ = dispatch.normalize(call, mode, exporting=exporting)
     assert batch is not None

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, InputShapeError, OptionError
+from batchnorm.kernels.interface import RunningState
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 
 from .autograd import normalize_plain
-from .call import NO_RUNNING_STATE, Call, RunningState
+from .call import NO_RUNNING_STATE, Call
 from .checks import (
     check_activation,
     check_nonfinite,
@@ -22,7 +23,7 @@ from .checks import (
     not_a_tensor,
 )
 from .contexts.checkpointing import Memory
-from .contexts.domains import add_domains, check_domains, fill, select, selected
+from .contexts.domains import add_domains, check_domains, fill, selected
 from .dispatch import batch_norm, may_repeat_plain, plain_call
 from .quantization import refuse_to_fuse
 from .scripted import stock_twin
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from batchnorm.kernels.cpu.plain_call import PlainCall
 
 _BATCH = Batch()
-# Attributes of a context, of forwards that may be recomputed, or of prepared calls: no copy or file has them.
-PASSING = ("_memory", "_plain", "_accumulator", "_scope", "_domain")
 
 
 class _Layer(StoredState):
@@ -44,7 +43,6 @@ class _Layer(StoredState):
     _ranks: ClassVar[tuple[int, ...]]
     _memory: Memory | None = None
     _plain: PlainCall | None = None
-    _domain: int | None = None  # whose statistics are in use; None = of domain 0, outside of any context
     _learned: dict[str, bool]  # which parameters learned before `freeze`
     _activation_at: tuple[nn.Module, ...]  # the modules that applied the activation before `fuse`
 
@@ -265,14 +263,6 @@ class _Layer(StoredState):
         with selected(self, 0):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy or file; the contexts that the layer is in are not part of it."""
-        state = {name: value for name, value in vars(self).items() if name not in PASSING}
-        if self._domain:
-            state["_buffers"] = dict(self._buffers)
-            select(state["_buffers"], self._domain, 0)
-        return state
-
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the stock layer that `torch.jit.script` compiles in place of this one: the same tensors.
 
@@ -317,7 +307,6 @@ _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
             `Ghost`, `Synced`, `Renorm`, `Running`, `Adapted`. An attribute of the layer; it can be set.
         activation: applied in the same pass (keyword only): relu, relu6, leaky_relu (slope 0.01), silu,
             gelu (erf), hardswish, sigmoid, tanh, elu (α = 1), or None.
-
         nonfinite: what a batch with inf or NaN does (keyword only): "propagate", as in torch; "skip": the
             running statistics stay, and `skipped` counts it; "raise": NonFiniteError. It can be set.
         small_batch: what one value per channel, or per ghost batch, does in training (keyword only):

@@ -10,7 +10,7 @@ from batchnorm.statistics.moments import PooledMoments, pooled
 
 
 def of_groups(count: Tensor, mean: Tensor, m2: Tensor) -> PooledMoments:
-    """Return moments `[G, C]` with a count that broadcasts against them, `[G, 1]`; given a count `[G]`."""
+    """Return moments `[G, C]` with the count `[G]` as `[G, 1]`, which broadcasts against them."""
     return PooledMoments(count.unsqueeze(1), mean, m2)
 
 

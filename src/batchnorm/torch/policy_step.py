@@ -49,10 +49,10 @@ class OfNumPy:
 
 
 class PolicyStep(NamedTuple):
-    """What the policy of a call takes into account.
+    """The policy of a call, and what it takes into account.
 
     Attributes:
-        policy: as it stands on the layer.
+        policy: the layer's policy.
         training: the mode.
         known: running statistics, wide, and more; copies that no later step changes.
         ranks: the ranks that share statistics; None = no other rank does.

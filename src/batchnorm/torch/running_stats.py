@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
+from batchnorm.kernels.interface import RunningState
 from batchnorm.statistics.batch import running_update
 from batchnorm.statistics.moments import PooledMoments
 
-from .call import RunningState
 from .moments import is_finite, pooled_groups
 from .tracing import is_transforming
 

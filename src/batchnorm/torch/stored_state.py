@@ -22,8 +22,11 @@ from .call import HALVES
 from .checks import check_nonfinite, check_policy, check_small_batch
 from .contexts.accumulation import Accumulator
 from .contexts.checkpointing import Scope
-from .contexts.domains import running_names
+from .contexts.domains import running_names, select
 from .symbolic import OneNode
+
+# Attributes of a context, of forwards that may be recomputed, or of prepared calls: no copy or file has them.
+PASSING = ("_memory", "_plain", "_accumulator", "_scope", "_domain")
 
 
 class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
@@ -38,6 +41,7 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
     _thawed: Policy  # what `unfreeze` gives back
     _accumulator: Accumulator | None = None
     _scope: Scope | None = None
+    _domain: int | None = None  # whose statistics are in use; None = of domain 0, outside of any context
 
     @property
     def statistics(self) -> Policy:
@@ -144,6 +148,14 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
                 skipped.zero_()
             return
         self._buffers["skipped"] = counter(place.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy or file; the contexts that the layer is in are not part of it."""
+        state = {name: value for name, value in vars(self).items() if name not in PASSING}
+        if self._domain:
+            state["_buffers"] = dict(self._buffers)
+            select(state["_buffers"], self._domain, 0)
+        return state
 
 
 def counter(device: torch.device | None) -> Tensor:

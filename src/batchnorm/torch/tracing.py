@@ -76,9 +76,9 @@ _current_backward = torch._C._current_graph_task_id
 
 
 def is_watched() -> bool:
-    """Whether torch compiles, traces, intercepts or recomputes what is called now, or takes its tangent.
+    """Whether torch compiles, traces, intercepts, differentiates forward or recomputes the current call.
 
-    It leaves out the transforms of `torch.func`: `may_hide_addresses` knows these.
+    It does not look for transforms of `torch.func`: `may_hide_addresses` does.
     """
     return (
         torch.compiler.is_dynamo_compiling()

@@ -135,10 +135,7 @@ def normalize_run(args: Any, at: Any, size: Any, mask: Any, given: Any, stride: 
             z = bounded(z, low, high)
             if not is_simple(variant) and mask:
                 z = keep_valid(z, mask + done, LANES, zero)
-            if streams:
-                stream(z, y + done * bytes_, dtype)
-            else:
-                store(z, y + done * bytes_, dtype)
+            put(z, y + done * bytes_, LANES, streams, dtype)
             done += LANES
         count = min(count, size - done)
         if count > 0:
@@ -185,14 +182,8 @@ def differentiate_run(args: Any, at: Any, size: Any, mask: Any, given: Any, stri
                 dy = keep_valid(dy, mask + done, LANES, zero)
                 found = keep_valid(found, mask + done, LANES, zero)
             if dresidual:
-                if streams:
-                    stream(dy, dresidual + done * bytes_, dtype)
-                else:
-                    store(dy, dresidual + done * bytes_, dtype)
-            if streams:
-                stream(found, dx + done * bytes_, dtype)
-            else:
-                store(found, dx + done * bytes_, dtype)
+                put(dy, dresidual + done * bytes_, LANES, streams, dtype)
+            put(found, dx + done * bytes_, LANES, streams, dtype)
             done += LANES
         count = min(count, size - done)
         if count > 0:

@@ -42,7 +42,7 @@ class Launches:
         return torch.empty_like(self.x).copy_(values)
 
     def returned(self, output: Tensor, like: Tensor) -> Tensor:
-        """Returns an output in the dtype and layout of what the caller gave."""
+        """Returns an output in the dtype and layout of `like`, the caller's own tensor."""
         return output if like is self.x else laid_out_as(like, output)
 
     def tables(self, number: int, *sizes: int) -> list[Tensor]:

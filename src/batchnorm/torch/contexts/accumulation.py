@@ -45,12 +45,6 @@ class Accumulator:
         self._now: dict[int, _Accumulated] = {}  # of the current forward, by domain
         self._all: dict[int, _Accumulated] = {}  # of finished forwards, by domain
 
-    def __deepcopy__(self, _: dict[int, object]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(None), ()
-
     def add(self, batch: PooledMoments, *, skip: bool) -> None:
         """Add the moments of a call, `[G, C]`.
 

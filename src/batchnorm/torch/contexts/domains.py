@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
+from batchnorm.kernels.interface import RunningState
 from batchnorm.statistics.policy import Policy
-from batchnorm.torch.call import RunningState
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
