@@ -21,7 +21,7 @@ from .call import Call, Normalized, cleared
 
 
 class Step(Protocol):
-    """What a policy does between moments and normalization: the part of `policy_step.PolicyStep` used here."""
+    """What a policy does between moments and normalization, of `policy_step.PolicyStep`."""
 
     def share(
         self, batch: PooledMoments, *, differentiable: bool = False

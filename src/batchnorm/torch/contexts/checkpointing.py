@@ -1,7 +1,7 @@
 """Keeps what activation checkpointing needs to recompute a forward in the backward.
 
-By then the running statistics have moved, and the mask or domain of the forward may have ended. A forward that
-is recomputed with the later ones is another function, with another gradient.
+By then the running statistics have moved, and the mask or domain of the forward may have ended. With later
+ones, the recomputed forward would be another function, and have another gradient.
 
 - `Memory` keeps the running statistics that a policy normalizes by. A recompute finds them by the moments of
   its batch, which are the same bits; they are compared on the device, and the host does not wait.
