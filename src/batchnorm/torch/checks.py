@@ -133,20 +133,14 @@ def check_small_batch(value: object, tracked: bool) -> None:
     """Raise OptionError unless `small_batch` is valid; "running" needs running statistics."""
     check_choice("small_batch", value, ("raise", "running"))
     if value == "running" and not tracked:
-        raise OptionError(
-            'small_batch="running" normalizes by running statistics, and this layer has none: '
-            "make it with track_running_stats=True"
-        )
+        raise _untracked('small_batch="running" normalizes by running statistics')
 
 
 def check_nonfinite(value: object, tracked: bool) -> None:
     """Raise OptionError unless `nonfinite` is valid; "skip" needs running statistics."""
     check_choice("nonfinite", value, ("propagate", "skip", "raise"))
     if value == "skip" and not tracked:
-        raise OptionError(
-            'nonfinite="skip" leaves running statistics as they are, and this layer has none: '
-            "make it with track_running_stats=True"
-        )
+        raise _untracked('nonfinite="skip" leaves running statistics as they are')
 
 
 def check_policy(policy: object, tracked: bool) -> None:
@@ -156,10 +150,12 @@ def check_policy(policy: object, tracked: bool) -> None:
         known = ", ".join(f"batchnorm.{name}(...)" for name in POLICIES)
         raise OptionError(f"statistics must be one of {known}; got {got}")
     if policy.needs_running and not tracked:
-        raise OptionError(
-            f"statistics={policy} uses running statistics, and this layer has none: "
-            "make it with track_running_stats=True"
-        )
+        raise _untracked(f"statistics={policy} uses running statistics")
+
+
+def _untracked(what: str) -> OptionError:
+    """Return the error for an option of a layer that has no running statistics."""
+    return OptionError(f"{what}, and this layer has none: make it with track_running_stats=True")
 
 
 def check_eps(eps: float, training: bool) -> None:

@@ -151,7 +151,7 @@ def pure_batch_norm(
     y, batch, _ = dispatch.normalize(call, mode, exporting=exporting)
     if batch is None or not mode.moves:
         return y, running_mean, running_var
-    after = moved(running, batch, skip=False)
+    after = moved(running, batch)
     new_mean, new_var = (
         new if old is None or new is None else new.to(old.dtype)
         for old, new in ((running_mean, after.mean), (running_var, after.var))

@@ -25,7 +25,7 @@ class Moved(NamedTuple):
     skipped: Tensor | None
 
 
-def moved(running: RunningState, batch: PooledMoments, *, skip: bool) -> Moved:
+def moved(running: RunningState, batch: PooledMoments, *, is_counted: Tensor | None = None) -> Moved:
     """Return the running statistics after a batch; nothing is written.
 
         running = (1 - momentum) * running + momentum * batch,    with var = m2 / (n - 1)
@@ -35,7 +35,8 @@ def moved(running: RunningState, batch: PooledMoments, *, skip: bool) -> Moved:
     Args:
         running: running statistics, or None each.
         batch: its moments, `[G, C]`.
-        skip: a batch with inf or NaN leaves all as it is, and counts as skipped.
+        is_counted: whether the batch counts, a bool tensor of one value; if not, it leaves all as it is, and
+            counts as skipped. None = it counts.
     """
     batch = PooledMoments(batch.count, batch.mean.detach(), batch.m2.detach())
     parts = [pooled_groups(batch)]
@@ -47,14 +48,13 @@ def moved(running: RunningState, batch: PooledMoments, *, skip: bool) -> Moved:
         momentum = _momentum(running, number, batch.mean)
         mean = _update(mean, part.mean, part.count, momentum)
         var = _update(var, part.m2, part.count, momentum, corrected=True)
-    if not skip:
+    if is_counted is None:
         return Moved(mean, var, len(parts), None)
-    fine = is_finite(batch)
     mean, var = (
-        None if old is None or new is None else torch.where(fine, new, old.detach().to(new.dtype))
+        None if old is None or new is None else torch.where(is_counted, new, old.detach().to(new.dtype))
         for old, new in ((running.mean, mean), (running.var, var))
     )
-    return Moved(mean, var, fine * len(parts), ~fine)
+    return Moved(mean, var, is_counted * len(parts), ~is_counted)
 
 
 def _update(
@@ -98,8 +98,8 @@ def _check_writable(running: RunningState) -> None:
 
 
 def move(running: RunningState, batch: PooledMoments, *, skip: bool = False) -> None:
-    """Move the running statistics and the counts in place, as `moved` says."""
-    write(running, moved(running, batch, skip=skip))
+    """Move the running statistics and the counts in place; `skip`: unless the batch has inf or NaN."""
+    write(running, moved(running, batch, is_counted=is_finite(batch) if skip else None))
 
 
 def write(running: RunningState, after: Moved) -> None:

@@ -5,8 +5,9 @@ Running statistics are float32 at least, and the counter of skipped batches star
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self
 
@@ -50,15 +51,13 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
 
     @statistics.setter
     def statistics(self, policy: Policy) -> None:
-        try:
-            check_policy(policy, self.running_mean is not None and self.running_var is not None)
+        with self._named():
+            check_policy(policy, self._is_tracked())
             if self._accumulator is not None and policy.is_sequential:
                 raise OptionError(
                     f"statistics={policy} move for each ghost batch, and the layer is within "
                     "batchnorm.accumulate, which moves them once: set it outside of the block"
                 )
-        except BatchNormError as error:
-            raise error.at(qualified_name(self)) from None
         self._statistics = policy
         vars(self).pop("_label", None)
         vars(self).pop("_thawed", None)  # what `unfreeze` would give back
@@ -70,10 +69,8 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
 
     @nonfinite.setter
     def nonfinite(self, value: str) -> None:
-        try:
-            check_nonfinite(value, self.running_mean is not None and self.running_var is not None)
-        except BatchNormError as error:
-            raise error.at(qualified_name(self)) from None
+        with self._named():
+            check_nonfinite(value, self._is_tracked())
         if value != self._nonfinite:
             self._nonfinite = value
         if value == "skip" and self.skipped is None:
@@ -90,10 +87,8 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
 
     @small_batch.setter
     def small_batch(self, value: str) -> None:
-        try:
-            check_small_batch(value, self.running_mean is not None and self.running_var is not None)
-        except BatchNormError as error:
-            raise error.at(qualified_name(self)) from None
+        with self._named():
+            check_small_batch(value, self._is_tracked())
         if value != self._small_batch:
             self._small_batch = value
 
@@ -101,6 +96,18 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
     def skipped(self) -> Tensor | None:
         """How many batches with inf or NaN were skipped, an integer tensor; None where none are."""
         return self._buffers.get("skipped")
+
+    def _is_tracked(self) -> bool:
+        """Whether there are a running mean and variance."""
+        return self.running_mean is not None and self.running_var is not None
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the layer in errors of the block."""
+        try:
+            yield
+        except BatchNormError as error:
+            raise error.at(qualified_name(self)) from None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As `torch.nn.Module._apply`, but running statistics stay float32 where they would become 16-bit."""

@@ -66,8 +66,10 @@ def _size(type_: ir.Type) -> int:
 @intrinsic
 def size_of(typingctx: Any, dtype: Any) -> Any:
     """Returns the bytes of a value in memory."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, builder, signature, arguments
         return I64(_size(_stored(dtype)))
 
     return types.intp(dtype), code
@@ -76,8 +78,10 @@ def size_of(typingctx: Any, dtype: Any) -> Any:
 @intrinsic
 def load(typingctx: Any, address: Any, dtype: Any) -> Any:
     """Returns the 16 values at an address."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
         type_ = _stored(dtype)
         raw = builder.load(_address(builder, arguments[0], many(type_)))
         raw.align = _size(type_)
@@ -89,8 +93,10 @@ def load(typingctx: Any, address: Any, dtype: Any) -> Any:
 @intrinsic
 def load_part(typingctx: Any, address: Any, count: Any, fill: Any, dtype: Any) -> Any:
     """Returns the first `count` values at an address, with `fill` in the other lanes."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
         type_ = _stored(dtype)
         lanes = _positions(builder, arguments[1])
         pointer = _address(builder, arguments[0], many(type_))
@@ -109,8 +115,10 @@ def load_part(typingctx: Any, address: Any, count: Any, fill: Any, dtype: Any) -
 @intrinsic
 def store(typingctx: Any, values: Any, address: Any, dtype: Any) -> Any:
     """Writes a vector's 16 values to an address."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del signature
         raw = _narrowed(builder, arguments[0], dtype)
         builder.store(raw, _address(builder, arguments[1], raw.type), align=_size(_stored(dtype)))
         return context.get_dummy_value()
@@ -121,8 +129,10 @@ def store(typingctx: Any, values: Any, address: Any, dtype: Any) -> Any:
 @intrinsic
 def store_part(typingctx: Any, values: Any, address: Any, count: Any, dtype: Any) -> Any:
     """Writes a vector's first `count` values to an address."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del signature
         raw = _narrowed(builder, arguments[0], dtype)
         pointer = _address(builder, arguments[1], raw.type)
         call(
@@ -143,8 +153,10 @@ def stream(typingctx: Any, values: Any, address: Any, dtype: Any) -> Any:
     The address must be a multiple of the vector's size, or of LINE if that is less: any other crashes the
     process.
     """
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del signature
         raw = _narrowed(builder, arguments[0], dtype)
         size = min(LINE, LANES * _size(_stored(dtype)))
         written = builder.store(raw, _address(builder, arguments[1], raw.type), align=size)
@@ -157,8 +169,10 @@ def stream(typingctx: Any, values: Any, address: Any, dtype: Any) -> Any:
 @intrinsic
 def keep_valid(typingctx: Any, values: Any, mask: Any, count: Any, fill: Any) -> Any:
     """Returns `values` in lanes whose byte at `mask` is not 0, else `fill`; reads `count` bytes."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
         values, mask, count, fill = arguments
         pointer = _address(builder, mask, many(I8))
         raw = call(
@@ -176,8 +190,10 @@ def keep_valid(typingctx: Any, values: Any, mask: Any, count: Any, fill: Any) ->
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
     """Prefetches the cache line at an address, which need not be one of the process's memory."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del signature
         pointer = _address(builder, arguments[0], I8)
         for_reading, into_second_level, data = I32(0), I32(2), I32(1)
         call(
@@ -194,6 +210,7 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 @intrinsic
 def pointer(typingctx: Any, address: Any) -> Any:
     """Returns an address as a pointer, which `numba.carray` takes."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -207,8 +224,10 @@ def finished(typingctx: Any, address: Any) -> Any:
 
     A thread that reads the sum by `number_finished` also sees all that this thread has written before.
     """
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
         return builder.atomic_rmw("add", _address(builder, arguments[0], I64), I64(1), "acq_rel")
 
     return types.int64(address), code
@@ -217,8 +236,10 @@ def finished(typingctx: Any, address: Any) -> Any:
 @intrinsic
 def number_finished(typingctx: Any, address: Any) -> Any:
     """Returns the integer at an address, to which `finished` adds."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
         return builder.load_atomic(_address(builder, arguments[0], I64), "acquire", align=8)
 
     return types.intp(address), code
@@ -227,8 +248,10 @@ def number_finished(typingctx: Any, address: Any) -> Any:
 @intrinsic
 def take_number(typingctx: Any, address: Any) -> Any:
     """Adds 1 to the integer at an address, and returns the one before; no two threads get the same."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
         return builder.atomic_rmw("add", _address(builder, arguments[0], I64), I64(1), "monotonic")
 
     return types.intp(address), code

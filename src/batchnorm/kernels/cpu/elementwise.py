@@ -135,7 +135,10 @@ def normalize_run(args: Any, at: Any, size: Any, mask: Any, given: Any, stride: 
             z = bounded(z, low, high)
             if not is_simple(variant) and mask:
                 z = keep_valid(z, mask + done, LANES, zero)
-            put(z, y + done * bytes_, LANES, streams, dtype)
+            if streams:
+                stream(z, y + done * bytes_, dtype)
+            else:
+                store(z, y + done * bytes_, dtype)
             done += LANES
         count = min(count, size - done)
         if count > 0:
@@ -182,8 +185,14 @@ def differentiate_run(args: Any, at: Any, size: Any, mask: Any, given: Any, stri
                 dy = keep_valid(dy, mask + done, LANES, zero)
                 found = keep_valid(found, mask + done, LANES, zero)
             if dresidual:
-                put(dy, dresidual + done * bytes_, LANES, streams, dtype)
-            put(found, dx + done * bytes_, LANES, streams, dtype)
+                if streams:
+                    stream(dy, dresidual + done * bytes_, dtype)
+                else:
+                    store(dy, dresidual + done * bytes_, dtype)
+            if streams:
+                stream(found, dx + done * bytes_, dtype)
+            else:
+                store(found, dx + done * bytes_, dtype)
             done += LANES
         count = min(count, size - done)
         if count > 0:

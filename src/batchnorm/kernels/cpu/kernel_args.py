@@ -13,7 +13,7 @@ from .vector import function
 
 # Addresses, 0 where there is none. Tensors are dense; statistics are float64, `[G, C]`.
 _ADDRESSES = (
-    "statistics",  # count `[G]`, then mean, m2 and rstd; 0 where mean and rstd are given each
+    "statistics",  # count `[G]`, mean, m2, rstd; the four are found from here, where it is given
     "scratch",  # further memory of a pass; `locate_moments` and `locate_sums` say what lies where
     "x",
     "y",

@@ -125,7 +125,8 @@ def set_affine(
 def set_slopes(args: Any, group: Any, first: Any, rest: Any, a: Any, b: Any, c: Any) -> None:
     """Sets a, b and c of dx = a dy' + b (x - center) rstd + c, of all their channels, from `first` on.
 
-    The call's coefficients go with x̂ = (x - mean) rstd. What the two means differ by, `rest`, goes into c.
+    The coefficients in the arguments belong to x̂ = (x - mean) rstd: c takes in the difference, `rest` of the
+    mean.
     """
     start, size = 8 * (group * args.channels + first), rest.size
     rstds, given_a = numbers(args.rstd + start, size), numbers(args.a + start, size)

@@ -78,9 +78,11 @@ def is_simple(typingctx: Any, variant: Any) -> Any:
 
     The answer is a constant: the compiler drops the branches for other calls, which halves its own time too.
     """
+    del typingctx
     answer = has_simple_features(variant)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, builder, signature, arguments
         return ir.IntType(1)(answer)
 
     return types.boolean(variant), code
@@ -98,7 +100,10 @@ def has_simple_features(variant: Any) -> bool:
 def _binary(symbol: Any, instruction: str) -> None:
     @intrinsic
     def apply(typingctx: Any, a: Any, b: Any) -> Any:
+        del typingctx, b
+
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            del context, signature
             return getattr(builder, instruction)(*arguments)
 
         return a(a, a), code
@@ -123,8 +128,10 @@ for _symbol, _instruction in (
 @intrinsic
 def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """Returns a * b + c, rounded once on processors with that instruction; on all others, always twice."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
         type_ = arguments[0].type
         return call(builder, f"llvm.fmuladd.{suffix(type_)}", type_, list(arguments))
 
@@ -134,6 +141,7 @@ def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 @intrinsic
 def splat(typingctx: Any, value: Any, dtype: Any) -> Any:
     """Returns a vector of 16 times the same number, of the type that values of `dtype` are loaded into."""
+    del typingctx
     vector = vector_of(dtype)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -146,8 +154,10 @@ def splat(typingctx: Any, value: Any, dtype: Any) -> Any:
 @intrinsic
 def total(typingctx: Any, a: Any) -> Any:
     """Returns the sum of a vector's numbers in float64, by adding one half to the other until one is left."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
         value, width = arguments[0], LANES
         if value.type.element != ir.DoubleType():
             value = builder.fpext(value, many(ir.DoubleType()))
@@ -168,11 +178,13 @@ def total(typingctx: Any, a: Any) -> Any:
 
 def _compare(name: str, order: str) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
         a, b, yes, no = arguments
         return builder.select(builder.fcmp_ordered(order, a, b), yes, no)
 
     @intrinsic
     def choose(typingctx: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
+        del typingctx
         return a(a, b, yes, no), code
 
     choose.__doc__ = f"Returns `yes` where a {order} b, and `no` elsewhere, also where a or b is NaN."
@@ -183,8 +195,10 @@ def _compare(name: str, order: str) -> Any:
 @intrinsic
 def power_of_two(typingctx: Any, exponent: Any) -> Any:
     """Returns 2 to the power of integers between -126 and 127, which are float32."""
+    del typingctx
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
         whole = builder.fptosi(arguments[0], many(I32))
         bits = builder.shl(builder.add(whole, constant(I32, 127)), constant(I32, 23))
         return builder.bitcast(bits, arguments[0].type)
@@ -196,6 +210,7 @@ def _by_lane(name: str) -> Any:
     """Returns an intrinsic that calls a function of the C library for each number; for float64."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
         found = ir.Constant(arguments[0].type, ir.Undefined)
         for lane in range(LANES):
             one = builder.extract_element(arguments[0], I32(lane))
@@ -204,6 +219,7 @@ def _by_lane(name: str) -> Any:
 
     @intrinsic
     def apply(typingctx: Any, values: Any) -> Any:
+        del typingctx
         return values(values), code
 
     return apply

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from batchnorm.statistics.moments import PooledMoments, merge
 from batchnorm.torch.moments import is_finite, pooled_groups
-from batchnorm.torch.running_stats import Moved, moved, write
+from batchnorm.torch.running_stats import moved, write
 
 from .domains import ContextLayer, domain_of, selected
 
@@ -96,13 +96,8 @@ def _move(layer: ContextLayer, one: _Accumulated) -> None:
         mean[None].to(device),
         m2[None].to(device),
     )
-    after = moved(running._replace(sequential=False), batch, skip=False)
-    if isinstance(one.counted, Tensor):  # if no micro-batch counts, there was no batch
-        fine = one.counted.to(device)
-        mean, var = (
-            None if old is None or new is None else torch.where(fine, new, old.to(new.dtype))
-            for old, new in ((running.mean, after.mean), (running.var, after.var))
-        )
-        assert isinstance(one.skipped, Tensor)
-        after = Moved(mean, var, fine.long(), one.skipped.to(device))
+    is_counted = one.counted.to(device) if isinstance(one.counted, Tensor) else None
+    after = moved(running._replace(sequential=False), batch, is_counted=is_counted)
+    if isinstance(one.skipped, Tensor):
+        after = after._replace(skipped=one.skipped.to(device))
     write(running, after)
