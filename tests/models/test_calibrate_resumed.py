@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.errors import DataError, FileError, OptionError
-from batchnorm.models.calibration.progress_file import _digest
+from batchnorm.models.calibration.progress_file import _digest_of_file
 from tests.models.calibration_nets import Branches, images
 from tests.models.nets import anatomy
 
@@ -137,7 +137,7 @@ def _damaged(path: Path, how: str) -> None:
             tensors["tally"] = tensors["tally"][:-1].clone()
         else:
             tensors["tally"][0] = float("nan")
-        facts["digest"] = _digest(facts, tensors)
+        facts["digest"] = _digest_of_file(facts, tensors)
         path.write_bytes(safetensors.torch.save(tensors, facts))
     elif how == "foreign":
         path.write_bytes(safetensors.torch.save({"weight": torch.ones(3)}))
