@@ -21,13 +21,6 @@ from .contexts import layers_of
 def accumulate(model: nn.Module, steps: int) -> Iterator[None]:
     """Move the running statistics once per `steps` forwards of `model` within the block, by all of them.
 
-        with batchnorm.accumulate(model, 4):
-            for number, (x, target) in enumerate(data, start=1):
-                loss(model(x), target).backward()
-                if number % 4 == 0:
-                    optimizer.step()
-                    optimizer.zero_grad()
-
     With n_k, mean_k, m2_k of all values that a layer receives in micro-batch k,
 
         mean = Σ n_k mean_k / n,    var = (Σ m2_k + Σ n_k (mean_k - mean)²) / (n - 1),    n = Σ n_k
@@ -50,6 +43,18 @@ def accumulate(model: nn.Module, steps: int) -> Iterator[None]:
     Raises:
         OptionError: (a ValueError) no batch normalization; and by name: one of another library, one in
             another such block, one with `Ghost(sequential=True)`, which moves them for each ghost batch.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), batchnorm.BatchNorm1d(8))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with batchnorm.accumulate(model, 4):
+        ...     for number, x in enumerate(torch.randn(64, 4).split(8), start=1):
+        ...         model(x).square().mean().backward()
+        ...         if number % 4 == 0:
+        ...             optimizer.step()
+        ...             optimizer.zero_grad()
+        >>> model[1].num_batches_tracked
+        tensor(2)
 
     Differs from torch: stock layers move their statistics in every forward, so that momentum acts as if it
     were 1 - (1 - momentum)^steps, and the variance leaves out how the means of micro-batches differ.

@@ -23,7 +23,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import DataError, OptionError
-from batchnorm.statistics.calibration import Accumulator, CalibrationReport, LayerChange, warn_unreached
+from batchnorm.statistics.calibration import Accumulator, CalibrationReport, LayerChange
 from batchnorm.statistics.moments import PooledMoments
 
 from .calibration.batches import Forward
@@ -60,8 +60,6 @@ def calibrate(
     where a layer receives n_b values per channel in batch b, on any rank. All but the norms runs as in
     evaluation; frozen norms use and keep their statistics. If it raises, on any rank, the model is as before.
 
-        report = batchnorm.calibrate(model, [x], method="layerwise")
-
     Args:
         model: with layers of torch's or of this library, on any device.
         data: tensors, (x, y) pairs, of which x is taken, or dicts of keyword arguments: samples of training,
@@ -83,15 +81,18 @@ def calibrate(
         A report: layers, samples, and how far each layer's statistics moved, in standard deviations.
 
     Raises:
-        OptionError: the model has no batch normalization to calibrate, or norms that depend on one another
-            in circles (layerwise).
+        OptionError: no batch normalization to calibrate, or norms that depend on one another in circles.
         DataError: no batch, a batch of unknown form, a layer that received NaN or inf or a single value, or a
             progress file that is damaged or of another calibration.
-        FileError: (an OSError) a file cannot be written.
-        RankError: (a RuntimeError) another process raised.
+        FileError, RankError: (an OSError, a RuntimeError) a file cannot be written, another process raised.
 
     Warns:
         UserWarning: names the layers that no sample reached; they are left as before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> batchnorm.calibrate(model, torch.randn(256, 4).split(64)).samples
+        256
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2; Wu & Johnson 2021, arXiv:2105.07576, sec. 3.
     """
@@ -119,7 +120,7 @@ def _calibrate(model: nn.Module, data: Iterable[Any], options: Options, ranks: R
         report = _finished(passes, _found(passes), frozen)
         if not options.keep_progress:
             passes.forget()
-        warn_unreached(report, stacklevel=4)
+        report.warn_of_unreached(stacklevel=4)
     return report
 
 

@@ -20,9 +20,6 @@ from .norms.find import find_norms
 def domain(model: nn.Module, k: int) -> Iterator[None]:
     """Select, within the block, the running statistics of domain `k` in layers with several domains.
 
-        with batchnorm.domain(model, 1):
-            y = model(x)    # training moves running_mean and running_var of domain 1, evaluation uses them
-
     The domains share weight and bias. Within the block, `running_mean`, `running_var` and
     `num_batches_tracked` of a layer are those of the domain, also for `calibrate`, `inspect`, `fold` and all
     other code. States, copies and files are the same as outside. Layers with one domain are not affected. Of
@@ -36,6 +33,13 @@ def domain(model: nn.Module, k: int) -> Iterator[None]:
         OptionError: (a ValueError) no layer with several domains; or one that has no domain `k`, by name.
         RecomputeError: (in the backward; a RuntimeError) activation checkpointing recomputes a forward, and
             several forwards may be meant.
+
+    Example:
+        >>> norm = batchnorm.BatchNorm2d(8, domains=2)
+        >>> with batchnorm.domain(norm, 1):
+        ...     y = norm(torch.randn(4, 8, 5, 5))  # moves the running statistics of domain 1
+        >>> norm.running_mean.any()  # those of domain 0
+        tensor(False)
 
     Source: Chang et al. 2019, arXiv:1906.03950; https://github.com/pytorch/pytorch/issues/76613.
     """

@@ -28,9 +28,6 @@ def mask(
 ) -> Iterator[None]:
     """Leave out, within the block, padded values of the input of `model` in all its batch normalizations.
 
-        with batchnorm.mask(model, mask):
-            y = model(x)
-
     Each layer gets the mask as if it had been called with `mask=`: padding enters no statistics, and comes
     out as zero with zero gradient. On a coarser grid a position counts if any valid position of the input
     falls in it, on a finer one if the position that contains it does; a layer with inputs `[N, C]` counts
@@ -54,6 +51,12 @@ def mask(
             samples than the mask, or of axes; by name.
         RecomputeError: (in the backward; a RuntimeError) activation checkpointing recomputes a forward, and
             several forwards may be meant.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), batchnorm.BatchNorm1d(8))
+        >>> mask = torch.arange(10) < torch.tensor([[10], [4], [7]])  # [N, L]
+        >>> with batchnorm.mask(model, mask):
+        ...     y = model(torch.randn(3, 3, 10))
 
     Differs from torch: stock layers normalize padding along with the data.
 

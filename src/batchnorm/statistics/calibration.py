@@ -123,6 +123,12 @@ class CalibrationReport:
     passes: int = 1
     ranks: int = 1
 
+    def warn_of_unreached(self, stacklevel: int) -> None:
+        """Warn of the layers that no sample reached, with the caller's `stacklevel`."""
+        if self.unreached:
+            message = f"calibrate: no sample reached {', '.join(self.unreached)}; left as before"
+            warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
+
     def __str__(self) -> str:
         header = ("layer", "values per channel", "mean moved by", "median", "std became", "median")
         rows = [
@@ -154,18 +160,6 @@ class CalibrationReport:
         if self.frozen:
             lines.append(f"Frozen, left as before: {', '.join(self.frozen)}.")
         return "\n".join(lines)
-
-
-def warn_unreached(report: CalibrationReport, stacklevel: int) -> None:
-    """Warn of the layers that no sample reached, if there are any.
-
-    Args:
-        report: of the calibration.
-        stacklevel: as of `warnings.warn` in the calling function.
-    """
-    if report.unreached:
-        message = f"calibrate: no sample reached {', '.join(report.unreached)}; left as before"
-        warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
 
 def _median(values: tuple[float, ...], unit: str) -> str:
