@@ -1,4 +1,4 @@
-"""`batchnorm.calibrate`: exact over any split, atomic, and candid about what it cannot know."""
+"""`batchnorm.calibrate`: exact for any split, atomic, and its report marks what depends on the split."""
 
 from __future__ import annotations
 

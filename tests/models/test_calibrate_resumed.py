@@ -88,7 +88,7 @@ def test_it_is_stopped_twice(path: Path) -> None:
 
 
 def test_a_batch_that_was_stopped_midway_does_not_count(path: Path) -> None:
-    """The first norms have heard it, the last one has not."""
+    """The first norms have received it, the last norm has not."""
     model, x = Branches(), images(24)
     whole = copy.deepcopy(model)
     batchnorm.calibrate(whole, x.split(8))

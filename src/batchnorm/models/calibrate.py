@@ -14,7 +14,7 @@ import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -40,7 +40,7 @@ from .verb import verb
 @verb()
 def calibrate(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Iterable[object],
     *,
     forward: Forward | None = None,
     progress: bool = False,
@@ -100,7 +100,7 @@ def calibrate(
     return _calibrate(model, data, options, Ranks(group))
 
 
-def _calibrate(model: nn.Module, data: Iterable[Any], options: Options, ranks: Ranks) -> CalibrationReport:
+def _calibrate(model: nn.Module, data: Iterable[object], options: Options, ranks: Ranks) -> CalibrationReport:
     if isinstance(model, (DistributedDataParallel, DataParallel)):
         model = model.module  # its own forward waits for other ranks, or runs on copies
     prepared: list[tuple[tuple[str, ...], Passes]] = []

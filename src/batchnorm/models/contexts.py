@@ -12,8 +12,16 @@ from batchnorm.torch.checks import check_module
 from batchnorm.torch.contexts.checkpointing import Scope
 from batchnorm.torch.layers import _Layer
 
-from .norms.find import find_norms
+from .norms.find import Found, find_norms
 from .norms.kinds import is_layer
+
+
+def norms_of(model: nn.Module, verb: str) -> list[Found]:
+    """Return the batch normalizations of a model, of any kind, or raise OptionError if there is none."""
+    norms = find_norms(model)
+    if not norms:
+        raise OptionError(f"{type(model).__name__} has no batch normalization to {verb}")
+    return norms
 
 
 def layers_of(model: nn.Module, verb: str) -> dict[str, _Layer]:
@@ -23,9 +31,7 @@ def layers_of(model: nn.Module, verb: str) -> dict[str, _Layer]:
         OptionError: there is none, or one is not of this library.
     """
     check_module(model, verb)
-    norms = find_norms(model)
-    if not norms:
-        raise OptionError(f"{type(model).__name__} has no batch normalization to {verb}")
+    norms = norms_of(model, verb)
     for found in norms:
         if not is_layer(found.module):
             raise OptionError(

@@ -44,19 +44,22 @@ def domain(model: nn.Module, k: int) -> Iterator[None]:
     Source: Chang et al. 2019, arXiv:1906.03950; https://github.com/pytorch/pytorch/issues/76613.
     """
     check_module(model, "domain")
-    norms = [found for found in find_norms(model) if getattr(found.module, "domains", 1) > 1]
-    if not norms:
+    layers = {
+        str(found): found.module
+        for found in find_norms(model)
+        if isinstance(found.module, _Layer) and found.module.domains > 1
+    }
+    if not layers:
         raise OptionError(
             f"{type(model).__name__} has no batch normalization with several domains: make its layers with "
             "domains=n, or batchnorm.convert(model, domains=n)"
         )
-    for found in norms:
-        count = int(found.module.domains)  # type: ignore[arg-type]
-        if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < count:
-            raise OptionError(f"domain must be 0 to {count - 1}, as it has {count}; got {k!r}", str(found))
+    for name, layer in layers.items():
+        if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < layer.domains:
+            count = layer.domains
+            raise OptionError(f"domain must be 0 to {count - 1}, as it has {count}; got {k!r}", name)
     with contextlib.ExitStack() as stack:
-        for found in norms:
-            assert isinstance(found.module, _Layer)
-            stack.enter_context(scoped(found.module))
-            stack.enter_context(selected(found.module, k))
+        for layer in layers.values():
+            stack.enter_context(scoped(layer))
+            stack.enter_context(selected(layer, k))
         yield

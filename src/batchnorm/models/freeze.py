@@ -8,8 +8,9 @@ from batchnorm.errors import OptionError
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.running import Running
 
+from .contexts import norms_of
 from .convert import become_ours, check, check_policy_fits
-from .norms.find import Found, find_norms
+from .norms.find import Found
 from .norms.kinds import is_layer
 from .rollback import untouched_on_error
 from .verb import verb
@@ -48,7 +49,7 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
 
     Source: https://github.com/pytorch/pytorch/issues/86590.
     """
-    norms = [found for found in _norms(model, "freeze") if found.kind.family != "frozen"]
+    norms = [found for found in norms_of(model, "freeze") if found.kind.family != "frozen"]
     check(model, norms, "freeze")
     check_policy_fits(norms, Running())
     with untouched_on_error(model):
@@ -87,7 +88,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
         >>> batchnorm.unfreeze(model)[1].statistics
         Batch()
     """
-    norms = _norms(model, "unfreeze")
+    norms = norms_of(model, "unfreeze")
     for found in norms:
         if found.kind.family == "frozen":
             raise OptionError("its class is frozen for good: batchnorm.convert(model) first", str(found))
@@ -100,13 +101,6 @@ def unfreeze(model: nn.Module) -> nn.Module:
                 for name, parameter in _affine(norm).items():
                     parameter.requires_grad = learned.get(name, parameter.requires_grad)
     return model
-
-
-def _norms(model: nn.Module, verb: str) -> list[Found]:
-    norms = find_norms(model)
-    if not norms:
-        raise OptionError(f"{type(model).__name__} has no batch normalization to {verb}")
-    return norms
 
 
 def _hold(norms: list[Found]) -> None:
@@ -122,9 +116,9 @@ def _hold(norms: list[Found]) -> None:
 
 def _affine(norm: nn.Module) -> dict[str, nn.Parameter]:
     """Return weight and bias, or the parameters that a parametrization computes them from."""
-    theirs = ("parametrizations.weight.", "parametrizations.bias.")
+    computed_from = ("parametrizations.weight.", "parametrizations.bias.")
     return {
         name: parameter
         for name, parameter in norm.named_parameters()
-        if name in ("weight", "bias") or name.startswith(theirs)
+        if name in ("weight", "bias") or name.startswith(computed_from)
     }

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from batchnorm.errors import OptionError
 
 from .batch import Batch
 from .moments import PooledMoments
 from .policy import Chosen, Known, Namespace, Policy, check_number
+
+
+def _of_over(name: str) -> Any:
+    """Return a property: the attribute of the policy that uses the shared moments."""
+    return property(lambda policy: getattr(policy.over, name))
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class Synced(Policy):
     timeout: float = field(default=600.0, kw_only=True)
 
     name = "synced"
+    needs_running = _of_over("needs_running")
+    group_size = _of_over("group_size")
+    is_sequential = _of_over("is_sequential")
+    counts_batches = _of_over("counts_batches")
 
     def __post_init__(self) -> None:
         if self.group is not None:
@@ -57,26 +67,6 @@ class Synced(Policy):
                 f"of a batch; got {over!r}"
             )
         super().__post_init__()
-
-    @property
-    def needs_running(self) -> bool:  # type: ignore[override]
-        """As of the policy that takes the shared moments."""
-        return self.over.needs_running
-
-    @property
-    def group_size(self) -> int | None:  # type: ignore[override]
-        """Samples that share statistics on a rank; None = all of its batch."""
-        return self.over.group_size
-
-    @property
-    def is_sequential(self) -> bool:  # type: ignore[override]
-        """As of the policy that takes the shared moments."""
-        return self.over.is_sequential
-
-    @property
-    def counts_batches(self) -> bool:  # type: ignore[override]
-        """As of the policy that takes the shared moments."""
-        return self.over.counts_batches
 
     def measures(self, training: bool) -> bool:
         """As the policy that takes the shared moments."""

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from batchnorm.errors import DataError
 
-Forward = Callable[[nn.Module, Any], Any]
+# Of a user: takes the model and a batch as the data gives it.
+Forward = Callable[[nn.Module, Any], object]
 
 
-def run(model: nn.Module, batch: Any, forward: Forward | None) -> None:
+def run(model: nn.Module, batch: object, forward: Forward | None) -> None:
     """Run the model on one batch.
 
     Raises:
@@ -40,13 +41,13 @@ def run(model: nn.Module, batch: Any, forward: Forward | None) -> None:
         )
 
 
-def samples_in(batch: Any) -> int:
+def samples_in(batch: object) -> int:
     """Return the length of the first tensor that is not empty, in a batch of any nesting; 0 without any."""
     lengths = (len(tensor) if tensor.dim() else 1 for tensor in _tensors(batch))
     return next(filter(None, lengths), 0)
 
 
-def limited(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
+def limited(data: Iterable[object], samples: int | None) -> Iterator[object]:
     """Yield batches until they hold `samples` samples, the last of them cut; None = all batches.
 
     Raises:
@@ -83,12 +84,12 @@ class Seen:
     batches: int = 0
     checksum: int = 0
 
-    def with_batch(self, batch: Any) -> Seen:
+    def with_batch(self, batch: object) -> Seen:
         """Return the same after one more batch."""
         return Seen(self.samples + samples_in(batch), self.batches + 1, _checksum(batch, self.checksum))
 
 
-def _checksum(part: Any, before: int) -> int:
+def _checksum(part: object, before: int) -> int:
     """Return the checksum of a part of a batch, continued from the checksum `before`."""
     if isinstance(part, Tensor):
         form = f"{part.dtype} {tuple(part.shape)}" if part.layout is torch.strided else str(part.layout)
@@ -104,19 +105,19 @@ def _checksum(part: Any, before: int) -> int:
     return before
 
 
-def as_bytes(tensor: Tensor) -> Any:
+def as_bytes(tensor: Tensor) -> memoryview | bytes:
     """Return the values of a dense tensor as a buffer of bytes."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-def _parts(batch: Any) -> Iterable[Any]:
+def _parts(batch: object) -> Iterable[object]:
     if isinstance(batch, Mapping):
         return batch.values()
     return batch if isinstance(batch, (tuple, list)) else ()
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def _tensors(batch: object) -> Iterator[Tensor]:
     """Yield the tensors in a batch of any nesting."""
     if isinstance(batch, Tensor):
         yield batch
@@ -124,7 +125,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
         yield from _tensors(part)
 
 
-def _cut(batch: Any, size: int, count: int) -> Any:
+def _cut(batch: object, size: int, count: int) -> object:
     """Return the first `count` samples of a batch of `size`: of every tensor with that many rows."""
     if isinstance(batch, Tensor):
         return batch[:count] if batch.dim() and len(batch) == size else batch
@@ -132,5 +133,6 @@ def _cut(batch: Any, size: int, count: int) -> Any:
         return {key: _cut(value, size, count) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
         parts = [_cut(part, size, count) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        kind: type[Any] = type(batch)
+        return kind(*parts) if hasattr(batch, "_fields") else kind(parts)
     return batch

@@ -56,39 +56,39 @@ class LevelObserver(BatchObserver):
         names: dict[nn.Module, str] = {norm: name for name, norm in self.norms.items()}
         with contextlib.ExitStack() as stack:
             for name, norm in self.norms.items():
-                arrive = self._arrive(name)
-                stack.callback(norm.register_forward_pre_hook(arrive, with_kwargs=True).remove)
+                on_input = self._on_input(name)
+                stack.callback(norm.register_forward_pre_hook(on_input, with_kwargs=True).remove)
                 if name in self.pending:
-                    stack.enter_context(by_batch(name, norm, self._hear, strict=False))
+                    stack.enter_context(by_batch(name, norm, self._receive, strict=False))
                 else:
                     stack.enter_context(by_statistics(name, norm, self.settled[name]))
             for module in self.model.modules():
                 if module in names or not module._modules:
-                    hook = self._leave(names.get(module))
-                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+                    on_output = self._on_output(names.get(module))
+                    stack.callback(module.register_forward_hook(on_output, with_kwargs=True).remove)
             yield
 
-    def _hear(self, name: str, found: PooledMoments) -> None:
+    def _receive(self, name: str, found: PooledMoments) -> None:
         self._batch.add(name, found)  # void where the norm is dependent
 
-    def _arrive(self, name: str) -> Callable[..., None]:
-        def arrive(norm: nn.Module, args: Any, kwargs: Any) -> None:
+    def _on_input(self, name: str) -> Callable[..., None]:
+        def hook(norm: nn.Module, args: Any, kwargs: Any) -> None:
             input, mask = received(norm, args, kwargs)
             self._batch.arrivals[name] += values_per_channel(input, mask)
             if name in self.pending and self.dependence.is_marked(input):
                 self._batch.dependent.add(name)
                 self.postponed.add(name)
-            self.dependence.is_paused = name in self.pending  # what it returns is marked as a whole
+            self.dependence.is_paused = name in self.pending  # the whole output will be marked
 
-        return arrive
+        return hook
 
-    def _leave(self, name: str | None) -> Callable[..., None]:
-        """Mark what a norm returns that is not settled, and what leaves any module that received a mark.
+    def _on_output(self, name: str | None) -> Callable[..., None]:
+        """Return a hook that marks the output of unsettled norms, and of modules with a marked input.
 
-        The latter is for modules with kernels of their own, in which no operator of torch is seen.
+        The latter is for modules with kernels of their own, which show no operators of torch.
         """
 
-        def leave(_module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
             if name in self.pending:
                 self.dependence.is_paused = False
                 self.dependence.mark(result)
@@ -98,10 +98,10 @@ class LevelObserver(BatchObserver):
             elif self.dependence.is_marked((args, kwargs)):
                 self.dependence.mark(result)
 
-        return leave
+        return hook
 
     def _has_enough(self) -> bool:
-        """Whether the rest of this forward concerns later passes only; the last one sees it."""
+        """Whether the rest of this forward matters to later passes only; the last pass runs it."""
         if not self.ends_early or self.usual is None or not self.postponed:
             return False
         return all(self.calls[name] >= self.usual[name] for name in self.pending - self.postponed)

@@ -32,16 +32,16 @@ class _Stop(BaseException):
 class _Stopped:
     """A batch and its forward, which stopped at a norm."""
 
-    def __init__(self, batch: Any, replay: Replay) -> None:
+    def __init__(self, batch: object, replay: Replay) -> None:
         self.samples, self.replay, self.is_finished = samples_in(batch), replay, False
         leaves, self._spec = pytree.tree_flatten(batch)
-        # Each in memory of its own: parts of one tensor share theirs.
+        # Each in memory of its own, as parts of one tensor share memory.
         self._first: list[Any] | None = [
             leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves
         ]
         self._leaves = [replay.saved(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self._first]
 
-    def batch(self) -> Any:
+    def batch(self) -> object:
         """Return the batch, as the forward left it where it stopped."""
         leaves, self._first = self._first, None
         if leaves is None:
@@ -60,9 +60,8 @@ class LayerwiseOnDisk:
 
     def __init__(self, passes: Passes, folder: Callable[[], Path], budget: Budget) -> None:
         self.passes, self.folder, self.budget = passes, folder, budget
-        self.settled: dict[str, PooledMoments] = {}
         self.stopped: list[_Stopped] | None = None  # None before the first round
-        self.example: Any = None  # the first batch
+        self.example: object = None  # the first batch
         self.of_example: dict[str, PooledMoments] = {}  # what the norms received from it
         self.running: _Stopped | None = None
         self.called: set[str] = set()
@@ -86,18 +85,18 @@ class LayerwiseOnDisk:
                 )
             if not found.moments:
                 raise DataError("received no value that counts; the model is unchanged", names[0])
-            self.settled |= found.moments
+            passes.settled |= found.moments
         passes.ranks.together(self._check)
-        passes.number, all_data.moments = 1, self.settled
+        passes.number, all_data.moments = 1, passes.settled
         return all_data
 
     def _round(self) -> Accumulator:
         found = Accumulator()
         with evaluation(self.passes.model), self._observed():
-            for number, one in enumerate(self._all()):
+            for number, one in enumerate(self._forwards()):
                 self.received, self.called = {}, set()
                 if not one.is_finished:
-                    self._go_on(one)
+                    self._resume(one)
                 batch = Accumulator(
                     one.samples, 1, on_host(self.received), arrivals=Counter(self.received.keys())
                 )
@@ -106,7 +105,7 @@ class LayerwiseOnDisk:
                     self.of_example |= self.received
         return found
 
-    def _all(self) -> Iterator[_Stopped]:
+    def _forwards(self) -> Iterator[_Stopped]:
         if self.stopped is not None:
             yield from self.stopped
             return
@@ -120,7 +119,7 @@ class LayerwiseOnDisk:
             stopped.append(one)
         self.stopped = stopped
 
-    def _go_on(self, one: _Stopped) -> None:
+    def _resume(self, one: _Stopped) -> None:
         self.running = one
         try:
             with one.replay.running():
@@ -139,14 +138,14 @@ class LayerwiseOnDisk:
     def _observed(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for name, norm in self.passes.norms.items():
-                if name in self.settled:
-                    stack.enter_context(by_statistics(name, norm, self.settled[name]))
-                hook = norm.register_forward_pre_hook(self._arrive(name), with_kwargs=True)
-                stack.callback(hook.remove)
+                if name in self.passes.settled:
+                    stack.enter_context(by_statistics(name, norm, self.passes.settled[name]))
+                on_input = self._on_input(name)
+                stack.callback(norm.register_forward_pre_hook(on_input, with_kwargs=True).remove)
             yield
 
-    def _arrive(self, name: str) -> Callable[..., None]:
-        def arrive(norm: nn.Module, args: Any, kwargs: Any) -> None:
+    def _on_input(self, name: str) -> Callable[..., None]:
+        def hook(norm: nn.Module, args: Any, kwargs: Any) -> None:
             one = self.running
             if one is None:  # the check at the end
                 self.received[name] = moments(*received(norm, args, kwargs))
@@ -154,23 +153,23 @@ class LayerwiseOnDisk:
             if name in self.called:
                 raise OptionError(f"spill: {name} is called several times in a forward: {WITHOUT}")
             self.called.add(name)
-            if name in self.settled or not self._fits(name, input_of(args, kwargs)):
+            if name in self.passes.settled or not self._fits(name, input_of(args, kwargs)):
                 return
             one.replay.is_paused = True
             self.received[name] = moments(*received(norm, args, kwargs))
             one.replay.stop()
             raise _Stop
 
-        return arrive
+        return hook
 
     def _fits(self, name: str, input: Tensor) -> bool:
         """Whether a norm can take its input; if not, the norm's own error says more."""
         return input.dim() > 1 and input.shape[1] == self.passes.layout.channels[name]
 
     def _check(self) -> None:
-        """Run the first batch in one go: every norm must receive what it received before.
+        """Run the first batch in one go, and compare what every norm receives.
 
-        It would not where a forward computes by kernels that are no operators of torch, or by chance.
+        This finds forwards with kernels that are no operators of torch, and random ones.
         """
         if self.example is None:  # this rank has no batch
             return

@@ -25,7 +25,7 @@ from batchnorm.torch.layers import _Layer
 from .packing import on_host
 
 _LARGER = "use larger batches, or drop the last batch of one (DataLoader(drop_last=True))"
-_Hear = Callable[[str, PooledMoments], None]
+_Receive = Callable[[str, PooledMoments], None]
 
 
 class BatchObserver:
@@ -57,26 +57,26 @@ class BatchObserver:
         """Observe the norms within the block; after it, they are as before."""
         with contextlib.ExitStack() as stack:
             for name, norm in self.norms.items():
-                stack.enter_context(by_batch(name, norm, self._hear, strict=True))
+                stack.enter_context(by_batch(name, norm, self._receive, strict=True))
             yield
 
-    def _hear(self, name: str, found: PooledMoments) -> None:
+    def _receive(self, name: str, found: PooledMoments) -> None:
         if self._batch.moments:
             self._batch.dependent.add(name)
         self._batch.add(name, found)
 
 
 @contextlib.contextmanager
-def by_batch(name: str, norm: _BatchNorm, hear: _Hear, *, strict: bool) -> Iterator[None]:
+def by_batch(name: str, norm: _BatchNorm, receive: _Receive, *, strict: bool) -> Iterator[None]:
     """Make a norm normalize by its batch and hand over the moments, within the block.
 
     torch's own layers and ours compute both by one kernel of ours. What another class computes, or a forward
     that was replaced, is unknown: the moments of its input are taken before it runs.
 
     Args:
-        name: of the norm, for `hear` and for errors.
+        name: of the norm, for `receive` and for errors.
         norm: in evaluation mode.
-        hear: called with the name and the moments.
+        receive: called with the name and the moments.
         strict: refuse a batch with one value per channel, which normalizes to nothing but zeros. Otherwise
             norms of unknown classes use the statistics that they have: their output is not needed.
     """
@@ -92,7 +92,7 @@ def by_batch(name: str, norm: _BatchNorm, hear: _Hear, *, strict: bool) -> Itera
             )
         except BatchNormError as error:
             raise error.at(f"{name} ({type(norm).__name__})" if name else type(norm).__name__) from None
-        hear(name, found)
+        receive(name, found)
         return y
 
     kind = kind_of(norm)
@@ -106,7 +106,8 @@ def by_batch(name: str, norm: _BatchNorm, hear: _Hear, *, strict: bool) -> Itera
             if strict:  # a norm without running statistics takes the batch's, in evaluation too
                 stack.enter_context(_holding(norm._buffers, running_mean=None, running_var=None))
             handle = norm.register_forward_pre_hook(
-                lambda _, args, kwargs: hear(name, moments(*received(norm, args, kwargs))), with_kwargs=True
+                lambda _, args, kwargs: receive(name, moments(*received(norm, args, kwargs))),
+                with_kwargs=True,
             )
             stack.callback(handle.remove)
         yield

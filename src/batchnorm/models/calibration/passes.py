@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -39,7 +39,7 @@ class Options:
     save_every: float
     keep_progress: bool
 
-    def check(self, data: Iterable[Any]) -> None:
+    def check(self, data: Iterable[object]) -> None:
         """Raise OptionError for a value out of range, and for options that exclude each other."""
         samples, path, seconds = self.samples, self.progress_file, self.save_every
         if self.method not in ("batch", "layerwise"):
@@ -81,7 +81,7 @@ class Passes:
 
     model: nn.Module
     norms: Mapping[str, _BatchNorm]
-    data: Iterable[Any]
+    data: Iterable[object]
     options: Options
     ranks: Ranks
     layout: Layout = field(init=False)
@@ -109,7 +109,7 @@ class Passes:
         """Whether an earlier call has finished all passes and kept its file."""
         return self._resumed is not None and self._resumed.is_finished
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> Iterator[object]:
         """Return the batches of one pass, behind a progress bar if there is one."""
         batches = limited(self.data, self.options.samples)
         if not self.options.progress:
@@ -205,7 +205,7 @@ class Passes:
             raise
         return found
 
-    def _skip(self, batches: Iterator[Any], seen: Seen) -> None:
+    def _skip(self, batches: Iterator[object], seen: Seen) -> None:
         """Skip the batches that an interrupted pass has finished.
 
         Raises:

@@ -181,14 +181,14 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, name: str, result: Any, given: list[Any]) -> _Step:
         leaves, spec = pytree.tree_flatten(result)
         places = {id(leaf): place for place, leaf in enumerate(given) if isinstance(leaf, Tensor)}
-        theirs = {_key(leaf) for leaf in given if isinstance(leaf, Tensor)} - self._slots.keys()
+        foreign = {_key(leaf) for leaf in given if isinstance(leaf, Tensor)} - self._slots.keys()
         noted: list[Any] = []
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 noted.append(leaf)
             elif id(leaf) in places:
                 noted.append(_Argument(places[id(leaf)]))
-            elif _key(leaf) in theirs:
+            elif _key(leaf) in foreign:
                 return _Step(name, None, spec)
             else:
                 noted.append(self.saved(leaf))
