@@ -9,7 +9,7 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.running import Running
 
 from .contexts import norms_of
-from .convert import become_ours, check, check_policy_fits
+from .convert import become_ours, check, check_options
 from .norms.find import Found
 from .norms.kinds import is_layer
 from .rollback import untouched_on_error
@@ -51,7 +51,7 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
     """
     norms = [found for found in norms_of(model, "freeze") if found.kind.family != "frozen"]
     check(model, norms, "freeze")
-    check_policy_fits(norms, Running())
+    check_options(norms, {"statistics": Running()})
     with untouched_on_error(model):
         for found in norms:
             become_ours(found)
