@@ -13,7 +13,7 @@ from torch import Tensor
 from batchnorm import reference
 from batchnorm.kernels import choose
 from batchnorm.kernels.cpu import engine as cpu
-from batchnorm.torch.call import RunningState
+from batchnorm.kernels.interface import RunningState
 from tests.support.cases import CASES, Case
 from tests.support.compare import as_array, assert_close
 from tests.support.interpreted import GPU, device, every_engine_and_case, trimmed
