@@ -134,7 +134,9 @@ class _Training:
         self.steps_to_target = NAN
         self.epochs: list[Epoch] = []
         self.losses: list[float] = []
-        self.probes: list[tuple[int, Sequence[float], Mapping[str, tuple[float, float]]]] = []
+        self.probed: list[int] = []  # at which steps
+        self.gradients: dict[str, list[float]] = {name: [] for name in learner.layers}
+        self.inputs: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in learner.layers}
         # Training examples that every run is evaluated on.
         sample = learner.permutation(len(data.x_train), 0)[: min(len(data.x_test), _TRAINING_SAMPLE)]
         self.seen = data.x_train[sample], data.y_train[sample]
@@ -150,7 +152,6 @@ class _Training:
         kept = self.learner.bytes_kept(data.x_train[:size].copy(), data.y_train[:size].copy())
         finished = all(map(self._epoch, range(1, task.epochs + 1)))
         self.report(self.total - self.step // _STEPS_PER_REPORT * _STEPS_PER_REPORT)
-        gradients, drift = self._probed()
         return Run(
             network=display_name(task.network),
             arm=task.arm,
@@ -166,8 +167,8 @@ class _Training:
             target_checked_every=self.check_every,
             parameters=self.learner.parameters,
             bytes_kept_for_backward=NAN if kept is None else kept,
-            gradient_norm=gradients,
-            input_drift=drift,
+            gradient_norm=Gradients(self.probed, self.gradients),
+            input_drift=Drift(self.probed, {name: Moments(*both) for name, both in self.inputs.items()}),
             test_time_statistics=self._test_time_statistics() if finished else None,
         )
 
@@ -191,7 +192,12 @@ class _Training:
         if not math.isfinite(self.losses[-1]):
             return False
         if looks_inside:
-            self.probes.append((self.step, self.learner.gradient_norms(), spread))
+            self.probed.append(self.step)
+            for name, norm in zip(self.learner.layers, self.learner.gradient_norms(), strict=True):
+                mean, std = spread.get(name, (NAN, NAN))
+                self.gradients[name].append(norm)
+                self.inputs[name][0].append(mean)
+                self.inputs[name][1].append(std)
         self.step += 1
         if self.step % _STEPS_PER_REPORT == 0:
             self.report(_STEPS_PER_REPORT)
@@ -205,20 +211,6 @@ class _Training:
         self.next_check = min(later, max(self.step + 1, self.total))
         if reaches(self.learner, self.data.x_test, self.data.y_test, self.task.target_accuracy):
             self.steps_to_target = self.step
-
-    def _probed(self) -> tuple[Gradients, Drift]:
-        steps = [step for step, _, _ in self.probes]
-        gradients = {
-            name: [norms[i] for _, norms, _ in self.probes] for i, name in enumerate(self.learner.layers)
-        }
-        inputs = {
-            name: [spread.get(name, (NAN, NAN)) for _, _, spread in self.probes]
-            for name in self.learner.layers
-        }
-        drift = {
-            name: Moments([m for m, _ in pairs], [s for _, s in pairs]) for name, pairs in inputs.items()
-        }
-        return Gradients(steps, gradients), Drift(steps, drift)
 
     def _test_time_statistics(self) -> AccuracyByStatistics | None:
         if not self.learner.has_batch_norms:
