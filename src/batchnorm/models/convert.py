@@ -14,7 +14,7 @@ from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import check_nonfinite, check_policy, check_small_batch
 from batchnorm.torch.contexts.domains import check_domains
-from batchnorm.torch.own_buffers import counter
+from batchnorm.torch.stored_state import counter
 from batchnorm.torch.sync import ranks_of
 
 from .graph.hooks import is_forward_replaced
