@@ -137,16 +137,10 @@ def ticks(axis: Axis, most: int, show: str | Callable[[float], str], **places: A
     axis.set_major_formatter(show if isinstance(show, str) else FuncFormatter(lambda x, _: show(x)))
 
 
-def legend(figure: Figure, lines: Sequence[Line2D], columns: int) -> None:
-    """Names lines above a figure."""
-    figure.legend(
-        handles=lines,
-        loc="outside upper left",
-        ncols=columns,
-        frameon=False,
-        handlelength=2,
-        columnspacing=1.2,
-    )
+def legend(figure: Figure, lines: Sequence[Line2D], columns: int, length: float) -> None:
+    """Names lines above a figure, each behind a piece of it as long as `length` letters."""
+    layout = {"ncols": columns, "handlelength": length, "columnspacing": 1.2}
+    figure.legend(handles=lines, loc="outside upper left", frameon=False, **layout)
 
 
 def _inline(svg: str, key: str, title: str, alt: str) -> str:

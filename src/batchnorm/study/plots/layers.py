@@ -64,7 +64,7 @@ def gradient_norms(key: str, network: Network) -> Picture | None:
         ends = {0: f"first layer ({names[0]})", max(map(len, panels.values())) - 1: f"last ({names[-1]})"}
         ends = ends if len(ends) > 1 else {0: f"first layer ({names[0]})"}
         named = [Line2D([], [], color=_shade(i, max(ends) + 1), linewidth=2.2, label=ends[i]) for i in ends]
-        legend(figure, named, 2)
+        legend(figure, named, 2, 1.6)
 
     return draw(key, "Gradient norm of each layer, log scale", alt, 2.35, paint)
 

@@ -175,7 +175,7 @@ def _name_the_bottom(panels: Sequence[Axes], has_wide: bool, x: str) -> None:
 
 def _legend(figure: Figure, references: Sequence[str]) -> None:
     lines = [Line2D([], [], color=color_of(arm), linestyle=_style(arm), label=arm) for arm in references]
-    legend(figure, [*lines, Line2D([], [], color=OTHER_COLOR, marker="o", label="the panel's arm")], 3)
+    legend(figure, [*lines, Line2D([], [], color=OTHER_COLOR, marker="o", label="the panel's arm")], 3, 2.2)
 
 
 def _percent_axis(axes: Axes) -> None:
