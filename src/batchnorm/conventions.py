@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # torch's name -> Keras's, where both compute the same. leaky_relu is not here: its slope is 0.01 in torch,
 # 0.2 in Keras.
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "relu": "relu",
     "relu6": "relu6",
     "silu": "silu",
@@ -178,7 +178,7 @@ def torch_to_keras(
     }
     # Only where they are not the default: these are arguments of our layer, or of some backends, alone.
     if getattr(layer, "activation", None) is not None:
-        settings["activation"] = _ACTIVATIONS[layer.activation]
+        settings["activation"] = ACTIVATIONS[layer.activation]
     policy = _policy(layer)
     if policy is not None:
         settings["statistics"] = policy
@@ -289,7 +289,7 @@ def _check_torch_layer(layer: Any) -> None:
                 where,
             )
     activation = getattr(layer, "activation", None)  # the stock layer has none
-    if activation is not None and activation not in _ACTIVATIONS:
+    if activation is not None and activation not in ACTIVATIONS:
         slope = " (keras.layers.LeakyReLU(0.01))" if activation == "leaky_relu" else ""
         raise OptionError(
             f"activation={activation!r} has no equal among Keras's: set layer.activation = None, convert "
@@ -304,12 +304,12 @@ def _torch_name(layer: Any) -> str | None:
     activations = sys.modules["keras"].activations
     if activation is None or activation is activations.linear:
         return None
-    for torch_name, keras_name in _ACTIVATIONS.items():
+    for torch_name, keras_name in ACTIVATIONS.items():
         if activation is getattr(activations, keras_name):
             return torch_name
     shown = getattr(activation, "__name__", repr(activation))
     raise OptionError(
-        f"activation={shown} has no equal in torch's layer, which takes {', '.join(_ACTIVATIONS)}: set "
+        f"activation={shown} has no equal in torch's layer, which takes {', '.join(ACTIVATIONS)}: set "
         "layer.activation = keras.activations.linear, convert again, and put the activation behind the layer",
         _keras_name(layer),
     )

@@ -7,19 +7,32 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import ops
 
 from batchnorm.errors import BatchNormError, OptionError
+from batchnorm.statistics import serialized
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.synced import Synced
 
-from . import ops_path, policies
-from .groups import fewest
-from .masks import valid_values
+from . import ops_path
+from .batch_layout import fewest, valid_values
+from .protocols import Tensor
 
-Tensor = Any
-Activation = str | dict[str, Any] | Callable[[Tensor], Tensor] | None
+# A function of Keras's: by its name, as the config of an object, or itself.
+Function = str | dict[str, Any] | Callable[..., Tensor]
+# Option -> its values, and why "raise", which the torch layers have, is none of them.
+_CHOICES = {
+    "nonfinite": (
+        ("propagate", "skip"),
+        'nonfinite="raise" would have to wait for the device in every step, which a compiled one cannot: '
+        'use nonfinite="skip" and look at layer.skipped, or keras.callbacks.TerminateOnNaN',
+    ),
+    "small_batch": (
+        ("allow", "running"),
+        'small_batch="raise" would need the size of the batch, which a compiled step does not have on '
+        'every backend: use small_batch="running", or leave it out',
+    ),
+}
 
 
 @keras.saving.register_keras_serializable(package="batchnorm")
@@ -93,20 +106,20 @@ class BatchNormalization(keras.layers.BatchNormalization):
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
-        beta_initializer: Any = "zeros",
-        gamma_initializer: Any = "ones",
-        moving_mean_initializer: Any = "zeros",
-        moving_variance_initializer: Any = "ones",
-        beta_regularizer: Any = None,
-        gamma_regularizer: Any = None,
-        beta_constraint: Any = None,
-        gamma_constraint: Any = None,
+        beta_initializer: Function = "zeros",
+        gamma_initializer: Function = "ones",
+        moving_mean_initializer: Function = "zeros",
+        moving_variance_initializer: Function = "ones",
+        beta_regularizer: Function | None = None,
+        gamma_regularizer: Function | None = None,
+        beta_constraint: Function | None = None,
+        gamma_constraint: Function | None = None,
         renorm: bool = False,
         renorm_clipping: dict[str, float] | None = None,
         renorm_momentum: float = 0.99,
         synchronized: bool = False,
         *,
-        activation: Activation = None,
+        activation: Function | None = None,
         frozen: bool = False,
         statistics: Policy | dict[str, Any] = Batch(),  # noqa: B008 -- frozen
         nonfinite: str = "propagate",
@@ -137,14 +150,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.synchronized = synchronized  # the stock layer refuses it on all backends but one
         self.activation = keras.activations.get(activation)
         self.frozen = frozen
-        self.batches: Any = None
-        self.skipped: Any = None
+        self.batches: keras.Variable | None = None
+        self.skipped: keras.Variable | None = None
         self.statistics = statistics
-        try:
-            self.nonfinite = policies.checked_nonfinite(nonfinite)
-            self.small_batch = policies.checked_small_batch(small_batch)
-        except BatchNormError as error:
-            raise error.at(self._label) from None
+        self.nonfinite = self._checked("nonfinite", nonfinite)
+        self.small_batch = self._checked("small_batch", small_batch)
 
     @property
     def statistics(self) -> Policy:
@@ -154,7 +164,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     @statistics.setter
     def statistics(self, policy: Policy | dict[str, Any]) -> None:
         try:
-            found = policies.checked_policy(policy, renorm=self.renorm, synchronized=self.synchronized)
+            found = _checked_policy(policy, renorm=self.renorm, synchronized=self.synchronized)
             if self.built and found.counts_batches != (self.batches is not None):
                 raise OptionError(
                     f"statistics={found} {'needs a' if self.batches is None else 'has no'} count of "
@@ -213,6 +223,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
             aggregation="only_first_replica",
         )
 
+    def _checked(self, option: str, value: str) -> str:
+        known, why_not_raise = _CHOICES[option]
+        if value == "raise":
+            raise OptionError(why_not_raise, self._label)
+        if value not in known:
+            raise OptionError(
+                f"{option} must be one of {', '.join(map(repr, known))}; got {value!r}", self._label
+            )
+        return value
+
     @property
     def _label(self) -> str:
         return f"{self.name} ({type(self).__name__})"
@@ -232,11 +252,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """Return the normalized inputs; see the class."""
         x = inputs
         axis = self.axis % len(x.shape)
-        try:
-            valid = None if mask is None else valid_values(mask, x, axis)
-        except BatchNormError as error:
-            # In the message itself: Keras raises it anew, with the call's arguments behind it.
-            raise type(error)(f"{self._label}: {error.message}") from None
+        valid = valid_values(mask, x, axis, self._label)
         by_batch = bool(training) and self.trainable and not self._infers_in_graphs
         if self._runs_on_kernels(x, axis, valid, by_batch):
             from .torch_backend import call
@@ -259,20 +275,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
             and not (may_be_small and fewest(x, axis, policy.groups(by_batch)) < 2)
         )
 
-    def _renormalization(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Return r and d, `[C]`, by Keras's equations; constants to the gradient."""
-        old_mean = ops.cast(self.renorm_mean, mean.dtype)
-        old_std = ops.maximum(ops.cast(self.renorm_stddev, mean.dtype), self.epsilon**0.5)
-        bounds = self.renorm_clipping
-        r, d = ops.sqrt(var + self.epsilon) / old_std, (mean - old_mean) / old_std
-        if bounds.get("rmin") is not None:
-            r = ops.maximum(r, bounds["rmin"])
-        if bounds.get("rmax") is not None:
-            r = ops.minimum(r, bounds["rmax"])
-        if bounds.get("dmax") is not None:
-            d = ops.clip(d, -bounds["dmax"], bounds["dmax"])
-        return ops.stop_gradient(r), ops.stop_gradient(d)
-
     def get_config(self) -> dict[str, Any]:
         """As the stock layer's, with what else there is, as plain data."""
         config: dict[str, Any] = super().get_config()
@@ -285,3 +287,41 @@ class BatchNormalization(keras.layers.BatchNormalization):
             "nonfinite": self.nonfinite,
             "small_batch": self.small_batch,
         }
+
+
+def _checked_policy(policy: object, *, renorm: bool, synchronized: bool) -> Policy:
+    """Return the policy, or that of such a config.
+
+    Args:
+        policy: what was given as `statistics`.
+        renorm, synchronized: the layer's options.
+
+    Raises:
+        OptionError: no policy, one that Keras cannot keep to, or one that contradicts the layer's options.
+    """
+    if isinstance(policy, dict):
+        policy = serialized.from_config(policy)
+    if not isinstance(policy, Policy):
+        known = ", ".join(f"batchnorm.{name}(...)" for name in serialized.POLICIES)
+        raise OptionError(f"statistics must be one of {known}; got {policy!r}")
+    if renorm and policy != Batch():
+        raise OptionError(
+            f"renorm=True and statistics={policy} are two policies: leave one of them out; "
+            "statistics=batchnorm.Renorm(...) renormalizes by the moving statistics"
+        )
+    if not isinstance(policy, Synced):
+        return policy
+    if synchronized:
+        raise OptionError(
+            f"synchronized=True and statistics={policy} say the same thing twice: leave one out"
+        )
+    if policy.group is not None:
+        raise OptionError(
+            f"Synced: group={policy.group} is for torch layers; in Keras all replicas share: leave group out"
+        )
+    if policy.timeout != Synced().timeout:
+        raise OptionError(
+            f"Synced: timeout={policy.timeout:g} is for torch layers; in Keras the backend's strategy or "
+            "process group has its own: leave timeout out"
+        )
+    return policy

@@ -1,8 +1,6 @@
-"""The layer's call by `keras.ops`: any backend, policy and mask."""
+"""Runs the layer's call by `keras.ops`: on any backend, with any policy and mask."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from keras import ops
 
@@ -10,13 +8,11 @@ from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Chosen, Known
 from batchnorm.statistics.synced import Synced
 
-from .groups import Parts, split
-from .layer_protocol import KerasLayer
+from .batch_layout import Parts, split
 from .moments import Moments, moments, normalize, wide
-from .moving_statistics import move
+from .moving_statistics import move, renormalization
+from .protocols import KerasLayer, Tensor
 from .synchronized import pooled
-
-Tensor = Any
 
 
 def call(layer: KerasLayer, inputs: Tensor, axis: int, by_batch: bool, valid: Tensor | None) -> Tensor:
@@ -39,7 +35,7 @@ def call(layer: KerasLayer, inputs: Tensor, axis: int, by_batch: bool, valid: Te
     beta = parts.per_channel(layer.beta) if layer.center else ops.zeros_like(found.var)
     if by_batch and layer.renorm:
         mean, var = (ops.reshape(value, (-1,)) for value in (found.mean, found.var))
-        r, d = (parts.per_channel(value) for value in layer._renormalization(mean, var))
+        r, d = (parts.per_channel(value) for value in renormalization(layer, mean, var))
         gamma, beta = gamma * r, gamma * d + beta
     if policy.moves(by_batch):
         channels = layer.moving_mean.shape[0]

@@ -5,16 +5,13 @@ On JAX a batch is global already (`keras.distribution` shards it, and XLA reduce
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 from keras import ops
 
 from batchnorm.errors import RankError
 
 from .moments import Moments, union
-
-Tensor = Any
+from .protocols import Tensor
 
 
 def pooled(local: Moments, label: str) -> Moments:

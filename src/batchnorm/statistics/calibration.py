@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -78,6 +79,12 @@ class CalibrationReport:
     method: str = "batch"
     passes: int = 1
     ranks: int = 1
+
+    def warn_of_unreached(self, stacklevel: int) -> None:
+        """Warn of the layers that no sample reached, with the caller's `stacklevel`."""
+        if self.unreached:
+            message = f"calibrate: no sample reached {', '.join(self.unreached)}; left as before"
+            warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
     def __str__(self) -> str:
         header = ("layer", "values per channel", "mean moved by", "median", "std became", "median")
