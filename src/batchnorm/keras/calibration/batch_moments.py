@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import keras
@@ -73,7 +74,8 @@ def _measured(norms: Norms, found: Found) -> Iterator[None]:
     before = [(layer, layer.__dict__.get("call")) for _, layer in norms]
     try:
         for number, (name, layer) in enumerate(norms):
-            layer.__dict__["call"] = _measuring(name, layer, number, found)
+            label, call = f"{name} ({type(layer).__name__})", layer.call
+            layer.__dict__["call"] = functools.partial(_measure, layer, label, call, number, found)
         yield
     finally:
         for layer, call in before:
@@ -83,31 +85,37 @@ def _measured(norms: Norms, found: Found) -> Iterator[None]:
                 layer.__dict__["call"] = call
 
 
-def _measuring(name: str, layer: Norm, number: int, found: Found) -> Callable[..., Tensor]:
-    call = layer.call
+def _measure(
+    layer: Norm,
+    label: str,
+    call: Callable[..., Tensor],
+    number: int,
+    found: Found,
+    inputs: Tensor,
+    training: bool | None = None,  # noqa: ARG001 -- as in inference, whatever the model says
+    mask: Tensor | None = None,
+    **kwargs: object,
+) -> Tensor:
+    """Return what `call`, the layer's own, gives with the moments of its inputs as moving statistics.
 
-    def measuring(
-        inputs: Tensor, training: bool | None = None, mask: Tensor | None = None, **kwargs: object
-    ) -> Tensor:
-        del training
-        batch = _received(name, layer, inputs, mask)
-        _, shift, delta, var = ops.unstack(batch, 4)
-        layer.moving_mean.assign(shift + delta)
-        layer.moving_variance.assign(var)
-        found.append((number, batch))
-        if mask is not None:
-            kwargs["mask"] = mask
-        return call(inputs, training=False, **kwargs)  # inference, by the statistics just assigned
-
-    return measuring
-
-
-def _received(name: str, layer: Norm, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return count, shift, delta and var (see `moments`), `[4, C]`."""
+    Args:
+        layer: as it is in the model.
+        label: its name in errors.
+        call: its `call`, without `training`.
+        number: of the layer, in `found`.
+        found: takes the moments.
+        inputs, training, mask, **kwargs: arguments of a call of the layer.
+    """
     axis = layer.axis % len(inputs.shape)
-    valid = valid_values(mask, inputs, axis, f"{name} ({type(layer).__name__})")
-    batch = split(wide(inputs), valid, axis, size=None)
-    return ops.stack([ops.reshape(value, (-1,)) for value in moments(batch.x, batch.axes, batch.valid)])
+    batch = split(wide(inputs), valid_values(mask, inputs, axis, label), axis, size=None)
+    received = ops.stack([ops.reshape(value, (-1,)) for value in moments(batch.x, batch.axes, batch.valid)])
+    _, shift, delta, var = ops.unstack(received, 4)
+    layer.moving_mean.assign(shift + delta)
+    layer.moving_variance.assign(var)
+    found.append((number, received))
+    if mask is not None:
+        kwargs["mask"] = mask
+    return call(inputs, training=False, **kwargs)
 
 
 def _compiled(model: keras.Model, forward: Forward) -> Forward:
