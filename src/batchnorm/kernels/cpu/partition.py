@@ -17,6 +17,7 @@ _NARROW = 128  # columns of a block that are worth a task of their own
 _SPAN = 2**16  # values of a task of several groups or channels, at most
 _TASKS = 16  # enough for the threads of most machines, and for an even share of work
 _PART, _PARTS = 2**17, 32  # values of a part at least, and number of parts at most
+_PART_GIVEN = 2**15  # where statistics are given, and no part has moments that must be merged
 
 
 class Partition(NamedTuple):
@@ -44,7 +45,11 @@ class Partition(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def partition(
-    shape: tuple[int, ...], stride: tuple[int, ...], masked: bool, group_size: int | None
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    masked: bool,
+    group_size: int | None,
+    given: bool = False,
 ) -> Partition:
     """Returns the tasks for a tensor `[N, C, *S]` that is not empty.
 
@@ -52,6 +57,7 @@ def partition(
         shape, stride: of the tensor.
         masked: some positions do not count.
         group_size: samples per statistics group; None = all.
+        given: whether statistics are given, so that nothing is summed over a channel.
     """
     axes = range(len(shape))
     contiguous = is_dense(shape, stride, axes)
@@ -61,7 +67,7 @@ def partition(
     group = samples if group_size is None else min(group_size, samples)
     groups = math.ceil(samples / group)
     if not channels_last and positions > 1 and (positions >= SHORT or masked):
-        parts = _parts(channels * groups, group * positions)
+        parts = _parts(channels * groups, group * positions, _PART)
         spread = channels if groups == 1 else max(_TASKS // groups, channels * group * positions // _SPAN)
         block = math.ceil(channels / max(1, min(channels, spread)))
         tasks = parts * groups * math.ceil(channels / block)
@@ -71,7 +77,7 @@ def partition(
     narrow = 0
     if channels_last or positions == 1:
         units, group, positions = samples * positions, group * positions, 1
-        narrow = _CACHED // group // 16 * 16
+        narrow = 0 if given else _CACHED // group // 16 * 16
         if narrow >= _NARROW and channels >= _NARROW:  # a block is read again from the cache
             columns, block = channels, min(narrow, max(_NARROW, -(-channels // 64) * 16))
         else:
@@ -81,7 +87,7 @@ def partition(
         units, columns, block = samples, channels * positions, _columns(positions)
     blocks = math.ceil(columns / block)
     values = group * channels * positions // blocks
-    parts = 1 if block <= narrow else _parts(blocks * groups, values)
+    parts = 1 if block <= narrow else _parts(blocks * groups, values, _PART_GIVEN if given else _PART)
     span = 1 if parts > 1 else max(1, min(groups * blocks // _TASKS, _SPAN // (values + 1)))
     tasks = parts * math.ceil(groups / span) * blocks
     return Partition(
@@ -95,6 +101,6 @@ def _columns(positions: int) -> int:
     return max(1, _ROW // (planes * positions)) * planes * positions
 
 
-def _parts(tasks: int, values: int) -> int:
-    """Returns the number of parts into which each of so many tasks, of so many values, is cut."""
-    return 1 if tasks >= _TASKS else max(1, min(_PARTS // tasks, values // _PART))
+def _parts(tasks: int, values: int, least: int) -> int:
+    """Returns the number of parts, of `least` values or more, into which each of the tasks is cut."""
+    return 1 if tasks >= _TASKS else max(1, min(_PARTS // tasks, values // least))

@@ -45,7 +45,7 @@ _PLANES = 2**15  # values of such a task
 # through the caches; in evaluation the next layer reads y at once.
 _STREAM, _STREAM_GIVEN = 2**19, 2**22
 _HUGE = 2**22  # bytes from which an output is worth huge pages
-_FEW_GIVEN = 2**17  # values from which threads are worth waking for one pass over them
+_FEW_GIVEN = 2**16  # values from which threads are worth waking for one pass over them
 _NUMBER = 8  # bytes of a number of statistics or scratch
 
 
@@ -135,11 +135,11 @@ def prepare(
         activation: its name, or None.
         what: what to compute.
     """
-    cut = partition(shape, stride, masked, group_size)
+    is_backward, is_given = what in ("reduce", "apply", "backward"), what in ("normalize", "evaluate")
+    cut = partition(shape, stride, masked, group_size, is_given)
     args, values = KernelArgs(), math.prod(shape)
     for name in _CUT:
         setattr(args, name, getattr(cut, name))
-    is_backward, is_given = what in ("reduce", "apply", "backward"), what in ("normalize", "evaluate")
     args.measure = what in ("moments", "forward", "reduce", "backward")
     args.apply = what not in ("moments", "reduce")
     args.moves, args.takes = what == "forward" and cut.groups == 1, what == "evaluate"
