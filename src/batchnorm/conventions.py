@@ -37,7 +37,7 @@ ACTIVATIONS = {
     "tanh": "tanh",
     "elu": "elu",
 }
-# Options of our layers, with the values that both frameworks have; others are each framework's usual way.
+# Option of our layers -> the value that both frameworks have; each has a default of its own besides.
 _SHARED = {"nonfinite": "skip", "small_batch": "running"}
 
 

@@ -1,4 +1,4 @@
-"""The command line: `batchnorm study`, the verbs on a model, and `batchnorm --version`."""
+"""Runs the command line: `batchnorm study`, the verbs on a model, and `batchnorm --version`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `batchnorm` command: its version, `batchnorm study`, and the verbs on a model."""
+"""Defines the `batchnorm` command: its version, `batchnorm study`, and the verbs on a model."""
 
 from __future__ import annotations
 

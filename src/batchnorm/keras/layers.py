@@ -188,8 +188,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     @frozen.setter
     def frozen(self, value: bool) -> None:
-        # Only a change moves `trainable`: frozen=False leaves trainable=False of the constructor, or of a file,
-        # as it is. (On TensorFlow, Keras skips the assignment of an equal value itself.)
+        # Only a change moves `trainable`: frozen=False keeps trainable=False from the constructor or a file.
+        # (On TensorFlow, Keras skips the assignment of an equal value itself.)
         if bool(value) != self._frozen:
             self._frozen = bool(value)
             self.trainable = not self._frozen

@@ -12,15 +12,15 @@ from .protocols import KerasLayer, Tensor
 
 
 def move(layer: KerasLayer, groups: Moments) -> None:
-    """Move the moving statistics, and what counts batches.
+    """Move the moving statistics, and count the batch.
 
         moving = momentum * moving + (1 - momentum) * batch
 
     Args:
         layer: built, in training.
-        groups: moments of each group of samples, `[G, C]`. All together are the batch, unless the policy
-            makes of each a batch of its own. A channel without a value (or with one, for a layer whose
-            `small_batch` is "running") stays as it is, and so do all for a batch that is skipped.
+        groups: moments of each group of samples, `[G, C]`. Together they are the batch, unless the policy
+            makes each a batch of its own. A channel without a value (or with one, for a layer whose
+            `small_batch` is "running") stays as it is, and so do all channels for a skipped batch.
     """
     is_one = groups.count.shape[0] == 1
     in_turn = layer.statistics.is_sequential and not is_one
@@ -64,7 +64,7 @@ def _in_turn(old: Tensor, values: Tensor, counted: Tensor, momentum: float) -> T
         moving = momentum^k moving + Σ_g momentum^(number of those after g) (1 - momentum) group_g
     """
     one = ops.cast(counted, old.dtype)
-    # On torch, Keras's `cumsum` makes float32 of float64; what it counts is exact in either.
+    # On torch, Keras's `cumsum` makes float32 of float64; these counts are exact in either.
     after = ops.sum(one, axis=0) - ops.cast(ops.cumsum(one, axis=0), old.dtype)
     weight = one * (1 - momentum) * ops.power(momentum * ops.ones_like(after), after)
     kept = ops.power(momentum * ops.ones_like(old), ops.sum(one, axis=0))

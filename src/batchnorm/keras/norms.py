@@ -1,4 +1,4 @@
-"""Finds the batch normalizations of a Keras model, stock and ours, and tells which of them are frozen."""
+"""Finds the batch normalizations of a Keras model, stock and ours, and says which of them are frozen."""
 
 from __future__ import annotations
 

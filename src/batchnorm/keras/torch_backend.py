@@ -20,9 +20,16 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def call(layer: KerasLayer, inputs: torch.Tensor, axis: int, by_batch: bool) -> torch.Tensor:
-    """Return the layer's output; `by_batch`: in training, with all that follows from it."""
+    """Return the layer's output, and move its statistics.
+
+    Args:
+        layer: built.
+        inputs: `[N, C, *S]`, with channels on `axis`, 0 or above.
+        axis: the channel axis.
+        by_batch: the layer is in training.
+    """
     x = inputs.movedim(axis, 1) if inputs.dim() > 1 else inputs.unsqueeze(0)
-    if x.dtype not in _HALVES:  # those go in as they are: kernels compute in a wide dtype
+    if x.dtype not in _HALVES:  # 16-bit inputs stay: kernels compute in a wide dtype
         x = x.to(torch.promote_types(x.dtype, torch.float32))
     weight = _parameter(layer.gamma, x) if layer.scale else None
     bias = _parameter(layer.beta, x) if layer.center else None

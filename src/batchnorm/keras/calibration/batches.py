@@ -28,7 +28,7 @@ def batches(
     """Return an iterator over the inputs of each batch, and the number of batches where it is known.
 
     Args:
-        model: that the inputs are for.
+        model: takes the inputs.
         data: an array or tensor, or a dict or list of them, one per input of the model; a tuple (x, y) or
             (x, y, sample_weight) of such; `tf.data.Dataset`, `keras.utils.PyDataset`, torch's `DataLoader`,
             or any other iterable of batches, where a batch is x, (x, y) or (x, y, sample_weight).
@@ -73,7 +73,7 @@ def _is_arrays(data: Data) -> bool:
 
 
 def _check_number(model: keras.Model, arrays: list[Inputs]) -> None:
-    """Refuse a list of batches, of which a sequential model would take the first array, and drop the rest."""
+    """Refuse a list of batches: a sequential model would take its first array, and drop the rest."""
     inputs = getattr(model, "inputs", None)  # a model that is subclassed, or not built, does not say
     if inputs is not None and len(inputs) != len(arrays):
         raise DataError(
@@ -107,7 +107,7 @@ def _given(data: object) -> tuple[Iterator[Inputs], float | None]:
         return iter(data), math.inf
     try:
         return iter(data), len(data)  # type: ignore[arg-type]
-    except TypeError:  # what tf.data and torch raise where they do not know it, and Python for an iterator
+    except TypeError:  # raised by tf.data and torch where they do not know it, and by Python for an iterator
         return iter(data), None
 
 
@@ -119,7 +119,7 @@ def _x(batch: Inputs) -> Inputs:
 
 
 def _tensors(x: Inputs) -> Inputs:
-    """Return the inputs as the backend takes them, which another framework's tensors are not."""
+    """Return the inputs as the backend takes them: tensors of other frameworks as arrays."""
     if not any(leaf is not None for leaf in keras.tree.flatten(x)):
         raise DataError(f"{_BATCH}; got a {type(x).__name__} without x")
     return keras.tree.map_structure(_tensor, x)
