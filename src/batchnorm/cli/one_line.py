@@ -1,4 +1,4 @@
-"""Turns errors that a user can cause into one line on stderr and an exit code, with a traceback on request."""
+"""Turns errors that a user can cause into one line on stderr and an exit code; tracebacks on request only."""
 
 from __future__ import annotations
 
