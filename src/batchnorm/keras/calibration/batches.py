@@ -29,9 +29,7 @@ def batches(
 
     Args:
         model: takes the inputs.
-        data: an array or tensor, or a dict or list of them, one per input of the model; a tuple (x, y) or
-            (x, y, sample_weight) of such; `tf.data.Dataset`, `keras.utils.PyDataset`, torch's `DataLoader`,
-            or any other iterable of batches, where a batch is x, (x, y) or (x, y, sample_weight).
+        data: as `calibrate` takes it.
         batch_size: samples per batch, where the data is arrays.
         steps: the largest number of batches; None = all.
 
