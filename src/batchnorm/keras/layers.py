@@ -9,8 +9,8 @@ from typing import Any
 import keras
 
 from batchnorm.errors import BatchNormError, OptionError
-from batchnorm.statistics import serialized
 from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.policies import check_policy, from_config
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.synced import Synced
 
@@ -305,11 +305,7 @@ def _checked_policy(policy: object, *, renorm: bool, synchronized: bool) -> Poli
     Raises:
         OptionError: no policy, one that Keras cannot keep to, or one that contradicts the layer's options.
     """
-    if isinstance(policy, dict):
-        policy = serialized.from_config(policy)
-    if not isinstance(policy, Policy):
-        known = ", ".join(f"batchnorm.{name}(...)" for name in serialized.POLICIES)
-        raise OptionError(f"statistics must be one of {known}; got {policy!r}")
+    policy = check_policy(from_config(policy) if isinstance(policy, dict) else policy)
     if renorm and policy != Batch():
         raise OptionError(
             f"renorm=True and statistics={policy} are two policies: leave one of them out; "

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from batchnorm.errors import OptionError
+from batchnorm.statistics.policies import check_policy
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
-from batchnorm.torch.checks import check_nonfinite, check_policy, check_small_batch
+from batchnorm.torch.checks import check_nonfinite, check_small_batch
 from batchnorm.torch.contexts.domains import check_domains
 from batchnorm.torch.sync import ranks_of
 

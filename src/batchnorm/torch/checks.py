@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from batchnorm.errors import ArgumentTypeError, InputShapeError, InputTypeError, OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.statistics.batch import Batch
-from batchnorm.statistics.policy import Policy
-from batchnorm.statistics.serialized import POLICIES
 
 from .call import HALVES, Call
 from .quantization import REVERT_FIRST
@@ -143,19 +141,6 @@ def check_nonfinite(value: object, tracked: bool) -> None:
     if value == "skip" and not tracked:
         raise OptionError(
             'nonfinite="skip" leaves running statistics as they are, and this layer has none: '
-            "make it with track_running_stats=True"
-        )
-
-
-def check_policy(policy: object, tracked: bool) -> None:
-    """Raise OptionError unless `policy` is a statistics policy; some policies need running statistics."""
-    if not isinstance(policy, Policy):
-        got = f"a {type(policy).__name__}" if isinstance(policy, Tensor) else repr(policy)
-        known = ", ".join(f"batchnorm.{name}(...)" for name in POLICIES)
-        raise OptionError(f"statistics must be one of {known}; got {got}")
-    if policy.needs_running and not tracked:
-        raise OptionError(
-            f"statistics={policy} uses running statistics, and this layer has none: "
             "make it with track_running_stats=True"
         )
 

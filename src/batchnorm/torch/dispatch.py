@@ -22,6 +22,7 @@ from batchnorm.kernels import choose
 from batchnorm.kernels.eager import constants
 from batchnorm.kernels.interface import RunningState, wide_dtype
 from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.policies import check_policy
 from batchnorm.statistics.synced import Synced
 
 from . import autograd, checks, compiled, composite
@@ -124,7 +125,7 @@ def mode_of(call: Call) -> Mode:
     """Return what a call does with its batch."""
     policy, training, running = call.policy, call.training, call.running
     if type(policy) is not Batch:
-        checks.check_policy(policy, running.is_complete)
+        check_policy(policy, running.is_complete)
     if not policy.measures(training):
         return Mode(measures=False, moves=False, needs_two=False)
     moves = running.is_tracked and policy.moves(training) and not is_recomputed()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, InputShapeError, OptionError
 from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.policies import check_policy
 from batchnorm.statistics.policy import Policy
 
 from .autograd import normalize_plain
@@ -16,7 +17,6 @@ from .call import NO_RUNNING_STATE, Call, RunningState
 from .checks import (
     check_activation,
     check_nonfinite,
-    check_policy,
     check_small_batch,
     mask_of_lengths,
     not_a_tensor,

@@ -1,9 +1,9 @@
-"""A forward that stops midway and goes on later: what it computed is read from a file, not computed again."""
+"""Stops a forward midway and resumes it later from a file, without computing anything twice."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from batchnorm.errors import FileError, OptionError
 from batchnorm.models.graph.dispatch_observer import LEAVING, OURS
 
-_WITHOUT = "leave spill out: passes over the data take every model"
+# The remedy in errors about forwards that cannot be stopped.
+WITHOUT = "leave spill out: passes over the data take that"
 
 
 class Budget:
-    """How many bytes all stopped forwards hold in files, and how many they may."""
+    """Limits the bytes that all stopped forwards hold in files.
+
+    Args:
+        most: number of bytes; None = no limit.
+    """
 
     def __init__(self, most: int | None) -> None:
         self.most, self.held, self.peak = most, 0, 0
 
     def take(self, count: int) -> None:
-        """Count bytes that are about to be written, or (negative) that were deleted."""
+        """Count bytes that will be written, or (negative) were deleted; OptionError if they are too many."""
         if self.most is not None and self.held + count > self.most:
             raise OptionError(
                 f"spill={self.most} bytes are too few: stopped forwards hold {self.held + count} and more; "
@@ -41,7 +46,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class _Value:
-    """A tensor, by its memory and how it lies in it."""
+    """A tensor: its memory, by number, and its layout in it."""
 
     slot: int
     dtype: torch.dtype
@@ -52,14 +57,14 @@ class _Value:
 
 @dataclass(frozen=True)
 class _Argument:
-    """The argument at this place, which an operator wrote into and returned."""
+    """The argument at one place, which an operator wrote into and returned."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What an operator returned; None where it is to be run again (a view of a parameter)."""
+    """What an operator returned; None where the operator has to run again (a view of a parameter)."""
 
     name: str
     leaves: tuple[Any, ...] | None
@@ -67,15 +72,18 @@ class _Step:
 
 
 class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs one forward up to where it stops, again and again, each operator once.
+    """Runs one forward from stop to stop, with each operator computed once.
 
-    The Python code of the forward runs from its start each time. Operators that ran before return what they
-    returned: memory that was alive when the forward stopped comes from the file, all other is not read any
-    more and is any memory of that size.
+    The Python code of the forward runs from its start each time. Operators that have run return what they
+    returned: memory that was alive when the forward stopped is read from the file. Other memory is not read
+    any more, and is replaced by uninitialized memory of the same size.
 
     Args:
         path: of the file.
         budget: shared by all forwards.
+
+    Attributes:
+        is_paused: whether operators run without being recorded.
     """
 
     def __init__(self, path: Path, budget: Budget) -> None:
@@ -92,7 +100,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Follow a forward from its start within the block."""
+        """Record, or replay, a forward from its start within the block."""
         self._place = 0
         self._loaded: dict[int, torch.UntypedStorage] = {}
         self.is_paused = False
@@ -102,16 +110,8 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._loaded, self._slots = {}, {}
 
-    def adopt(self, tensor: Tensor) -> _Value:
-        """Return how to get a tensor again that no operator makes: an input."""
-        return self._value(tensor)
-
-    def restore(self, value: _Value) -> Tensor:
-        """Return a tensor in memory as it was when the forward stopped; to be called while paused."""
-        return self._tensor(value)
-
     def stop(self) -> None:
-        """Write all memory that is alive to the file; to be called while paused.
+        """Write all memory that is alive to the file; call it while paused.
 
         Raises:
             FileError: it cannot be written.
@@ -127,7 +127,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         place = 0
         try:
             self.path.touch()
-            with self.path.open("r+b") as file:  # over what was read before: its memory is there
+            with self.path.open("r+b") as file:  # what was in the file has been read
                 for slot in alive:
                     storage = torch.UntypedStorage._new_with_weak_ptr(self._refs[slot].cdata)
                     flat = torch.empty(0, dtype=torch.uint8, device=self._devices[slot]).set_(storage)
@@ -148,13 +148,13 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._steps, self._saved = [], {}
 
     def step(self, name: str, compute: Callable[[], Any], arguments: Any) -> Any:
-        """Return what an operator returns: looked up if it has run before this forward stopped."""
+        """Return what an operator returns; from the record if it ran before the forward stopped."""
         self._place += 1
-        self.is_paused = True  # what happens in here is no step of its own
+        self.is_paused = True  # operators within this one are no steps of their own
         try:
             if self._place <= len(self._steps):
                 return self._again(self._steps[self._place - 1], name, compute, pytree.tree_leaves(arguments))
-            self._loaded = {}  # what is alive from here on is what the forward itself holds
+            self._loaded = {}  # from here on only the forward itself keeps memory alive
             result = compute()
             self._steps.append(self._note(name, result, pytree.tree_leaves(arguments)))
             return result
@@ -172,31 +172,32 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _again(self, step: _Step, name: str, compute: Callable[[], Any], given: list[Any]) -> Any:
         if step.name != name:
             raise OptionError(
-                f"spill: a forward took another way the second time, {name} for {step.name}: {_WITHOUT}"
+                f"spill: a forward took another way the second time, {name} for {step.name}: {WITHOUT}"
             )
         if step.leaves is None:
             return compute()
-        return pytree.tree_unflatten([self._leaf(leaf, given) for leaf in step.leaves], step.spec)
+        return pytree.tree_unflatten([self.restored(leaf, given) for leaf in step.leaves], step.spec)
 
     def _note(self, name: str, result: Any, given: list[Any]) -> _Step:
         leaves, spec = pytree.tree_flatten(result)
         places = {id(leaf): place for place, leaf in enumerate(given) if isinstance(leaf, Tensor)}
-        theirs = {_key(leaf) for leaf in given if isinstance(leaf, Tensor)} - self._slots.keys()
+        foreign = {_key(leaf) for leaf in given if isinstance(leaf, Tensor)} - self._slots.keys()
         noted: list[Any] = []
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 noted.append(leaf)
             elif id(leaf) in places:
                 noted.append(_Argument(places[id(leaf)]))
-            elif _key(leaf) in theirs:
+            elif _key(leaf) in foreign:
                 return _Step(name, None, spec)
             else:
-                noted.append(self._value(leaf))
+                noted.append(self.saved(leaf))
         return _Step(name, tuple(noted), spec)
 
-    def _value(self, tensor: Tensor) -> _Value:
+    def saved(self, tensor: Tensor) -> _Value:
+        """Return a tensor as a reference to memory that `stop` writes to the file."""
         if tensor.is_conj() or tensor.is_neg():
-            raise OptionError(f"spill: the forward has complex or negated views: {_WITHOUT}")
+            raise OptionError(f"spill: the forward has complex or negated views: {WITHOUT}")
         key = _key(tensor)
         if key not in self._slots:
             self._slots[key] = len(self._refs)
@@ -208,12 +209,17 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         offset = int(tensor.storage_offset())
         return _Value(slot, tensor.dtype, tensor.size(), tensor.stride(), offset)
 
-    def _leaf(self, leaf: Any, given: list[Any]) -> Any:
-        if isinstance(leaf, _Argument):
-            return given[leaf.place]
-        return self._tensor(leaf) if isinstance(leaf, _Value) else leaf
+    def restored(self, value: Any, given: Sequence[Any]) -> Any:
+        """Return a value as it was when the forward stopped; call it while paused.
 
-    def _tensor(self, value: _Value) -> Tensor:
+        Args:
+            value: what `saved` returned; an argument by its place; any other value is returned as it is.
+            given: the arguments of the operator.
+        """
+        if isinstance(value, _Argument):
+            return given[value.place]
+        if not isinstance(value, _Value):
+            return value
         storage = self._loaded.get(value.slot)
         if storage is None:
             storage = self._storage(value.slot)
@@ -234,7 +240,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Leaving(TorchFunctionMode):
-    """Our own function, whose kernels are no operators, is one step; what leaves torch is refused."""
+    """Records our functions, whose kernels are no operators, as one step; refuses reads outside of torch."""
 
     def __init__(self, replay: Replay) -> None:
         super().__init__()
@@ -247,7 +253,7 @@ class _Leaving(TorchFunctionMode):
         if replay.is_paused or (func not in OURS and func not in LEAVING):
             return func(*args, **kwargs)
         if func in LEAVING:
-            raise OptionError(f"spill: the forward leaves torch by {func.__name__}: {_WITHOUT}")
+            raise OptionError(f"spill: the forward leaves torch by {func.__name__}: {WITHOUT}")
 
         return replay.step("batchnorm", lambda: func(*args, **kwargs), (args, kwargs))
 
