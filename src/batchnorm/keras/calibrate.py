@@ -248,7 +248,7 @@ def _live_norms(model: keras.Model) -> Norms:
 
 
 class _Accumulator:
-    """Merges what each layer received, by the layer's number.
+    """Merges what each layer received, by the number of the layer, as names may repeat.
 
     Attributes:
         pooled: the moments of all batches.
