@@ -13,7 +13,7 @@ from batchnorm.errors import OptionError
 
 from .fold import fold_plan, twin_of
 from .folding.plan import shown
-from .fuse import plan_with
+from .fusion.plan import plan
 from .norms.find import all_names
 from .norms.report import ModelReport, describe
 from .verb import verb
@@ -36,7 +36,7 @@ def inspect(model: nn.Module, example: Any = None) -> ModelReport:
     """
     if isinstance(model, torch.jit.ScriptModule):
         return ModelReport(f"{type(model).__name__}: scripted, its layers cannot be told", ())
-    decided = plan_with(model, example)
+    decided = plan(model, example)
     folds = _folds(model, example)
     rows = tuple(
         replace(
@@ -68,8 +68,8 @@ def _folds(model: nn.Module, example: Any) -> dict[nn.Module, tuple[str | None, 
     except OptionError as error:
         why = (None, str(error))
         return defaultdict(lambda: why)
-    plan = fold_plan(twin, example)
+    decided = fold_plan(twin, example)
     names = {module: places[0] for module, places in all_names(twin).items()}
-    into = {step.norm: shown(step, names) for step in plan.steps}
+    into = {step.norm: shown(step, names) for step in decided.steps}
     modules = zip(model.modules(), twin.modules(), strict=True)
-    return {own: (into.get(copy), plan.reasons.get(copy, "")) for own, copy in modules}
+    return {own: (into.get(copy), decided.reasons.get(copy, "")) for own, copy in modules}

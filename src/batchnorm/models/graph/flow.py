@@ -1,4 +1,4 @@
-"""Who makes and who reads each value in a model: what a traced forward and a recorded run have in common."""
+"""Represents which calls make and read each value of a model, from a traced forward or a recorded run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class Value:
         shape: on the example; None where nothing has run.
         dtype: likewise.
         readers: one entry for each time that a call reads it.
+        aliased: how often an operator returned it as it is, such as `detach`: gradients may differ.
     """
 
     maker: Call | None = None
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     readers: list[Call] = field(default_factory=list)
+    aliased: int = 0
 
 
 @dataclass(eq=False)
