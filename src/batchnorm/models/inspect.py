@@ -33,6 +33,11 @@ def inspect(model: nn.Module, example: Any = None) -> ModelReport:
         health of its statistics (never updated, NaN, zero, negative or huge variance, dead weights); what
         `fuse` would make one layer with it, and where `fold` would put it, or why not. `print` shows it as
         a table.
+
+    Example:
+        >>> report = batchnorm.inspect(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        >>> [row.name for row in report.rows]
+        ['1']
     """
     if isinstance(model, torch.jit.ScriptModule):
         return ModelReport(f"{type(model).__name__}: scripted, its layers cannot be told", ())

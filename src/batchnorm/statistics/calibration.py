@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.errors import DataError
+from batchnorm.text_table import aligned
 
 from .moments import PooledMoments, merge
 
@@ -130,8 +131,8 @@ class CalibrationReport:
             warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
     def __str__(self) -> str:
-        header = ("layer", "values per channel", "mean moved by", "median", "std became", "median")
-        rows = [
+        rows = [("layer", "values per channel", "mean moved by", "median", "std became", "median")]
+        rows += [
             (
                 layer.name + ("" if layer.exact else " *"),
                 f"{layer.values:,}",
@@ -142,15 +143,10 @@ class CalibrationReport:
             )
             for layer in self.layers
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         done = f"{self.samples:,} samples in {self.batches:,} batches"
         done += f", {self.passes} passes" if self.passes > 1 else ""
         done += f", {self.ranks} ranks" if self.ranks > 1 else ""
-        lines = [f"Calibrated {len(self.layers)} layers on {done}."]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, *rows)
-        ]
+        lines = [f"Calibrated {len(self.layers)} layers on {done}.", *aligned(rows)]
         if any(not layer.exact for layer in self.layers):
             lines.append(
                 "* normalized inputs: depends on how the data was split into batches; larger is closer."

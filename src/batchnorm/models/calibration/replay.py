@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.errors import FileError, OptionError
-from batchnorm.models.graph.dispatch_observer import LEAVING, OURS
+from batchnorm.models.graph.dispatch_observer import LEAVING, DispatchObserver
 
 # The remedy in errors about forwards that cannot be stopped.
 WITHOUT = "leave spill out: passes over the data take that"
@@ -71,7 +69,7 @@ class _Step:
     spec: pytree.TreeSpec
 
 
-class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Replay(DispatchObserver):  # type: ignore[no-untyped-call]
     """Runs one forward from stop to stop, with each operator computed once.
 
     The Python code of the forward runs from its start each time. Operators that have run return what they
@@ -81,15 +79,11 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         path: of the file.
         budget: shared by all forwards.
-
-    Attributes:
-        is_paused: whether operators run without being recorded.
     """
 
     def __init__(self, path: Path, budget: Budget) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.path, self.budget = path, budget
-        self._leaving = _Leaving(self)
         self._steps: list[_Step] = []
         self._refs: list[StorageWeakRef] = []  # by slot
         self._sizes: list[int] = []  # bytes, by slot
@@ -105,7 +99,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._loaded: dict[int, torch.UntypedStorage] = {}
         self.is_paused = False
         try:
-            with self, self._leaving:
+            with self.observing():
                 yield
         finally:
             self._loaded, self._slots = {}, {}
@@ -161,13 +155,15 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.is_paused = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.is_paused:
-            return func(*args, **kwargs)
+    def on_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute an operator, or look up its result."""
         return self.step(str(func), lambda: func(*args, **kwargs), (args, kwargs))
+
+    def on_function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a function of ours, whose kernels are no operators, as one step; refuse to leave torch."""
+        if func in LEAVING:
+            raise OptionError(f"spill: the forward leaves torch by {func.__name__}: {WITHOUT}")
+        return self.step("batchnorm", lambda: func(*args, **kwargs), (args, kwargs))
 
     def _again(self, step: _Step, name: str, compute: Callable[[], Any], given: list[Any]) -> Any:
         if step.name != name:
@@ -237,25 +233,6 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.UntypedStorage(size, device=device)  # type: ignore[no-untyped-call]
         found = np.fromfile(self.path, np.uint8, size, offset=self._saved[slot])
         return torch.from_numpy(found).to(device).untyped_storage()
-
-
-class _Leaving(TorchFunctionMode):
-    """Records our functions, whose kernels are no operators, as one step; refuses reads outside of torch."""
-
-    def __init__(self, replay: Replay) -> None:
-        super().__init__()
-        self.replay = replay
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, replay = kwargs or {}, self.replay
-        if replay.is_paused or (func not in OURS and func not in LEAVING):
-            return func(*args, **kwargs)
-        if func in LEAVING:
-            raise OptionError(f"spill: the forward leaves torch by {func.__name__}: {WITHOUT}")
-
-        return replay.step("batchnorm", lambda: func(*args, **kwargs), (args, kwargs))
 
 
 def _key(tensor: Tensor) -> StorageWeakRef:
