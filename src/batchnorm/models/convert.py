@@ -42,13 +42,11 @@ def convert(
     parametrizations go on working. It computes the same, more accurately. If it raises, nothing has changed.
 
     Args:
-        model: with `torch.nn.BatchNorm1d`, 2d, 3d, their lazy forms, `timm.layers.BatchNormAct2d`,
-            `torch.nn.SyncBatchNorm`, or frozen layers of torchvision, timm and transformers (their weight and
-            bias become parameters that do not learn); or such a layer itself.
+        model: with, or itself, `torch.nn.BatchNorm1d`, 2d, 3d, their lazy forms, `torch.nn.SyncBatchNorm`,
+            `timm.layers.BatchNormAct2d`, or a frozen layer of torchvision, timm or transformers.
         statistics: the policy of every layer, such as `batchnorm.Synced()`; None = `Running()` for frozen
             ones, `Synced()` of its process group for a SyncBatchNorm, no change for the others.
-        domains: number of running statistics of every layer (`batchnorm.domain`), each a copy of the present
-            ones; None = no change.
+        domains: number of running statistics of every layer (`batchnorm.domain`); None = no change.
         nonfinite, small_batch: as of `batchnorm.BatchNorm2d`, of every layer; None = no change.
         example: arguments of the model: a tensor, a tuple or a dict of keyword arguments. The outputs on it
             are compared before and after, in evaluation and in training. None = no comparison.
@@ -65,9 +63,8 @@ def convert(
         UserWarning: the model cannot run in training on the example: only evaluation was compared.
 
     Example:
-        >>> model = batchnorm.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
-        >>> isinstance(model[1], batchnorm.BatchNorm2d)
-        True
+        >>> batchnorm.convert(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))[1].statistics
+        Batch()
 
     Differs from torch: running statistics of 16 bits become float32. `torch.nn.SyncBatchNorm.
     convert_sync_batchnorm` takes our layers for stock ones: activation and policy would be lost.
