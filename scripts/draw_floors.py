@@ -75,7 +75,7 @@ def with_passages(imports: Imports) -> tuple[dict[str, int], Imports]:
     floors = {room: floor_of(room, imports) for room in imports}
     steps: Imports = {room: set() for room in imports}
     for room in imports:
-        for other in imports[room]:
+        for other in sorted(imports[room]):
             passages = [f"{room} {other} {floor}" for floor in range(floors[room] - 1, floors[other], -1)]
             floors |= {passage: int(passage.rpartition(" ")[2]) for passage in passages}
             steps |= {passage: set() for passage in passages}
@@ -118,7 +118,8 @@ def picture() -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img">',
         f"  <title>The rooms of {PACKAGE} on their floors; arrows are imports</title>",
         f"  <style>{STYLE}\n  </style>",
-        '  <marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8">',
+        '  <marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8"',
+        '    orient="auto">',
         '    <path class="head" d="M0 0 8 4 0 8z"/>',
         "  </marker>",
         '  <rect class="page" width="100%" height="100%"/>',

@@ -11,10 +11,10 @@ from torch import nn
 
 from batchnorm.errors import OptionError
 from batchnorm.torch.contexts.accumulation import Accumulator
-from batchnorm.torch.layers import _Layer
 from batchnorm.torch.tracing import is_recomputed
 
 from .contexts import layers_of
+from .norms.kinds import Layer
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ class _Count:
                 accumulator.flush()
 
 
-def _layers(model: nn.Module, steps: object) -> list[_Layer]:
+def _layers(model: nn.Module, steps: object) -> list[Layer]:
     """Return the layers of the model, or raise OptionError for one that the context is not for."""
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise OptionError(f"steps must be a whole number of 1 or more, of micro-batches; got {steps!r}")

@@ -18,7 +18,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -33,6 +32,7 @@ from .calibration.observers import BatchObserver, running_buffers, running_stati
 from .calibration.passes import Method, Options, Passes
 from .calibration.ranks import Ranks
 from .norms.find import split_frozen, tracking_norms
+from .norms.kinds import BatchNormBase
 from .rollback import as_before_on_error
 from .verb import verb
 
@@ -139,7 +139,7 @@ def _found(passes: Passes) -> Accumulator:
     return found
 
 
-def _norms(model: nn.Module) -> tuple[tuple[str, ...], dict[str, _BatchNorm]]:
+def _norms(model: nn.Module) -> tuple[tuple[str, ...], dict[str, BatchNormBase]]:
     """Return the names of the layers that are frozen, and the others."""
     frozen, norms = split_frozen(tracking_norms(model))
     if not norms:
@@ -200,7 +200,7 @@ def _write(values: list[tuple[Tensor, Tensor]]) -> None:
             buffer.copy_(value)
 
 
-def _change(name: str, norm: _BatchNorm, found: PooledMoments, exact: bool) -> LayerChange:
+def _change(name: str, norm: BatchNormBase, found: PooledMoments, exact: bool) -> LayerChange:
     """Return how far the statistics in the buffers are from those found."""
     old_mean, old_var = (buffer.detach().cpu().double().numpy() for buffer in running_buffers(norm))
     new = found.mean.numpy(), (found.m2 / (found.count - 1)).numpy()

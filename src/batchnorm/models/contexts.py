@@ -10,10 +10,9 @@ from torch import nn
 from batchnorm.errors import OptionError
 from batchnorm.torch.checks import check_module
 from batchnorm.torch.contexts.checkpointing import Scope
-from batchnorm.torch.layers import _Layer
 
 from .norms.find import Found, find_norms
-from .norms.kinds import is_layer
+from .norms.kinds import Layer, is_layer
 
 
 def norms_of(model: nn.Module, verb: str) -> list[Found]:
@@ -24,7 +23,7 @@ def norms_of(model: nn.Module, verb: str) -> list[Found]:
     return norms
 
 
-def layers_of(model: nn.Module, verb: str) -> dict[str, _Layer]:
+def layers_of(model: nn.Module, verb: str) -> dict[str, Layer]:
     """Return the batch normalizations of a model, each once, by its name and class.
 
     Raises:
@@ -42,7 +41,7 @@ def layers_of(model: nn.Module, verb: str) -> dict[str, _Layer]:
 
 
 @contextlib.contextmanager
-def scoped(layer: _Layer) -> Iterator[Scope]:
+def scoped(layer: Layer) -> Iterator[Scope]:
     """Give a layer a `Scope` within the block; after it, the layer has one only as long as it needs it."""
     scope = layer._scope
     if scope is None:

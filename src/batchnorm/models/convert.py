@@ -1,4 +1,4 @@
-"""Stock layers become ours, in place: the same modules, parameters and hooks, of another class."""
+"""Turns stock layers into layers of this library, in place."""
 
 from __future__ import annotations
 
@@ -73,30 +73,23 @@ def convert(
     """
     norms = find_norms(model)
     check(model, norms, "convert")
-    given = {"statistics": statistics, "domains": domains, "nonfinite": nonfinite, "small_batch": small_batch}
-    options = {name: value for name, value in given.items() if value is not None}
-    check_options(norms, options)
-    if domains is not None:
-        _check_domains(norms, domains)
+    options = {"domains": domains, "nonfinite": nonfinite, "small_batch": small_batch}
+    check_options(norms, {"statistics": statistics, **options})
     with checked_change(model, example, "convert"):
         for found in norms:
             become_ours(found, statistics)
-            norm = found.module
-            if domains is not None and isinstance(norm, Layer) and norm.domains == 1:
-                norm._add_domains(domains)
-            for name in options.keys() - {"statistics", "domains"}:
-                setattr(norm, name, options[name])
+            _set_options(found.module, options)
     return model
 
 
 def check_scripted(model: nn.Module, verb: str) -> None:
-    """Raise OptionError for a scripted model: its code is fixed."""
+    """Raise OptionError for a scripted model, whose code is fixed."""
     if isinstance(model, torch.jit.ScriptModule):
         raise OptionError(f"{verb} cannot change a scripted model: call it before torch.jit.script")
 
 
 def check(model: nn.Module, norms: list[Found], verb: str) -> None:
-    """Raise OptionError for a scripted model, an unknown subclass, or a layer with a forward of its own."""
+    """Raise OptionError for a scripted model, an unknown subclass, or a layer with a replaced forward."""
     check_scripted(model, verb)
     for found in norms:
         if found.kind.family == "other" and not is_ours(found.module):
@@ -114,13 +107,15 @@ def check(model: nn.Module, norms: list[Found], verb: str) -> None:
 
 
 def check_options(norms: list[Found], options: Mapping[str, object]) -> None:
-    """Raise OptionError, by name, for a layer that cannot have these options."""
+    """Raise OptionError, by name, for a layer that cannot have these options; None = no change."""
     for name, value in options.items():
-        for found in norms:
+        for found in norms if value is not None else ():
             try:
                 _CHECKS[name](value, getattr(found.module, "running_mean", None) is not None)
             except OptionError as error:
                 raise error.at(str(found)) from None
+    if isinstance(domains := options.get("domains"), int):
+        _check_domains(norms, domains)
 
 
 _CHECKS: dict[str, Callable[[object, bool], object]] = {
@@ -148,11 +143,19 @@ def _check_domains(norms: list[Found], domains: int) -> None:
             raise OptionError("it is not initialized: run the model once, then give it domains", str(found))
 
 
+def _set_options(norm: nn.Module, options: Mapping[str, Any]) -> None:
+    for name in ("nonfinite", "small_batch"):
+        if options[name] is not None:
+            setattr(norm, name, options[name])
+    if options["domains"] is not None and isinstance(norm, Layer) and norm.domains == 1:
+        norm._add_domains(options["domains"])
+
+
 def become_ours(found: Found, statistics: Policy | None = None) -> None:
-    """Set the class of a norm to our twin of it, if it has one; the module stays the same object.
+    """Set the class of a norm to its twin in this library, if there is one.
 
     Args:
-        found: the norm; one of ours stays what it is.
+        found: the norm.
         statistics: its policy; None = `Running()` for what was frozen, else no change.
     """
     norm, kind = found.module, found.kind

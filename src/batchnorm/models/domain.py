@@ -10,10 +10,10 @@ from torch import nn
 from batchnorm.errors import OptionError
 from batchnorm.torch.checks import check_module
 from batchnorm.torch.contexts.domains import selected
-from batchnorm.torch.layers import _Layer
 
 from .contexts import scoped
 from .norms.find import find_norms
+from .norms.kinds import Layer
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def domain(model: nn.Module, k: int) -> Iterator[None]:
     layers = {
         str(found): found.module
         for found in find_norms(model)
-        if isinstance(found.module, _Layer) and found.module.domains > 1
+        if isinstance(found.module, Layer) and found.module.domains > 1
     }
     if not layers:
         raise OptionError(

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import keras
 
 from batchnorm.keras.layers import BatchNormalization
-from batchnorm.keras.norms import norms_within
-from batchnorm.keras.policies import measures
+from batchnorm.keras.norms import measures, norms_within
 
 from .arithmetic import KINDS
 from .graph import Call, Graph, Value, graph

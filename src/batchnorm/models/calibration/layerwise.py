@@ -46,7 +46,7 @@ class LevelObserver(BatchObserver):
         with super().one_batch():
             self.calls = Counter()
             self.dependence.clear()
-            with contextlib.suppress(_Enough), self.dependence.observing():
+            with contextlib.suppress(_Enough), self.dependence.following():
                 yield
         self.usual = self.usual or self.calls
 

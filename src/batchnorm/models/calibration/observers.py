@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import BatchNormError, DataError
 from batchnorm.models.graph.hooks import is_forward_replaced
-from batchnorm.models.norms.kinds import is_ours, kind_of
+from batchnorm.models.norms.kinds import BatchNormBase, Layer, is_ours, kind_of
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.calibration import Accumulator
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Policy
 from batchnorm.torch.checks import is_single, too_few
 from batchnorm.torch.functional import moments, normalize_batch
-from batchnorm.torch.layers import _Layer
 
 from .packing import on_host
 
@@ -35,7 +33,7 @@ class BatchObserver:
         norms: the norms with running statistics, by name.
     """
 
-    def __init__(self, norms: Mapping[str, _BatchNorm]) -> None:
+    def __init__(self, norms: Mapping[str, BatchNormBase]) -> None:
         self.norms = norms
         self._batch = Accumulator()
 
@@ -67,7 +65,7 @@ class BatchObserver:
 
 
 @contextlib.contextmanager
-def by_batch(name: str, norm: _BatchNorm, receive: _Receive, *, strict: bool) -> Iterator[None]:
+def by_batch(name: str, norm: BatchNormBase, receive: _Receive, *, strict: bool) -> Iterator[None]:
     """Make a norm normalize by its batch and hand over the moments, within the block.
 
     torch's own layers and ours compute both by one kernel of ours. What another class computes, or a forward
@@ -114,7 +112,7 @@ def by_batch(name: str, norm: _BatchNorm, receive: _Receive, *, strict: bool) ->
 
 
 @contextlib.contextmanager
-def by_statistics(name: str, norm: _BatchNorm, found: PooledMoments) -> Iterator[None]:
+def by_statistics(name: str, norm: BatchNormBase, found: PooledMoments) -> Iterator[None]:
     """Make a norm use the statistics found as its running ones, and nothing else, within the block.
 
     A policy that adapts them to each batch (`Adapted`) is left aside too.
@@ -128,7 +126,7 @@ def by_statistics(name: str, norm: _BatchNorm, found: PooledMoments) -> Iterator
         yield
 
 
-def running_buffers(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def running_buffers(norm: BatchNormBase) -> tuple[Tensor, Tensor]:
     """Return running mean and variance of a norm that has them."""
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None
@@ -136,7 +134,7 @@ def running_buffers(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def running_statistics(name: str, norm: _BatchNorm, found: PooledMoments) -> tuple[Tensor, Tensor]:
+def running_statistics(name: str, norm: BatchNormBase, found: PooledMoments) -> tuple[Tensor, Tensor]:
     """Return mean and unbiased variance as the norm's buffers hold them.
 
     Raises:
@@ -168,7 +166,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def received(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Return the input of a norm and the mask that it heeds, from the arguments that it is called with."""
     input = input_of(args, kwargs)
-    if not isinstance(norm, _Layer):
+    if not isinstance(norm, Layer):
         return input, None
     given = dict(zip(("input", "residual", "mask", "lengths"), args, strict=False)) | kwargs
     return input, norm.mask_for(input, given.get("mask"), given.get("lengths"))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.models.norms.kinds import BatchNormBase
 from batchnorm.statistics.calibration import Accumulator
 from batchnorm.statistics.moments import PooledMoments
 
@@ -34,7 +34,7 @@ class Layout:
     channels: Mapping[str, int]
 
     @classmethod
-    def of(cls, norms: Mapping[str, _BatchNorm]) -> Layout:
+    def of(cls, norms: Mapping[str, BatchNormBase]) -> Layout:
         """Return the layout of norms by name; a lazy layer that was loaded does not know its number."""
         means = {name: norm._buffers["running_mean"] for name, norm in norms.items()}
         return cls({name: mean.numel() for name, mean in means.items() if mean is not None})

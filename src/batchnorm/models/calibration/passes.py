@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentTypeError, DataError, FileError, MissingExtraError, OptionError
+from batchnorm.models.norms.kinds import BatchNormBase
 from batchnorm.statistics.calibration import Accumulator
 from batchnorm.statistics.moments import PooledMoments
 
@@ -80,7 +80,7 @@ class Passes:
     """
 
     model: nn.Module
-    norms: Mapping[str, _BatchNorm]
+    norms: Mapping[str, BatchNormBase]
     data: Iterable[object]
     options: Options
     ranks: Ranks

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import DataError, FileError, MissingExtraError
 from batchnorm.files import check_writable, read_within, write_whole
+from batchnorm.models.norms.kinds import BatchNormBase
 from batchnorm.statistics.calibration import Accumulator
 from batchnorm.statistics.moments import PooledMoments
 
@@ -153,7 +153,7 @@ class ProgressFile:
         return Progress(number, self.layout.split(settled), accumulated, Seen(*seen), bool(is_finished))
 
 
-def fingerprint(model: nn.Module, norms: Mapping[str, _BatchNorm], options: Mapping[str, Any]) -> str:
+def fingerprint(model: nn.Module, norms: Mapping[str, BatchNormBase], options: Mapping[str, Any]) -> str:
     """Return a digest of the names, shapes and values of a model, and of the options.
 
     Running statistics are left out, as the result does not depend on them.

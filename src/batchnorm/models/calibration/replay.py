@@ -99,7 +99,7 @@ class Replay(DispatchObserver):  # type: ignore[no-untyped-call]
         self._loaded: dict[int, torch.UntypedStorage] = {}
         self.is_paused = False
         try:
-            with self.observing():
+            with self.following():
                 yield
         finally:
             self._loaded, self._slots = {}, {}
@@ -155,15 +155,15 @@ class Replay(DispatchObserver):  # type: ignore[no-untyped-call]
         finally:
             self.is_paused = False
 
-    def on_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute an operator, or look up its result."""
-        return self.step(str(func), lambda: func(*args, **kwargs), (args, kwargs))
-
     def on_function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a function of ours, whose kernels are no operators, as one step; refuse to leave torch."""
+        """Run our own function, whose kernels are no operators, as one step; refuse ways out of torch."""
         if func in LEAVING:
             raise OptionError(f"spill: the forward leaves torch by {func.__name__}: {WITHOUT}")
         return self.step("batchnorm", lambda: func(*args, **kwargs), (args, kwargs))
+
+    def on_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator as one step."""
+        return self.step(str(func), lambda: func(*args, **kwargs), (args, kwargs))
 
     def _again(self, step: _Step, name: str, compute: Callable[[], Any], given: list[Any]) -> Any:
         if step.name != name:
