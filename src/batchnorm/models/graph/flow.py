@@ -1,103 +1,15 @@
-"""Who makes and who reads each value in a model: what a traced forward and a recorded run have in common."""
+"""The calls and values of a torch model: what a traced forward and a recorded run have in common."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import TypeAlias
 
-import torch
 from torch import nn
 
-Axes = tuple[int | None, ...] | Literal["same"] | None
+from batchnorm.folding import flow
+from batchnorm.folding.flow import Axes as Axes
+from batchnorm.folding.flow import joined as joined
 
-
-@dataclass(eq=False)
-class Value:
-    """A tensor at one point of a forward.
-
-    Attributes:
-        maker: the call that returned it; None for inputs, parameters and constants.
-        shape: on the example; None where nothing has run.
-        dtype: likewise.
-        readers: one entry for each time that a call reads it.
-    """
-
-    maker: Call | None = None
-    shape: tuple[int, ...] | None = None
-    dtype: torch.dtype | None = None
-    readers: list[Call] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Call:
-    """A call of a module or of an operation.
-
-    Attributes:
-        what: in words, for reasons.
-        module: which module; None for an operation.
-        reads: values, the input of a layer first.
-        gives: values.
-        axes: for a call that hands on its first input, only laid out in another way: of each axis of the
-            output, the axis of the input that it is, or None; "same" for one that hands it on as it is;
-            None for any other call.
-    """
-
-    what: str
-    module: nn.Module | None
-    reads: list[Value]
-    gives: list[Value] = field(default_factory=list)
-    axes: Axes = None
-
-    def __post_init__(self) -> None:
-        for value in self.reads:
-            value.readers.append(self)
-
-    def give(self, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Value:
-        """Return a new value that this call makes."""
-        value = Value(self, shape, dtype)
-        self.gives.append(value)
-        return value
-
-    def axis_before(self, axis: int) -> int | None:
-        """Return the axis of the first input that `axis` of the output is."""
-        if self.axes is None or self.axes == "same":
-            return None if self.axes is None else axis
-        return self.axes[axis]
-
-    def axis_behind(self, axis: int) -> int | None:
-        """Return the axis of the output that `axis` of the first input is."""
-        if self.axes is None or self.axes == "same":
-            return None if self.axes is None else axis
-        return self.axes.index(axis) if axis in self.axes else None
-
-
-@dataclass
-class Flow:
-    """The calls of a model, or of some of its blocks.
-
-    Attributes:
-        calls: all of them.
-        read: parameters that a forward reads by itself, past the call of their layer, by id.
-    """
-
-    calls: list[Call] = field(default_factory=list)
-    read: set[int] = field(default_factory=set)
-
-    def by_module(self) -> dict[nn.Module, list[Call]]:
-        """Return the calls of each module."""
-        found: defaultdict[nn.Module, list[Call]] = defaultdict(list)
-        for call in self.calls:
-            if call.module is not None:
-                found[call.module].append(call)
-        return found
-
-
-def joined(flows: Iterable[Flow]) -> Flow:
-    """Return the calls of several flows as one."""
-    whole = Flow()
-    for flow in flows:
-        whole.calls += flow.calls
-        whole.read |= flow.read
-    return whole
+Call: TypeAlias = flow.Call[nn.Module]
+Flow: TypeAlias = flow.Flow[nn.Module]
+Value: TypeAlias = flow.Value[nn.Module]

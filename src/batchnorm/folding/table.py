@@ -14,7 +14,7 @@ class FoldRow:
 
     Attributes:
         name: qualified by the models and layers around it, such as `backbone/bn_1`.
-        into: qualified name of the layer whose weights take it; None where it is left as it is.
+        into: qualified name of the layer whose weights take it, or of several; None where it is left.
         direction: whether that is the layer before the normalization or the one after it; None where left.
         reason: why it is left; "" where it is folded.
     """

@@ -1,0 +1,101 @@
+"""Represents which calls make and read each value of a model, whatever its framework."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+Layer = TypeVar("Layer")
+Axes = tuple[int | None, ...] | Literal["same"] | None
+
+
+@dataclass(eq=False)
+class Value(Generic[Layer]):
+    """A tensor at one point of a forward.
+
+    Attributes:
+        maker: the call that returned it; None for inputs, parameters and constants.
+        shape: on the example, or as the graph says; None where nothing has run. Open sizes are None.
+        dtype: likewise, as the framework has it.
+        readers: one entry for each time that a call reads it.
+    """
+
+    maker: Call[Layer] | None = None
+    shape: tuple[int | None, ...] | None = None
+    dtype: object = None
+    readers: list[Call[Layer]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Call(Generic[Layer]):
+    """A call of a layer or of an operation.
+
+    Attributes:
+        what: in words, for reasons.
+        module: which layer; None for an operation.
+        reads: values, the input of a layer first.
+        gives: values.
+        axes: for a call that hands on its first input, only laid out in another way: of each axis of the
+            output, the axis of the input that it is, or None; "same" for one that hands it on as it is;
+            None for any other call.
+    """
+
+    what: str
+    module: Layer | None
+    reads: list[Value[Layer]]
+    gives: list[Value[Layer]] = field(default_factory=list)
+    axes: Axes = None
+
+    def __post_init__(self) -> None:
+        for value in self.reads:
+            value.readers.append(self)
+
+    def give(self, shape: tuple[int | None, ...] | None = None, dtype: object = None) -> Value[Layer]:
+        """Return a new value that this call makes."""
+        value = Value(self, shape, dtype)
+        self.gives.append(value)
+        return value
+
+    def axis_before(self, axis: int) -> int | None:
+        """Return the axis of the first input that `axis` of the output is."""
+        if self.axes is None or self.axes == "same":
+            return None if self.axes is None else axis
+        return self.axes[axis]
+
+    def axis_behind(self, axis: int) -> int | None:
+        """Return the axis of the output that `axis` of the first input is."""
+        if self.axes is None or self.axes == "same":
+            return None if self.axes is None else axis
+        return self.axes.index(axis) if axis in self.axes else None
+
+
+@dataclass
+class Flow(Generic[Layer]):
+    """The calls of a model, or of some of its blocks.
+
+    Attributes:
+        calls: all of them.
+        read: parameters that a forward reads by itself, past the call of their layer, by id.
+    """
+
+    calls: list[Call[Layer]] = field(default_factory=list)
+    read: set[int] = field(default_factory=set)
+
+    def by_module(self) -> defaultdict[Layer, list[Call[Layer]]]:
+        """Return the calls of each layer."""
+        found: defaultdict[Layer, list[Call[Layer]]] = defaultdict(list)
+        for call in self.calls:
+            if call.module is not None:
+                found[call.module].append(call)
+        return found
+
+
+def joined(flows: Iterable[Flow[Layer]]) -> Flow[Layer]:
+    """Return the calls of several flows as one."""
+    whole: Flow[Layer] = Flow()
+    for flow in flows:
+        whole.calls += flow.calls
+        whole.read |= flow.read
+    return whole
