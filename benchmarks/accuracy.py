@@ -1,4 +1,4 @@
-"""How far output and gradients are from float64, stock and ours, as the mean grows against the std.
+"""Measures errors of output and gradients against float64, stock and ours, as the mean grows over the std.
 
 The error is |found - reference| / (1 + max |reference|), its maximum over the tensor, dx in units of 1/std:
 the contract of docs/architecture.md. Inputs are float32; the reference sees the same values in float64.
@@ -14,13 +14,15 @@ from torch.nn import functional as F
 
 from batchnorm import functional, reference
 
+from .layouts import LAYOUTS, memory_format
+from .tables import Rows
+
 SHAPE = (16, 8, 32, 32)
 OFFSETS = (0.0, 1e1, 1e3, 1e5, 1e6)
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 QUICK_OFFSETS = (0.0, 1e5)
 
 
-def measure(quick: bool = False) -> list[dict[str, Any]]:
+def measure(quick: bool = False) -> Rows:
     """Return one row per engine, layout and offset."""
     return [
         {"layer": name, "layout": layout, "mean_over_std": offset, **_errors(function, layout, offset)}
@@ -36,8 +38,8 @@ def _errors(function: Any, layout: str, offset: float) -> dict[str, float]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    x = (draw(*SHAPE) + offset).to(memory_format=LAYOUTS[layout]).requires_grad_()
-    dy = draw(*SHAPE).to(memory_format=LAYOUTS[layout])
+    x = (draw(*SHAPE) + offset).to(memory_format=memory_format(layout)).requires_grad_()
+    dy = draw(*SHAPE).to(memory_format=memory_format(layout))
     weight, bias = (draw(SHAPE[1]).requires_grad_() for _ in range(2))
     y = function(x, None, None, weight, bias, training=True)
     found = (y, *torch.autograd.grad(y, (x, weight, bias), dy))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,15 @@ from batchnorm.study.data import load_digits
 from batchnorm.study.plots import calibration
 
 from . import networks
-from .interleaved import clocked, interleave, ratio
+from .interleaved import clocked, interleave, medians, ratio
 from .progress import progress
-from .tables import table
+from .resident import resident_bytes
+from .tables import Row, Rows, table_of, with_quartiles
 
-Rows = list[dict[str, Any]]
 PICTURE = Path(__file__).parent.parent / "docs" / "calibration.svg"
 ROUNDS, QUICK_ROUNDS = 9, 2
 SPILL = 10**10  # bytes
 LAYERWISE_ROUNDS, LAYERWISE_BATCHES = 3, 2  # one takes as long as tens of forwards
-NORMS: dict[str, networks.Norm] = {"stock": networks.stock, "ours": networks.ours}
 # What is compared with one forward in evaluation over all of the data.
 RIVALS = ("batch", "update_bn", "forward in training", "layerwise", "layerwise, spill")
 COUNTS, QUICK_COUNTS = (10, 200), (4, 8)  # batches whose memory is compared
@@ -51,16 +49,16 @@ QUICK_CASES = (Case("MobileNetV2", 8, 32, 2),)
 
 def measure(quick: bool = False) -> Rows:
     """Return a row per network and maker of its norms: medians in seconds, and multiples of a forward."""
-    cases = [(case, name) for case in (QUICK_CASES if quick else CASES) for name in NORMS]
+    cases = [(case, name) for case in (QUICK_CASES if quick else CASES) for name in networks.NORMS]
     # Memory first: in a process that has freed much, nothing that is allocated shows.
     memory = [_memory(method, QUICK_COUNTS if quick else COUNTS) for method in ("batch", "layerwise")]
     return [_timed(case, name, quick) for case, name in progress(cases, "calibrations")] + memory
 
 
-def _timed(case: Case, norm: str, quick: bool) -> dict[str, Any]:
+def _timed(case: Case, norm: str, quick: bool) -> Row:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = networks.NETWORKS[case.network](NORMS[norm])
+        model = networks.NETWORKS[case.network](networks.NORMS[norm])
         data = list(torch.randn(case.batches, case.batch, 3, case.side, case.side))
     few = data[:LAYERWISE_BATCHES]
     passes = batchnorm.calibrate(copy.deepcopy(model), few[:1], method="layerwise").passes
@@ -80,13 +78,10 @@ def _timed(case: Case, norm: str, quick: bool) -> dict[str, Any]:
         clocks = {name: clocked(step) for name, step in steps.items()}
         times = interleave(clocks, QUICK_ROUNDS if quick else rounds, warm_up=1)
         over |= {name: ratio(times[name], times["forward"]) for name in steps if name != "forward"}
-        seconds |= {name: statistics.median(taken) for name, taken in times.items()}
+        seconds |= medians(times)
     return {
-        "network": case.network,
+        **asdict(case),
         "norms": norm,
-        "batch": case.batch,
-        "side": case.side,
-        "batches": case.batches,
         "passes": passes,
         "layerwise_batches": len(few),
         "seconds": seconds,
@@ -113,12 +108,12 @@ def _update_bn(model: nn.Module, data: list[Tensor]) -> Callable[[], object]:
     return lambda: update_bn(data, own)
 
 
-def _memory(method: str, counts: tuple[int, ...]) -> dict[str, Any]:
+def _memory(method: str, counts: tuple[int, ...]) -> Row:
     """Return the most resident memory of calibrations over that before the first, by number of batches."""
     model = networks.NETWORKS["MobileNetV2"](networks.stock)
     stem = nn.Sequential(*list(model)[:6])  # 14 levels
     most: dict[str, int] = {}
-    before = _resident()
+    before = resident_bytes()
     for count in (counts[0], *counts):  # once more before, for what is allocated once
         samples = _Watched(count)
         batchnorm.calibrate(stem, samples, method=method)  # type: ignore[arg-type]
@@ -135,47 +130,32 @@ class _Watched:
     def __iter__(self) -> Iterator[Tensor]:
         for _ in range(self.count):
             yield torch.randn(8, 3, 64, 64)
-            self.most = max(self.most, _resident())
-
-
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+            self.most = max(self.most, resident_bytes())
 
 
 def time_table(rows: Rows) -> str:
     """Multiples of a forward in evaluation, per network."""
-
-    def shown(found: dict[str, Any]) -> str:
-        return "{:.2f} ({:.2f} – {:.2f})".format(found["median"], *found["quartiles"])
-
-    return table(
-        ("network", "norms", "data", "a forward, ms", *RIVALS, "passes"),
-        [
-            (
-                row["network"],
-                row["norms"],
-                f"{row['batches']} × {row['batch']} × 3 × {row['side']}²",
-                f"{row['seconds']['forward'] * 1e3:.0f}",
-                *(shown(row["over_forward"][name]) for name in RIVALS),
-                str(row["passes"]),
-            )
-            for row in rows
-            if "network" in row
-        ],
+    return table_of(
+        {
+            "network": row["network"],
+            "norms": row["norms"],
+            "data": f"{row['batches']} × {row['batch']} × 3 × {row['side']}²",
+            "a forward, ms": f"{row['seconds']['forward'] * 1e3:.0f}",
+            **{name: with_quartiles(row["over_forward"][name]) for name in RIVALS},
+            "passes": str(row["passes"]),
+        }
+        for row in rows
+        if "network" in row
     )
 
 
 def memory_table(rows: Rows) -> str:
     """Resident memory over that before, by number of batches."""
-    found = [row for row in rows if "most_resident_bytes" in row]
-    counts = list(found[0]["most_resident_bytes"])
-    return table(
-        ("method", *(f"{count} batches, MB" for count in counts)),
-        [
-            (row["method"], *(f"{row['most_resident_bytes'][count] / 1e6:.1f}" for count in counts))
-            for row in found
-        ],
+    return table_of(
+        {"method": row["method"]}
+        | {f"{n} batches, MB": f"{held / 1e6:.1f}" for n, held in row["most_resident_bytes"].items()}
+        for row in rows
+        if "most_resident_bytes" in row
     )
 
 

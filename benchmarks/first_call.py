@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
-from typing import Any
 
-from .tables import table
+from .fresh_process import json_of
+from .tables import Rows, table_of
 
 RIVALS = ("stock", "ours")
 SHAPE = (32, 64, 28, 28)
 PROCESSES, QUICK_PROCESSES = 7, 1
-Rows = list[dict[str, Any]]
 
 
 def measure(quick: bool = False) -> Rows:
@@ -36,10 +34,7 @@ def measure(quick: bool = False) -> Rows:
 
 
 def _fresh_process(name: str) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.first_call", name], stdout=subprocess.PIPE, check=True, text=True
-    )
-    found: dict[str, float] = json.loads(done.stdout)
+    found: dict[str, float] = json_of("benchmarks.first_call", name)
     return found
 
 
@@ -61,17 +56,12 @@ def _first_call(name: str) -> dict[str, float]:
 
 def first_call_table(rows: Rows) -> str:
     """Milliseconds of the import of the layer and of its first call."""
-    return table(
-        ("shape", "", "import, ms", "forward and backward, ms", "both, ms", "slowest process, ms"),
-        [
-            (
-                str(tuple(row["shape"])),
-                name,
-                *(f"{row['seconds'][name][part] * 1e3:.1f}" for part in ("import", "call", "total", "most")),
-            )
-            for row in rows
-            for name in RIVALS
-        ],
+    parts = {"import": "import", "call": "forward and backward", "total": "both", "most": "slowest process"}
+    return table_of(
+        {"shape": str(tuple(row["shape"])), "": name}
+        | {f"{shown}, ms": f"{row['seconds'][name][part] * 1e3:.1f}" for part, shown in parts.items()}
+        for row in rows
+        for name in RIVALS
     )
 
 

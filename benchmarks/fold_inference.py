@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import statistics
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import onnxruntime
 import torch
@@ -17,15 +15,16 @@ import batchnorm
 
 from . import zoo
 from .fx_fuse import fx_fuse
-from .interleaved import Clocked, clocked, interleave, ratio, rest_and_wake
+from .interleaved import Clocked, clocked, interleave, medians, ratio, rest_and_wake
+from .layouts import LAYOUTS, memory_format
 from .progress import progress
+from .tables import Row, Rows
 
 ROUNDS, QUICK_ROUNDS = 15, 2
 AGREEMENT = 1e-4  # of the largest output: float32, through 53 norms
 STOCK, OURS, FX = "stock", "folded", "fx"
 ONNX, ONNX_OURS = "ONNX Runtime", "ONNX Runtime, folded"
 Run = Callable[[], Tensor]
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class Case:
     layout: str
 
 
-LAYOUTS = ("contiguous", "channels-last")
 CASES = tuple(
     Case(network, batch, 160, layout)
     for network in ("ResNet-18", "ResNet-50", "MobileNetV2")
@@ -57,7 +55,7 @@ def rivals(case: Case) -> dict[str, Run]:
     """Return a forward of each rival, of the same weights, on the same images."""
     model, _ = zoo.made(case.network)
     images = torch.randn(case.batch, 3, case.side, case.side, generator=torch.Generator().manual_seed(0))
-    memory = torch.channels_last if case.layout == "channels-last" else torch.contiguous_format
+    memory = memory_format(case.layout)
     model.to(memory_format=memory)  # type: ignore[call-overload]
     images = images.to(memory_format=memory)
     folded = batchnorm.fold(model, images)
@@ -91,7 +89,7 @@ def _onnx(model: nn.Module, images: Tensor) -> Run:
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
-def _row(case: Case, quick: bool) -> dict[str, Any]:
+def _row(case: Case, quick: bool) -> Row:
     runs = rivals(case)
     outputs = {name: run() for name, run in runs.items()}
     wanted = outputs[STOCK]
@@ -102,11 +100,8 @@ def _row(case: Case, quick: bool) -> dict[str, Any]:
     steps: dict[str, Clocked] = {name: clocked(run, rest_and_wake) for name, run in runs.items()}
     times = interleave(steps, QUICK_ROUNDS if quick else ROUNDS)
     return {
-        "network": case.network,
-        "batch": case.batch,
-        "side": case.side,
-        "layout": case.layout,
-        "seconds": {name: statistics.median(taken) for name, taken in times.items()},
+        **asdict(case),
+        "seconds": medians(times),
         "ratios": {name: ratio(times[STOCK], taken) for name, taken in times.items() if name != STOCK},
         "off": max(off.values()),
     }

@@ -1,15 +1,12 @@
-"""The tables of what `fold` absorbs and of what that saves."""
+"""Tables of the norms that `fold` absorbs, and of the time of inference."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from .fold_inference import FX, ONNX, ONNX_OURS, OURS, STOCK
 from .fold_zoo import WRONG
 from .goals import Finding, findings_table
-from .tables import table
+from .tables import Row, Rows, table_of
 
-Rows = list[dict[str, Any]]
 _WRONG_FLOAT32 = 1e-4  # for fx, and for networks that do not run in float64: rounding is 1e-6
 
 
@@ -39,8 +36,8 @@ def zoo_findings(rows: Rows) -> list[Finding]:
     return found
 
 
-def is_wrong(row: dict[str, Any]) -> bool:
-    """Whether the folded copy of a network gives something else than the network."""
+def is_wrong(row: Row) -> bool:
+    """Return whether the outputs of a folded copy differ from the network's."""
     if row["off_float64"] is None:
         return not row["off_float32"] <= _WRONG_FLOAT32
     return not row["off_float64"] <= WRONG
@@ -53,34 +50,22 @@ def zoo_goals_table(rows: Rows) -> str:
 
 def zoo_table(rows: Rows) -> str:
     """Every network: norms that run, are absorbed and could be; errors; fx's outcome; why norms stay."""
-    return table(
-        (
-            "network",
-            "run",
-            "absorbed",
-            "possible",
-            "off, float64",
-            "off, float32",
-            "fx absorbs",
-            "left because",
-        ),
-        [
-            (
-                row["network"],
-                str(row["running"]),
-                str(row["absorbed"]),
-                str(row["allowed"]),
-                "–" if row["off_float64"] is None else f"{row['off_float64']:.0e}",
-                f"{row['off_float32']:.0e}",
-                _fx(row["fx"]),
-                _reasons(row["stay"]),
-            )
-            for row in rows
-        ],
+    return table_of(
+        {
+            "network": row["network"],
+            "run": str(row["running"]),
+            "absorbed": str(row["absorbed"]),
+            "possible": str(row["allowed"]),
+            "off, float64": "–" if row["off_float64"] is None else f"{row['off_float64']:.0e}",
+            "off, float32": f"{row['off_float32']:.0e}",
+            "fx absorbs": _fx(row["fx"]),
+            "left because": _reasons(row["stay"]),
+        }
+        for row in rows
     )
 
 
-def _fx(found: dict[str, Any]) -> str:
+def _fx(found: Row) -> str:
     if "error" in found:
         return f"– ({found['error'].partition(':')[0]})"
     wrong = found["off"] > _WRONG_FLOAT32
@@ -99,22 +84,18 @@ def _reasons(stay: dict[str, int]) -> str:
 def inference_table(rows: Rows) -> str:
     """Milliseconds of a forward, and how many times faster than stock each rival is."""
 
-    def shown(row: dict[str, Any], rival: str) -> str:
+    def shown(row: Row, rival: str) -> str:
         if rival not in row["seconds"]:
             return "–"
         return f"{row['seconds'][rival] * 1e3:.1f} ({row['ratios'][rival]['median']:.2f}×)"
 
-    rivals = (OURS, FX, ONNX, ONNX_OURS)
-    return table(
-        ("network", "images", "layout", "stock, ms", *rivals),
-        [
-            (
-                row["network"],
-                f"{row['batch']} × {row['side']}²",
-                row["layout"],
-                f"{row['seconds'][STOCK] * 1e3:.1f}",
-                *(shown(row, rival) for rival in rivals),
-            )
-            for row in rows
-        ],
+    return table_of(
+        {
+            "network": row["network"],
+            "images": f"{row['batch']} × {row['side']}²",
+            "layout": row["layout"],
+            "stock, ms": f"{row['seconds'][STOCK] * 1e3:.1f}",
+        }
+        | {rival: shown(row, rival) for rival in (OURS, FX, ONNX, ONNX_OURS)}
+        for row in rows
     )

@@ -1,4 +1,4 @@
-"""Which norms exact arithmetic lets a neighbour absorb: counted on the graph that autograd records.
+"""Counts the norms that a neighbour could absorb in exact arithmetic, on the graph that autograd records.
 
 It knows nothing of how `fold` finds what it folds. What autograd does not see, such as a tensor's use in a
 choice, makes the count too large, never too small, but for norms next to norms.
@@ -93,7 +93,7 @@ class _Graph:
                     waiting.append(other)
 
     def before(self, name: str) -> bool:
-        """Whether all calls of a norm read layers that nothing else reads, whose weights serve them alone."""
+        """Return whether a norm reads only layers that have no other reader, and weights of their own."""
         sources = []
         for node in self.ins[name]:
             edge = node.next_functions[0]
@@ -107,7 +107,7 @@ class _Graph:
         return self._serve_only(sources)
 
     def after(self, name: str) -> bool:
-        """Whether all that read a norm are layers without padding, whose weights serve them alone."""
+        """Return whether all readers of a norm are layers without padding, and with weights of their own."""
         layers = []
         waiting = list(self.outs[name])
         while waiting:
@@ -141,7 +141,7 @@ class _Graph:
         return factor if factor is not None and type(factor).__name__ == "AccumulateGrad" else None
 
     def _fits(self, node: Any, channels: int, *, outputs: bool) -> bool:
-        """Whether a product's channels may be the norm's, by their number: those of a convolution are."""
+        """Return whether a product has as many channels as the norm; a convolution always has."""
         weight = self._weight(node)
         return _is(node, (_CONVOLUTION,)) or weight.variable.shape[0 if outputs else 1] == channels
 

@@ -1,4 +1,4 @@
-"""How many norms `fold` absorbs over the zoo, beside `torch.fx.experimental.optimization.fuse`."""
+"""Counts the norms that `fold` absorbs over the zoo, beside `torch.fx.experimental.optimization.fuse`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from . import zoo, zoo_nasty
 from .fold_possible import possible
 from .fx_fuse import fx_fuse
 from .progress import progress
+from .tables import Row, Rows
 
 WRONG = 1e-9  # of the largest value of an output, in float64: tens of layers round at 1e-16
 QUICK = ("MobileNetV2", "LeViT", "RT-DETR, frozen backbone", *zoo_nasty.NASTY)
-Rows = list[dict[str, Any]]
 
 
 def measure(quick: bool = False) -> Rows:
@@ -36,8 +36,8 @@ def measure(quick: bool = False) -> Rows:
         return [row(name) for name in progress(QUICK if quick else tuple(zoo.ZOO), "folding")]
 
 
-def row(name: str) -> dict[str, Any]:
-    """Return what became of one network's norms that run, how far its outputs are off, and fx's outcome."""
+def row(name: str) -> Row:
+    """Return the fate of a network's norms that run, the error of its outputs, and fx's outcome."""
     model, example = zoo.made(name)
     running, functional = _running(model, example)
     allowed = possible(model, example)
@@ -119,7 +119,7 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.numel() and x.any()]
 
 
-def _fx(model: nn.Module, example: Any, running: int) -> dict[str, Any]:
+def _fx(model: nn.Module, example: Any, running: int) -> Row:
     """Return how many norms fx's fuse absorbs and how far it is off, or why it does not run."""
     try:
         fused = fx_fuse(model)

@@ -1,4 +1,4 @@
-"""What was asked of the layers' speed, next to what was measured; a missed goal stays in the table."""
+"""Goals of speed and memory, compared with measured rows; a missed goal stays in the table."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from .device.floor import ONE_PASS
 from .layer_cases import EVALUATION, FORWARD_AND_BACKWARD, HUGE_BYTES, INFERENCE, LARGE, OPERATIONS
 from .reusing_process import REUSING
-from .tables import table
-
-Rows = list[dict[str, Any]]
+from .tables import Row, Rows, table
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A goal and what came of it.
+    """A goal and its outcome.
 
     Attributes:
         what: which rows, and which of their figures.
@@ -42,7 +39,7 @@ class Finding:
 
 
 def findings_table(findings: list[Finding]) -> str:
-    """Return goals, what came of them, and the worst single row; and how many rows miss it, if counted."""
+    """Return goals, their outcomes, and the worst single row; and how many rows miss it, if counted."""
     counted = any(found.below is not None for found in findings)
     added = ("worst row", "rows", "below") if counted else ("rows",)
     return table(
@@ -72,35 +69,22 @@ def _verdict(found: Finding) -> str:
 def layer_findings(rows: Rows) -> list[Finding]:
     """Return the goals of single layers, with the default allocator."""
     large = [row for row in rows if row["values"] > LARGE]
-    main = _of(large, "norm-relu", "float32")
-    contiguous = [row for row in main if row["layout"] == "contiguous"]
-    evaluation = [row for row in rows if row["operation"].startswith("eval")]
-    tiny = [row for row in rows if row["shape"] == [32, 64] and row["dtype"] == "float32"]
+    main = _where(large, operation="norm-relu", dtype="float32")
+    evaluation = _measuring(rows, EVALUATION)
+    of_bfloat16 = _where(large, operation="norm-relu", dtype="bfloat16", layout="contiguous")
+    adding = _where(large, operation="norm-add-relu", dtype="float32", layout="contiguous")
+    large_evaluation = [row for row in evaluation if row["values"] > LARGE]
+    tiny = _where(rows, operation="norm-relu", dtype="float32", shape=[32, 64])
+    what = "over 2¹⁸ values: stock ÷ ours"
     return [
-        *_ratios("norm → ReLU, float32, contiguous, over 2¹⁸ values: stock ÷ ours", 3.5, contiguous),
-        *_ratios(
-            "the same, channels-last and [N, C]",
-            2.2,
-            (row for row in main if row["layout"] == "channels-last"),
-        ),
+        *_ratios(f"norm → ReLU, float32, contiguous, {what}", 3.5, _where(main, layout="contiguous")),
+        *_ratios("the same, channels-last and [N, C]", 2.2, _where(main, layout="channels-last")),
         *_least("norm → ReLU, float32, any over 2¹⁸ values: the least stock ÷ ours", 1.4, main),
-        *_ratios(
-            "norm → ReLU, bfloat16, contiguous, over 2¹⁸ values: stock ÷ ours",
-            3.0,
-            _contiguous(_of(large, "norm-relu", "bfloat16")),
-        ),
-        *_ratios(
-            "norm → add → ReLU, float32, contiguous, over 2¹⁸ values: stock ÷ ours",
-            3.0,
-            _contiguous(_of(large, "norm-add-relu", "float32")),
-        ),
+        *_ratios(f"norm → ReLU, bfloat16, contiguous, {what}", 3.0, of_bfloat16),
+        *_ratios(f"norm → add → ReLU, float32, contiguous, {what}", 3.0, adding),
         *_least("evaluation, forward: the least stock ÷ ours", 1.0, evaluation),
-        *_floors(
-            "evaluation, forward, over 2¹⁸ values: ours ÷ a copy",
-            1.2,
-            (row for row in evaluation if row["values"] > LARGE),
-        ),
-        *_ratios("norm → ReLU, float32, (32, 64): stock ÷ ours", 0.9, _of(tiny, "norm-relu", "float32")),
+        *_floors("evaluation, forward, over 2¹⁸ values: ours ÷ a copy", 1.2, large_evaluation),
+        *_ratios("norm → ReLU, float32, (32, 64): stock ÷ ours", 0.9, tiny),
     ]
 
 
@@ -111,19 +95,19 @@ _STOCK_NEAR_FLOOR, _OURS_NEAR_FLOOR = 1.15, 1.10
 
 
 def layer_row_findings(rows: Rows) -> list[Finding]:
-    """Return what is asked of every row of single layers, and of their geometric means."""
+    """Return the goals of every row of single layers, and of their geometric means."""
     large = [row for row in rows if row["values"] > LARGE]
-    main = _of(large, "norm-relu", "float32")
-    channels_last = [row for row in main if row["layout"] == "channels-last"]
-    bfloat16 = _contiguous(_of(large, "norm-relu", "bfloat16"))
-    tiny = [row for row in _of(rows, "norm-relu", "float32") if row["shape"] == [32, 64]]
+    main = _where(large, operation="norm-relu", dtype="float32")
+    channels_last = _where(main, layout="channels-last")
+    bfloat16 = _where(large, operation="norm-relu", dtype="bfloat16", layout="contiguous")
+    tiny = _where(rows, operation="norm-relu", dtype="float32", shape=[32, 64])
     what = "norm → ReLU, float32, over 2¹⁸ values, "
     return [
         _every("training: stock ÷ ours", 1.0, _measuring(rows, FORWARD_AND_BACKWARD)),
         _every("evaluation: stock ÷ ours", 1.0, _measuring(rows, EVALUATION)),
         _every("inference mode: stock ÷ ours", 1.0, _measuring(rows, INFERENCE)),
         _every("norm → ReLU, float32, (32, 64), training: stock ÷ ours", 1.1, tiny),
-        _on_average(f"{what}contiguous: stock ÷ ours", 3.2, _contiguous(main)),
+        _on_average(f"{what}contiguous: stock ÷ ours", 3.2, _where(main, layout="contiguous")),
         _on_average(f"{what}channels-last and [N, C]: stock ÷ ours", 1.8, channels_last),
         _on_average("norm → ReLU, bfloat16, over 2¹⁸ values, contiguous: stock ÷ ours", 2.5, bfloat16),
     ]
@@ -143,11 +127,7 @@ _STEPS = {
 def step_findings(rows: Rows) -> list[Finding]:
     """Return the goals of whole training steps of large networks."""
     return [
-        _every(
-            f"{network}, {layout}: stock ÷ ours",
-            goal,
-            [row for row in rows if (row["network"], row["layout"]) == (network, layout)],
-        )
+        _every(f"{network}, {layout}: stock ÷ ours", goal, _where(rows, network=network, layout=layout))
         for (network, layout), goal in _STEPS.items()
     ]
 
@@ -162,7 +142,7 @@ def small_step_findings(rows: Rows) -> list[Finding]:
         _every(
             f"{network}, one thread: stock ÷ {form}",
             1.0,
-            [row for row in rows if (row["network"], row["threads"]) == (network, 1)],
+            _where(rows, network=network, threads=1),
             f"stock / {form}",
         )
         for network, forms in _SMALL_STEPS.items()
@@ -185,7 +165,7 @@ def first_call_findings(rows: Rows) -> list[Finding]:
 
 def reuse_memory_findings(rows: Rows) -> list[Finding]:
     """Return the goals with `reuse_memory()`."""
-    training = [row for row in rows if row["operation"] == "norm-relu"]
+    training = _where(rows, operation="norm-relu")
     return [
         *_ratios(
             "norm → ReLU, tensors over 48 MB: stock without ÷ ours with it",
@@ -300,25 +280,22 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
-def _of(rows: Rows, operation: str, dtype: str) -> Rows:
-    return [row for row in rows if (row["operation"], row["dtype"]) == (operation, dtype)]
+def _where(rows: Rows, **fields: object) -> Rows:
+    """Return the rows with these values of these fields."""
+    return [row for row in rows if all(row[name] == value for name, value in fields.items())]
 
 
 def _measuring(rows: Rows, operations: Iterable[str]) -> Rows:
     return [row for row in rows if row["operation"] in operations]
 
 
-def _contiguous(rows: Rows) -> Rows:
-    return [row for row in rows if row["layout"] == "contiguous"]
-
-
 def _ratios(
-    what: str, goal: float | None, rows: Iterable[dict[str, Any]], name: str = "stock / ours"
+    what: str, goal: float | None, rows: Iterable[Row], name: str = "stock / ours"
 ) -> Iterable[Finding]:
     return _finding(what, goal, [row["ratios"][name]["median"] for row in rows], geometric_mean, min, "≥")
 
 
-def _least(what: str, goal: float, rows: Iterable[dict[str, Any]]) -> Iterable[Finding]:
+def _least(what: str, goal: float, rows: Iterable[Row]) -> Iterable[Finding]:
     return _finding(what, goal, [row["ratios"]["stock / ours"]["median"] for row in rows], min, min, "≥")
 
 
@@ -348,12 +325,12 @@ def _on_average(what: str, goal: float, rows: Rows, name: str = "stock / ours") 
     )
 
 
-def _median(row: dict[str, Any], name: str) -> float:
+def _median(row: Row, name: str) -> float:
     median: float = row["ratios"][name]["median"]
     return median
 
 
-def _is_met(row: dict[str, Any], goal: float, name: str) -> bool:
+def _is_met(row: Row, goal: float, name: str) -> bool:
     if _median(row, name) >= _TOLERANCE * goal:
         return True
     rivals = row.get("rivals")  # whole steps have no floor
@@ -364,13 +341,13 @@ def _is_met(row: dict[str, Any], goal: float, name: str) -> bool:
     )
 
 
-def _name_of(row: dict[str, Any]) -> str:
+def _name_of(row: Row) -> str:
     if "operation" not in row:
         return str(row["network"])
     return f"{OPERATIONS[row['operation']]}, {row['dtype']}, {tuple(row['shape'])}, {row['layout']}"
 
 
-def _floors(what: str, goal: float, rows: Iterable[dict[str, Any]], name: str = "ours") -> Iterable[Finding]:
+def _floors(what: str, goal: float, rows: Iterable[Row], name: str = "ours") -> Iterable[Finding]:
     found = [row["rivals"][name]["over_floor"] for row in rows]
     return _finding(what, goal, found, statistics.median, max, "≤")
 

@@ -1,4 +1,4 @@
-"""Rivals timed in turn, round after round, so that whatever else the machine does meets all of them alike."""
+"""Times rivals in turn, round after round, so that other work of the machine meets all of them alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PAUSE = 0.01
 
 
 def rest() -> None:
-    """Wait until the threads of others have fallen asleep."""
+    """Wait until the threads of other rivals have fallen asleep."""
     time.sleep(_PAUSE)
 
 
@@ -69,6 +69,11 @@ def interleave(rivals: Mapping[str, Clocked], rounds: int, warm_up: int = 2) -> 
         for name in order if number % 2 else reversed(order):
             times[name].append(rivals[name]())
     return {name: taken[warm_up:] for name, taken in times.items()}
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return each rival's median."""
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def ratio(theirs: list[float], ours: list[float]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The same layer written in JAX and jitted: what XLA makes of the plain formula."""
+"""The same layer in JAX, jitted: the plain formula, compiled by XLA."""
 
 from __future__ import annotations
 

@@ -7,21 +7,21 @@ with KERAS_BACKEND set, prints the rows as JSON.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
 
 import numpy as np
 
+from .fresh_process import json_of
+from .tables import Row, Rows
+
 BACKENDS = ("tensorflow", "jax", "torch")
 ROUNDS, QUICK_ROUNDS = 15, 2
 STEPS = 10
 OFFSETS = (0.0, 1e1, 1e3, 1e5, 1e6)
 STACKS = {"dense": (256, (784,)), "conv": (32, (16, 16, 3))}
-Rows = list[dict[str, Any]]
 
 
 def step_times(quick: bool = False) -> Rows:
@@ -35,16 +35,10 @@ def accuracies(quick: bool = False) -> Rows:
 
 
 def _on_each_backend(what: str, quick: bool) -> Rows:
+    words = (what, *(["--quick"] if quick else []))
     rows: Rows = []
     for backend in BACKENDS:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.keras_layer", what, *(["--quick"] if quick else [])],
-            env=os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
-            stdout=subprocess.PIPE,
-            check=True,
-            text=True,
-        )
-        rows += json.loads(done.stdout.splitlines()[-1])
+        rows += json_of("benchmarks.keras_layer", *words, KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3")
     return rows
 
 
@@ -65,7 +59,7 @@ def _time(quick: bool) -> Rows:
                 models[name].fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
                 times[name].append((time.perf_counter() - start) / STEPS)
         kept = {name: taken[1:] for name, taken in times.items()}  # the first round compiles
-        row: dict[str, Any] = {"backend": keras.backend.backend(), "stack": stack, "batch_size": batch_size}
+        row: Row = {"backend": keras.backend.backend(), "stack": stack, "batch_size": batch_size}
         for name, taken in kept.items():
             ratios = sorted(ours / stock for ours, stock in zip(taken, kept["stock"], strict=True))
             row[name] = {

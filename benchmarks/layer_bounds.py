@@ -1,8 +1,7 @@
-"""Where the time of one layer goes: an empty autograd Function, the kernels and their outputs, the rest."""
+"""Splits the time of one layer: an empty autograd Function, the kernels and their outputs, the rest."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +11,14 @@ from torch import Tensor
 from batchnorm.kernels.choose import engine
 from batchnorm.torch.call import Call
 
-from .interleaved import clocked, interleave
+from .interleaved import clocked, interleave, medians
 from .layer_cases import LARGE, Case, layouts
 from .layer_rivals import steps, tensors
 from .progress import progress
-from .tables import table
+from .tables import Rows, table_of
 
 SHAPES = ((32, 64), (256, 512), (4, 1024, 7, 7), (32, 512, 7, 7), (4096, 1024), (32, 64, 56, 56))
 _ROUNDS, _ROUNDS_OF_LARGE, _QUICK_ROUNDS = 301, 61, 15
-Rows = list[dict[str, Any]]
 
 
 def measure(quick: bool = False) -> Rows:
@@ -33,8 +31,7 @@ def measure(quick: bool = False) -> Rows:
         times = interleave(
             {name: clocked(step) for name, step in parts.items()}, _QUICK_ROUNDS if quick else rounds
         )
-        seconds = {name: statistics.median(taken) for name, taken in times.items()}
-        found.append({"shape": list(case.shape), "layout": case.layout, "seconds": seconds})
+        found.append({"shape": list(case.shape), "layout": case.layout, "seconds": medians(times)})
     return found
 
 
@@ -81,18 +78,19 @@ def _parameters(case: Case) -> tuple[Tensor, Tensor]:
     return torch.ones(channels, requires_grad=True), torch.zeros(channels, requires_grad=True)
 
 
+_PARTS = {
+    "stock": "stock",
+    "ours": "ours",
+    "function": "empty Function",
+    "kernels": "kernels",
+    "copy": "a copy",
+}
+
+
 def bounds_table(rows: Rows) -> str:
     """Microseconds of each part; the copy is of one tensor."""
-    columns = ("stock", "ours", "function", "kernels", "copy")
-    header = ("shape", "layout", "stock, µs", "ours, µs", "empty Function, µs", "kernels, µs", "a copy, µs")
-    return table(
-        header,
-        [
-            (
-                str(tuple(row["shape"])),
-                row["layout"],
-                *(f"{row['seconds'][name] * 1e6:.0f}" for name in columns),
-            )
-            for row in rows
-        ],
+    return table_of(
+        {"shape": str(tuple(row["shape"])), "layout": row["layout"]}
+        | {f"{shown}, µs": f"{row['seconds'][name] * 1e6:.0f}" for name, shown in _PARTS.items()}
+        for row in rows
     )

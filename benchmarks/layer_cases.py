@@ -1,4 +1,4 @@
-"""What is measured of single layers: operations, shapes of well-known networks, layouts and rivals."""
+"""Cases of single layers: operations, shapes of well-known networks, layouts and rivals."""
 
 from __future__ import annotations
 
@@ -88,27 +88,27 @@ class Case:
 
     @property
     def network(self) -> str:
-        """Where such a layer is found."""
+        """Name of a network that has such a layer."""
         return (INFERENCE_SHAPES | SHAPES).get(self.shape, "")
 
     @property
     def evaluation(self) -> bool:
-        """Whether it is a forward with running statistics; else forward and backward of a training step."""
+        """A forward with running statistics; else forward and backward of a training step."""
         return self.operation in EVALUATION or self.inference
 
     @property
     def inference(self) -> bool:
-        """Whether that forward runs under `torch.inference_mode()`; else evaluation is under `no_grad`."""
+        """That forward is under `torch.inference_mode()`; else evaluation is under `no_grad`."""
         return self.operation in INFERENCE
 
     @property
     def residual(self) -> bool:
-        """Whether a second tensor is added."""
+        """A second tensor is added."""
         return "add" in self.operation
 
     @property
     def activation(self) -> str | None:
-        """What is applied last."""
+        """Name of the activation, if there is one."""
         return "relu" if self.operation.endswith("relu") else None
 
     @property
@@ -147,7 +147,7 @@ def layouts(shape: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """Return all that is measured with the default allocator."""
+    """Return the cases with the default allocator."""
     if quick:
         return [
             *_each("norm-relu", QUICK_SHAPES),
@@ -168,7 +168,7 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def reuse_memory_cases(quick: bool = False) -> list[Case]:
-    """Return what is measured with `reuse_memory()`: large tensors, where new memory costs most."""
+    """Return the cases with `reuse_memory()`: large tensors, where new memory costs most."""
     if quick:
         return _each("norm-relu", QUICK_SHAPES[2:3])
     large = [shape for shape in SHAPES if math.prod(shape) > LARGE]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from . import goals
 from .layer_cases import OPERATIONS
 from .reusing_process import REUSING
-from .tables import table
+from .tables import Row, Rows, table_of, with_quartiles
 
-Rows = list[dict[str, Any]]
 # Whole training steps -> how many times faster they should be, as the norms' share of stock's step allows.
 _STEP_GOALS = {"MobileNetV2": 1.25, "DenseNet-121": 1.15, "ResNet-50": 1.10}
 
@@ -20,7 +17,7 @@ def goals_table(rows: Rows) -> str:
 
 
 def row_goals_table(rows: Rows) -> str:
-    """What is asked of every row, and of means."""
+    """The goals of every row, and of means."""
     return goals.findings_table(goals.layer_row_findings(rows))
 
 
@@ -44,30 +41,29 @@ def other_table(rows: Rows) -> str:
     return layer_table([row for row in rows if _key(row) != ("norm-relu", "float32")])
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str]:
+def _key(row: Row) -> tuple[str, str]:
     return row["operation"], row["dtype"]
 
 
 def layer_table(rows: Rows) -> str:
     """One row per case; a column for each rival that any case has."""
     rivals = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
-    header = ("", "shape", "layout", "ours, ms", "GB/s", "÷ floor", *(rival(name) for name in rivals))
-    return table(header, [(*_case(row), *(ratio_of(row, name) for name in rivals)) for row in rows])
+    return table_of(_case(row) | {rival(name): ratio_of(row, name) for name in rivals} for row in rows)
 
 
-def _case(row: dict[str, Any]) -> tuple[str, ...]:
+def _case(row: Row) -> dict[str, str]:
     ours = row["rivals"].get("ours" + REUSING) or row["rivals"]["ours"]
-    return (
-        operation(row),
-        str(tuple(row["shape"])),
-        row["layout"],
-        f"{ours['seconds'] * 1e3:.3g}",
-        f"{ours['gigabytes_per_second']:.3g}",
-        f"{ours['over_floor']:.2f}",
-    )
+    return {
+        "": operation(row),
+        "shape": str(tuple(row["shape"])),
+        "layout": row["layout"],
+        "ours, ms": f"{ours['seconds'] * 1e3:.3g}",
+        "GB/s": f"{ours['gigabytes_per_second']:.3g}",
+        "÷ floor": f"{ours['over_floor']:.2f}",
+    }
 
 
-def operation(row: dict[str, Any]) -> str:
+def operation(row: Row) -> str:
     """Return what a row measures, and where it is found."""
     kind = OPERATIONS[row["operation"]] + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
     return f"{kind} ({row['network']})"
@@ -78,31 +74,23 @@ def rival(name: str) -> str:
     return name.replace(" / ", " ÷ ").replace(REUSING, " (reusing)")
 
 
-def ratio_of(row: dict[str, Any], name: str) -> str:
+def ratio_of(row: Row, name: str) -> str:
     """Return a ratio's median with its quartiles, or nothing."""
     found = row["ratios"].get(name)
-    return "" if found is None else _with_quartiles(found)
-
-
-def _with_quartiles(found: dict[str, Any]) -> str:
-    return "{:.2f} ({:.2f} – {:.2f})".format(found["median"], *found["quartiles"])
+    return "" if found is None else with_quartiles(found)
 
 
 def step_table(rows: Rows) -> str:
     """Whole training steps."""
-    names = list(rows[0]["ratios"])
-    return table(
-        ("network", "batch", "layout", "stock, ms", "ours, ms", "goal", *map(rival, names)),
-        [
-            (
-                row["network"],
-                f"{row['batch']} × 3 × {row['side']}²",
-                row["layout"],
-                f"{row['seconds']['stock'] * 1e3:.0f}",
-                f"{row['seconds']['ours'] * 1e3:.0f}",
-                f"≥ {_STEP_GOALS[row['network']]}" if row["network"] in _STEP_GOALS else "–",
-                *(_with_quartiles(row["ratios"][name]) for name in names),
-            )
-            for row in rows
-        ],
+    return table_of(
+        {
+            "network": row["network"],
+            "batch": f"{row['batch']} × 3 × {row['side']}²",
+            "layout": row["layout"],
+            "stock, ms": f"{row['seconds']['stock'] * 1e3:.0f}",
+            "ours, ms": f"{row['seconds']['ours'] * 1e3:.0f}",
+            "goal": f"≥ {_STEP_GOALS[row['network']]}" if row["network"] in _STEP_GOALS else "–",
+        }
+        | {rival(name): with_quartiles(found) for name, found in row["ratios"].items()}
+        for row in rows
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import batchnorm
 
 from .layer_cases import Case
+from .layouts import memory_format
 from .stock import StockChain
 
 Step = Callable[[], object]
@@ -24,12 +25,11 @@ OURS = {
     4: batchnorm.BatchNorm2d,
     5: batchnorm.BatchNorm3d,
 }
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """What every rival of a case is given; `residual` is None where the operation has none."""
+    """Inputs of every rival of a case; `residual` is None where the operation has none."""
 
     x: Tensor
     dy: Tensor
@@ -39,13 +39,11 @@ class Tensors:
 def tensors(case: Case, device: str = "cpu") -> Tensors:
     """Draw a case's tensors, of its dtype and in its layout."""
     generator = torch.Generator(device).manual_seed(0)
-    memory_format = torch.contiguous_format
-    if case.layout == "channels-last":
-        memory_format = _CHANNELS_LAST.get(len(case.shape), memory_format)
+    layout = memory_format(case.layout, len(case.shape))
 
     def draw() -> Tensor:
         drawn = torch.randn(case.shape, generator=generator, device=device)
-        return drawn.to(getattr(torch, case.dtype), memory_format=memory_format)
+        return drawn.to(getattr(torch, case.dtype), memory_format=layout)
 
     return Tensors(draw(), draw(), draw() if case.residual else None)
 
@@ -54,7 +52,7 @@ def steps(case: Case) -> dict[str, Step]:
     """Return the step of each of a case's rivals that is installed, and `copy`: two passes."""
     given = tensors(case)
     target = torch.empty_like(given.dy)
-    found = {name: _BUILD[name](case, given) for name in case.rivals if is_available(name)}
+    found = {name: _built(name, case, given) for name in case.rivals if is_available(name)}
     return {**found, "copy": lambda: target.copy_(given.dy)}
 
 
@@ -72,23 +70,17 @@ def is_available(name: str) -> bool:
     return True
 
 
-def _stock(case: Case, given: Tensors) -> Step:
-    return _torch_step(StockChain(len(case.shape), case.shape[1], case.activation), case, given)
-
-
-def _stock_in_place(case: Case, given: Tensors) -> Step:
-    chain = StockChain(len(case.shape), case.shape[1], case.activation, in_place=True)
-    return _torch_step(chain, case, given)
-
-
-def _ours(case: Case, given: Tensors) -> Step:
-    layer = OURS[len(case.shape)](case.shape[1], activation=case.activation)
-    return _torch_step(layer, case, given)
+# Rivals that are one module, torch's or ours.
+MODULES: dict[str, Callable[[Case], nn.Module]] = {
+    "stock": lambda case: StockChain(len(case.shape), case.shape[1], case.activation),
+    "stock-in-place": lambda case: StockChain(len(case.shape), case.shape[1], case.activation, in_place=True),
+    "ours": lambda case: OURS[len(case.shape)](case.shape[1], activation=case.activation),
+}
 
 
 def _compiled(case: Case, given: Tensors) -> Step:
     torch.compiler.reset()  # else the ninth layer would be one too many for the compiler's cache
-    chain = StockChain(len(case.shape), case.shape[1], case.activation).train(not case.evaluation)
+    chain = MODULES["stock"](case).train(not case.evaluation)
     return _torch_step(torch.compile(chain, fullgraph=True, dynamic=False), case, given)
 
 
@@ -146,11 +138,7 @@ def _jax(case: Case, given: Tensors) -> Step:
     return jax_layer.step(case, given.x, given.dy, given.residual)
 
 
-_BUILD: dict[str, Callable[[Case, Tensors], Step]] = {
-    "stock": _stock,
-    "stock-in-place": _stock_in_place,
-    "ours": _ours,
-    "compiled": _compiled,
-    "jax": _jax,
-    "keras": _keras,
-}
+def _built(name: str, case: Case, given: Tensors) -> Step:
+    if name in MODULES:
+        return _torch_step(MODULES[name](case), case, given)
+    return {"compiled": _compiled, "jax": _jax, "keras": _keras}[name](case, given)

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
 from . import layer_cases
 from .interleaved import clocked, interleave, ratio, rest, rest_and_wake
@@ -14,11 +13,11 @@ from .layer_cases import Case
 from .layer_rivals import steps
 from .progress import progress
 from .reusing_process import REUSING, ReusingProcess
+from .tables import Row, Rows
 
 # Values of a tensor -> rounds; a short step is a noisy one.
 _ROUNDS = ((layer_cases.TINY, 201), (layer_cases.LARGE, 101), (2**22, 41))
 _LEAST_ROUNDS, _QUICK_ROUNDS, _MOST_ROUNDS_RESTED = 25, 7, 31
-Rows = list[dict[str, Any]]
 
 
 def measure(quick: bool = False) -> Rows:
@@ -29,7 +28,7 @@ def measure(quick: bool = False) -> Rows:
     return found
 
 
-def _measured(case: Case, rounds: int) -> dict[str, Any]:
+def _measured(case: Case, rounds: int) -> Row:
     """Time a case; rivals with threads of their own afterwards, beside ours again and with rests between."""
     others = tuple(name for name in case.rivals if name in layer_cases.OTHER_RIVALS)
     plain = replace(case, rivals=tuple(name for name in case.rivals if name not in others))
@@ -57,7 +56,7 @@ def measure_reusing_memory(quick: bool = False) -> Rows:
 
 def row(
     case: Case, times: dict[str, list[float]], copies: Mapping[str, str] = MappingProxyType({"": "copy"})
-) -> dict[str, Any]:
+) -> Row:
     """Return what a result file holds of a case.
 
     Args:

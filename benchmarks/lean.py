@@ -1,23 +1,25 @@
-"""What a forward leaves in memory for the backward, and the time of a step: `lean` and its rivals."""
+"""Measures memory held between forward and backward, and the time of a step: `lean` and its rivals."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import multiprocessing
-import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .interleaved import clocked, interleave, ratio
-from .lean_variants import VARIANTS, LeanCase, Step
+from .interleaved import clocked, interleave, medians, ratio
+from .lean_variants import VARIANTS, LeanCase
 from .progress import progress
+from .resident import resident_bytes
+from .tables import Row, Rows
+from .training_step import TrainingStep
 
 NETWORKS = (
     "VGG-11-BN",
@@ -32,7 +34,7 @@ CASES = tuple(LeanCase(network, 16, 128) for network in NETWORKS)
 QUICK_CASES = (LeanCase("MobileNetV2", 4, 64),)
 ROUNDS, QUICK_ROUNDS = 7, 1
 TIMES = 3  # that memory is looked at
-Rows = list[dict[str, Any]]
+_RATIOS = (("lean", "ours"), *((name, "stock") for name in ("ours", "lean", "checkpoint", "selective")))
 
 
 def measure(quick: bool = False) -> Rows:
@@ -49,29 +51,18 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def measured(case: LeanCase, rounds: int, apart: Callable[..., Any] = in_new_process) -> dict[str, Any]:
+def measured(case: LeanCase, rounds: int, apart: Callable[..., Any] = in_new_process) -> Row:
     """Return the row of a network; `apart` calls what looks at memory."""
     held = {name: apart(bytes_held, case, name) for name in VARIANTS}
     same = _are_gradients_same(VARIANTS["ours"](case), VARIANTS["lean"](case))
-    steps = {name: _whole(build(case)) for name, build in VARIANTS.items()}
+    steps = {name: build(case) for name, build in VARIANTS.items()}
     times = interleave({name: clocked(step) for name, step in steps.items()}, rounds, warm_up=1)
     return {
-        "network": case.network,
-        "batch": case.batch,
-        "side": case.side,
+        **asdict(case),
         "bytes_held": {name: found["resident"] for name, found in held.items()},
         "bytes_allocated": {name: found["allocated"] for name, found in held.items()},
-        "seconds": {name: statistics.median(taken) for name, taken in times.items()},
-        "ratios": {
-            f"{own} / {theirs}": ratio(times[own], times[theirs])
-            for own, theirs in (
-                ("lean", "ours"),
-                ("ours", "stock"),
-                ("lean", "stock"),
-                ("checkpoint", "stock"),
-                ("selective", "stock"),
-            )
-        },
+        "seconds": medians(times),
+        "ratios": {f"{own} / {theirs}": ratio(times[own], times[theirs]) for own, theirs in _RATIOS},
         "gradients_identical": same,
     }
 
@@ -92,28 +83,18 @@ def bytes_held(case: LeanCase, variant: str) -> dict[str, float]:
     return {"resident": resident, "allocated": sum(e.self_cpu_memory_usage for e in seen.key_averages())}
 
 
-def _growth(step: Step) -> int:
+def _growth(step: TrainingStep) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = _resident()
+    before = resident_bytes()
     loss = step.forward()
     ctypes.CDLL(None).malloc_trim(0)
-    grown = _resident() - before
+    grown = resident_bytes() - before
     torch.autograd.backward(loss)
     return grown
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _whole(step: Step) -> Callable[[], float]:
-    optimizer = torch.optim.SGD(step.model.parameters(), lr=1e-3, momentum=0.9)
-    return lambda: step.take(optimizer)
-
-
-def _are_gradients_same(*steps: Step) -> bool:
+def _are_gradients_same(*steps: TrainingStep) -> bool:
     found = []
     for step in steps:
         torch.autograd.backward(step.forward())

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import goals
-from .tables import table
+from .pictures import save
+from .tables import Rows, table, table_of, with_quartiles
 
 PICTURE = Path(__file__).parent.parent / "docs" / "lean.svg"
-Rows = list[dict[str, Any]]
 _SHOWN = {  # variant -> its name, colour
     "stock": ("stock", "#9aa5b1"),
     "ours": ("ours", "#1d4ed8"),
@@ -26,32 +24,22 @@ _RATIOS = ("lean / ours", "lean / stock", "selective / stock", "checkpoint / sto
 
 def lean_table(rows: Rows) -> str:
     """Memory and time of every variant."""
-    others = [name for name in _SHOWN if name != "stock"]
-    return table(
-        (
-            "network",
-            "held by stock, MB",
-            *(f"{name} ÷ stock" for name in others),
-            "tensors alone, lean ÷ stock",
-            "a step of stock, ms",
-            *(f"time, {name.replace('/', '÷')}" for name in _RATIOS),
-        ),
-        [
-            (
-                row["network"],
-                f"{row['bytes_held']['stock'] / 1e6:.0f}",
-                *(f"{row['bytes_held'][name] / row['bytes_held']['stock']:.2f}" for name in others),
-                f"{row['bytes_allocated']['lean'] / row['bytes_allocated']['stock']:.2f}",
-                f"{row['seconds']['stock'] * 1e3:.0f}",
-                *(_with_quartiles(row["ratios"][name]) for name in _RATIOS),
-            )
-            for row in rows
-        ],
+    return table_of(
+        {"network": row["network"], "held by stock, MB": f"{row['bytes_held']['stock'] / 1e6:.0f}"}
+        | {
+            f"{name} ÷ stock": f"{row['bytes_held'][name] / row['bytes_held']['stock']:.2f}"
+            for name in _SHOWN
+            if name != "stock"
+        }
+        | {
+            "tensors alone, lean ÷ stock": (
+                f"{row['bytes_allocated']['lean'] / row['bytes_allocated']['stock']:.2f}"
+            ),
+            "a step of stock, ms": f"{row['seconds']['stock'] * 1e3:.0f}",
+        }
+        | {f"time, {name.replace('/', '÷')}": with_quartiles(row["ratios"][name]) for name in _RATIOS}
+        for row in rows
     )
-
-
-def _with_quartiles(found: dict[str, Any]) -> str:
-    return "{:.2f} ({:.2f} – {:.2f})".format(found["median"], *found["quartiles"])
 
 
 def goals_table(rows: Rows) -> str:
@@ -59,12 +47,7 @@ def goals_table(rows: Rows) -> str:
     return table(
         ("", "goal", "found", ""),
         [
-            (
-                found.what,
-                found.asked,
-                f"{found.found:.2f}",
-                "reached" if found.reached else "**missed**",
-            )
+            (found.what, found.asked, f"{found.found:.2f}", "reached" if found.reached else "**missed**")
             for found in goals.lean_findings(rows)
         ],
     )
@@ -80,8 +63,7 @@ def draw(rows: Rows, path: Path = PICTURE) -> None:
     memory.invert_yaxis()
     handles, labels = memory.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=len(_SHOWN))
-    with mpl.rc_context({"svg.hashsalt": "batchnorm", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
 
 
 def _bars(axes: Axes, rows: Rows, what: str, label: str) -> None:

@@ -1,4 +1,4 @@
-"""Ways to keep less for the backward, of the same network: what `batchnorm.lean` is compared with."""
+"""The same network with less kept for the backward: `batchnorm.lean` and checkpointing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import (
 import batchnorm
 
 from . import networks
+from .training_step import TrainingStep
 
 # What is worth keeping: all else is recomputed, norms and activations among it.
 _KEPT = (
@@ -38,54 +38,33 @@ class LeanCase:
     side: int
 
 
-@dataclass(frozen=True)
-class Step:
-    """A training step in its two halves.
-
-    Attributes:
-        model: the network.
-        forward: returns the loss, with its graph.
-    """
-
-    model: nn.Module
-    forward: Callable[[], Tensor]
-
-    def take(self, optimizer: torch.optim.Optimizer) -> float:
-        """Take a whole step and return its loss."""
-        loss = self.forward()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-
-def stock(case: LeanCase) -> Step:
+def stock(case: LeanCase) -> TrainingStep:
     """Return the network of torch's layers, with activations in place."""
     return _step(_network(case), case)
 
 
-def ours(case: LeanCase) -> Step:
+def ours(case: LeanCase) -> TrainingStep:
     """Return it converted and fused."""
     return _step(_fused(case), case)
 
 
-def lean(case: LeanCase) -> Step:
+def lean(case: LeanCase) -> TrainingStep:
     """Return it converted and fused, with `batchnorm.lean` around the forward."""
     return _step(_fused(case), case, batchnorm.lean)
 
 
-def checkpointed(case: LeanCase) -> Step:
+def checkpointed(case: LeanCase) -> TrainingStep:
     """Return the network of torch's layers, each block of it under `torch.utils.checkpoint`."""
     return _step(_with_blocks(_network(case), use_reentrant=False), case)
 
 
-def selective(case: LeanCase) -> Step:
+def selective(case: LeanCase) -> TrainingStep:
     """Return the same, where blocks keep what their convolutions and linear layers put out."""
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
     return _step(_with_blocks(_network(case), use_reentrant=False, context_fn=contexts), case)
 
 
-VARIANTS: dict[str, Callable[[LeanCase], Step]] = {
+VARIANTS: dict[str, Callable[[LeanCase], TrainingStep]] = {
     "stock": stock,
     "ours": ours,
     "lean": lean,
@@ -119,13 +98,8 @@ def _policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
 
 def _step(
     model: nn.Module, case: LeanCase, around: Callable[[], AbstractContextManager[None]] = nullcontext
-) -> Step:
+) -> TrainingStep:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(case.batch, 3, case.side, case.side, generator=generator)
     labels = torch.randint(networks.CLASSES, (case.batch,), generator=generator)
-
-    def forward() -> Tensor:
-        with around():
-            return F.cross_entropy(model(images), labels)
-
-    return Step(model, forward)
+    return TrainingStep(model, images, labels, around)

@@ -1,4 +1,4 @@
-"""Networks in plain torch, with whatever norm they are given.
+"""Networks in plain torch, with a norm of choice.
 
 Sources: Simonyan & Zisserman 2014, arXiv:1409.1556 (VGG-11); He et al. 2015, arXiv:1512.03385 (ResNet), and
 2016, arXiv:1603.05027 (pre-activation); Sandler et al. 2018, arXiv:1801.04381 (MobileNetV2); Tan & Le 2019,
@@ -9,7 +9,7 @@ a bottleneck is in its 3×3 convolution. Without dropout, so that steps can be c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import batchnorm
 
+from .stock import ACTIVATIONS
+
 CLASSES = 1000
-_ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU}
 
 
 class Norm(Protocol):
@@ -28,7 +29,7 @@ class Norm(Protocol):
 
 
 class _NormAdd(nn.Module):
-    """A norm, an addition and an activation."""
+    """A norm, an addition and an activation, of which `fuse` makes one layer."""
 
     def __init__(self, norm: nn.Module, activation: nn.Module) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class _NormAdd(nn.Module):
 def stock(channels: int, activation: str | None = None, adds: bool = False) -> nn.Module:
     """Return torch's layers, adding and activating in place, as torchvision's networks do."""
     norm = nn.BatchNorm2d(channels)
-    behind = nn.Identity() if activation is None else _ACTIVATIONS[activation](inplace=True)
+    behind = nn.Identity() if activation is None else ACTIVATIONS[activation](inplace=True)
     if adds:
         return _NormAdd(norm, behind)
     return norm if activation is None else nn.Sequential(norm, behind)
@@ -93,16 +94,19 @@ class _Residual(nn.Module):
 def _resnet(norm: Norm, depths: tuple[int, ...], bottleneck: bool) -> nn.Module:
     layers: list[nn.Module] = [_Stem(norm)]
     channels = 64
-    for stage, depth in enumerate(depths):
-        width = 64 * 2**stage
-        for number in range(depth):
-            stride = 2 if stage and not number else 1
-            if bottleneck:
-                layers.append(_Residual(norm, (1, 3, 1), (channels, width, width, 4 * width), stride))
-            else:
-                layers.append(_Residual(norm, (3, 3), (channels, width, width), stride))
-            channels = 4 * width if bottleneck else width
+    for width, stride in _stages(depths):
+        outputs = 4 * width if bottleneck else width
+        sizes, widths = ((1, 3, 1), (width, width)) if bottleneck else ((3, 3), (width,))
+        layers.append(_Residual(norm, sizes, (channels, *widths, outputs), stride))
+        channels = outputs
     return nn.Sequential(*layers, *_head(channels))
+
+
+def _stages(depths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield width and stride of each block of a ResNet."""
+    for stage, depth in enumerate(depths):
+        for number in range(depth):
+            yield 64 * 2**stage, 2 if stage and not number else 1
 
 
 def _head(channels: int) -> tuple[nn.Module, ...]:
@@ -119,16 +123,51 @@ def resnet50(norm: Norm) -> nn.Module:
     return _resnet(norm, (3, 4, 6, 3), bottleneck=True)
 
 
-class _Inverted(nn.Module):
-    """Widen, convolve each channel, narrow; the last norm has no activation; the input is its residual."""
+class _Excitation(nn.Module):
+    """Weigh channels by a gate in 0..1 that depends on their means."""
 
-    def __init__(self, norm: Norm, inputs: int, outputs: int, stride: int, times: int) -> None:
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, inner, 1),
+            nn.SiLU(),
+            nn.Conv2d(inner, channels, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.gate(x) * x
+        return found
+
+
+class _Inverted(nn.Module):
+    """Widen, convolve each channel, narrow; the last norm has no activation; the input is its residual.
+
+    Args:
+        times: by how much the block widens.
+        size: of the convolution.
+        activation: of the norms before the last.
+        excites: channels are weighed before they are narrowed.
+    """
+
+    def __init__(
+        self,
+        norm: Norm,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        times: int,
+        size: int = 3,
+        activation: str = "relu6",
+        excites: bool = False,
+    ) -> None:
         super().__init__()
         wide = inputs * times
-        widen = [_conv(inputs, wide, 1), norm(wide, "relu6")] if times != 1 else []
-        self.body = nn.Sequential(
-            *widen, _conv(wide, wide, 3, stride, groups=wide), norm(wide, "relu6"), _conv(wide, outputs, 1)
-        )
+        widen = [_conv(inputs, wide, 1), norm(wide, activation)] if times != 1 else []
+        convolve = [_conv(wide, wide, size, stride, groups=wide), norm(wide, activation)]
+        weigh = [_Excitation(wide, max(1, inputs // 4))] if excites else []
+        self.body = nn.Sequential(*widen, *convolve, *weigh, _conv(wide, outputs, 1))
         self.adds = stride == 1 and inputs == outputs
         self.norm = norm(outputs, adds=self.adds)
 
@@ -137,23 +176,32 @@ class _Inverted(nn.Module):
         return found
 
 
+# Of each stage: by how much it widens, its outputs, blocks, first stride, and the size of its convolutions.
+_Stages = tuple[tuple[int, int, int, int, int], ...]
+_MOBILENET_V2: _Stages = (
+    (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 32, 3, 2, 3), (6, 64, 4, 2, 3), (6, 96, 3, 1, 3),
+    (6, 160, 3, 2, 3), (6, 320, 1, 1, 3),
+)  # fmt: skip
+_EFFICIENTNET_B0: _Stages = (
+    (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5),
+    (6, 192, 4, 2, 5), (6, 320, 1, 1, 3),
+)  # fmt: skip
+
+
+def _inverted_stages(norm: Norm, stages: _Stages, activation: str, excites: bool) -> Iterator[nn.Module]:
+    inputs = 32
+    for times, outputs, depth, first_stride, size in stages:
+        for number in range(depth):
+            stride = first_stride if number == 0 else 1
+            yield _Inverted(norm, inputs, outputs, stride, times, size, activation, excites)
+            inputs = outputs
+
+
 def mobilenet_v2(norm: Norm) -> nn.Module:
     """Return MobileNetV2: 52 norms."""
-    layers: list[nn.Module] = [_conv(3, 32, 3, 2), norm(32, "relu6")]
-    inputs = 32
-    for times, outputs, depth, stride in (
-        (1, 16, 1, 1),
-        (6, 24, 2, 2),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
-    ):
-        for number in range(depth):
-            layers.append(_Inverted(norm, inputs, outputs, stride if number == 0 else 1, times))
-            inputs = outputs
-    return nn.Sequential(*layers, _conv(inputs, 1280, 1), norm(1280, "relu6"), *_head(1280))
+    first = (_conv(3, 32, 3, 2), norm(32, "relu6"))
+    stages = _inverted_stages(norm, _MOBILENET_V2, "relu6", excites=False)
+    return nn.Sequential(*first, *stages, _conv(320, 1280, 1), norm(1280, "relu6"), *_head(1280))
 
 
 class _Dense(nn.Module):
@@ -232,71 +280,17 @@ def pre_activation_resnet50(norm: Norm) -> nn.Module:
     """Return ResNet-50 with norms and activations before the convolutions: 49 norms."""
     layers: list[nn.Module] = [_Block(_conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1))]
     channels = 64
-    for stage, depth in enumerate((3, 4, 6, 3)):
-        width = 64 * 2**stage
-        for number in range(depth):
-            layers.append(_PreActivation(norm, channels, width, 2 if stage and not number else 1))
-            channels = 4 * width
+    for width, stride in _stages((3, 4, 6, 3)):
+        layers.append(_PreActivation(norm, channels, width, stride))
+        channels = 4 * width
     return nn.Sequential(*layers, norm(channels, "relu"), *_head(channels))
-
-
-class _Excitation(nn.Module):
-    """Weigh channels by a gate in 0..1 that depends on their means."""
-
-    def __init__(self, channels: int, inner: int) -> None:
-        super().__init__()
-        self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(channels, inner, 1),
-            nn.SiLU(),
-            nn.Conv2d(inner, channels, 1),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.gate(x) * x
-        return found
-
-
-class _Efficient(nn.Module):
-    """As `_Inverted`, with SiLU, and channels weighed before they are narrowed."""
-
-    def __init__(self, norm: Norm, inputs: int, outputs: int, size: int, stride: int, times: int) -> None:
-        super().__init__()
-        wide = inputs * times
-        widen = [_conv(inputs, wide, 1), norm(wide, "silu")] if times != 1 else []
-        self.body = nn.Sequential(
-            *widen,
-            _conv(wide, wide, size, stride, groups=wide),
-            norm(wide, "silu"),
-            _Excitation(wide, max(1, inputs // 4)),
-            _conv(wide, outputs, 1),
-        )
-        self.adds = stride == 1 and inputs == outputs
-        self.norm = norm(outputs, adds=self.adds)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.norm(self.body(x), x) if self.adds else self.norm(self.body(x))
-        return found
 
 
 def efficientnet_b0(norm: Norm) -> nn.Module:
     """Return EfficientNet-B0, without stochastic depth: 49 norms."""
-    layers: list[nn.Module] = [_Block(_conv(3, 32, 3, 2), norm(32, "silu"))]
-    inputs = 32
-    for times, outputs, depth, stride, size in (
-        (1, 16, 1, 1, 3),
-        (6, 24, 2, 2, 3),
-        (6, 40, 2, 2, 5),
-        (6, 80, 3, 2, 3),
-        (6, 112, 3, 1, 5),
-        (6, 192, 4, 2, 5),
-        (6, 320, 1, 1, 3),
-    ):
-        for number in range(depth):
-            layers.append(_Efficient(norm, inputs, outputs, size, stride if number == 0 else 1, times))
-            inputs = outputs
-    return nn.Sequential(*layers, _Block(_conv(inputs, 1280, 1), norm(1280, "silu")), *_head(1280))
+    first = _Block(_conv(3, 32, 3, 2), norm(32, "silu"))
+    stages = _inverted_stages(norm, _EFFICIENTNET_B0, "silu", excites=True)
+    return nn.Sequential(first, *stages, _Block(_conv(320, 1280, 1), norm(1280, "silu")), *_head(1280))
 
 
 def _double(norm: Norm, inputs: int, outputs: int) -> nn.Module:
@@ -336,10 +330,11 @@ def u_net(norm: Norm) -> nn.Module:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Return the parts that checkpointing takes as one."""
-    kinds = (_Stem, _Block, _Residual, _Inverted, _Dense, _PreActivation, _Efficient)
+    kinds = (_Stem, _Block, _Residual, _Inverted, _Dense, _PreActivation)
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
+NORMS: dict[str, Norm] = {"stock": stock, "ours": ours}
 NETWORKS: dict[str, Callable[[Norm], nn.Module]] = {
     "ResNet-18": resnet18,
     "ResNet-50": resnet50,

@@ -5,99 +5,67 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from .device import page as device
 from .lazily import function
 from .results_file import FOLDER, load
-from .tables import table
+from .tables import Row, Rows, table_of, with_quartiles
 
 ROOT = Path(__file__).parent.parent
-PAGES = (
-    ROOT / "README.md",
-    *(
-        ROOT / "docs" / name
-        for name in (
-            "benchmarks.md",
-            "calibrate.md",
-            "fold.md",
-            "gpu.md",
-            "lean.md",
-            "statistics.md",
-            "study.md",
-        )
-    ),
-)
+_DOCS = ("benchmarks", "calibrate", "fold", "gpu", "lean", "statistics", "study")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _DOCS))
 GPU_PAGE = ROOT / "docs" / "gpu.md"
-Rows = list[dict[str, Any]]
 
 
 def accuracy_table(rows: Rows) -> str:
     """Largest error against float64, per layer, layout and mean/std."""
-    header = ("mean/std", "layout", "layer", "y", "dx", "dweight", "dbias")
-    return table(
-        header,
-        [
-            (f"{row['mean_over_std']:g}", row["layout"], row["layer"], *(f"{row[k]:.1e}" for k in header[3:]))
-            for row in rows
-        ],
+    return table_of(
+        {"mean/std": f"{row['mean_over_std']:g}", "layout": row["layout"], "layer": row["layer"]}
+        | {name: f"{row[name]:.1e}" for name in ("y", "dx", "dweight", "dbias")}
+        for row in rows
     )
 
 
 def accuracy_summary(rows: Rows) -> str:
     """Largest error of y, torch's and ours, per mean/std and layout."""
-    found = {(row["mean_over_std"], row["layout"], row["layer"]): f"{row['y']:.0e}" for row in rows}
-    layers, layouts = ("torch", "batchnorm"), ("contiguous", "channels-last")
-    return table(
-        ("mean/std", *(f"{layer}, {layout}" for layout in layouts for layer in layers)),
-        [
-            (f"{offset:g}", *(found[offset, layout, layer] for layout in layouts for layer in layers))
-            for offset in dict.fromkeys(row["mean_over_std"] for row in rows)
-        ],
-    )
+    return _errors_of_y(rows, "layout")
 
 
 def keras_accuracy_table(rows: Rows) -> str:
     """Largest error of y in training, Keras's layer and ours, per backend."""
-    found = {(row["mean_over_std"], row["backend"], row["layer"]): f"{row['y']:.0e}" for row in rows}
-    backends = list(dict.fromkeys(row["backend"] for row in rows))
-    layers = ("keras", "batchnorm")
-    return table(
-        ("mean/std", *(f"{layer}, {backend}" for backend in backends for layer in layers)),
-        [
-            (f"{offset:g}", *(found[offset, backend, layer] for backend in backends for layer in layers))
-            for offset in dict.fromkeys(row["mean_over_std"] for row in rows)
-        ],
-    )
+    return _errors_of_y(rows, "backend")
+
+
+def _errors_of_y(rows: Rows, field: str) -> str:
+    """Return a line per mean/std, and a column per value of the field and layer."""
+    found: dict[float, dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: [*dict.fromkeys(one[field] for one in rows)].index(row[field])):
+        cells = found.setdefault(row["mean_over_std"], {"mean/std": f"{row['mean_over_std']:g}"})
+        cells[f"{row['layer']}, {row[field]}"] = f"{row['y']:.0e}"
+    return table_of(found.values())
 
 
 def keras_step_table(rows: Rows) -> str:
     """Milliseconds of a training step, and ours as a multiple of stock's with the quartiles."""
 
-    def shown(rival: dict[str, Any]) -> str:
-        return "{:.2f} ({:.2f} – {:.2f})".format(rival["over_stock"], *rival["over_stock_quartiles"])
+    def shown(rival: Row) -> str:
+        return with_quartiles({"median": rival["over_stock"], "quartiles": rival["over_stock_quartiles"]})
 
-    return table(
-        ("backend", "stack", "stock, ms", "ours ÷ stock", "ours with activation= ÷ stock"),
-        [
-            (
-                row["backend"],
-                row["stack"],
-                f"{row['stock']['seconds'] * 1e3:.1f}",
-                shown(row["ours"]),
-                shown(row["fused"]),
-            )
-            for row in rows
-        ],
+    return table_of(
+        {
+            "backend": row["backend"],
+            "stack": row["stack"],
+            "stock, ms": f"{row['stock']['seconds'] * 1e3:.1f}",
+            "ours ÷ stock": shown(row["ours"]),
+            "ours with activation= ÷ stock": shown(row["fused"]),
+        }
+        for row in rows
     )
 
 
 def study_table(rows: Rows) -> str:
     """Every network and arm at its best learning rate."""
-    return table(
-        ("network", "arm", "best rate", "held-out accuracy", "steps to target", "ms per step", "kept, kB"),
-        [_study_row(row) for row in rows],
-    )
+    return table_of(map(_study_row, rows))
 
 
 def study_summary(rows: Rows) -> str:
@@ -105,18 +73,20 @@ def study_summary(rows: Rows) -> str:
     return study_table([row for row in rows if row["arm"] in ("none", "batchnorm")])
 
 
-def _study_row(row: dict[str, Any]) -> tuple[str, ...]:
+def _study_row(row: Row) -> dict[str, str]:
     accuracy, steps = row["test_accuracy"], row["steps_to_target"]
-    reached = f"{steps['mean']:.0f} ± {steps['std']:.0f}" if steps["reached"] else "not reached"
-    return (
-        row["network"],
-        row["arm"],
-        f"{row['best_learning_rate']:g}",
-        "diverged" if accuracy["mean"] is None else f"{accuracy['mean']:.1%} ± {100 * accuracy['std']:.1f}",
-        reached,
-        f"{row['seconds_per_step']['median'] * 1e3:.2f}",
-        f"{row['bytes_kept_for_backward']['mean'] / 1e3:.0f}",
+    found = (
+        "diverged" if accuracy["mean"] is None else f"{accuracy['mean']:.1%} ± {100 * accuracy['std']:.1f}"
     )
+    return {
+        "network": row["network"],
+        "arm": row["arm"],
+        "best rate": f"{row['best_learning_rate']:g}",
+        "held-out accuracy": found,
+        "steps to target": f"{steps['mean']:.0f} ± {steps['std']:.0f}" if steps["reached"] else "not reached",
+        "ms per step": f"{row['seconds_per_step']['median'] * 1e3:.2f}",
+        "kept, kB": f"{row['bytes_kept_for_backward']['mean'] / 1e3:.0f}",
+    }
 
 
 # Marker -> the result file, and the function that shows it: imported when it is asked for, as some need more

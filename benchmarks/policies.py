@@ -1,4 +1,4 @@
-"""What a statistics policy, a mask or a guard costs: a training step of a layer, over that with `Batch()`."""
+"""Measures policies, masks and guards: a training step of a layer, over that with `Batch()`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import batchnorm
 
 from .goals import Finding, findings_table
-from .interleaved import clocked, interleave, ratio, repeated
+from .interleaved import clocked, interleave, medians, ratio, repeated
+from .layouts import memory_format
 from .progress import progress
-from .tables import table
+from .tables import Row, Rows, table_of
 
-Rows = list[dict[str, Any]]
 ROUNDS, QUICK_ROUNDS = 41, 3
 SECONDS = 2e-3  # a round repeats a step for about as long
 
@@ -67,7 +66,7 @@ def measure(quick: bool = False) -> Rows:
     return [_row(case, quick) for case in progress(QUICK_CASES if quick else CASES, "policies")]
 
 
-def _row(case: Case, quick: bool) -> dict[str, Any]:
+def _row(case: Case, quick: bool) -> Row:
     steps = {name: _step(case, *variant) for name, variant in VARIANTS.items()}
     for step in steps.values():
         step()
@@ -79,7 +78,7 @@ def _row(case: Case, quick: bool) -> dict[str, Any]:
         "shape": list(case.shape),
         "layout": case.layout,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "seconds": {name: statistics.median(taken) / repeats for name, taken in times.items()},
+        "seconds": {name: median / repeats for name, median in medians(times).items()},
         "over_batch": {
             name: ratio(taken, times["Batch()"]) for name, taken in times.items() if name != "Batch()"
         },
@@ -91,7 +90,8 @@ def _step(case: Case, options: dict[str, Any], training: bool, counted: float | 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = kind(case.shape[1], activation="relu", **options).train(training)
-        x, dy = (_laid_out(torch.randn(case.shape) + 0.5, case) for _ in range(2))
+        layout = memory_format(case.layout, len(case.shape))
+        x, dy = ((torch.randn(case.shape) + 0.5).to(case.dtype, memory_format=layout) for _ in range(2))
         mask = None
         if counted is not None:
             mask = torch.rand(case.shape[0], *case.shape[2:]) < counted
@@ -104,23 +104,19 @@ def _step(case: Case, options: dict[str, Any], training: bool, counted: float | 
     return step
 
 
-def _laid_out(values: Tensor, case: Case) -> Tensor:
-    values = values.to(case.dtype)
-    return values.contiguous(memory_format=torch.channels_last) if case.layout == "channels-last" else values
-
-
 def policies_table(rows: Rows) -> str:
     """Times over those of `Batch()`, a column per case."""
 
-    def shown(row: dict[str, Any], name: str) -> str:
+    def shown(row: Row, name: str) -> str:
         if name == "Batch()":
             return f"{row['seconds'][name] * 1e6:,.0f} µs"
         return f"{row['over_batch'][name]['median']:.2f}"
 
-    names = [str(Case(tuple(row["shape"]), row["layout"], getattr(torch, row["dtype"]))) for row in rows]
-    return table(
-        ("forward and backward", *names),
-        [(f"`{name}`", *(shown(row, name) for row in rows)) for name in VARIANTS],
+    cases = [Case(tuple(row["shape"]), row["layout"], getattr(torch, row["dtype"])) for row in rows]
+    return table_of(
+        {"forward and backward": f"`{name}`"}
+        | {str(case): shown(row, name) for case, row in zip(cases, rows, strict=True)}
+        for name in VARIANTS
     )
 
 

@@ -1,4 +1,4 @@
-"""How far a measurement is, on stderr: stdout is for the tables."""
+"""Shows the progress of a measurement on stderr; stdout is for the tables."""
 
 from __future__ import annotations
 

@@ -8,11 +8,12 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import batchnorm
+
+from .tables import Row, Rows
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -33,7 +34,7 @@ def _commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
-def provenance(command: str) -> dict[str, Any]:
+def provenance(command: str) -> Row:
     """Return what a reader needs to judge and repeat a measurement."""
     return {
         "command": command,
@@ -48,12 +49,12 @@ def provenance(command: str) -> dict[str, Any]:
     }
 
 
-def save(name: str, command: str, rows: list[dict[str, Any]], folder: Path = FOLDER) -> Path:
+def save(name: str, command: str, rows: Rows, folder: Path = FOLDER) -> Path:
     """Write `rows` with their provenance to `folder/name.json`, whole or not at all."""
     return write(name, provenance(command), rows, folder)
 
 
-def write(name: str, origin: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Path:
+def write(name: str, origin: Row, rows: Rows, folder: Path) -> Path:
     """Write `rows` and the provenance `origin` to `folder/name.json`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
@@ -63,9 +64,9 @@ def write(name: str, origin: dict[str, Any], rows: list[dict[str, Any]], folder:
     return path
 
 
-def load(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+def load(name: str, folder: Path = FOLDER) -> Row:
     """Return a result file's provenance and rows."""
-    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    found: Row = json.loads((folder / f"{name}.json").read_text())
     return found
 
 

@@ -1,13 +1,14 @@
-"""The picture of the layers: how near each comes to what memory allows."""
+"""Draws the speed of layers over the size of the tensor, beside that of a copy."""
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
+
+from .pictures import save
+from .tables import Rows
 
 PICTURE = Path(__file__).parent.parent / "docs" / "layer-time.svg"
 _SMALL = 10**5  # bytes up to which time is all Python's
@@ -19,7 +20,7 @@ _SHOWN = (  # rival, layout, mark, colour
 )
 
 
-def draw(rows: list[dict[str, Any]], path: Path = PICTURE) -> None:
+def draw(rows: Rows, path: Path = PICTURE) -> None:
     """Draw GB/s over the tensor's size, norm → ReLU in float32; bytes are those that must be moved."""
     shown = [
         row
@@ -64,5 +65,4 @@ def draw(rows: list[dict[str, Any]], path: Path = PICTURE) -> None:
     axes.grid(visible=True, which="major", color="#e5e7eb", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, loc="outside right upper")
-    with mpl.rc_context({"svg.hashsalt": "batchnorm", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+    save(figure, path)

@@ -1,4 +1,4 @@
-"""Small networks that are trained on CPUs, with whatever norm they are given.
+"""Small networks that are trained on CPUs, with a norm of choice.
 
 Sources: the MLP is that of README and `deep` that of `batchnorm study`; Arık & Pfister 2019, arXiv:1908.07442
 (TabNet); Bhatt et al. 2024, arXiv:1902.05605 (CrossQ).

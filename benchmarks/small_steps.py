@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +15,13 @@ import batchnorm
 
 from . import goals, small_networks
 from .handwritten import BatchRenorm1d, GhostBatchNorm1d
-from .interleaved import clocked, interleave, ratio, repeated
+from .interleaved import clocked, interleave, medians, ratio, repeated
 from .layer_page import ratio_of, rival
 from .progress import progress
 from .small_networks import ActorCritic, Norm, TabNet
 from .step_time import losses_differ
-from .tables import table
+from .tables import Row, Rows, table_of
 
-Rows = list[dict[str, Any]]
 Step = Callable[[], float]  # returns its loss
 Train = Callable[[nn.Module, int], Step]  # takes a network and a batch size
 
@@ -162,7 +159,7 @@ def measure(quick: bool = False) -> Rows:
     return [measured(*case, quick=quick) for case in progress(cases, "small training steps")]
 
 
-def measured(name: str, threads: int, *, quick: bool = False) -> dict[str, Any]:
+def measured(name: str, threads: int, *, quick: bool = False) -> Row:
     """Return a network's row, measured with `threads` threads of torch."""
     network = NETWORKS[name]
     with _torch_threads(threads):
@@ -176,7 +173,7 @@ def measured(name: str, threads: int, *, quick: bool = False) -> dict[str, Any]:
         "network": name,
         "batch": network.batch,
         "threads": threads,
-        "seconds": {form: statistics.median(taken) / repeats for form, taken in times.items()},
+        "seconds": {form: median / repeats for form, median in medians(times).items()},
         "ratios": {
             f"stock / {form}": ratio(times["stock"], taken)
             for form, taken in times.items()
@@ -226,17 +223,12 @@ def goals_table(rows: Rows) -> str:
 def small_step_table(rows: Rows) -> str:
     """Milliseconds of each form's step, and stock's as a multiple of the others'."""
     ratios = [f"stock / {form}" for form in FORMS[1:]]
-    header = ("network", "batch", "threads", *(f"{form}, ms" for form in FORMS))
-    return table(
-        (*header, *map(rival, ratios)),
-        [
-            (
-                row["network"],
-                str(row["batch"]),
-                str(row["threads"]),
-                *(f"{row['seconds'][form] * 1e3:.2f}" if form in row["seconds"] else "" for form in FORMS),
-                *(ratio_of(row, name) for name in ratios),
-            )
-            for row in rows
-        ],
+    return table_of(
+        {"network": row["network"], "batch": str(row["batch"]), "threads": str(row["threads"])}
+        | {
+            f"{form}, ms": f"{row['seconds'][form] * 1e3:.2f}" if form in row["seconds"] else ""
+            for form in FORMS
+        }
+        | {rival(name): ratio_of(row, name) for name in ratios}
+        for row in rows
     )

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from . import networks
-from .interleaved import Clocked, clocked, interleave, ratio, rest_and_wake
+from .interleaved import Clocked, clocked, interleave, medians, ratio, rest_and_wake
+from .layouts import memory_format
 from .progress import progress
 from .reusing_process import REUSING, ReusingProcess
+from .tables import Row, Rows
+from .training_step import TrainingStep
 
 ROUNDS, QUICK_ROUNDS = 9, 2
-NORMS: dict[str, networks.Norm] = {"stock": networks.stock, "ours": networks.ours}
 AGREEMENT = 1e-4  # of the first losses, relative: float32, through 121 norms
 
 
@@ -42,7 +39,6 @@ CASES = (
     StepCase("DenseNet-121", 8, 128),
 )
 QUICK_CASES = (StepCase("MobileNetV2", 4, 64),)
-Rows = list[dict[str, Any]]
 
 
 def measure(quick: bool = False) -> Rows:
@@ -51,7 +47,7 @@ def measure(quick: bool = False) -> Rows:
     with ReusingProcess(steps) as other:
         for case in progress(QUICK_CASES if quick else CASES, "training steps"):
             taken = steps(case)
-            difference = losses_differ(case, {name: step() for name, step in taken.items()})
+            difference = losses_differ(case, {name: step().item() for name, step in taken.items()})
             rivals: dict[str, Clocked] = {name: clocked(step, rest_and_wake) for name, step in taken.items()}
             rivals |= {name + REUSING: step for name, step in other.prepare(case).items()}
             times = interleave(rivals, QUICK_ROUNDS if quick else ROUNDS, warm_up=1)
@@ -59,30 +55,20 @@ def measure(quick: bool = False) -> Rows:
     return found
 
 
-def steps(case: StepCase) -> dict[str, Callable[[], float]]:
-    """Return a step with each norm, from the same weights and on the same images; it returns the loss."""
-    return {name: _step(case, norm) for name, norm in NORMS.items()}
+def steps(case: StepCase) -> dict[str, TrainingStep]:
+    """Return the step with each norm, from the same weights and on the same images."""
+    return {name: _step(case, norm) for name, norm in networks.NORMS.items()}
 
 
-def _step(case: StepCase, norm: networks.Norm) -> Callable[[], float]:
-    memory_format = torch.channels_last if case.layout == "channels-last" else torch.contiguous_format
+def _step(case: StepCase, norm: networks.Norm) -> TrainingStep:
+    layout = memory_format(case.layout)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: nn.Module = networks.NETWORKS[case.network](norm)
+        model = networks.NETWORKS[case.network](norm)
         images = torch.randn(case.batch, 3, case.side, case.side)
         labels = torch.randint(networks.CLASSES, (case.batch,))
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]
-    images = images.to(memory_format=memory_format)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> float:
-        loss = F.cross_entropy(model(images), labels)
-        torch.autograd.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    return TrainingStep(model, images.to(memory_format=layout), labels)
 
 
 def losses_differ(case: object, losses: dict[str, float]) -> float:
@@ -94,14 +80,11 @@ def losses_differ(case: object, losses: dict[str, float]) -> float:
     return difference
 
 
-def _row(case: StepCase, times: dict[str, list[float]], difference: float) -> dict[str, Any]:
+def _row(case: StepCase, times: dict[str, list[float]], difference: float) -> Row:
     pairs = (("stock", "ours"), ("stock" + REUSING, "ours" + REUSING), ("stock", "ours" + REUSING))
     return {
-        "network": case.network,
-        "batch": case.batch,
-        "side": case.side,
-        "layout": case.layout,
-        "seconds": {name: statistics.median(taken) for name, taken in times.items()},
+        **asdict(case),
+        "seconds": medians(times),
         "ratios": {f"{theirs} / {own}": ratio(times[theirs], times[own]) for theirs, own in pairs},
         "losses_differ": difference,
     }

@@ -1,13 +1,14 @@
-"""What `batchnorm study` finds by default: one row per network and arm, at the arm's best rate."""
+"""Results of `batchnorm study` by default: one row per network and arm, at the arm's best rate."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from batchnorm.study.options import StudyOptions
 from batchnorm.study.runner import run_study
+
+from .tables import Rows
 
 _QUICK = {"networks": ("mlp",), "learning_rates": (1e-3,), "seeds": 1, "epochs": 1}
 _MEASURES = (
@@ -21,7 +22,7 @@ _MEASURES = (
 )
 
 
-def measure(quick: bool = False) -> list[dict[str, Any]]:
+def measure(quick: bool = False) -> Rows:
     """Run the study from nothing and return its arms."""
     with tempfile.TemporaryDirectory() as folder:
         options = StudyOptions(out=Path(folder), **(_QUICK if quick else {}))  # type: ignore[arg-type]

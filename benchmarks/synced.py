@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,10 @@ from torch import Tensor, distributed, nn
 import batchnorm
 from batchnorm.torch.collectives import operations as collectives
 
-from .interleaved import clocked, interleave, ratio
+from .interleaved import clocked, interleave, medians, ratio
 from .progress import progress
-from .tables import table
+from .tables import Row, Rows, table_of, with_quartiles
 
-Rows = list[dict[str, Any]]
 WORLDS, QUICK_WORLDS = (1, 2, 3, 4), (1, 2)
 SHAPES = ((64, 512), (8, 64, 28, 28), (8, 256, 14, 14), (8, 64, 56, 56))
 # Numbers of float64 of a packet: from those of a norm of 8 channels to those of one of 65,536.
@@ -43,7 +41,7 @@ class _AllReduced(torch.autograd.Function):
 
 
 class ByHand(nn.Module):
-    """What one writes without a library: sums of x and x² of all ranks, by one differentiable all-reduce."""
+    """The usual layer by hand: sums of x and x² of all ranks, by one differentiable all-reduce."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -99,7 +97,7 @@ def _rank(rank: int, world: int, folder: str, quick: bool) -> None:
     distributed.destroy_process_group()
 
 
-def _layers(shape: tuple[int, ...], world: int, rounds: int) -> dict[str, Any]:
+def _layers(shape: tuple[int, ...], world: int, rounds: int) -> Row:
     channels = shape[1]
     plain = batchnorm.BatchNorm1d if len(shape) == 2 else batchnorm.BatchNorm2d
     layers = {
@@ -118,7 +116,7 @@ def _layers(shape: tuple[int, ...], world: int, rounds: int) -> dict[str, Any]:
         "collectives": messages,
         # What a rank sends into its collectives: samples, count, mean and m2; two sums.
         "bytes": 8 * (2 + 2 * channels + 2 * channels) if messages else 0,
-        "seconds": {name: statistics.median(taken) for name, taken in times.items()},
+        "seconds": medians(times),
         "over_plain": {name: ratio(times[name], times["plain"]) for name in ("synced", "by hand")},
     }
 
@@ -131,7 +129,7 @@ def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
     return step
 
 
-def _packets(numbers: int, world: int, rounds: int) -> dict[str, Any]:
+def _packets(numbers: int, world: int, rounds: int) -> Row:
     """Return what single collectives of a packet take, ours and torch's."""
     packet, ranks = torch.randn(numbers, dtype=torch.float64), collectives.Ranks(None, 60.0)
     rooms = [torch.empty_like(packet) for _ in range(world)]
@@ -142,55 +140,31 @@ def _packets(numbers: int, world: int, rounds: int) -> dict[str, Any]:
         "torch all_reduce": lambda: distributed.all_reduce(packet.clone()),
     }
     times = interleave({name: clocked(step, distributed.barrier) for name, step in steps.items()}, rounds)
-    seconds = {name: statistics.median(taken) for name, taken in times.items()}
-    return {"ranks": world, "packet_bytes": 8 * numbers, "seconds": seconds}
+    return {"ranks": world, "packet_bytes": 8 * numbers, "seconds": medians(times)}
 
 
 def layers_table(rows: Rows) -> str:
     """A step of a layer, per number of ranks."""
-
-    def shown(found: dict[str, Any]) -> str:
-        return "{:.2f} ({:.2f} – {:.2f})".format(found["median"], *found["quartiles"])
-
-    header = (
-        "ranks",
-        "input of a rank",
-        "plain, µs",
-        "synced ÷ plain",
-        "by hand ÷ plain",
-        "collectives",
-        "bytes",
-    )
-    return table(
-        header,
-        [
-            (
-                str(row["ranks"]),
-                " × ".join(map(str, row["shape"])),
-                f"{row['seconds']['plain'] * 1e6:,.0f}",
-                shown(row["over_plain"]["synced"]),
-                shown(row["over_plain"]["by hand"]),
-                str(row["collectives"]),
-                f"{row['bytes']:,}",
-            )
-            for row in rows
-            if "shape" in row
-        ],
+    return table_of(
+        {
+            "ranks": str(row["ranks"]),
+            "input of a rank": " × ".join(map(str, row["shape"])),
+            "plain, µs": f"{row['seconds']['plain'] * 1e6:,.0f}",
+            "synced ÷ plain": with_quartiles(row["over_plain"]["synced"]),
+            "by hand ÷ plain": with_quartiles(row["over_plain"]["by hand"]),
+            "collectives": str(row["collectives"]),
+            "bytes": f"{row['bytes']:,}",
+        }
+        for row in rows
+        if "shape" in row
     )
 
 
 def packets_table(rows: Rows) -> str:
     """Single collectives: medians in µs."""
-    found = [row for row in rows if "packet_bytes" in row]
-    names = list(found[0]["seconds"])
-    return table(
-        ("ranks", "bytes", *(f"{name}, µs" for name in names)),
-        [
-            (
-                str(row["ranks"]),
-                f"{row['packet_bytes']:,}",
-                *(f"{row['seconds'][n] * 1e6:,.0f}" for n in names),
-            )
-            for row in found
-        ],
+    return table_of(
+        {"ranks": str(row["ranks"]), "bytes": f"{row['packet_bytes']:,}"}
+        | {f"{name}, µs": f"{seconds * 1e6:,.0f}" for name, seconds in row["seconds"].items()}
+        for row in rows
+        if "packet_bytes" in row
     )

@@ -1,4 +1,4 @@
-"""What synchronizing costs a network, by two figures of a cluster: latency and bandwidth.
+"""Models the cost of synchronizing a network, by two figures of a cluster: latency and bandwidth.
 
 `python -m benchmarks.synced_model --ranks 8 --latency 20e-6 --bandwidth 10e9` prints it for ResNet-50.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,9 +15,8 @@ import typer
 from torch import nn
 
 from . import networks
-from .tables import table
+from .tables import Rows, table
 
-Rows = list[dict[str, Any]]
 _NUMBER = 8  # bytes of a float64
 
 

@@ -1,4 +1,4 @@
-"""What holds for every test: it seeds itself, and memory that nobody filled is NaN."""
+"""Every test seeds itself, and memory that no code has filled is NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands write: tried before the work, whole or not there, and nothing that was there is lost."""
+"""Files that commands write: checked before the work, whole or not there, and no earlier file is lost."""
 
 from __future__ import annotations
 

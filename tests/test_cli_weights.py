@@ -1,4 +1,4 @@
-"""`--weights`: files that nobody trusts."""
+"""`--weights`: checkpoint files, which are not trusted."""
 
 from __future__ import annotations
 

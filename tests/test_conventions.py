@@ -152,7 +152,7 @@ def test_leaky_relu_is_refused_and_the_remedy_works() -> None:
 
 
 class Foreign(nn.BatchNorm1d):
-    """Somebody's layer with an activation of their own."""
+    """A user's layer with an activation of its own."""
 
     activation = "mish"
 

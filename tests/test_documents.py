@@ -1,13 +1,16 @@
-"""README and docs: their code runs, and their figures are those of the result files."""
+"""README and docs: code runs, figures are those of the result files, names and imports those of the code."""
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 
+import batchnorm
 from benchmarks import page
+from scripts import draw_floors
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
@@ -52,3 +55,18 @@ def test_local_links_lead_somewhere() -> None:
     for path in ROOT.glob("*.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_picture_of_the_floors_is_of_the_imports() -> None:
+    drawn = draw_floors.PICTURE.read_text(encoding="utf-8")
+    assert drawn == draw_floors.picture(), "run python scripts/draw_floors.py"
+
+
+def test_documents_name_every_public_name_and_none_that_is_not_there() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in pages)
+    named = set(re.findall(r"(?<![\w/.])batchnorm(?:\.[A-Za-z]\w*)+", text))
+    code = " ".join(re.findall(r"```[\s\S]*?```|`[^`\n]+`|^ {4}.*$", text, re.MULTILINE))
+    assert set(batchnorm.__all__) <= set(re.findall(r"\w+", code)) | {"__version__"}
+    for name in sorted(named):
+        assert pkgutil.resolve_name(name) is not None

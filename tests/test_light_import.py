@@ -1,4 +1,4 @@
-"""`import batchnorm` is light, its names resolve on first use, and it changes nothing of anybody's set-up."""
+"""`import batchnorm` is light, its names resolve on first use, and it changes no setting of the process."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_functions_import_from_the_public_module() -> None:
 
 
 def test_type_checkers_and_completion_see_every_public_name() -> None:
-    """What they read is the block for them, and the files beside it; mypy itself takes a minute."""
+    """They read the TYPE_CHECKING block and the files beside it; running mypy itself would take a minute."""
     source = ast.parse(Path(batchnorm.__file__).read_text())
     (block,) = (node for node in source.body if isinstance(node, ast.If))
     seen = {name.asname or name.name for node in block.body for name in node.names}

@@ -18,7 +18,7 @@ _CALIBRATION = 20_000_000  # cycles, some 10 ms
 
 
 class Clock(Protocol):
-    """How long steps take."""
+    """Times steps of layers and of training."""
 
     def of_layer(self, step: Step, host: list[float]) -> Clocked:
         """Return a call for the seconds of a step's kernels; it adds those of the host to `host`."""

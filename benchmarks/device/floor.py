@@ -1,4 +1,4 @@
-"""How often a tensor must pass between memory and chip: the floor that a layer's time is compared with."""
+"""The least passes of a tensor between memory and chip: the floor under the time of a layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of single layers on a device, most important first."""
+"""Cases of single layers on a device, most important first."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class DeviceCase(Case):
 
     @property
     def network(self) -> str:
-        """Where such a layer is found."""
+        """Name of a network that has such a layer."""
         return self.found_in
 
     @property
     def regime(self) -> str:
-        """Whether a channel stays on chip; on CPUs that is the layout's."""
+        """`one pass` where a channel stays on chip, else `split`; on CPUs the layout decides."""
         if self.device == "cpu":
             return floor.ONE_PASS if self.layout == "contiguous" else floor.SPLIT
         return floor.regime(self.shape, self.layout, self.tensor_bytes // self.values)
@@ -84,7 +84,7 @@ class DeviceCase(Case):
 
 
 def cases(device: str, quick: bool = False) -> list[DeviceCase]:
-    """Return all that is measured on a device, most important first: what the goals are of."""
+    """Return the cases of a device, those of the goals first."""
     if quick:
         return _quick(device)
     shapes = list(_shapes(device))

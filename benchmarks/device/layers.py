@@ -6,15 +6,14 @@ import functools
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.kernels.choose import choose
-from benchmarks.layer_rivals import OURS, Tensors, is_available, tensors
+from benchmarks.layer_rivals import MODULES, Tensors, is_available, tensors
 from benchmarks.layer_time import row
-from benchmarks.stock import StockChain
+from benchmarks.tables import Row
 
 from .clocks import clock
 from .layer_cases import DeviceCase
@@ -24,7 +23,6 @@ MOST_ROUNDS = 51
 # Largest |ours - stock's| / |stock's|, norms of vectors. In bfloat16 stock rounds norm and sum one after the
 # other: of sums near 0 some get another sign, and another gradient behind the ReLU.
 AGREEMENT = {"bfloat16": 0.1, "float32": 1e-3}
-Row = dict[str, Any]
 
 
 class LayerStep:
@@ -63,10 +61,6 @@ class LayerStep:
         return found
 
 
-def _chain(case: DeviceCase, **options: bool) -> StockChain:
-    return StockChain(len(case.shape), case.shape[1], case.activation, **options)
-
-
 def _without_cudnn() -> AbstractContextManager[None]:
     found: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=False)
     return found
@@ -76,18 +70,18 @@ def _compiled(case: DeviceCase, given: Tensors) -> LayerStep:
     if given.x.is_cpu and not is_available("compiled"):
         raise RuntimeError("torch.compile finds no C++ compiler")
     torch.compiler.reset()  # else the ninth layer would be one too many for the compiler's cache
-    step = LayerStep(_chain(case), given)
+    step = LayerStep(MODULES["stock"](case), given)
     step.model = torch.compile(step.model, fullgraph=True, dynamic=False)  # type: ignore[assignment]
     return step
 
 
+def _plain(name: str) -> Callable[[DeviceCase, Tensors], LayerStep]:
+    return lambda case, given: LayerStep(MODULES[name](case), given)
+
+
 BUILD: dict[str, Callable[[DeviceCase, Tensors], LayerStep]] = {
-    "stock": lambda case, given: LayerStep(_chain(case), given),
-    "stock-native": lambda case, given: LayerStep(_chain(case), given, _without_cudnn),
-    "stock-in-place": lambda case, given: LayerStep(_chain(case, in_place=True), given),
-    "ours": lambda case, given: LayerStep(
-        OURS[len(case.shape)](case.shape[1], activation=case.activation), given
-    ),
+    **{name: _plain(name) for name in MODULES},
+    "stock-native": lambda case, given: LayerStep(MODULES["stock"](case), given, _without_cudnn),
     "compiled": _compiled,
 }
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
 
 from benchmarks import goals, layer_page, results_file
-from benchmarks.tables import table
+from benchmarks.tables import Row, Rows, table_of
 
 from .floor import passes
 
-Rows = list[dict[str, Any]]
 _LARGE = 64_000_000  # bytes from which a copy is memory's
 _GIGA = 1e9
 _NONE = """\
@@ -35,7 +33,7 @@ def state(folder: Path = results_file.FOLDER) -> str:
 
 
 def layers_text(rows: Rows) -> str:
-    """Goals and layers: all that is printed."""
+    """Goals and layers, for the terminal."""
     return f"{layer_goals(rows)}\n\n{layers_section(rows)}"
 
 
@@ -45,7 +43,7 @@ def layer_goals(rows: Rows) -> str:
 
 
 def layers_section(rows: Rows) -> str:
-    """The layers, what a copy moved, and what there is no figure of."""
+    """The layers, the speed of a copy, and the cases without figures."""
     return _joined(layers_table(rows), _copies(rows), _gaps(rows))
 
 
@@ -53,35 +51,26 @@ def layers_table(rows: Rows) -> str:
     """One row per case; a column for each rival that any case has."""
     measured = [row for row in rows if "missing" not in row]
     rivals = list(dict.fromkeys(name for row in measured for name in row["ratios"]))
-    header = (
-        *("", "shape", "layout", "floor", "ours, ms", "GB/s", "÷ floor"),
-        *(layer_page.rival(name) for name in rivals),
-        *("host, µs: ours", "stock", "stock runs"),
-    )
-    return table(header, [_layer(row, rivals) for row in measured]) if measured else ""
+    return table_of(_layer(row, rivals) for row in measured)
 
 
-def _layer(row: dict[str, Any], rivals: list[str]) -> tuple[str, ...]:
-    ours, found = row["rivals"].get("ours"), row["rivals"]
-    figures = (
-        (
-            f"{ours['seconds'] * 1e3:.3g}",
-            f"{ours['gigabytes_per_second']:.4g}",
-            f"{ours['over_floor']:.2f}",
-        )
-        if ours
-        else ("failed", "", "")
-    )
-    return (
-        layer_page.operation(row),
-        str(tuple(row["shape"])),
-        row["layout"],
-        f"{passes(row['regime'], 'add' in row['operation'])} ({row['regime']})",
-        *figures,
-        *(layer_page.ratio_of(row, name) for name in rivals),
-        *(f"{found[name]['host_seconds'] * 1e6:.0f}" if name in found else "" for name in ("ours", "stock")),
-        row["stock_runs"].get("stock", ""),
-    )
+def _layer(row: Row, rivals: list[str]) -> dict[str, str]:
+    found = row["rivals"]
+    ours = found.get("ours")
+    host = {name: f"{own['host_seconds'] * 1e6:.0f}" for name, own in found.items()}
+    return {
+        "": layer_page.operation(row),
+        "shape": str(tuple(row["shape"])),
+        "layout": row["layout"],
+        "floor": f"{passes(row['regime'], 'add' in row['operation'])} ({row['regime']})",
+        "ours, ms": f"{ours['seconds'] * 1e3:.3g}" if ours else "failed",
+        "GB/s": f"{ours['gigabytes_per_second']:.4g}" if ours else "",
+        "÷ floor": f"{ours['over_floor']:.2f}" if ours else "",
+        **{layer_page.rival(name): layer_page.ratio_of(row, name) for name in rivals},
+        "host, µs: ours": host.get("ours", ""),
+        "stock": host.get("stock", ""),
+        "stock runs": row["stock_runs"].get("stock", ""),
+    }
 
 
 def _copies(rows: Rows) -> str:
@@ -99,7 +88,7 @@ def _copies(rows: Rows) -> str:
 
 
 def steps_text(rows: Rows) -> str:
-    """Goals and training steps: all that is printed."""
+    """Goals and training steps, for the terminal."""
     return f"{step_goals(rows)}\n\n{steps_section(rows)}"
 
 
@@ -109,45 +98,35 @@ def step_goals(rows: Rows) -> str:
 
 
 def steps_section(rows: Rows) -> str:
-    """The training steps, and what there is no figure of."""
+    """The training steps, and the cases without figures."""
     return _joined(steps_table(rows), _gaps(rows))
 
 
 def steps_table(rows: Rows) -> str:
     """One row per variant of each network."""
-    measured = [row for row in rows if "missing" not in row]
-    header = (
-        "network",
-        "batch",
-        "variant",
-        "images/s",
-        "time, stock ÷ it",
-        "held, GB (÷ stock)",
-        "peak, GB (÷ stock)",
+    return table_of(
+        {
+            "network": row["network"],
+            "batch": f"{row['batch']} × 3 × {row['side']}²",
+            "variant": name,
+            "images/s": f"{found['images_per_second']:.4g}",
+            "time, stock ÷ it": layer_page.ratio_of(row, f"stock / {name}"),
+            **{
+                f"{key}, GB (÷ stock)": _gigabytes(key, found, row["variants"].get("stock", found))
+                for key in ("held", "peak")
+            },
+        }
+        for row in rows
+        if "missing" not in row
+        for name, found in row["variants"].items()
     )
-    if not measured:
+
+
+def _gigabytes(key: str, variant: Row, stock: Row) -> str:
+    found, whole = variant["bytes"], stock["bytes"]
+    if found is None or whole is None:  # on a CPU
         return ""
-    return table(
-        header,
-        [
-            (
-                row["network"],
-                f"{row['batch']} × 3 × {row['side']}²",
-                name,
-                f"{found['images_per_second']:.4g}",
-                layer_page.ratio_of(row, f"stock / {name}"),
-                *_gigabytes(found["bytes"], row["variants"].get("stock", found)["bytes"]),
-            )
-            for row in measured
-            for name, found in row["variants"].items()
-        ],
-    )
-
-
-def _gigabytes(found: dict[str, int] | None, stock: dict[str, int] | None) -> tuple[str, ...]:
-    if found is None or stock is None:  # on a CPU
-        return "", ""
-    return tuple(f"{found[key] / _GIGA:.2f} ({found[key] / stock[key]:.2f})" for key in ("held", "peak"))
+    return f"{found[key] / _GIGA:.2f} ({found[key] / whole[key]:.2f})"
 
 
 def _gaps(rows: Rows) -> str:
@@ -166,7 +145,7 @@ def _gaps(rows: Rows) -> str:
     return "\n".join(["Without figures:", "", *lines]) if lines else ""
 
 
-def _name(row: dict[str, Any]) -> str:
+def _name(row: Row) -> str:
     if "operation" not in row:
         return f"{row['network']} ({', '.join(row['asked'])})"
     return f"{layer_page.operation(row)}, {tuple(row['shape'])}, {row['layout']}"

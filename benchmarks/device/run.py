@@ -1,4 +1,4 @@
-"""All that is measured on a device, within a number of seconds; files are written after every case."""
+"""Measures layers and steps on a device within a number of seconds; files are written after every case."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks import results_file
+from benchmarks.tables import Row
 
 from . import layer_cases, layers, page, steps
 from .worker import Worker, device_facts
 
 SECONDS = 540.0  # what all takes at most, with a minute to spare of ten
 _STARTING = 120.0  # seconds in which a process must be there
-Row = dict[str, Any]
 
 
 class _Case(Protocol):
@@ -51,7 +51,7 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What was asked for on the command line.
+    """Options of the command line.
 
     Attributes:
         device: `cpu` or `cuda`.

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import batchnorm
 from benchmarks import networks
 from benchmarks.interleaved import ratio
+from benchmarks.tables import Row
+from benchmarks.training_step import TrainingStep
 
 from .clocks import clock
 from .turns import built, free, take_turns
@@ -27,7 +29,6 @@ AGREEMENT = 0.25
 EAGER = ("stock", "ours", "fused", "lean")
 _NETWORKS = ("ResNet-50", "MobileNetV2", "EfficientNet-B0")
 _BATCH_AND_SIDE = {"cuda": (256, 224), "cpu": (8, 128)}
-Row = dict[str, Any]
 Around = Callable[[], AbstractContextManager[None]]
 
 
@@ -55,7 +56,7 @@ class StepCase:
 
 
 def cases(device: str, quick: bool = False) -> list[StepCase]:
-    """Return all that is measured, most important first; what must be compiled stands alone beside stock."""
+    """Return the cases, most important first; a compiled network stands alone beside stock."""
     if quick:
         return [StepCase("ResNet-18", 8, 32, EAGER, device, 0.5)]
     groups = (EAGER, ("stock", "compiled"), ("stock", "compiled-ours"))
@@ -66,45 +67,24 @@ def cases(device: str, quick: bool = False) -> list[StepCase]:
     return eager + [case for pair in zip(*compiled, strict=True) for case in pair]
 
 
-class TrainingStep:
-    """A variant of a case's network, and steps of its training; the same weights and images for each."""
+def _step(
+    case: StepCase, prepare: Callable[[nn.Module], nn.Module], around: Around = nullcontext
+) -> TrainingStep:
+    """Return a variant of a case's network; the same weights and images for each."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = networks.NETWORKS[case.network](networks.stock)
+        images = torch.randn(case.batch, 3, case.side, case.side)
+        labels = torch.randint(networks.CLASSES, (case.batch,)).to(case.device)
+    model.to(device=case.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def __init__(
-        self, case: StepCase, prepare: Callable[[nn.Module], nn.Module], around: Around = nullcontext
-    ) -> None:
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)
-            model = networks.NETWORKS[case.network](networks.stock)
-            images = torch.randn(case.batch, 3, case.side, case.side)
-            self._labels = torch.randint(networks.CLASSES, (case.batch,)).to(case.device)
-        self._images = images.to(case.device, memory_format=torch.channels_last)
-        model.to(device=case.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-        self._model, self._around, self._device = prepare(model), around, case.device
+    @contextlib.contextmanager
+    def autocast() -> Iterator[None]:
+        with torch.autocast(case.device, torch.bfloat16), around():
+            yield
 
-    def logits(self) -> Tensor:
-        """Return what the network puts out, with its graph."""
-        with torch.autocast(self._device, torch.bfloat16), self._around():
-            found: Tensor = self._model(self._images)
-            return found
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """Return the cross-entropy."""
-        return F.cross_entropy(logits.float(), self._labels)
-
-    def forward(self) -> Tensor:
-        """Return the loss, with its graph."""
-        return self.loss(self.logits())
-
-    def finish(self, loss: Tensor) -> None:
-        """Take the gradients of a loss, and move the weights."""
-        torch.autograd.backward(loss)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-    def __call__(self) -> None:
-        """Take a whole step."""
-        self.finish(self.forward())
+    images = images.to(case.device, memory_format=torch.channels_last)
+    return TrainingStep(prepare(model), images, labels, autocast)
 
 
 def _fused(model: nn.Module) -> nn.Module:
@@ -118,12 +98,12 @@ def _compile(model: nn.Module) -> nn.Module:
 
 
 VARIANTS: dict[str, Callable[[StepCase], TrainingStep]] = {
-    "stock": lambda case: TrainingStep(case, lambda model: model),
-    "ours": lambda case: TrainingStep(case, batchnorm.convert),
-    "fused": lambda case: TrainingStep(case, _fused),
-    "lean": lambda case: TrainingStep(case, _fused, batchnorm.lean),
-    "compiled": lambda case: TrainingStep(case, _compile),
-    "compiled-ours": lambda case: TrainingStep(case, lambda model: _compile(_fused(model))),
+    "stock": lambda case: _step(case, lambda model: model),
+    "ours": lambda case: _step(case, batchnorm.convert),
+    "fused": lambda case: _step(case, _fused),
+    "lean": lambda case: _step(case, _fused, batchnorm.lean),
+    "compiled": lambda case: _step(case, _compile),
+    "compiled-ours": lambda case: _step(case, lambda model: _compile(_fused(model))),
 }
 
 

@@ -1,4 +1,4 @@
-"""Rivals in turn, for about as long as was allotted; who fails drops out, and is said."""
+"""Times rivals in turn for about a number of seconds; a rival that fails drops out, with its reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def reason(error: BaseException) -> str:
 
 
 def built(builds: Mapping[str, Callable[[], Built]], failed: dict[str, str]) -> dict[str, Built]:
-    """Return what each call returns; whose raises is in `failed` with the reason, in place of it."""
+    """Return the result of each call; a call that raises is in `failed`, with the reason."""
     found = {}
     for name, build in builds.items():
         try:
@@ -46,7 +46,7 @@ def built(builds: Mapping[str, Callable[[], Built]], failed: dict[str, str]) -> 
 def take_turns(
     rivals: Mapping[str, Clocked], seconds: float, most: int, failed: dict[str, str]
 ) -> dict[str, list[float]]:
-    """Return each rival's seconds, one per round; who fails is in `failed` with the reason, in place of it.
+    """Return each rival's seconds, one per round; a rival that fails is in `failed`, with the reason.
 
     Args:
         rivals: name -> a call that takes one step and returns its seconds.
@@ -81,7 +81,7 @@ def _named(name: str, step: Clocked) -> Clocked:
 
 
 def free() -> None:
-    """Give memory back that nothing holds any more."""
+    """Free unreferenced memory, that of the device too."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

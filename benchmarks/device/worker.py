@@ -12,9 +12,10 @@ from typing import Any, Self
 
 import torch
 
+from benchmarks.tables import Row
+
 from .turns import free, reason
 
-Row = dict[str, Any]
 Measure = Callable[[Any], Row]
 _PATIENCE = 10.0  # seconds in which a process that was told to end does
 
@@ -113,14 +114,14 @@ def _serve(connection: Connection) -> None:
         is_fit = _is_fit()
         try:
             connection.send((row, is_fit))
-        except OSError:  # nobody waits for it any more
+        except OSError:  # the parent has ended or given up
             return
         if not is_fit:
             return
 
 
 def _is_fit() -> bool:
-    """Whether the device still works for this process: after an illegal access, say, it never does again."""
+    """Return whether this process can still use the device; after an illegal access, say, it never can."""
     try:
         free()
         if torch.cuda.is_initialized():

@@ -121,7 +121,7 @@ def test_a_network_that_computes_something_else_has_no_time(monkeypatch: pytest.
     def other(case: steps.StepCase) -> steps.TrainingStep:
         step = steps.VARIANTS["stock"](case)
         with torch.no_grad():
-            step._model[-1].weight.neg_()
+            step.model[-1].weight.neg_()
         return step
 
     def failing(_: steps.StepCase) -> steps.TrainingStep:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import batchnorm
 from benchmarks import goals, layer_page, layer_rivals, networks, roofline
 from benchmarks.interleaved import clocked, interleave, ratio
 from benchmarks.layer_cases import (
@@ -163,6 +164,11 @@ def test_networks_compute_the_same_with_each_norm(name: str) -> None:
             other.copy_(one)
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(ours(x), stock(x), rtol=1e-6, atol=1e-7)
+
+
+def test_fuse_takes_every_activation_of_a_resnet_with_its_addition() -> None:
+    network = batchnorm.fuse(batchnorm.convert(networks.resnet18(networks.stock)))
+    assert sum(getattr(module, "activation", None) == "relu" for module in network.modules()) == 17
 
 
 def test_the_picture_is_the_same_for_the_same_rows(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How far a call may be from the reference, whatever its numbers are: the errors that its arithmetic makes.
+"""Bounds on the distance of a call from the reference, for any numbers: rounding errors of its arithmetic.
 
 The grid of cases has one bound for numbers of the order of 1. Here they may be of any size, so that the bound
 holds per channel, in units of what the arithmetic handles there. With u the bound of the dtype:

@@ -1,4 +1,4 @@
-"""What a call must answer, and the comparison of what it did."""
+"""The expected answer of a call, and its comparison with the actual one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What our call gave; None where there is nothing."""
+    """Results of our call; None where there is none."""
 
     y: Tensor
     dx: Tensor | None
@@ -82,7 +82,7 @@ def answer_to(call: Call, tensors: Tensors, options: Options, past: Past) -> Ans
 def assert_answer(found: Found, answer: Answer) -> None:
     """Raise unless every value is as near to the reference as it must be.
 
-    What an activation makes of an infinite z, and gradients at values that are not finite, nobody promises.
+    Not promised: the activation of an infinite z, and gradients at values that are not finite.
     """
     expected, allowed = answer.expected, answer.allowed
     assert found.y.dtype is answer.dtype

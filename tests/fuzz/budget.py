@@ -1,4 +1,4 @@
-"""How many cases are tried, and which: a few hundred, the same ones in every run; or as many as asked for.
+"""Number and seed of the cases: a few hundred, the same ones in every run; or as many as are asked for.
 
     HYPOTHESIS_PROFILE=fuzz FUZZ_CASES=20000 FUZZ_SEED=17 pytest -n auto tests/fuzz    (what `make fuzz` does)
 

@@ -1,4 +1,4 @@
-"""What one call is made of, as plain numbers that hypothesis draws; the tensors follow from them."""
+"""Descriptions of one call, in plain numbers that hypothesis draws; its tensors follow from them."""
 
 from __future__ import annotations
 

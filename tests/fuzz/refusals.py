@@ -1,4 +1,4 @@
-"""Which errors the documentation announces for a call."""
+"""Errors that the documentation announces for a call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def of_constructor(call: Call) -> set[type[Exception]]:
 
 
 def measures(call: Call) -> bool:
-    """Whether a call takes moments of its batch."""
+    """Return whether a call takes moments of its batch."""
     return (call.training or not call.tracked) and not isinstance(call.policy, Running)
 
 
@@ -65,7 +65,7 @@ def _of_options(call: Call) -> set[type[Exception]]:
 
 
 def _is_too_small(call: Call) -> bool:
-    """Whether a batch or ghost batch has one value per channel, which is refused."""
+    """Return whether a batch or ghost batch has one value per channel, which is refused."""
     if not measures(call) or len(call.shape) < 2:
         return False
     positions, samples = math.prod(call.shape[2:]), call.shape[0]

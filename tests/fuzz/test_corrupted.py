@@ -30,7 +30,7 @@ def past_of(layer: nn.Module) -> Past:
 
 
 def is_whole(call: Call, tensors: Tensors) -> bool:
-    """Whether nothing but the corruption is wrong with a call."""
+    """Return whether nothing but the corruption is wrong with a call."""
     return not refusals.of_constructor(call) and not refusals.of_call(call, tensors)
 
 
@@ -58,7 +58,7 @@ def check_answered(call: Call, name: str) -> None:
 
 # States that have no meaning for some calls; for the others the answer is that of the reference.
 READ = ("eps nan", " inf", " in one place")
-# What a policy for bad batches that does not exist does with statistics, nobody promises.
+# The effect on statistics of a policy for bad batches that does not exist is not promised.
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked", "skipped"}
 
 

@@ -1,4 +1,4 @@
-"""What the fuzzer found, each as small as it became."""
+"""Regressions that the fuzzer found, each shrunk by hypothesis."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from triton.runtime import driver
 
 from batchnorm.kernels.gpu import engine as gpu
 from batchnorm.kernels.gpu import launches
-from batchnorm.torch.call import Call, RunningState
+from batchnorm.kernels.interface import RunningState
+from batchnorm.torch.call import Call
 from tests.support.primitives import Primitives
 
 engine = Primitives(gpu)

@@ -1,4 +1,4 @@
-"""What several of these tests are run under."""
+"""Fixtures of several tests of kernels."""
 
 from __future__ import annotations
 

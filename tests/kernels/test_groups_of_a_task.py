@@ -37,7 +37,7 @@ def test_fused_pairs(case: Case) -> None:
 
 
 def test_a_task_has_several() -> None:
-    """What these tests are of: else they would repeat others."""
+    """These cases have several groups in a task; with one they would repeat other tests."""
     dense, planes = ((11, 4), (4, 1)), ((7, 3, 5, 20), (300, 100, 20, 1))
     assert partition.partition(*dense, False, 4).span == 3
     assert partition.partition(*planes, False, 3).block > 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from batchnorm import reference
 from batchnorm.kernels import choose
 from batchnorm.kernels.cpu import engine as cpu
-from batchnorm.torch.call import RunningState
+from batchnorm.kernels.interface import RunningState
 from tests.support.cases import CASES, Case
 from tests.support.compare import as_array, assert_close
 from tests.support.interpreted import GPU, device, every_engine_and_case, trimmed
@@ -116,7 +116,7 @@ ODD = [
 def test_a_batch_that_is_not_finite_is_skipped_as_a_whole(
     name: str, case: Case, bad: float, sequential: bool
 ) -> None:
-    """In the last channel and the first group, and counted; unless nobody counts what is skipped."""
+    """In the last channel and the first group, and counted; unless skipped batches are not counted."""
     x, mask = case.make().x, case.make().mask
     first = [0, *[0] * (x.dim() - 2)] if mask is None else mask.nonzero()[0].tolist()
     x[first[0], -1][tuple(first[1:])] = bad

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.errors import OptionError
-from batchnorm.torch import lean_savings
+from batchnorm.torch import lean as lean_module
 from tests.torch.twins import assert_identical, scramble, state
 
 Context = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
@@ -172,11 +172,11 @@ def test_a_fused_layer_masks_more_which_is_why_fuse_refuses() -> None:
 
 @pytest.fixture
 def untold() -> Any:
-    before = set(lean_savings._warned)
-    lean_savings._warned.clear()
+    before = set(lean_module._warned)
+    lean_module._warned.clear()
     yield
-    lean_savings._warned.clear()
-    lean_savings._warned.update(before)
+    lean_module._warned.clear()
+    lean_module._warned.update(before)
 
 
 def stock() -> nn.Module:
@@ -201,7 +201,7 @@ def test_lean_says_once_where_it_saves_nothing_and_what_helps(activation: nn.Mod
         message = r"not part of them: batchnorm\.fuse\(model, example\)"
         with pytest.warns(UserWarning, match=message), batchnorm.lean():
             model(X)
-    lean_savings._warned.clear()
+    lean_module._warned.clear()
     batchnorm.fuse(model, X)
     with batchnorm.lean():  # both remedies followed
         model(X)
@@ -223,7 +223,7 @@ def test_lean_knows_residuals_and_what_is_no_norm() -> None:
         with pytest.warns(UserWarning, match=rf"batchnorm\.{remedy}"), batchnorm.lean():
             model(X)
         change(model)
-    lean_savings._warned.clear()
+    lean_module._warned.clear()
     with batchnorm.lean():
         model(X)
         nn.Sequential(nn.Conv1d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv1d(4, 1, 1))(X)

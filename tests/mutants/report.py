@@ -1,4 +1,4 @@
-"""What a run found: per room and in all, as text and as JSON, and against another run's."""
+"""Reports a run's result: per room and in all, as text and as JSON, and against another run's."""
 
 from __future__ import annotations
 

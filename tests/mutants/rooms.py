@@ -33,7 +33,7 @@ class Run:
     only: tuple[str, ...] = ("*",)
 
     def tries(self, file: Path | None) -> bool:
-        """Whether mutants of a file are tried with it; None is the code as it is."""
+        """Return whether mutants of a file are tried with it; None is the code as it is."""
         return file is None or any(
             fnmatch.fnmatch(str(file), f"{PACKAGE}/{pattern}") for pattern in self.only
         )
@@ -90,7 +90,7 @@ ROOMS = (
     ),
     Room(
         "running statistics",
-        ("torch/running_stats.py", "kernels/cpu/running.py", "kernels/gpu/running.py",
+        ("torch/running_stats.py", "torch/moments.py", "kernels/cpu/running.py", "kernels/gpu/running.py",
          "torch/contexts/accumulation.py", "torch/tracing.py", "models/accumulate.py",
          "keras/moving_statistics.py", "statistics/running.py"),
         (
@@ -167,7 +167,7 @@ ROOMS = (
     Room(
         "layers",
         ("torch/layers.py", "torch/checks.py", "torch/dispatch.py", "torch/functional.py",
-         "torch/call.py", "torch/lazy.py"),
+         "torch/call.py", "torch/lazy.py", "torch/stored_state.py"),
         (
             Run(_in("torch", "errors", "layouts", "layers", "modules", "axis", "statistics", "policies",
                     "against_reference", "masks_of_layers", "domains", "functional_transforms", "ghost",

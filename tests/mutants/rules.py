@@ -98,7 +98,7 @@ class Change:
         return " ".join(before.decode().split()), " ".join(after.decode().split())
 
     def is_valid(self, source: str) -> bool:
-        """Whether the mutated text is Python, and another program."""
+        """Return whether the mutated text is Python, and another program."""
         try:
             mutated = ast.parse(self.apply(source))
         except SyntaxError:
@@ -249,7 +249,7 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _is_arithmetic(self, node: ast.BinOp) -> bool:
-        """Whether this is no union of types."""
+        """Return whether this is no union of types."""
         return self.depth > 0 or not isinstance(node.op, ast.BitOr)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> None:

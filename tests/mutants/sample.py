@@ -1,4 +1,4 @@
-"""Which mutants are tried: of every room as many, of every rule in turn, chosen by the seed."""
+"""Chooses mutants by the seed: as many of every room, of every rule in turn."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _NO_TESTS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of some tests: by what they failed, or SURVIVED, and how long they took."""
+    """Outcome of some tests: the failure or SURVIVED, and the seconds that they took."""
 
     by: str
     seconds: float
@@ -34,7 +34,7 @@ class Outcome:
 
     @property
     def is_caught(self) -> bool:
-        """Whether anything failed."""
+        """Return whether any test failed."""
         return self.by != SURVIVED
 
 

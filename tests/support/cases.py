@@ -48,7 +48,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What one comparison is made on.
+    """One case of the grid: shapes, layout, dtype and options.
 
     Attributes:
         name: unique in the grid; it is the test's id.

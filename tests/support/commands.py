@@ -1,4 +1,4 @@
-"""Commands on a user's model, in this process, and what they leave."""
+"""Runs commands on a user's model in this process, and looks at their errors and files."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 class Results(NamedTuple):
-    """What the reference says about a case; float64.
+    """The reference's results of a case; float64.
 
     Attributes:
         y: `[N, C, *S]`.

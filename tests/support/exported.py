@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of a model."""
+"""Runs an exported model in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def run_onnx(
     model: nn.Module, inputs: tuple[Tensor, ...], folder: Path, exporter: str = "default"
 ) -> tuple[Tensor, set[str]]:
-    """Return what onnxruntime makes of the exported model, and the kinds of its nodes.
+    """Return the output of the exported model in ONNX Runtime, and the kinds of its nodes.
 
     Args:
         exporter: "default"; "program": the same, of what torch.export has made before; or "traced": the older

@@ -1,4 +1,4 @@
-"""What the reference says of a layer's call under any policy: output, gradients, and how its state moves.
+"""The expected results of a layer's call under any policy: output, gradients, and its state afterwards.
 
 It puts the pieces of `batchnorm.reference` together as the documentation of layers and policies says, group
 by group, and shares no code with what it is compared with.
@@ -63,15 +63,15 @@ class Options:
 
 
 class Expected(NamedTuple):
-    """What comes of a call.
+    """Expected results of a call.
 
     Attributes:
         y, dx, dweight, dbias, dresidual: as in `Results`.
-        z: `[N, C, *S]`, what the activation is taken of.
+        z: `[N, C, *S]`, the input of the activation.
         xhat: `[N, C, *S]`, (x - mean) rstd for the mean and rstd that were used.
         std: `[N, C, 1, ...]`, 1 / rstd of the same: puts dx in units of 1/std.
         running: after the call.
-        batches, skipped: what the call adds to the counters.
+        batches, skipped: increments of the counters.
     """
 
     y: Array
@@ -98,7 +98,7 @@ class _Part(NamedTuple):
 
 
 def expected_of(values: Values, past: Past, options: Options) -> Expected:
-    """Return what a call that is not refused comes to."""
+    """Return the expected results of a call that is not refused."""
     policy = options.policy.over if isinstance(options.policy, Synced) else options.policy
     training = options.training
     if past.running is None and not training:

@@ -25,7 +25,7 @@ class Primitives:
         self._last: tuple[Tensor, ...] = ()
 
     def moments(self, x: Tensor, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
-        return self.engine.moments(x, mask=mask, group_size=group_size)
+        return self.engine.moments(Call(x, mask=mask, group_size=group_size))
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Example programs, run as a user runs them."""
+"""Runs example programs as a user does."""
 
 from __future__ import annotations
 

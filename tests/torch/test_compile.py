@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,12 +13,7 @@ from batchnorm.errors import BatchNormError
 from tests.support.covering import covering_array
 from tests.torch.twins import TOLERANCES, assert_identical, assert_same, scramble, state, step
 
-
-@pytest.fixture(autouse=True)
-def _no_earlier_graphs() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("no_earlier_graphs")
 
 
 def pair(backend: str = "aot_eager", **options: Any) -> tuple[nn.Module, nn.Module]:

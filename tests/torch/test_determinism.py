@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,13 +12,6 @@ from tests.torch.twins import assert_identical, relaid, scramble, step
 # float64 results show the last bit of every sum, which rounding to float32 nearly always hides.
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 SHAPES = [(4099, 20), (50021, 3), (40009, 1), (7, 5, 113, 97), (5, 1, 211, 203), (3, 37, 67, 61), (257, 300)]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def layer_and_tensors(

@@ -134,7 +134,7 @@ def test_row_72_onnx_of_a_16_bit_model(exporter: str, tmp_path: Path) -> None:
     wanted = model(x).detach()
     y, _ = run_onnx(model.half(), (x.half(),), tmp_path, exporter)
     assert y.dtype == torch.float16
-    # A score of roundings, of values up to 5, by 2^-11 of them each.
+    # Some twenty roundings to float16, each by up to 2^-11 of a value, of values up to 5.
     torch.testing.assert_close(y.float(), wanted, rtol=2e-2, atol=2e-2)
 
 

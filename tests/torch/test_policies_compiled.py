@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,11 +25,7 @@ CALLS = {
 EVERY_CALL = pytest.mark.parametrize(("policy", "training"), CALLS.values(), ids=CALLS)
 
 
-@pytest.fixture(autouse=True)
-def _no_earlier_graphs() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("no_earlier_graphs")
 
 
 def made(**options: Any) -> nn.Module:

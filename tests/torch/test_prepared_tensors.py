@@ -5,6 +5,7 @@ Each call is compared with a float64 stock layer of the values that hold at that
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import batchnorm
+from batchnorm import kernels
+from tests.support.compare import assert_close
 from tests.torch.prepared import (
     MODES,
+    SHAPE,
     Change,
     assert_exact,
     assert_values,
@@ -223,3 +227,69 @@ def test_views_at_odd_offsets_are_used_and_their_neighbours_left(
     for storage in (values, statistics, counts):
         storage.assert_guarded()
     assert all(map(torch.equal, (x, dy, layer.weight, layer.bias), before))
+
+
+@MODES
+@pytest.mark.parametrize("engine", [None, "cpu", "eager"])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_a_view_with_the_neg_bit_has_the_values_that_torch_shows(
+    name: str, engine: str | None, training: bool
+) -> None:
+    """Such as the imaginary part of a conjugated tensor: its memory holds the negatives of its values."""
+    layer = norm().train(training)
+    assert_exact(layer, *batch())
+    view = torch._neg_view(-getattr(layer, name).detach())
+    setattr(layer, name, nn.Parameter(view) if name in ("weight", "bias") else view)
+    assert getattr(layer, name).is_neg()
+    with contextlib.nullcontext() if engine is None else kernels.use(engine):
+        assert_exact(layer, *batch())
+        assert_exact(layer, *batch())
+
+
+@MODES
+@pytest.mark.parametrize("engine", [None, "cpu", "eager"])
+@pytest.mark.parametrize("name", ["x", "residual", "dy", "weight", "bias"])
+def test_a_tensor_of_zeros_without_memory_is_taken_as_zeros(
+    name: str, engine: str | None, training: bool
+) -> None:
+    """`torch._efficientzerotensor`, of which torch makes tangents: the kernels would read address 0."""
+    layer, x, residual = norm().train(training), *batch()
+    dy = torch.randn_like(x)
+    layer(x, residual).backward(dy)
+    zeros = torch._efficientzerotensor(5 if name in ("weight", "bias") else SHAPE)
+    found: list[list[Tensor]] = []
+    for value in (zeros, torch.zeros(zeros.shape)):
+        twin = copy.deepcopy(layer)
+        tensors = {"x": x, "residual": residual, "dy": dy}
+        if name in tensors:
+            tensors[name] = value
+        else:
+            setattr(twin, name, nn.Parameter(value))
+        with contextlib.nullcontext() if engine is None else kernels.use(engine):
+            for _ in range(2):
+                y = twin(tensors["x"], tensors["residual"])
+                gradients = torch.autograd.grad(y, [twin.weight, twin.bias], tensors["dy"])
+        found.append([y.detach(), *gradients, twin.running_mean, twin.running_var])
+    for ours, expected in zip(*found, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@MODES
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_running_statistics_that_require_grad_are_refused_as_in_stock(name: str, training: bool) -> None:
+    stock, ours = nn.BatchNorm2d(5).train(training), batchnorm.BatchNorm2d(5).train(training)
+    x, dy = batch()
+    for layer in (stock, ours):
+        layer(x).backward(dy)
+        before = state(layer)
+        getattr(layer, name).requires_grad_()
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match=f"not differentiable with respect to.*{name}|{name}.* not "
+            ):
+                layer(x)
+        if layer is ours:  # torch has counted the batch
+            assert_identical(state(layer), before)
+        with torch.no_grad():
+            layer(x)
+    assert_close(getattr(ours, name), getattr(stock, name).detach(), dtype=torch.float32, what=name)

@@ -20,12 +20,14 @@ class Value(Generic[Layer]):
         shape: on the example, or as the graph says; None where nothing has run. Open sizes are None.
         dtype: likewise, as the framework has it.
         readers: one entry for each time that a call reads it.
+        aliased: how often an operator returned it as it is, such as `detach`: gradients may differ.
     """
 
     maker: Call[Layer] | None = None
     shape: tuple[int | None, ...] | None = None
     dtype: object = None
     readers: list[Call[Layer]] = field(default_factory=list)
+    aliased: int = 0
 
 
 @dataclass(eq=False)

@@ -249,12 +249,11 @@ def _pass(call: Call) -> _Pass:
     return _Pass(chunks, call.weight, call.bias, call.residual, call.activation)
 
 
-def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
+def moments(call: Call) -> Moments:
     """See `interface.Engine.moments`."""
-    chunks = _Chunks(x, mask, group_size)
-    step = _Pass(chunks)
+    step = _pass(call)
     count, m2, _ = step.measure()
-    return Moments(count, chunks.gather(step.mean), chunks.gather(m2))
+    return Moments(count, step.chunks.gather(step.mean), step.chunks.gather(m2))
 
 
 def forward(

@@ -22,7 +22,7 @@ gradient, whatever was in x or dy there.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -80,45 +80,47 @@ class Call(Protocol):
         """Added to var."""
 
 
-class RunningState(Protocol):
-    """Running statistics that a batch of x moves in place, `[C]` each: momentum is the batch's fraction.
+class RunningState(NamedTuple):
+    """Running statistics, which a batch of x moves in place; or none.
 
         running = (1 - momentum) * running + momentum * batch, where var is m2 / (count - 1)
 
     The batch is what the mask leaves in of all groups together: their moments are merged in order, by Chan's
     formula. Fewer than two values have no variance, and leave mean and var as they are.
+
+    Attributes:
+        mean, var: `[C]`; None = not tracked.
+        batches: how many batches there were, an integer tensor of one value; any batch adds 1.
+        momentum: a batch's fraction, 0..1, a number or a tensor of one; None = 1 / (number of batches). An
+            engine takes numbers only.
+        skipped: how many batches with inf or NaN were skipped, an integer tensor of one value. Where it is
+            given, a batch whose mean or m2 is not finite, in any group and channel, adds 1 to it and leaves
+            all the others alone; None = such a batch moves them as any other does.
+        sequential: each group moves them as a batch of its own, in order. A group of fewer than two values is
+            passed over; `batches` grows by G. A batch is skipped as a whole.
+        memory, accumulator: of the layers; no engine reads them. The first remembers the statistics for
+            forwards that checkpointing may recompute (`torch/contexts/checkpointing.py`), the second collects
+            the moments of several batches, which move them as one (`torch/contexts/accumulation.py`).
     """
 
-    @property
-    def mean(self) -> Tensor | None:
-        """Running mean; None = not tracked."""
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    batches: Tensor | None = None
+    momentum: float | Tensor | None = 0.1
+    skipped: Tensor | None = None
+    sequential: bool = False
+    memory: Any = None
+    accumulator: Any = None
 
     @property
-    def var(self) -> Tensor | None:
-        """Running variance, unbiased; None = not tracked."""
+    def is_tracked(self) -> bool:
+        """Whether there is a running statistic or a count that a batch moves."""
+        return self.mean is not None or self.var is not None or self.batches is not None
 
     @property
-    def batches(self) -> Tensor | None:
-        """Number of batches so far, an integer tensor of one value; any batch adds 1."""
-
-    @property
-    def momentum(self) -> float | Tensor | None:
-        """Fraction of a batch, 0..1; an engine takes numbers only."""
-
-    @property
-    def skipped(self) -> Tensor | None:
-        """Number of skipped batches, an integer tensor of one value.
-
-        If it is given, a batch whose mean or m2 is inf or NaN, in any group and channel, adds 1 to it and
-        leaves all the others alone. None = such a batch moves them as any other does.
-        """
-
-    @property
-    def sequential(self) -> bool:
-        """Returns whether each group moves them as a batch of its own, in order.
-
-        A group of fewer than two values is passed over; `batches` grows by G. A batch is skipped as a whole.
-        """
+    def is_complete(self) -> bool:
+        """Whether there is a mean and a variance, to normalize by."""
+        return self.mean is not None and self.var is not None
 
 
 class Moments(NamedTuple):
@@ -138,8 +140,12 @@ class Moments(NamedTuple):
 class Engine(Protocol):
     """What an engine module offers; shapes as in the notation above."""
 
-    def moments(self, x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
-        """Returns the moments of x, from deviations: never E[x²] - E[x]²."""
+    def moments(self, call: Call) -> Moments:
+        """Returns the moments of x, from deviations: never E[x²] - E[x]².
+
+        Args:
+            call: x, mask and group_size, and nothing else.
+        """
 
     def forward(
         self, call: Call, running: RunningState | None = None, activation_mask: Tensor | None = None

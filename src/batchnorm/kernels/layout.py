@@ -27,3 +27,16 @@ def laid_out_as(like: Tensor, values: Tensor) -> Tensor:
     """Returns values in the dtype and layout that a fresh tensor like `like` has."""
     wanted = torch.empty_like(like)
     return values if is_alike(values, wanted) else wanted.copy_(values)
+
+
+def shows_values(tensor: Tensor) -> bool:
+    """Returns whether a tensor's memory holds its values.
+
+    That of a view with the neg bit holds their negatives, and a ZeroTensor has no memory.
+    """
+    return not (tensor.is_neg() or tensor._is_zerotensor())
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """Returns a tensor whose memory holds its values: this one, or a copy."""
+    return tensor if shows_values(tensor) else tensor.clone()

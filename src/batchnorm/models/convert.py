@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import check_nonfinite, check_policy, check_small_batch
 from batchnorm.torch.contexts.domains import check_domains
+from batchnorm.torch.stored_state import counter
 from batchnorm.torch.sync import ranks_of
 
 from .graph.hooks import is_forward_replaced
 from .norms.find import Found, find_norms
-from .norms.frozen import complete
-from .norms.kinds import is_layer, is_ours, rebased
+from .norms.kinds import Layer, is_layer, is_ours, rebased
 from .norms.timm import BatchNormAct2d, inner_activation
 from .verb import verb
 from .verify import checked_change
@@ -75,20 +76,19 @@ def convert(
     """
     norms = find_norms(model)
     check(model, norms, "convert")
-    if statistics is not None:
-        check_policy_fits(norms, statistics)
-    if domains is not None:
-        _check_domains_fit(norms, domains)
-    given = {"nonfinite": nonfinite, "small_batch": small_batch}
+    given = {"statistics": statistics, "domains": domains, "nonfinite": nonfinite, "small_batch": small_batch}
     options = {name: value for name, value in given.items() if value is not None}
-    _check_options_fit(norms, options)
+    check_options(norms, options)
+    if domains is not None:
+        _check_domains(norms, domains)
     with checked_change(model, example, "convert"):
         for found in norms:
             become_ours(found, statistics)
-            if domains is not None and found.module.domains == 1:
-                found.module._add_domains(domains)  # type: ignore[operator]
-            for name, value in options.items():
-                setattr(found.module, name, value)
+            norm = found.module
+            if domains is not None and isinstance(norm, Layer) and norm.domains == 1:
+                norm._add_domains(domains)
+            for name in options.keys() - {"statistics", "domains"}:
+                setattr(norm, name, options[name])
     return model
 
 
@@ -116,38 +116,32 @@ def check(model: nn.Module, norms: list[Found], verb: str) -> None:
             )
 
 
-def check_policy_fits(norms: list[Found], statistics: Policy) -> None:
-    """Raise OptionError, by name, for a layer that cannot have this policy."""
-    for found in norms:
-        if found.kind.twin is not None or is_layer(found.module):
-            try:
-                check_policy(statistics, getattr(found.module, "running_mean", None) is not None)
-            except OptionError as error:
-                raise error.at(str(found)) from None
-
-
-def _check_options_fit(norms: list[Found], options: dict[str, str]) -> None:
+def check_options(norms: list[Found], options: Mapping[str, object]) -> None:
     """Raise OptionError, by name, for a layer that cannot have these options."""
-    checks = {"nonfinite": check_nonfinite, "small_batch": check_small_batch}
-    for found in norms:
-        for name, value in options.items():
+    for name, value in options.items():
+        for found in norms:
             try:
-                checks[name](value, getattr(found.module, "running_mean", None) is not None)
+                _CHECKS[name](value, getattr(found.module, "running_mean", None) is not None)
             except OptionError as error:
                 raise error.at(str(found)) from None
 
 
-def _check_domains_fit(norms: list[Found], domains: int) -> None:
-    """Raise OptionError, by name, for a layer that cannot have so many domains."""
+_CHECKS: dict[str, Callable[[object, bool], object]] = {
+    "statistics": check_policy,
+    "domains": check_domains,
+    "nonfinite": check_nonfinite,
+    "small_batch": check_small_batch,
+}
+
+
+def _check_domains(norms: list[Found], domains: int) -> None:
+    """Raise OptionError, by name, for a layer that cannot get domains now."""
+    is_in_use = any(getattr(found.module, "_domain", None) is not None for found in norms)
     for found in norms:
-        try:
-            check_domains(domains, getattr(found.module, "running_mean", None) is not None)
-        except OptionError as error:
-            raise error.at(str(found)) from None
         has = getattr(found.module, "domains", 1)
         if has not in (1, domains):
             raise OptionError(f"it has {has} domains, which cannot become {domains}", str(found))
-        if has != domains and any(getattr(other.module, "_domain", None) is not None for other in norms):
+        if has != domains and is_in_use:
             raise OptionError(
                 "the model is within batchnorm.domain, which this layer would not heed: give it domains "
                 "outside of the block",
@@ -167,7 +161,7 @@ def become_ours(found: Found, statistics: Policy | None = None) -> None:
     norm, kind = found.module, found.kind
     if kind.twin is not None:
         if kind.family == "frozen":
-            complete(norm)
+            _complete(norm)
             statistics = statistics or Running()
             if statistics == Running():
                 vars(norm)["_learned"] = {"weight": True, "bias": True}  # once it is unfrozen
@@ -179,8 +173,27 @@ def become_ours(found: Found, statistics: Policy | None = None) -> None:
         if norm.track_running_stats and norm._buffers.get("num_batches_tracked") is None:
             mean = norm._buffers.get("running_mean")  # a layer of torch < 0.4.1 has no counter
             if mean is not None:
-                norm._buffers["num_batches_tracked"] = torch.tensor(0, dtype=torch.long, device=mean.device)
+                norm._buffers["num_batches_tracked"] = counter(mean.device)
         if is_layer(norm):
             norm._widen_statistics()
     if statistics is not None and is_layer(norm):
         norm.statistics = statistics
+
+
+def _complete(norm: nn.Module) -> None:
+    """Give a frozen norm of another package what a layer has beside buffers: parameters, counter, settings.
+
+    The parameters do not learn; they share the memory of the buffers that they were.
+    """
+    for name in ("weight", "bias"):
+        buffer = norm._buffers.pop(name)
+        assert buffer is not None
+        norm._parameters[name] = nn.Parameter(buffer.detach(), requires_grad=False)
+    norm._non_persistent_buffers_set = norm._non_persistent_buffers_set - {"weight", "bias"}
+    weight = norm._parameters["weight"]
+    assert weight is not None
+    settings = {"eps": 1e-5, "momentum": 0.1, "affine": True, "track_running_stats": True}
+    for name, value in {"num_features": weight.numel(), **settings}.items():
+        vars(norm).setdefault(name, value)
+    if norm._buffers.get("num_batches_tracked") is None:
+        norm._buffers["num_batches_tracked"] = counter(weight.device)

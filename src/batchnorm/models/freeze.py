@@ -8,7 +8,7 @@ from batchnorm.errors import OptionError
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.running import Running
 
-from .convert import become_ours, check, check_policy_fits
+from .convert import become_ours, check, check_options
 from .norms.find import Found, find_norms
 from .norms.kinds import is_layer
 from .rollback import untouched_on_error
@@ -48,7 +48,7 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
     """
     norms = [found for found in _norms(model, "freeze") if found.kind.family != "frozen"]
     check(model, norms, "freeze")
-    check_policy_fits(norms, Running())
+    check_options(norms, {"statistics": Running()})
     with untouched_on_error(model):
         for found in norms:
             become_ours(found)

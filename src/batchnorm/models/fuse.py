@@ -11,7 +11,6 @@ from batchnorm.errors import OptionError
 from .convert import become_ours, check_scripted
 from .fusion.fused_activation import silence
 from .fusion.plan import Plan, plan
-from .fusion.record import add_recorded
 from .fusion.rewrite import Rewrite, fused_class
 from .norms.activations import module_activation
 from .norms.kinds import is_ours
@@ -56,16 +55,8 @@ def fuse(model: nn.Module, example: Any = None) -> nn.Module:
     """
     check_scripted(model, "fuse")
     with checked_change(model, example, "fuse"):
-        _apply(plan_with(model, example))
+        _apply(plan(model, example))
     return model
-
-
-def plan_with(model: nn.Module, example: Any) -> Plan:
-    """Return the plan for a model; an example adds what only running it shows."""
-    decided = plan(model)
-    if example is not None:
-        add_recorded(decided, model, example)
-    return decided
 
 
 def _apply(decided: Plan) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from batchnorm.errors import OptionError
 
 from .fold import fold_plan, twin_of
-from .fuse import plan_with
+from .fusion.plan import plan
 from .norms.find import all_names
 from .norms.report import ModelReport, describe
 from .verb import verb
@@ -35,7 +35,7 @@ def inspect(model: nn.Module, example: Any = None) -> ModelReport:
     """
     if isinstance(model, torch.jit.ScriptModule):
         return ModelReport(f"{type(model).__name__}: scripted, its layers cannot be told", ())
-    decided = plan_with(model, example)
+    decided = plan(model, example)
     folds = _folds(model, example)
     rows = tuple(
         replace(

@@ -1,4 +1,4 @@
-"""Which plain layer a `torch.nn.SyncBatchNorm` stands for: it does not say of what rank its input is."""
+"""Finds the plain layer that a SyncBatchNorm stands for: its class does not tell the rank of its input."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Node
 
@@ -15,9 +14,9 @@ from batchnorm.torch.sync import SyncBatchNorm
 
 from .fusion.rewrite import traced_as_written
 from .graph.blocks import NotTraceableError
+from .graph.recorded import recorded_flow
 from .norms.activations import call_activation, module_activation
 from .norms.find import Found
-from .verify import call, restored, set_mode
 
 _PLAIN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _ADDS = ("add", "iadd", "add_")
@@ -36,7 +35,9 @@ def plain_classes(model: nn.Module, norms: list[Found], example: Any) -> dict[nn
         return {}
     dims: dict[nn.Module, set[int]] = defaultdict(set)
     if example is not None:
-        _record(model, norms, example, dims)
+        flow, _ = recorded_flow(model, example, {found.module for found in norms})
+        for norm, calls in flow.by_module().items():
+            dims[norm] |= {max(1, len(call.reads[0].shape or ()) - 2) for call in calls}
     unseen = {found.module for found in norms if not dims[found.module]}
     if unseen:
         _read(model, unseen, dims)
@@ -49,20 +50,6 @@ def plain_classes(model: nn.Module, norms: list[Found], example: Any) -> dict[nn
                 str(found),
             )
     return {norm: _PLAIN[rank] for norm, (rank,) in dims.items()}
-
-
-def _record(model: nn.Module, norms: list[Found], example: Any, dims: dict[nn.Module, set[int]]) -> None:
-    def receive(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        dims[norm].add(max(1, (args[0] if args else kwargs["input"]).dim() - 2))
-
-    handles = [found.module.register_forward_pre_hook(receive, with_kwargs=True) for found in norms]
-    try:
-        with restored(model), torch.no_grad():
-            set_mode(model, False)
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _read(model: nn.Module, norms: set[nn.Module], dims: dict[nn.Module, set[int]]) -> None:

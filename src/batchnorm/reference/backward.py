@@ -1,19 +1,19 @@
-"""Batch normalization, the residual and the activation, backwards."""
+"""Backward pass: gradients through the activation, the residual and batch normalization."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .activations import ACTIVATIONS
-from .forward import standardize
+from .forward import Options, Standardized, standardize
 from .groups import Array, per_channel, per_sample
 
 
 class Gradients(NamedTuple):
-    """Gradients of a loss with respect to what went into the forward pass.
+    """Gradients of a loss with respect to the inputs of the forward pass.
 
     Attributes:
         dx: `[N, C, *S]`; 0 at masked positions.
@@ -34,23 +34,54 @@ def backward(
     weight: Array | None = None,
     bias: Array | None = None,
     *,
-    eps: float = 1e-5,
-    residual: NDArray[np.floating] | None = None,
     activation: str | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    group_size: int | None = None,
-    mean: Array | None = None,
-    var: Array | None = None,
+    **options: Unpack[Options],
 ) -> Gradients:
     """Return the gradients of L, given dy = ∂L/∂y; arguments as in `forward`.
 
-    Through the activation and the affine map, y = a(z) and z = weight * xhat + bias + residual:
+        dresidual = dy'                                          dy' = dy a'(z), see `through_affine`
+        dweight = Σ dy' xhat
+        dbias = Σ dy'
+        dx_i = rstd (dxhat_i - Σ_j dxhat_j / n - xhat_i Σ_j dxhat_j xhat_j / n)    see `through_statistics`
+        dx = rstd dxhat                                          for given statistics: they do not depend on x
 
-        dy' = dy a'(z)             dresidual = dy'
-        dbias = Σ dy'              dweight = Σ dy' xhat             dxhat = weight dy'
+    The sums of dweight and dbias run over all counted values of a channel, of all groups; those of dx over
+    the n of one group. A masked position is in no sum, and y is 0 there whatever x is: its gradients are 0.
 
-    with the sums over all counted values of a channel, of all groups. Within one group of n values, x_i
-    reaches L by three ways, xhat_i = (x_i - mean) rstd itself, mean and var:
+    Args:
+        x: `[N, C, *S]`, as given to `forward`; so are all the options.
+        dy: `[N, C, *S]`, gradient with respect to y; values at masked positions have no influence.
+
+    Returns:
+        dx, dweight, dbias, dresidual.
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, the equations after algorithm 1.
+    """
+    s = standardize(x, weight, bias, **options)
+    dz, dxhat, dweight, dbias = through_affine(s, dy, weight, activation)
+    if options.get("mean") is None:
+        dxhat = through_statistics(s, dxhat)
+    dx = np.where(s.keep, dxhat * per_sample(s.rstd, s.groups, dz.ndim), 0.0)
+    return Gradients(dx, dweight, dbias, None if options.get("residual") is None else dz)
+
+
+def through_affine(
+    s: Standardized, dy: NDArray[np.floating], weight: Array | None, activation: str | None
+) -> tuple[Array, Array, Array, Array]:
+    """Return dy', dxhat, dweight and dbias of y = a(z), z = weight * xhat + bias + residual.
+
+    dy' = dy a'(z)        dxhat = weight dy'        dweight = Σ dy' xhat        dbias = Σ dy'
+    """
+    dz = np.where(s.keep, np.asarray(dy, dtype=np.float64) * ACTIVATIONS[activation].derivative(s.z), 0.0)
+    positions = (0, *range(2, dz.ndim))
+    dxhat = per_channel(weight, dz.ndim, default=1.0) * dz
+    return dz, dxhat, (dz * s.xhat).sum(axis=positions), dz.sum(axis=positions)
+
+
+def through_statistics(s: Standardized, dxhat: Array) -> Array:
+    """Return dx / rstd for the statistics of the batch, `[N, C, *S]`.
+
+    Within one group of n values, x_i reaches L by xhat_i = (x_i - mean) rstd itself, by mean and by var:
 
         dx_i = dxhat_i rstd + dmean ∂mean/∂x_i + dvar ∂var/∂x_i
 
@@ -61,44 +92,14 @@ def backward(
     where ∂rstd/∂var = -rstd³ / 2, and ∂var/∂mean = -2 Σ_j (x_j - mean) / n = 0. Put together, with
     (x_i - mean) = xhat_i / rstd,
 
-        dx_i = rstd (dxhat_i - Σ_j dxhat_j / n - xhat_i Σ_j dxhat_j xhat_j / n)
+        dx_i / rstd = dxhat_i - Σ_j dxhat_j / n - xhat_i Σ_j dxhat_j xhat_j / n
 
     The second and third term take out the parts of dxhat along 1 and along xhat: a shift of all x or, but
-    for eps, a stretch changes nothing. Given statistics do not depend on x: two of the three ways are shut,
-    and dx = rstd dxhat. A masked position is in no sum, and y is 0 there whatever x is: its gradients are 0.
-
-    Args:
-        x: `[N, C, *S]`, as given to `forward`; so are all the options.
-        dy: `[N, C, *S]`, gradient with respect to y; what is in it at masked positions has no influence.
-
-    Returns:
-        dx, dweight, dbias, dresidual.
-
-    Source: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, the equations after algorithm 1.
+    for eps, a stretch changes nothing.
     """
-    s = standardize(
-        x,
-        weight,
-        bias,
-        eps=eps,
-        residual=residual,
-        mask=mask,
-        group_size=group_size,
-        mean=mean,
-        var=var,
-    )
-    dz = np.where(s.keep, np.asarray(dy, dtype=np.float64) * ACTIVATIONS[activation].derivative(s.z), 0.0)
-    positions = (0, *range(2, dz.ndim))
-    dbias = dz.sum(axis=positions)
-    dweight = (dz * s.xhat).sum(axis=positions)
-
-    dxhat = per_channel(weight, dz.ndim, default=1.0) * dz
-    if mean is None:
-        along_one = _group_mean(dxhat, s.groups, s.count)
-        along_xhat = s.xhat * _group_mean(dxhat * s.xhat, s.groups, s.count)
-        dxhat = dxhat - along_one - along_xhat
-    dx = np.where(s.keep, dxhat * per_sample(s.rstd, s.groups, dz.ndim), 0.0)
-    return Gradients(dx, dweight, dbias, None if residual is None else dz)
+    along_one = _group_mean(dxhat, s.groups, s.count)
+    along_xhat = s.xhat * _group_mean(dxhat * s.xhat, s.groups, s.count)
+    return dxhat - along_one - along_xhat
 
 
 def _group_mean(values: Array, groups: NDArray[np.intp], count: Array) -> Array:

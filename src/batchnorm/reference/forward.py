@@ -1,8 +1,8 @@
-"""Batch normalization, the residual and the activation, forwards."""
+"""Forward pass: batch normalization, the residual and the activation."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,19 @@ from .groups import Array, counted_positions, group_of_sample, per_channel, per_
 from .moments import moments
 
 
+class Options(TypedDict, total=False):
+    """Keyword arguments that both directions take; `forward` says what each is."""
+
+    eps: float
+    residual: NDArray[np.floating] | None
+    mask: NDArray[np.bool_] | None
+    group_size: int | None
+    mean: Array | None
+    var: Array | None
+
+
 class Normalized(NamedTuple):
-    """What the forward pass yields.
+    """Output of the forward pass, and the statistics that it used.
 
     Attributes:
         y: `[N, C, *S]`, the output; 0 at masked positions.
@@ -27,11 +38,11 @@ class Normalized(NamedTuple):
     mean: Array
     var: Array
     rstd: Array
-    count: Array  # type: ignore[assignment]  # shadows tuple.count, which nobody needs here
+    count: Array  # type: ignore[assignment]  # shadows tuple.count, a method that is not used
 
 
 class Standardized(NamedTuple):
-    """What both directions need: the statistics, and x before and after the affine map.
+    """Intermediate values that both directions need: the statistics, and x before and after the affine map.
 
     Attributes:
         keep: `[N, 1, *S]`, which positions count.
@@ -39,7 +50,7 @@ class Standardized(NamedTuple):
         mean, var, rstd: `[G, C]`.
         count: `[G]`.
         xhat: `[N, C, *S]`, (x - mean) * rstd; 0 at masked positions.
-        z: `[N, C, *S]`, weight * xhat + bias + residual, what the activation is taken of.
+        z: `[N, C, *S]`, weight * xhat + bias + residual, the input of the activation.
     """
 
     keep: NDArray[np.bool_]
@@ -47,7 +58,7 @@ class Standardized(NamedTuple):
     mean: Array
     var: Array
     rstd: Array
-    count: Array  # type: ignore[assignment]  # shadows tuple.count, which nobody needs here
+    count: Array  # type: ignore[assignment]  # shadows tuple.count, a method that is not used
     xhat: Array
     z: Array
 
@@ -57,12 +68,12 @@ def standardize(
     weight: Array | None,
     bias: Array | None,
     *,
-    eps: float,
-    residual: NDArray[np.floating] | None,
-    mask: NDArray[np.bool_] | None,
-    group_size: int | None,
-    mean: Array | None,
-    var: Array | None,
+    eps: float = 1e-5,
+    residual: NDArray[np.floating] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    group_size: int | None = None,
+    mean: Array | None = None,
+    var: Array | None = None,
 ) -> Standardized:
     """Return xhat = (x - mean) * rstd and z = weight * xhat + bias + residual; arguments as in `forward`."""
     if (mean is None) != (var is None):
@@ -92,13 +103,8 @@ def forward(
     weight: Array | None = None,
     bias: Array | None = None,
     *,
-    eps: float = 1e-5,
-    residual: NDArray[np.floating] | None = None,
     activation: str | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    group_size: int | None = None,
-    mean: Array | None = None,
-    var: Array | None = None,
+    **options: Unpack[Options],
 ) -> Normalized:
     """Return the normalized x, and the statistics that were used.
 
@@ -114,9 +120,9 @@ def forward(
         x: `[N, C, *S]`.
         weight: `[C]`, None = 1.
         bias: `[C]`, None = 0.
-        eps: added to the variance, in units of x².
-        residual: `[N, C, *S]`, added before the activation; None = 0.
         activation: a key of `ACTIVATIONS`; None = the identity.
+        eps: added to the variance, in units of x²; 1e-5 by default.
+        residual: `[N, C, *S]`, added before the activation; None = 0.
         mask: `[N, *S]`, True = the value counts; y is 0 elsewhere, and what is in x there has no influence.
         group_size: consecutive samples that share statistics, the last group may be smaller; None = all N.
         mean: `[C]`, used instead of the batch's (inference, frozen statistics), for every group.
@@ -130,16 +136,6 @@ def forward(
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1. Groups: Hoffer et al. 2017, arXiv:1705.08741.
     """
-    s = standardize(
-        x,
-        weight,
-        bias,
-        eps=eps,
-        residual=residual,
-        mask=mask,
-        group_size=group_size,
-        mean=mean,
-        var=var,
-    )
+    s = standardize(x, weight, bias, **options)
     y = np.where(s.keep, ACTIVATIONS[activation].value(s.z), 0.0)
     return Normalized(y, s.mean, s.var, s.rstd, s.count)

@@ -1,4 +1,4 @@
-"""Which values a statistic is taken over: masks, groups of samples, and the way back to positions."""
+"""Masks and groups of samples: which values a statistic is of, and its broadcast back to positions."""
 
 from __future__ import annotations
 

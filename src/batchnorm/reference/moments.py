@@ -1,4 +1,4 @@
-"""Count, mean and centred second moment of each channel, and how two of them become one."""
+"""Count, mean and centred second moment of each channel, and their merge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .groups import Array, counted_positions, group_count, group_of_sample
 
 
 class Moments(NamedTuple):
-    """What is known of the values of each group and channel.
+    """Count, mean and centred second moment of the values of each group and channel.
 
     Attributes:
         count: `[G]`, number of values per channel.
@@ -19,7 +19,7 @@ class Moments(NamedTuple):
         m2: `[G, C]`, Σ (x - mean)²; 0 where nothing was counted.
     """
 
-    count: Array  # type: ignore[assignment]  # shadows tuple.count, which nobody needs here
+    count: Array  # type: ignore[assignment]  # shadows tuple.count, a method that is not used
     mean: Array
     m2: Array
 

@@ -1,21 +1,21 @@
-"""Batch renormalization and test-time adaptation: where mean and var follow the batch's in another way."""
+"""Batch renormalization and test-time adaptation: mean and var mix the batch's with the running ones."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .activations import ACTIVATIONS
-from .backward import Gradients, backward
-from .forward import forward, standardize
+from .backward import Gradients, backward, through_affine
+from .forward import Options, forward, standardize
 from .groups import Array, per_channel, per_sample
 from .running import Running
 
 
 class Corrected(NamedTuple):
-    """What a policy makes of a batch.
+    """Output and gradients of a batch under a policy.
 
     Attributes:
         y: `[N, C, *S]`, the output; 0 at masked positions.
@@ -27,7 +27,7 @@ class Corrected(NamedTuple):
     y: Array
     mean: Array
     var: Array
-    count: float  # type: ignore[assignment]  # shadows tuple.count, which nobody needs here
+    count: float  # type: ignore[assignment]  # shadows tuple.count, a method that is not used
     gradients: Gradients
 
 
@@ -40,8 +40,8 @@ def renorm(
     *,
     r_max: float,
     d_max: float,
-    eps: float = 1e-5,
-    **options: Any,
+    activation: str | None = None,
+    **options: Unpack[Options],
 ) -> Corrected:
     """Return batch renormalization, one group.
 
@@ -55,12 +55,13 @@ def renorm(
     gradient is known, and by the chain rule dweight = r dweight' + d dbias', dbias = dbias'.
 
     Args:
-        x, dy, weight, bias, eps: as in `backward`; so are the options residual, activation and mask.
+        x, dy, weight, bias: as in `backward`; so are activation, and the options eps, residual and mask.
         running: the statistics before this batch.
         r_max, d_max: bounds, as far as they are open.
 
     Source: Ioffe 2017, arXiv:1702.03275, algorithm 1.
     """
+    eps = options.get("eps", 1e-5)
     plain = forward(x, eps=eps, mask=options.get("mask"))
     mean, std = plain.mean[0], 1.0 / plain.rstd[0]
     running_std = np.sqrt(np.asarray(running.var) + eps)
@@ -68,8 +69,8 @@ def renorm(
     d = np.clip((mean - np.asarray(running.mean)) / running_std, -d_max, d_max)
     scale = r if weight is None else weight * r
     shift = (0.0 if bias is None else bias) + d * (1.0 if weight is None else weight)
-    y = forward(x, scale, shift, eps=eps, **options).y
-    dx, dscale, dshift, dresidual = backward(x, dy, scale, shift, eps=eps, **options)
+    y = forward(x, scale, shift, activation=activation, **options).y
+    dx, dscale, dshift, dresidual = backward(x, dy, scale, shift, activation=activation, **options)
     gradients = Gradients(dx, r * dscale + d * dshift, dshift, dresidual)
     return Corrected(y, mean, plain.var[0], float(plain.count[0]), gradients)
 
@@ -112,23 +113,14 @@ def adapted(
     s = n / (n + prior) if n + prior > 0 else 0.0
     mean = (1.0 - s) * np.asarray(running.mean) + s * m
     var = (1.0 - s) * np.asarray(running.var) + s * v
-    z = standardize(
-        x, weight, bias, eps=eps, residual=residual, mask=mask, group_size=None, mean=mean, var=var
-    )
+    z = standardize(x, weight, bias, eps=eps, residual=residual, mask=mask, mean=mean, var=var)
     y = np.where(z.keep, ACTIVATIONS[activation].value(z.z), 0.0)
 
-    dz = np.where(z.keep, np.asarray(dy, dtype=np.float64) * ACTIVATIONS[activation].derivative(z.z), 0.0)
-    positions = (0, *range(2, dz.ndim))
-    dxhat = per_channel(weight, dz.ndim, default=1.0) * dz
-    rstd = z.rstd[0]
+    dz, dxhat, dweight, dbias = through_affine(z, dy, weight, activation)
+    positions, rstd = (0, *range(2, dz.ndim)), z.rstd[0]
     dmean = -rstd * dxhat.sum(axis=positions)
     dvar = -0.5 * rstd**2 * (dxhat * z.xhat).sum(axis=positions)
     centred = np.where(z.keep, np.asarray(x, dtype=np.float64) - per_sample(m[None], z.groups, dz.ndim), 0.0)
-    through = (
-        per_channel(dmean, dz.ndim, default=0.0) + 2.0 * per_channel(dvar, dz.ndim, default=0.0) * centred
-    )
-    dx = np.where(z.keep, per_channel(rstd, dz.ndim, default=1.0) * dxhat + s * through / max(k, 1.0), 0.0)
-    gradients = Gradients(
-        dx, (dz * z.xhat).sum(axis=positions), dz.sum(axis=positions), None if residual is None else dz
-    )
-    return Corrected(y, m, v, k, gradients)
+    of_mean, of_var, of_xhat = (per_channel(values, dz.ndim, default=0.0) for values in (dmean, dvar, rstd))
+    dx = np.where(z.keep, of_xhat * dxhat + s * (of_mean + 2.0 * of_var * centred) / max(k, 1.0), 0.0)
+    return Corrected(y, m, v, k, Gradients(dx, dweight, dbias, None if residual is None else dz))

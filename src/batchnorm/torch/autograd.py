@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -24,19 +23,17 @@ from torch.autograd import forward_ad
 from batchnorm.kernels.choose import engine, load
 from batchnorm.kernels.interface import Engine, RunningState
 from batchnorm.statistics.moments import PooledMoments
-from batchnorm.statistics.policy import Chosen, gradient_coefficients
+from batchnorm.statistics.policy import Chosen
 
 from . import composite, output_recipes
-from .call import Call
-from .composite import Normalized
-from .policy_step import PolicyStep, array, shows_its_memory, tensor
-from .running_stats import check_finite, of_groups
+from .call import Call, Gradients, Normalized, cast
+from .moments import check_finite, of_groups
+from .policy_step import PolicyStep
 from .tracing import is_batched_cotangent, is_transforming
 
 if TYPE_CHECKING:
     from batchnorm.kernels.cpu.plain_call import PlainCall
 
-Gradients = tuple[Tensor | None, ...]
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 # How a call is launched: the engine; the running statistics that it moves; whether it normalizes by those of
@@ -189,8 +186,8 @@ class _PolicyBatchNorm(torch.autograd.Function):
         if _is_differentiated(dy):
             gradients = composite.gradients(ctx, call, dy, step=step)
         else:
-            gradients = gradients_of(engine, call, dy, step, batch, chosen, ctx.needs_input_grad[0])
-        return *_cast(ctx, gradients, dy, activation, mask), *(None,) * 5
+            gradients = step.gradients(engine, call, dy, batch, chosen, ctx.needs_input_grad[0])
+        return *cast(ctx, gradients, dy, activation, mask), *(None,) * 5
 
 
 def _is_differentiated(dy: Tensor) -> bool:
@@ -210,36 +207,12 @@ def _gradients(
     """Return dx, dweight, dbias and dresidual of a call by its batch, or by `constant` statistics."""
     if not _is_differentiated(dy):
         found: Gradients = engine.backward(call, dy, statistics, constant, activation_mask)
-        return _cast(ctx, found, dy, call.activation, call.mask)
+        return cast(ctx, found, dy, call.activation, call.mask)
     if activation_mask is not None:
         dy = dy * _slopes(engine, call, statistics, activation_mask)
         call = call._replace(activation=None)
     given = _mean_and_rstd(engine, call, statistics) if constant else None
-    return _cast(ctx, composite.gradients(ctx, call, dy, given), dy, call.activation, call.mask)
-
-
-def _cast(
-    ctx: Any, gradients: Gradients, dy: Tensor, activation: str | None, mask: Tensor | None
-) -> Gradients:
-    """Return dx, dweight, dbias and dresidual in the dtypes of their inputs, where these need them."""
-    dx, dweight, dbias, dresidual = gradients
-    _, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
-    weight_dtype, bias_dtype, residual_dtype = ctx.dtypes
-    if not of_weight:
-        dweight = None
-    elif dweight is not None and dweight.dtype is not weight_dtype:
-        dweight = dweight.to(weight_dtype)
-    if not of_bias:
-        dbias = None
-    elif dbias is not None and dbias.dtype is not bias_dtype:
-        dbias = dbias.to(bias_dtype)
-    if not of_residual:
-        return dx, dweight, dbias, None
-    if activation is None:
-        dresidual = composite.cleared(dy, mask)
-    if dresidual is not None and dresidual.dtype is not residual_dtype:
-        dresidual = dresidual.to(residual_dtype)
-    return dx, dweight, dbias, dresidual
+    return cast(ctx, composite.gradients(ctx, call, dy, given), dy, call.activation, call.mask)
 
 
 def _mean_and_rstd(engine: Engine, call: Call, statistics: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -258,65 +231,10 @@ def _slopes(engine: Engine, call: Call, statistics: tuple[Tensor, ...], activati
         return found
 
 
-def gradients_of(
-    engine: Engine,
-    call: Call,
-    dy: Tensor,
-    step: PolicyStep,
-    batch: PooledMoments,
-    chosen: Chosen,
-    needs_dx: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Return dx, dweight, dbias and dresidual; the parameters' are sums over this rank's values alone."""
-    sum_dy, sum_dy_xhat = engine.backward_reduce(call, dy, chosen[:2])
-    dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
-    dweight, dbias = sum_dy_xhat.sum(0).to(dtype), sum_dy.sum(0).to(dtype)
-    if needs_dx:
-        sum_dy, sum_dy_xhat = step.add(sum_dy, sum_dy_xhat)
-    elif call.activation is None or call.residual is None:
-        return None, dweight, dbias, None
-    coefficients = _coefficients(call.weight, chosen, batch, sum_dy, sum_dy_xhat)
-    dx, dresidual = engine.backward_apply(call, dy, chosen[:2], coefficients)
-    return dx, dweight, dbias, dresidual
-
-
-def _coefficients(
-    weight: Tensor | None, chosen: Chosen, batch: PooledMoments, sum_dy: Tensor, sum_dy_xhat: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    # A copy: torch cannot resize memory that an array shares, and FSDP resizes that of its parameters.
-    wide = 1.0 if weight is None else weight.detach().to(sum_dy.dtype, copy=True)
-    if not shows_its_memory(sum_dy):
-        return gradient_coefficients(wide, chosen, batch, sum_dy, sum_dy_xhat)
-    with np.errstate(all="ignore"):
-        found = gradient_coefficients(
-            array(wide),
-            Chosen(*map(array, chosen)),
-            PooledMoments(*map(array, batch)),
-            array(sum_dy),
-            array(sum_dy_xhat),
-        )
-    a, b, c = map(tensor, found)
-    return a, b, c
-
-
-def measured(engine: Engine, call: Call, step: PolicyStep, *, strict: bool) -> tuple[PooledMoments, Chosen]:
-    """Return the moments of all ranks that share them, and what the policy chooses by these.
-
-    Args:
-        strict: raise NonFiniteError where moments are not finite.
-    """
-    with torch.no_grad():
-        found = engine.moments(call.x.detach(), mask=call.mask, group_size=call.group_size)
-        batch, samples = step.share(of_groups(found.count, found.mean, found.m2))
-        if strict:
-            check_finite(batch.mean, batch.m2)
-        return batch, step.recalled(batch).choose(batch, samples, plain=True)
-
-
 def normalize_by_policy(call: Call, step: PolicyStep, *, strict: bool) -> Normalized:
     """Normalize by what the policy's step chooses; as `composite.normalize`."""
     chosen_engine = engine(call.x)
-    batch, chosen = measured(chosen_engine, call, step, strict=strict)
+    batch, chosen = step.measured(chosen_engine, call, strict=strict)
     if not torch.is_grad_enabled():
         return Normalized(chosen_engine.normalize(call, chosen[:2]), batch)
     tensors = (call.x, call.weight, call.bias, call.residual)
@@ -376,8 +294,10 @@ def normalize(
 
 def _batch(engine: Engine, call: Call, statistics: tuple[Tensor, ...], *, strict: bool) -> PooledMoments:
     (count, mean, m2), _ = engine.unpack(statistics, call.x.shape[1])
-    if strict:
-        check_finite(mean, m2)
     if call.mask is None and len(mean) == 1:  # the host knows the count without any operation on tensors
-        return PooledMoments(float(call.x.shape[0] * math.prod(call.x.shape[2:])), mean, m2)
-    return of_groups(count, mean, m2)
+        batch = PooledMoments(float(call.x.shape[0] * math.prod(call.x.shape[2:])), mean, m2)
+    else:
+        batch = of_groups(count, mean, m2)
+    if strict:
+        check_finite(batch)
+    return batch

@@ -1,4 +1,4 @@
-"""Defines the record of a call: its tensors, its running statistics, its options."""
+"""Defines the record of a call (its tensors, running statistics and options) and that of its result."""
 
 from __future__ import annotations
 
@@ -8,47 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm.kernels.interface import RunningState
 from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Policy
 
+Gradients = tuple[Tensor | None, ...]  # dx, dweight, dbias, dresidual, ...
 HALVES = (torch.float16, torch.bfloat16)
-
-
-class RunningState(NamedTuple):
-    """Running statistics of a layer, or none; `kernels.interface.RunningState` says how they move.
-
-    Attributes:
-        mean, var: `[C]`; None = not tracked.
-        batches: how many batches have moved them, an integer tensor of one value.
-        momentum: a batch's fraction, 0..1, a number or a tensor of one; None = 1 / (number of batches).
-        skipped: how many batches with inf or NaN were skipped, an integer tensor of one value; None = such
-            batches are not skipped.
-        sequential: each group of samples moves them as a batch of its own.
-        memory: remembers them for forwards that checkpointing may recompute (`contexts/checkpointing.py`).
-        accumulator: collects the moments of several batches, which move them as one
-            (`contexts/accumulation.py`).
-    """
-
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    batches: Tensor | None = None
-    momentum: float | Tensor | None = 0.1
-    skipped: Tensor | None = None
-    sequential: bool = False
-    memory: Any = None
-    accumulator: Any = None
-
-    @property
-    def is_tracked(self) -> bool:
-        """Whether there is a running statistic or a count that a batch moves."""
-        return self.mean is not None or self.var is not None or self.batches is not None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether there is a mean and a variance, to normalize by."""
-        return self.mean is not None and self.var is not None
-
-
 NO_RUNNING_STATE = RunningState()
 _BATCH = Batch()
 
@@ -86,3 +52,55 @@ class Call(NamedTuple):
     nonfinite: str = "propagate"
     small_batch: str = "raise"
     label: Callable[[], str] | None = None
+
+
+class Normalized(NamedTuple):
+    """Output, and the batch statistics where they were computed.
+
+    Attributes:
+        y: `[N, C, *S]`, in the dtype of x.
+        batch: moments of each group, `[G, C]`, wide; of all ranks, where these share them; None where the
+            statistics were given.
+        moved: whether the running statistics have moved already.
+    """
+
+    y: Tensor
+    batch: PooledMoments | None
+    moved: bool = False
+
+
+def cleared(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return values `[N, C, *S]` with 0 where the mask leaves them out, whatever was there."""
+    return values if mask is None else torch.where(mask.unsqueeze(1), values, 0.0).to(values.dtype)
+
+
+def cast(
+    ctx: Any, gradients: Gradients, dy: Tensor, activation: str | None, mask: Tensor | None
+) -> Gradients:
+    """Return dx, dweight, dbias and dresidual in the dtypes of their inputs, where these need them.
+
+    Args:
+        ctx: of an autograd Function whose first inputs are x, weight, bias and residual; it has `dtypes` of
+            the last three.
+        gradients: what an engine has computed; without an activation, dresidual is not looked at.
+        dy: the cotangent, which is dresidual then.
+        activation, mask: of the call.
+    """
+    dx, dweight, dbias, dresidual = gradients
+    _, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
+    weight_dtype, bias_dtype, residual_dtype = ctx.dtypes
+    if not of_weight:
+        dweight = None
+    elif dweight is not None and dweight.dtype is not weight_dtype:
+        dweight = dweight.to(weight_dtype)
+    if not of_bias:
+        dbias = None
+    elif dbias is not None and dbias.dtype is not bias_dtype:
+        dbias = dbias.to(bias_dtype)
+    if not of_residual:
+        return dx, dweight, dbias, None
+    if activation is None:
+        dresidual = cleared(dy, mask)
+    if dresidual is not None and dresidual.dtype is not residual_dtype:
+        dresidual = dresidual.to(residual_dtype)
+    return dx, dweight, dbias, dresidual

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import ArgumentTypeError, InputShapeError, InputTypeError, OptionError
 from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.layout import shows_values
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.serialized import POLICIES
@@ -28,10 +29,10 @@ _Parameter, _strided, _int64 = nn.Parameter, torch.strided, torch.int64
 
 
 def is_plain(call: Call) -> bool:
-    """Whether a call is as most are: of common tensors on a CPU, by the batch's or the running statistics.
+    """Whether a call is plain: common tensors on a CPU, normalized by the batch or by running statistics.
 
-    The CPU's kernels take such a call as it is, and there is nothing else to check. This is one look, written
-    out, in place of a dozen checks: these took longer than the kernel of a small layer.
+    The kernels for CPUs take such a call as it is, and no other check is needed. The conditions are written
+    out here, because a dozen checks take longer than the kernel of a small layer.
     """
     x, weight, bias, _, mask, activation, eps, _, running, policy, training, nonfinite, _, _ = call
     if (
@@ -39,7 +40,7 @@ def is_plain(call: Call) -> bool:
         or not x.is_cpu
         or x.layout is not _strided
         or x.is_nested
-        or x.is_neg()
+        or not shows_values(x)
         or type(policy) is not Batch
         or mask is not None
         or weight is None
@@ -65,6 +66,7 @@ def is_plain(call: Call) -> bool:
             and vector.is_cpu
             and vector.numel() == channels
             and vector.stride() == (1,)
+            and shows_values(vector)
         ):
             return False
     if not (
@@ -73,12 +75,12 @@ def is_plain(call: Call) -> bool:
         and type(batches) is Tensor
         and batches.dtype is _int64
         and batches.is_cpu
+        and not mean.requires_grad  # type: ignore[union-attr]
+        and not var.requires_grad  # type: ignore[union-attr]
     ):
         return False
     return not training or not (
         nonfinite != "propagate"
-        or mean.requires_grad  # type: ignore[union-attr]
-        or var.requires_grad  # type: ignore[union-attr]
         or mean.is_inference()  # type: ignore[union-attr]
         or var.is_inference()  # type: ignore[union-attr]
         or batches.is_inference()
@@ -131,20 +133,14 @@ def check_small_batch(value: object, tracked: bool) -> None:
     """Raise OptionError unless `small_batch` is valid; "running" needs running statistics."""
     check_choice("small_batch", value, ("raise", "running"))
     if value == "running" and not tracked:
-        raise OptionError(
-            'small_batch="running" normalizes by running statistics, and this layer has none: '
-            "make it with track_running_stats=True"
-        )
+        raise _untracked('small_batch="running" normalizes by running statistics')
 
 
 def check_nonfinite(value: object, tracked: bool) -> None:
     """Raise OptionError unless `nonfinite` is valid; "skip" needs running statistics."""
     check_choice("nonfinite", value, ("propagate", "skip", "raise"))
     if value == "skip" and not tracked:
-        raise OptionError(
-            'nonfinite="skip" leaves running statistics as they are, and this layer has none: '
-            "make it with track_running_stats=True"
-        )
+        raise _untracked('nonfinite="skip" leaves running statistics as they are')
 
 
 def check_policy(policy: object, tracked: bool) -> None:
@@ -154,10 +150,12 @@ def check_policy(policy: object, tracked: bool) -> None:
         known = ", ".join(f"batchnorm.{name}(...)" for name in POLICIES)
         raise OptionError(f"statistics must be one of {known}; got {got}")
     if policy.needs_running and not tracked:
-        raise OptionError(
-            f"statistics={policy} uses running statistics, and this layer has none: "
-            "make it with track_running_stats=True"
-        )
+        raise _untracked(f"statistics={policy} uses running statistics")
+
+
+def _untracked(what: str) -> OptionError:
+    """Return the error for an option of a layer that has no running statistics."""
+    return OptionError(f"{what}, and this layer has none: make it with track_running_stats=True")
 
 
 def check_eps(eps: float, training: bool) -> None:
@@ -335,6 +333,16 @@ def check_running(
         check_vector(name, running, input)
         if running is not None and not running.is_floating_point():
             raise InputTypeError(f"{name} is {_dtype(running)}: running statistics are floating-point")
+
+
+def check_constant(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """Raise InputTypeError, as torch does, where a gradient of running statistics would be needed."""
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is not None and running.requires_grad and torch.is_grad_enabled():
+            raise InputTypeError(
+                f"{name} requires grad, and batch_norm is not differentiable with respect to it: call "
+                f".requires_grad_(False) on it, or pass {name}.detach()"
+            )
 
 
 def check_parameter(name: str, parameter: Tensor | None, input: Tensor) -> None:

@@ -25,52 +25,17 @@ from . import compiled
 from .call import Call
 
 
-def _edition() -> str:
+def _sources() -> str:
     """Return a digest of the sources: torch caches a compiled operator on disk by its arguments."""
     folder = Path(choose.__file__).with_name("gpu")
     sources = [Path(__file__), Path(compiled.__file__), *sorted(folder.glob("*.py"))]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
-EDITION = _edition()
+SOURCES = _sources()
 
-
-@triton_op("batchnorm::normalize_seen", mutates_args=())
-def _normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    given_mean: Tensor | None,
-    given_rstd: Tensor | None,
-    activation: str | None,
-    eps: float,
-    group_size: int | None,
-    edition: str,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = Call(x, weight, bias, residual, mask, activation, eps, group_size)
-    return compiled.normalized(choose.load("gpu"), call, given_mean, given_rstd)
-
-
-@triton_op("batchnorm::normalize_seen_backward", mutates_args=())
-def _normalize_backward(
-    x: Tensor,
-    dy: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    activation: str | None,
-    constant: bool,
-    group_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(x, weight, bias, residual, mask, activation, group_size=group_size)
-    return compiled.gradients(choose.load("gpu"), call, dy, mean, rstd, constant)
-
-
+_normalize = triton_op("batchnorm::normalize_seen", compiled.run_forward, mutates_args=())
+_normalize_backward = triton_op("batchnorm::normalize_seen_backward", compiled.run_backward, mutates_args=())
 compiled.register_gradient(_normalize, _normalize_backward)
 
 # The compiler calls it once, while it makes the graph: an engine that `use` asks for then stays the graph's.
@@ -85,6 +50,6 @@ def can_see(call: Call) -> bool:
 
 
 def normalize(*arguments: Any) -> tuple[Tensor, ...]:
-    """Return y, count, mean, m2 and rstd; see `compiled.normalized`."""
-    found: tuple[Tensor, ...] = _normalize(*arguments, EDITION)
+    """Return y, count, mean, m2 and rstd; see `compiled.run_forward`."""
+    found: tuple[Tensor, ...] = _normalize(*arguments, SOURCES)
     return found

@@ -7,7 +7,7 @@ differentiation and the transforms of `torch.func`, where a hand-written gradien
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Chosen
 
-from .call import Call
+from .call import Call, Normalized, cleared
 
 
 class Step(Protocol):
-    """What a policy does between moments and normalization; `policy_step.PolicyStep` has it."""
+    """What a policy does between moments and normalization, of `policy_step.PolicyStep`."""
 
     def share(
         self, batch: PooledMoments, *, differentiable: bool = False
@@ -30,21 +30,6 @@ class Step(Protocol):
 
     def choose(self, batch: PooledMoments, samples: float | Tensor) -> Chosen:
         """Return what the call normalizes by."""
-
-
-class Normalized(NamedTuple):
-    """Output, and the batch statistics where they were computed.
-
-    Attributes:
-        y: `[N, C, *S]`, in the dtype of x.
-        batch: moments of each group, `[G, C]`, wide; of all ranks, where these share them; None where the
-            statistics were given.
-        moved: whether the running statistics have moved already.
-    """
-
-    y: Tensor
-    batch: PooledMoments | None
-    moved: bool = False
 
 
 def normalize(
@@ -84,11 +69,6 @@ def normalize(
     z = z.to(torch.promote_types(x.dtype, torch.float32)) if exporting else z
     y = z if call.activation is None else ACTIVATIONS[call.activation].value(z)
     return Normalized(cleared(y, mask).to(x.dtype), batch)
-
-
-def cleared(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return values `[N, C, *S]` with 0 where the mask leaves them out, whatever was there."""
-    return values if mask is None else torch.where(mask.unsqueeze(1), values, 0.0).to(values.dtype)
 
 
 def _spread(values: Tensor, x: Tensor, groups: Tensor | None = None) -> Tensor:

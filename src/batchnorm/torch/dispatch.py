@@ -3,7 +3,8 @@
 a layer's plain call, on a CPU    `autograd.py`: prepared; nothing watches, transforms, compiles or exports it
 exported or traced                `exported.py`: torch's own operators
 under a transform                 `composite.py`: plain differentiable operations
-under torch.compile               `compiled.py`: one operator each way; `compiled_kernels.py` on GPUs
+under torch.compile               `compiled.py`: one operator each way; `compiled_kernels.py` on GPUs;
+                                  `compiled_policy.py`: by a policy
 any other                         `autograd.py`: an autograd Function over the kernels
 """
 
@@ -22,15 +23,16 @@ from batchnorm.kernels import choose
 from batchnorm.kernels.eager import constants
 from batchnorm.kernels.interface import RunningState, wide_dtype
 from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.synced import Synced
 
-from . import autograd, checks, compiled, composite
-from .call import Call
+from . import autograd, checks, compiled, compiled_policy, composite
+from .call import Call, Normalized
 from .collectives import operations as collectives
-from .composite import Normalized
 from .exported import behind, stock
+from .moments import check_finite
 from .policy_step import PolicyStep, known_to, samples_of
-from .running_stats import check_finite, move
+from .running_stats import move
 from .tracing import is_exporting, is_recomputed, is_transforming, is_watched, may_hide_addresses
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def batch_norm(call: Call) -> Tensor:
         return _of_mkldnn(call)
     mode, exporting = mode_of(call), is_exporting()
     check(call, mode, exporting=exporting)
+    checks.check_constant(running.mean, running.var)
     if exporting and is_exported_as_stock(call, mode):
         y = stock(call, measures=mode.measures, moves=mode.moves)
         if mode.moves and running.batches is not None:
@@ -116,8 +119,8 @@ class Mode(NamedTuple):
     measures: bool
     moves: bool
     needs_two: bool
-    ranks: collectives.Ranks | None = None
-    small_batch_fallback: bool = False
+    ranks: collectives.Ranks | None
+    small_batch_fallback: bool
 
 
 def mode_of(call: Call) -> Mode:
@@ -126,7 +129,7 @@ def mode_of(call: Call) -> Mode:
     if type(policy) is not Batch:
         checks.check_policy(policy, running.is_complete)
     if not policy.measures(training):
-        return Mode(measures=False, moves=False, needs_two=False)
+        return Mode(measures=False, moves=False, needs_two=False, ranks=None, small_batch_fallback=False)
     moves = running.is_tracked and policy.moves(training) and not is_recomputed()
     ranks = None
     if isinstance(policy, Synced) and training:
@@ -199,16 +202,29 @@ def normalize(call: Call, mode: Mode, running: RunningState | None = None, *, ex
     if exporting or is_transforming():
         found = composite.normalize(call, _given(call, mode), step, exporting=exporting)
         if strict and found.batch is not None:
-            check_finite(found.batch.mean.detach(), found.batch.m2.detach())
+            _check_within_transform(found.batch)
         return found
     if torch.compiler.is_compiling():
         if step is not None:
-            return compiled.normalize_by_policy(call, step, strict=strict)
+            return compiled_policy.normalize(call, step, strict=strict)
         visible = None if strict else _visible_operator(call)
         return compiled.normalize(call, _given(call, mode), strict=strict, visible=visible)
     if step is not None:
         return autograd.normalize_by_policy(call, step, strict=strict)
     return autograd.normalize(call, running, constant=not mode.measures, strict=strict)
+
+
+def _check_within_transform(batch: PooledMoments) -> None:
+    """Raise as `check_finite`; OptionError where a transform of torch.func hides the values."""
+    try:
+        check_finite(PooledMoments(batch.count, batch.mean.detach(), batch.m2.detach()))
+    except RuntimeError as error:
+        if not is_transforming():
+            raise
+        raise OptionError(
+            'nonfinite="raise" cannot look at values under torch.func.vmap: set layer.nonfinite = "skip" or '
+            '"propagate" there'
+        ) from error
 
 
 def _visible_operator(call: Call) -> Callable[..., tuple[Tensor, ...]] | None:

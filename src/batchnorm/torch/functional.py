@@ -7,16 +7,17 @@ from torch._compile import _disable_dynamo
 from torch.overrides import handle_torch_function, has_torch_function
 
 from batchnorm.kernels.choose import engine
-from batchnorm.kernels.interface import wide_dtype
+from batchnorm.kernels.interface import RunningState, wide_dtype
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Policy
 
 from . import checks, dispatch
-from .call import Call, RunningState
+from .call import Call
 from .collectives.operations import differentiable_gather, numbered, sharing_ranks, timeout_of
 from .exported import stock
-from .running_stats import moved, pooled_groups
+from .moments import pooled_groups
+from .running_stats import moved
 from .symbolic import one_node
 from .tracing import is_exporting
 
@@ -150,7 +151,7 @@ def pure_batch_norm(
     y, batch, _ = dispatch.normalize(call, mode, exporting=exporting)
     if batch is None or not mode.moves:
         return y, running_mean, running_var
-    after = moved(running, batch, skip=False)
+    after = moved(running, batch)
     new_mean, new_var = (
         new if old is None or new is None else new.to(old.dtype)
         for old, new in ((running_mean, after.mean), (running_var, after.var))
@@ -175,7 +176,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> PooledMoments:
     checks.check_tensor(input)
     checks.check_input(input)
     checks.check_mask(mask, input)
-    count, mean, m2 = engine(input).moments(input.detach(), mask=mask)
+    count, mean, m2 = engine(input).moments(Call(input.detach(), mask=mask))
     return PooledMoments(count[0], mean[0], m2[0])
 
 
@@ -212,7 +213,8 @@ def normalize_batch(
     checks.check_tensor(input)
     groups, running = statistics.groups(training), RunningState(running_mean, running_var, batches)
     call = Call(input, weight, bias, residual, mask, activation, eps, groups, running, statistics, training)
-    mode, exporting = dispatch.Mode(measures=True, moves=False, needs_two=False), is_exporting()
+    mode = dispatch.Mode(measures=True, moves=False, needs_two=False, ranks=None, small_batch_fallback=False)
+    exporting = is_exporting()
     dispatch.check(call, mode, exporting=exporting)
     y, batch, _ = dispatch.normalize(call, mode, exporting=exporting)
     assert batch is not None

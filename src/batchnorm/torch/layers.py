@@ -2,61 +2,47 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, InputShapeError, OptionError
+from batchnorm.kernels.interface import RunningState
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.policy import Policy
 
 from .autograd import normalize_plain
-from .call import NO_RUNNING_STATE, Call, RunningState
+from .call import NO_RUNNING_STATE, Call
 from .checks import (
     check_activation,
     check_nonfinite,
-    check_policy,
     check_small_batch,
     mask_of_lengths,
     not_a_tensor,
 )
-from .contexts.accumulation import Accumulator
-from .contexts.checkpointing import Memory, Scope
-from .contexts.domains import add_domains, check_domains, fill, select, selected
+from .contexts.checkpointing import Memory
+from .contexts.domains import add_domains, check_domains, fill, selected
 from .dispatch import batch_norm, may_repeat_plain, plain_call
-from .naming import qualified_name
-from .options import keyword_options
-from .own_buffers import OwnBuffers, counter
 from .quantization import refuse_to_fuse
 from .scripted import stock_twin
-from .symbolic import ITSELF, OneNode, is_symbolic
+from .stored_state import StoredState, qualified_name
+from .symbolic import ITSELF, is_symbolic
 from .tracing import may_be_recomputed, may_hide_addresses
 
 if TYPE_CHECKING:
     from batchnorm.kernels.cpu.plain_call import PlainCall
 
 _BATCH = Batch()
-# Attributes of a context, of forwards that may be recomputed, or of prepared calls: no copy or file has them.
-PASSING = ("_memory", "_plain", "_accumulator", "_scope", "_domain")
 
 
-class _Layer(OneNode, OwnBuffers):
+class _Layer(StoredState):
     """What the three layers share; each also subclasses its stock namesake, so `isinstance` holds."""
 
     _ranks: ClassVar[tuple[int, ...]]
-    activation: str | None = None
-    domains: int = 1
-    _statistics: Policy = Batch()
-    _nonfinite: str = "propagate"
-    _small_batch: str = "raise"
-    _label: str | None = None
     _memory: Memory | None = None
-    _accumulator: Accumulator | None = None
-    _scope: Scope | None = None
     _plain: PlainCall | None = None
-    _domain: int | None = None  # whose statistics are in use; None = of domain 0, outside of any context
-    _thawed: Policy  # what `unfreeze` gives back
     _learned: dict[str, bool]  # which parameters learned before `freeze`
     _activation_at: tuple[nn.Module, ...]  # the modules that applied the activation before `fuse`
 
@@ -93,65 +79,6 @@ class _Layer(OneNode, OwnBuffers):
         self.nonfinite = nonfinite
         self.small_batch = small_batch
         self._add_domains(domains)
-
-    @property
-    def statistics(self) -> Policy:
-        """Which statistics the layer normalizes by; set it to change that."""
-        return self._statistics
-
-    @statistics.setter
-    def statistics(self, policy: Policy) -> None:
-        try:
-            check_policy(policy, self.running_mean is not None and self.running_var is not None)
-            if self._accumulator is not None and policy.is_sequential:
-                raise OptionError(
-                    f"statistics={policy} move for each ghost batch, and the layer is within "
-                    "batchnorm.accumulate, which moves them once: set it outside of the block"
-                )
-        except BatchNormError as error:
-            raise error.at(qualified_name(self)) from None
-        self._statistics = policy
-        vars(self).pop("_label", None)
-        vars(self).pop("_thawed", None)  # what `unfreeze` would give back
-
-    @property
-    def nonfinite(self) -> str:
-        """What a batch with inf or NaN does to the running statistics: "propagate", "skip" or "raise"."""
-        return self._nonfinite
-
-    @nonfinite.setter
-    def nonfinite(self, value: str) -> None:
-        try:
-            check_nonfinite(value, self.running_mean is not None and self.running_var is not None)
-        except BatchNormError as error:
-            raise error.at(qualified_name(self)) from None
-        if value != self._nonfinite:
-            self._nonfinite = value
-        if value == "skip" and self.skipped is None:
-            place = next(iter(self.parameters()), self.running_mean)
-            device = None if place is None else place.device
-            # Not by `register_buffer`, for which the property is in the way; not part of the state.
-            self._buffers["skipped"] = counter(device)
-            self._non_persistent_buffers_set = self._non_persistent_buffers_set | {"skipped"}
-
-    @property
-    def small_batch(self) -> str:
-        """What one value per channel does in training: "raise", or "running": by the running statistics."""
-        return self._small_batch
-
-    @small_batch.setter
-    def small_batch(self, value: str) -> None:
-        try:
-            check_small_batch(value, self.running_mean is not None and self.running_var is not None)
-        except BatchNormError as error:
-            raise error.at(qualified_name(self)) from None
-        if value != self._small_batch:
-            self._small_batch = value
-
-    @property
-    def skipped(self) -> Tensor | None:
-        """How many batches with inf or NaN were skipped, an integer tensor; None where none are."""
-        return self._buffers.get("skipped")
 
     def _add_domains(self, domains: int) -> None:
         """Add running statistics for further domains, each a copy of those of domain 0."""
@@ -336,14 +263,6 @@ class _Layer(OneNode, OwnBuffers):
         with selected(self, 0):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy or file; the contexts that the layer is in are not part of it."""
-        state = {name: value for name, value in vars(self).items() if name not in PASSING}
-        if self._domain:
-            state["_buffers"] = dict(self._buffers)
-            select(state["_buffers"], self._domain, 0)
-        return state
-
     def __prepare_scriptable__(self) -> nn.Module:
         """Return the stock layer that `torch.jit.script` compiles in place of this one: the same tensors.
 
@@ -353,8 +272,12 @@ class _Layer(OneNode, OwnBuffers):
 
 
 # Attributes of our layers that no stock layer has; and options, each with the value that is stock's way.
-OURS = tuple(_Layer.__annotations__)
-OPTIONS = keyword_options(_Layer.__init__)
+OURS = (*StoredState.__annotations__, *_Layer.__annotations__)
+OPTIONS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(_Layer.__init__).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "bias"  # a stock layer's bias can be None, too
+}
 
 
 def beyond_stock(layer: nn.Module) -> dict[str, Any]:
@@ -384,7 +307,6 @@ _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
             `Ghost`, `Synced`, `Renorm`, `Running`, `Adapted`. An attribute of the layer; it can be set.
         activation: applied in the same pass (keyword only): relu, relu6, leaky_relu (slope 0.01), silu,
             gelu (erf), hardswish, sigmoid, tanh, elu (α = 1), or None.
-
         nonfinite: what a batch with inf or NaN does (keyword only): "propagate", as in torch; "skip": the
             running statistics stay, and `skipped` counts it; "raise": NonFiniteError. It can be set.
         small_batch: what one value per channel, or per ghost batch, does in training (keyword only):

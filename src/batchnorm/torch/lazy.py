@@ -6,27 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from batchnorm.statistics.batch import Batch
-from batchnorm.statistics.policy import Policy
-
 from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Layer
-from .own_buffers import OwnBuffers
-from .symbolic import OneNode
+from .stored_state import StoredState
 
 
-class _Lazy(OneNode, OwnBuffers):
-    """The options that a lazy layer stores for the layer that it becomes."""
-
-    activation: str | None = None
-    statistics: Any = _Layer.statistics
-    nonfinite: Any = _Layer.nonfinite
-    small_batch: Any = _Layer.small_batch
-    skipped: Any = _Layer.skipped
-    _statistics: Policy = Batch()
-    _nonfinite: str = "propagate"
-    _small_batch: str = "raise"
-    _accumulator: Any = None
-    _scope: Any = None
+class _Lazy(StoredState):
+    """What the three lazy layers share: they store the options of the layer that they become."""
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """Create the tensors, and set the number of channels.

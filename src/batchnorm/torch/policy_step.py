@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.interface import wide_dtype
+from batchnorm.kernels.interface import Engine, wide_dtype
 from batchnorm.statistics.moments import PooledMoments, pooled
-from batchnorm.statistics.policy import Chosen, Known, Policy
+from batchnorm.statistics.policy import Chosen, Known, Policy, gradient_coefficients
 
+from .call import Call
 from .collectives import operations as collectives
+from .moments import check_finite, of_groups
 
 
 class Recall(Protocol):
@@ -47,10 +49,10 @@ class OfNumPy:
 
 
 class PolicyStep(NamedTuple):
-    """What the policy of a call takes into account.
+    """The policy of a call, and what it takes into account.
 
     Attributes:
-        policy: as it stands on the layer.
+        policy: the layer's policy.
         training: the mode.
         known: running statistics, wide, and more; copies that no later step changes.
         ranks: the ranks that share statistics; None = no other rank does.
@@ -66,6 +68,42 @@ class PolicyStep(NamedTuple):
     label: str = ""
     small_batch_fallback: bool = False
     memory: Recall | None = None
+
+    def measured(self, engine: Engine, call: Call, *, strict: bool) -> tuple[PooledMoments, Chosen]:
+        """Return the moments of all ranks that share them, and what the policy chooses by these.
+
+        Args:
+            engine: takes the moments of this rank.
+            call: the call.
+            strict: raise NonFiniteError where moments are not finite.
+        """
+        with torch.no_grad():
+            found = engine.moments(Call(call.x.detach(), mask=call.mask, group_size=call.group_size))
+            batch, samples = self.share(of_groups(*found))
+            if strict:
+                check_finite(batch)
+            return batch, self.recalled(batch).choose(batch, samples, plain=True)
+
+    def gradients(
+        self,
+        engine: Engine,
+        call: Call,
+        dy: Tensor,
+        batch: PooledMoments,
+        chosen: Chosen,
+        needs_dx: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """Return dx, dweight, dbias and dresidual; the parameters' are sums over this rank's values alone."""
+        sum_dy, sum_dy_xhat = engine.backward_reduce(call, dy, chosen[:2])
+        dtype = torch.float64 if call.x.dtype == torch.float64 else torch.float32
+        dweight, dbias = sum_dy_xhat.sum(0).to(dtype), sum_dy.sum(0).to(dtype)
+        if needs_dx:
+            sum_dy, sum_dy_xhat = self.add(sum_dy, sum_dy_xhat)
+        elif call.activation is None or call.residual is None:
+            return None, dweight, dbias, None
+        coefficients = _coefficients(call.weight, chosen, batch, sum_dy, sum_dy_xhat)
+        dx, dresidual = engine.backward_apply(call, dy, chosen[:2], coefficients)
+        return dx, dweight, dbias, dresidual
 
     def share(
         self, batch: PooledMoments, *, differentiable: bool = False
@@ -168,3 +206,22 @@ def samples_of(x: Tensor, mask: Tensor | None) -> float | Tensor:
     if mask is None:
         return 1.0 * x.shape[0]  # not float(): an exporter's size may be a symbol
     return mask.unsqueeze(1).flatten(1).any(1).sum(dtype=wide_dtype(x.device))
+
+
+def _coefficients(
+    weight: Tensor | None, chosen: Chosen, batch: PooledMoments, sum_dy: Tensor, sum_dy_xhat: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    # A copy: torch cannot resize memory that an array shares, and FSDP resizes that of its parameters.
+    wide = 1.0 if weight is None else weight.detach().to(sum_dy.dtype, copy=True)
+    if not shows_its_memory(sum_dy):
+        return gradient_coefficients(wide, chosen, batch, sum_dy, sum_dy_xhat)
+    with np.errstate(all="ignore"):
+        found = gradient_coefficients(
+            array(wide),
+            Chosen(*map(array, chosen)),
+            PooledMoments(*map(array, batch)),
+            array(sum_dy),
+            array(sum_dy_xhat),
+        )
+    a, b, c = map(tensor, found)
+    return a, b, c

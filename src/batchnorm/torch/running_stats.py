@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.errors import NonFiniteError, OptionError
+from batchnorm.errors import OptionError
+from batchnorm.kernels.interface import RunningState
 from batchnorm.statistics.batch import running_update
-from batchnorm.statistics.moments import PooledMoments, pooled
+from batchnorm.statistics.moments import PooledMoments
 
-from .call import RunningState
+from .moments import is_finite, pooled_groups
 from .tracing import is_transforming
 
 
@@ -24,51 +25,7 @@ class Moved(NamedTuple):
     skipped: Tensor | None
 
 
-def of_groups(count: float | Tensor, mean: Tensor, m2: Tensor) -> PooledMoments:
-    """Return moments `[G, C]` with a count that broadcasts against them: a number, or `[G, 1]`."""
-    spread = count.unsqueeze(1) if isinstance(count, Tensor) else count
-    return PooledMoments(spread, mean, m2)
-
-
-def pooled_groups(batch: PooledMoments) -> PooledMoments:
-    """Return the moments of all groups together, `[C]`."""
-    if batch.mean.shape[0] > 1:
-        return pooled(batch, torch)
-    is_each = isinstance(batch.count, Tensor) and batch.count.dim() > 0  # a tracer's sizes are tensors, too
-    count = batch.count[0] if is_each else batch.count
-    return PooledMoments(count, batch.mean[0], batch.m2[0])
-
-
-def is_finite(batch: PooledMoments) -> Tensor:
-    """Return whether all moments are finite, as a tensor: the host does not wait for it."""
-    return torch.isfinite(batch.mean).all() & torch.isfinite(batch.m2).all()
-
-
-def check_finite(mean: Tensor, m2: Tensor) -> None:
-    """Raise NonFiniteError unless all moments are finite; the host waits for a device here.
-
-    Raises:
-        OptionError: a transform of torch.func hides the values.
-    """
-    try:
-        is_fine = bool(torch.isfinite(mean).all() & torch.isfinite(m2).all())
-    except RuntimeError as error:
-        if not is_transforming():
-            raise
-        raise OptionError(
-            'nonfinite="raise" cannot look at values under torch.func.vmap: set layer.nonfinite = "skip" or '
-            '"propagate" there'
-        ) from error
-    if not is_fine:
-        channels = (~(torch.isfinite(mean) & torch.isfinite(m2))).any(0).nonzero().flatten().tolist()
-        first = ", ".join(map(str, channels[:5])) + (", ..." if len(channels) > 5 else "")
-        raise NonFiniteError(
-            f"the input has inf or NaN in channel {first} ({len(channels)} of {mean.shape[1]}): look at what "
-            'comes before this layer, or let it pass such batches over with nonfinite="skip"'
-        )
-
-
-def moved(running: RunningState, batch: PooledMoments, *, skip: bool) -> Moved:
+def moved(running: RunningState, batch: PooledMoments, *, is_counted: Tensor | None = None) -> Moved:
     """Return the running statistics after a batch; nothing is written.
 
         running = (1 - momentum) * running + momentum * batch,    with var = m2 / (n - 1)
@@ -78,7 +35,8 @@ def moved(running: RunningState, batch: PooledMoments, *, skip: bool) -> Moved:
     Args:
         running: running statistics, or None each.
         batch: its moments, `[G, C]`.
-        skip: a batch with inf or NaN leaves all as it is, and counts as skipped.
+        is_counted: whether the batch counts, a bool tensor of one value; if not, it leaves all as it is, and
+            counts as skipped. None = it counts.
     """
     batch = PooledMoments(batch.count, batch.mean.detach(), batch.m2.detach())
     parts = [pooled_groups(batch)]
@@ -90,14 +48,13 @@ def moved(running: RunningState, batch: PooledMoments, *, skip: bool) -> Moved:
         momentum = _momentum(running, number, batch.mean)
         mean = _update(mean, part.mean, part.count, momentum)
         var = _update(var, part.m2, part.count, momentum, corrected=True)
-    if not skip:
+    if is_counted is None:
         return Moved(mean, var, len(parts), None)
-    fine = is_finite(batch)
     mean, var = (
-        None if old is None or new is None else torch.where(fine, new, old.detach().to(new.dtype))
+        None if old is None or new is None else torch.where(is_counted, new, old.detach().to(new.dtype))
         for old, new in ((running.mean, mean), (running.var, var))
     )
-    return Moved(mean, var, fine * len(parts), ~fine)
+    return Moved(mean, var, is_counted * len(parts), ~is_counted)
 
 
 def _update(
@@ -141,8 +98,8 @@ def _check_writable(running: RunningState) -> None:
 
 
 def move(running: RunningState, batch: PooledMoments, *, skip: bool = False) -> None:
-    """Move the running statistics and the counts in place, as `moved` says."""
-    write(running, moved(running, batch, skip=skip))
+    """Move the running statistics and the counts in place; `skip`: unless the batch has inf or NaN."""
+    write(running, moved(running, batch, is_counted=is_finite(batch) if skip else None))
 
 
 def write(running: RunningState, after: Moved) -> None:

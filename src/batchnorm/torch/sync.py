@@ -25,8 +25,8 @@ class SyncBatchNorm(_Layer):
 
     In training, mean and var (biased) are those of the batches of all ranks together, as if one process had
     them. The running statistics move by these, with the unbiased variance, and are the same on all ranks bit
-    for bit. In evaluation mean and var are the running ones, and no rank waits for another. The layer is that
-    with `statistics=Synced(...)`, which has the details, for inputs of any number of dimensions.
+    for bit. In evaluation mean and var are the running ones, and no rank waits for another. It is a
+    layer with `statistics=Synced(...)`, for inputs of any number of dimensions; `Synced` has the details.
 
     Args:
         num_features: C, the number of channels.

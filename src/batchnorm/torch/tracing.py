@@ -76,9 +76,9 @@ _current_backward = torch._C._current_graph_task_id
 
 
 def is_watched() -> bool:
-    """Whether torch compiles, traces, intercepts or recomputes what is called now, or takes its tangent.
+    """Whether torch compiles, traces, intercepts, differentiates forward or recomputes the current call.
 
-    It leaves out the transforms of `torch.func`: `may_hide_addresses` knows these.
+    It does not look for transforms of `torch.func`: `may_hide_addresses` does.
     """
     return (
         torch.compiler.is_dynamo_compiling()
@@ -91,5 +91,8 @@ def is_watched() -> bool:
 
 
 def may_hide_addresses(x: Tensor) -> bool:
-    """Whether a transform of `torch.func` is active, or has left its wrapper around a tensor."""
-    return is_transforming() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether a tensor may have no address: under a transform of `torch.func`, in its wrapper, or all zero.
+
+    A ZeroTensor (`torch._efficientzerotensor`) has no memory.
+    """
+    return is_transforming() or torch._C._functorch.is_functorch_wrapped_tensor(x) or x._is_zerotensor()

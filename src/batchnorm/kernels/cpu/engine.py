@@ -6,13 +6,14 @@ Its form of statistics is one tensor, `[G + 3 G C]`: count `[G]`, then mean, m2 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from batchnorm.kernels.eager import constants
 from batchnorm.kernels.interface import Call, Coefficients, Moments, RunningState, Statistics
-from batchnorm.kernels.layout import is_alike, laid_out_as
+from batchnorm.kernels.layout import in_memory, is_alike, laid_out_as, shows_values
 
 from . import huge_pages
 from .jit import kernel
@@ -24,17 +25,85 @@ from .statistics import CHANNELS
 _WIDE = torch.float64
 
 
-def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
+class _Launch:
+    """One launch: a copy of the prepared record, in which it sets the addresses of a call's tensors.
+
+    It refers to whatever the record has the address of, so that nothing is freed while the kernel runs.
+
+    Attributes:
+        x: input of the call, or a dense copy of it.
+        prepared: what was prepared for it.
+        args: the record.
+        weight: weight of the call, in the dtype of the arithmetic.
+    """
+
+    __slots__ = ("_held", "_x", "args", "prepared", "weight", "x")
+
+    def __init__(self, call: Call, what: Pass, group_size: int | None) -> None:
+        x, weight, bias, residual, mask = call.x, call.weight, call.bias, call.residual, call.mask
+        self._x = x
+        options = (mask is not None, group_size, call.activation, what)
+        prepared = prepare(x.shape, x.stride(), x.dtype, *options)
+        if not prepared.is_dense or not shows_values(x):
+            x = in_memory(x).contiguous()
+            prepared = prepare(x.shape, x.stride(), x.dtype, *options)
+        self.x, self.prepared, self.args = x, prepared, copied(prepared.template)
+        args = self.args
+        args.x = x.data_ptr()
+        if weight is not None:
+            weight = _contiguous(weight, prepared.real)
+            args.weight = weight.data_ptr()
+        if bias is not None:
+            bias = _contiguous(bias, prepared.real)
+            args.bias = bias.data_ptr()
+        if residual is not None:
+            residual = _laid_out(residual, x)
+            args.residual = residual.data_ptr()
+        if mask is not None:
+            mask = mask.contiguous()
+            args.mask = mask.data_ptr()
+        self.weight = weight
+        self._held: tuple[Tensor | None, ...] = (bias, residual, mask)
+
+    def give(self, statistics: Statistics) -> None:
+        """Sets the addresses of given statistics."""
+        if len(statistics) == 1:
+            table = _contiguous(statistics[0], _WIDE)
+            self.args.statistics = table.data_ptr()
+            self._held += (table,)
+        else:
+            mean, rstd = (_contiguous(values, _WIDE) for values in statistics[:2])
+            self.args.mean, self.args.rstd = mean.data_ptr(), rstd.data_ptr()
+            self._held += (mean, rstd)
+
+    def statistics(self) -> Tensor:
+        """Returns memory for the statistics."""
+        table = EMPTY.new_empty(self.prepared.statistics)
+        self.args.statistics = table.data_ptr()
+        return table
+
+    def scratch(self) -> Tensor:
+        """Returns memory that the pass needs besides."""
+        scratch = EMPTY.new_empty(self.prepared.scratch)
+        self.args.scratch = scratch.data_ptr()
+        self._held += (scratch,)
+        return scratch
+
+    def output(self) -> Tensor:
+        """Returns memory for an output in the layout of x."""
+        return huge_pages.empty_like(self.x) if self.prepared.is_huge else torch.empty_like(self.x)
+
+    def returned(self, output: Tensor) -> Tensor:
+        """Returns an output in the layout of the call's own x."""
+        return output if self.x is self._x else laid_out_as(self._x, output)
+
+
+def moments(call: Call) -> Moments:
     """See `interface.Engine.moments`."""
-    x, prepared = _prepared(x, mask is not None, group_size, None, "moments")
-    args, mask = copied(prepared.template), None if mask is None else mask.contiguous()
-    args.x = x.data_ptr()
-    if mask is not None:
-        args.mask = mask.data_ptr()
-    statistics, scratch = EMPTY.new_empty(prepared.statistics), EMPTY.new_empty(prepared.scratch)
-    args.statistics, args.scratch = statistics.data_ptr(), scratch.data_ptr()
-    prepared.run(args)
-    return unpack((statistics,), prepared.channels)[0]
+    launch = _Launch(call, "moments", call.group_size)
+    statistics, _ = launch.statistics(), launch.scratch()
+    launch.prepared.run(launch.args)
+    return unpack((statistics,), launch.prepared.channels)[0]
 
 
 def forward(
@@ -42,23 +111,19 @@ def forward(
 ) -> tuple[Tensor, Statistics]:
     """See `interface.Engine.forward`."""
     assert activation_mask is None, "it keeps none"
-    x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "forward")
-    args = copied(prepared.template)
-    inputs = _inputs(args, x, prepared.real, call)
-    y = huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
-    statistics = EMPTY.new_empty(prepared.statistics)
-    args.y, args.eps, args.statistics = y.data_ptr(), call.eps, statistics.data_ptr()
+    launch = _Launch(call, "forward", call.group_size)
+    args, prepared = launch.args, launch.prepared
+    y, statistics = launch.output(), launch.statistics()
+    args.y, args.eps = y.data_ptr(), call.eps
     if prepared.scratch:
-        scratch = EMPTY.new_empty(prepared.scratch)
-        args.scratch = scratch.data_ptr()
+        launch.scratch()
     written = None if running is None else _running(args, running)
     prepared.run(args)
     if written:
         if running is not None and prepared.groups > 1:
             _move_by_groups(args, prepared, running.sequential)
         increment_version(written)
-    del inputs
-    return y if x is call.x else laid_out_as(call.x, y), (statistics,)
+    return launch.returned(y), (statistics,)
 
 
 def evaluate(
@@ -66,35 +131,28 @@ def evaluate(
 ) -> tuple[Tensor, Statistics]:
     """See `interface.Engine.evaluate`."""
     assert activation_mask is None, "it keeps none"
-    x, prepared = _prepared(call.x, call.mask is not None, None, call.activation, "evaluate")
-    if not (_is_readable(mean, prepared.real) and _is_readable(var, prepared.real)):
+    real = torch.float64 if call.x.dtype == torch.float64 else torch.float32
+    if not (_is_readable(mean, real) and _is_readable(var, real)):
         given = constants(mean, var, call.eps)
         return normalize(call, given), given
-    args = copied(prepared.template)
-    inputs = _inputs(args, x, prepared.real, call)
-    y = huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
+    launch = _Launch(call, "evaluate", None)
+    args, y = launch.args, launch.output()
     args.y, args.eps = y.data_ptr(), call.eps
     args.running_mean, args.running_var = mean.data_ptr(), var.data_ptr()
-    statistics: Statistics = ()
-    if keeps or not prepared.is_small:
-        statistics = (EMPTY.new_empty(prepared.statistics),)
-        args.statistics = statistics[0].data_ptr()
-    prepared.run(args)
-    del inputs
-    return y if x is call.x else laid_out_as(call.x, y), statistics
+    statistics = (launch.statistics(),) if keeps or not launch.prepared.is_small else ()
+    launch.prepared.run(args)
+    return launch.returned(y), statistics
 
 
 def normalize(call: Call, statistics: Statistics, activation_mask: Tensor | None = None) -> Tensor:
     """See `interface.Engine.normalize`."""
     assert activation_mask is None, "it keeps none"
-    x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "normalize")
-    args = copied(prepared.template)
-    inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
-    y = huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
-    args.y = y.data_ptr()
-    prepared.run(args)
-    del inputs, given
-    return y if x is call.x else laid_out_as(call.x, y)
+    launch = _Launch(call, "normalize", call.group_size)
+    launch.give(statistics)
+    y = launch.output()
+    launch.args.y = y.data_ptr()
+    launch.prepared.run(launch.args)
+    return launch.returned(y)
 
 
 def unpack(statistics: Statistics, channels: int) -> tuple[Moments, Tensor]:
@@ -114,45 +172,25 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `interface.Engine.backward`."""
     assert activation_mask is None, "it keeps none"
-    residual = call.residual
-    x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "backward")
-    args = copied(prepared.template)
-    inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
-    if dy.stride() != x.stride() or dy.dtype is not x.dtype or dy.is_neg():
-        dy = torch.empty_like(x).copy_(dy)
-    dx = huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
-    dweight, dbias = _parameters(inputs[0], prepared)
-    args.dy, args.dx, args.constant = dy.data_ptr(), dx.data_ptr(), constant
-    args.dweight, args.dbias = dweight.data_ptr(), dbias.data_ptr()
+    launch = _Launch(call, "backward", call.group_size)
+    args, prepared = launch.args, launch.prepared
+    launch.give(statistics)
+    dweight, dbias = _parameters(launch.weight, prepared)
+    args.constant, args.dweight, args.dbias = constant, dweight.data_ptr(), dbias.data_ptr()
     if prepared.scratch:
-        scratch = EMPTY.new_empty(prepared.scratch)
-        args.scratch = scratch.data_ptr()
-    dresidual = None
-    if residual is not None:
-        dresidual = _output(x, prepared)
-        args.dresidual = dresidual.data_ptr()
-    if prepared.groups == 1:
-        prepared.run(args)
-    else:
-        _run_groups(args, prepared)
-    del inputs, given
-    if x is not call.x:
-        dx = laid_out_as(call.x, dx)
-    if dresidual is not None and residual is not None and not is_alike(dresidual, residual):
-        dresidual = laid_out_as(residual, dresidual)
+        launch.scratch()
+    dx, dresidual = _differentiated(launch, call, dy, _run if prepared.groups == 1 else _run_groups)
     return dx, dweight, dbias, dresidual
 
 
 def backward_reduce(call: Call, dy: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
     """See `interface.Engine.backward_reduce`."""
-    x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "reduce")
-    args = copied(prepared.template)
-    inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
-    dy = _laid_out(dy, x)
-    scratch = EMPTY.new_empty(prepared.scratch)
-    args.dy, args.scratch = dy.data_ptr(), scratch.data_ptr()
+    launch = _Launch(call, "reduce", call.group_size)
+    args, prepared = launch.args, launch.prepared
+    launch.give(statistics)
+    dy, scratch = _laid_out(dy, launch.x), launch.scratch()
+    args.dy = dy.data_ptr()
     prepared.run(args)
-    del inputs, given
     groups, channels = prepared.groups, prepared.channels
     start = args.parts * groups + 3 * groups * channels  # behind part_count, a, b and c
     sums = scratch[start : start + 2 * groups * channels].view(2, groups, channels)
@@ -163,24 +201,27 @@ def backward_apply(
     call: Call, dy: Tensor, statistics: Statistics, coefficients: Coefficients
 ) -> tuple[Tensor, Tensor | None]:
     """See `interface.Engine.backward_apply`."""
-    residual = call.residual
-    x, prepared = _prepared(call.x, call.mask is not None, call.group_size, call.activation, "apply")
-    args = copied(prepared.template)
-    inputs, given = _inputs(args, x, prepared.real, call), _given(args, statistics)
-    dy = _laid_out(dy, x)
+    launch = _Launch(call, "apply", call.group_size)
+    launch.give(statistics)
     a, b, c = (_contiguous(values, _WIDE) for values in coefficients)
-    args.dy, args.a, args.b, args.c = dy.data_ptr(), a.data_ptr(), b.data_ptr(), c.data_ptr()
-    dx, dresidual = _output(x, prepared), None if residual is None else _output(x, prepared)
-    args.dx = dx.data_ptr()
-    if dresidual is not None:
-        args.dresidual = dresidual.data_ptr()
-    prepared.run(args)
-    del inputs, given
-    if x is not call.x:
-        dx = laid_out_as(call.x, dx)
+    launch.args.a, launch.args.b, launch.args.c = a.data_ptr(), b.data_ptr(), c.data_ptr()
+    return _differentiated(launch, call, dy, _run)
+
+
+def _differentiated(
+    launch: _Launch, call: Call, dy: Tensor, run: Callable[[KernelArgs, Prepared], None]
+) -> tuple[Tensor, Tensor | None]:
+    """Runs a backward, and returns dx and dresidual in the layouts of x and of the residual."""
+    residual = call.residual
+    dy, dx, dresidual = _laid_out(dy, launch.x), launch.output(), None
+    launch.args.dy, launch.args.dx = dy.data_ptr(), dx.data_ptr()
+    if residual is not None:
+        dresidual = launch.output()
+        launch.args.dresidual = dresidual.data_ptr()
+    run(launch.args, launch.prepared)
     if dresidual is not None and residual is not None and not is_alike(dresidual, residual):
         dresidual = laid_out_as(residual, dresidual)
-    return dx, dresidual
+    return launch.returned(dx), dresidual
 
 
 def moves(x: Tensor, running: RunningState) -> bool:
@@ -207,6 +248,7 @@ def _is_readable(values: Tensor, dtype: torch.dtype) -> bool:
         and values.dtype is dtype
         and values.is_cpu
         and values.is_contiguous()
+        and shows_values(values)
     )
 
 
@@ -215,71 +257,24 @@ def _is_writable(values: Tensor, dtype: torch.dtype) -> bool:
     return _is_readable(values, dtype) and not values.requires_grad and not values.is_inference()
 
 
-def _prepared(
-    x: Tensor, masked: bool, group_size: int | None, activation: str | None, what: Pass
-) -> tuple[Tensor, Prepared]:
-    """Returns x, or a dense copy of it, and the launch for it."""
-    prepared = prepare(x.shape, x.stride(), x.dtype, masked, group_size, activation, what)
-    if prepared.is_dense and not x.is_neg():
-        return x, prepared
-    x = x.resolve_neg().contiguous()
-    return x, prepare(x.shape, x.stride(), x.dtype, masked, group_size, activation, what)
-
-
 def _contiguous(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values if values.dtype is dtype and values.is_contiguous() else values.to(dtype).contiguous()
+    """Returns numbers of a dtype, side by side in memory."""
+    if values.dtype is dtype and values.is_contiguous() and shows_values(values):
+        return values
+    return in_memory(values).to(dtype).contiguous()
 
 
 def _laid_out(values: Tensor, x: Tensor) -> Tensor:
     """Returns values in the dtype and layout of x."""
-    if is_alike(values, x) and not values.is_neg():
+    if is_alike(values, x) and shows_values(values):
         return values
     return torch.empty_like(x).copy_(values)
 
 
-def _output(x: Tensor, prepared: Prepared) -> Tensor:
-    """Returns memory for an output in the layout of x."""
-    return huge_pages.empty_like(x) if prepared.is_huge else torch.empty_like(x)
-
-
-def _inputs(args: KernelArgs, x: Tensor, real: torch.dtype, call: Call) -> tuple[Tensor | None, ...]:
-    """Sets the addresses of all inputs but statistics; returns tensors that must outlive the launch."""
-    weight, bias, residual, mask = call.weight, call.bias, call.residual, call.mask
-    args.x = x.data_ptr()
-    if weight is not None:
-        if weight.dtype is not real or not weight.is_contiguous():
-            weight = weight.to(real).contiguous()
-        args.weight = weight.data_ptr()
-    if bias is not None:
-        if bias.dtype is not real or not bias.is_contiguous():
-            bias = bias.to(real).contiguous()
-        args.bias = bias.data_ptr()
-    if residual is not None:
-        residual = _laid_out(residual, x)
-        args.residual = residual.data_ptr()
-    if mask is not None:
-        mask = mask.contiguous()
-        args.mask = mask.data_ptr()
-    return weight, bias, residual, mask
-
-
-def _given(args: KernelArgs, statistics: Statistics) -> Statistics:
-    """Sets the addresses of statistics; returns tensors that must outlive the launch."""
-    if len(statistics) == 1:
-        table = _contiguous(statistics[0], _WIDE)
-        args.statistics = table.data_ptr()
-        return (table,)
-    mean, rstd = (_contiguous(values, _WIDE) for values in statistics[:2])
-    args.mean, args.rstd = mean.data_ptr(), rstd.data_ptr()
-    return mean, rstd
-
-
 def _parameters(weight: Tensor | None, prepared: Prepared) -> tuple[Tensor, Tensor]:
     """Returns memory for dweight and dbias, in the dtype of the arithmetic, which the weight has."""
-    if weight is None:
-        shape = (prepared.channels,)
-        return EMPTY.new_empty(shape, dtype=prepared.real), EMPTY.new_empty(shape, dtype=prepared.real)
-    return torch.empty_like(weight), torch.empty_like(weight)
+    like = EMPTY.new_empty(prepared.channels, dtype=prepared.real) if weight is None else weight
+    return torch.empty_like(like), torch.empty_like(like)
 
 
 def _running(args: KernelArgs, running: RunningState) -> list[Tensor]:
@@ -308,6 +303,10 @@ def _move_by_groups(args: KernelArgs, prepared: Prepared, sequential: bool) -> N
     args.pooled_mean, args.pooled_m2 = (row.data_ptr() for row in pooled)
     args.sequential = sequential
     _run_over_groups("groups_forward", args, prepared)
+
+
+def _run(args: KernelArgs, prepared: Prepared) -> None:
+    prepared.run(args)
 
 
 def _run_groups(args: KernelArgs, prepared: Prepared) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from batchnorm.kernels.layout import shows_values
+
 from . import huge_pages
 from .prepared import EMPTY, copied, increment_version, prepare
 
@@ -96,32 +98,36 @@ class PlainCall:
         """
         weight, bias, mean, var, batches = self.tensors
         at_weight, at_bias, at_mean, at_var, at_batches = self._addresses
-        return (
-            type(x) is Tensor
-            and x.is_cpu
-            and x.layout is _strided
-            and not x.is_nested
-            and x.dtype is self._dtype
-            and x.shape == self._shape
-            and x.stride() == self._stride
-            and not x.is_neg()
-            and parameters.get("weight") is weight
-            and parameters.get("bias") is bias
-            and buffers.get("running_mean") is mean
-            and buffers.get("running_var") is var
-            and buffers.get("num_batches_tracked") is batches
-            and weight.dtype is self._learned
-            and bias.dtype is self._learned
-            and weight.data_ptr() == at_weight
-            and bias.data_ptr() == at_bias
-            and mean.data_ptr() == at_mean
-            and var.data_ptr() == at_var
-            and batches.data_ptr() == at_batches
-            and (residual is None or self.is_alike(residual))
-        )
+        try:
+            return (
+                type(x) is Tensor
+                and x.is_cpu
+                and x.layout is _strided
+                and x.dtype is self._dtype
+                and x.shape == self._shape
+                and x.stride() == self._stride
+                and not x.is_neg()
+                and parameters["weight"] is weight
+                and parameters["bias"] is bias
+                and buffers["running_mean"] is mean
+                and buffers["running_var"] is var
+                and buffers["num_batches_tracked"] is batches
+                and weight.dtype is self._learned
+                and bias.dtype is self._learned
+                and weight.data_ptr() == at_weight
+                and bias.data_ptr() == at_bias
+                and mean.data_ptr() == at_mean
+                and var.data_ptr() == at_var
+                and batches.data_ptr() == at_batches
+                and not mean.requires_grad
+                and not var.requires_grad
+                and (residual is None or self.is_alike(residual))
+            )
+        except (KeyError, RuntimeError):  # attributes in place of buffers; a nested x, which has no shape
+            return False
 
     def is_alike(self, residual: Tensor) -> bool:
-        """Returns whether a residual has the shape, strides and dtype of the input, and an address."""
+        """Returns whether a residual has the shape, strides and dtype of the input, and memory of its own."""
         return (
             type(residual) is Tensor
             and residual.dtype is self._dtype
@@ -130,14 +136,21 @@ class PlainCall:
             and not residual.is_nested
             and residual.shape == self._shape
             and residual.stride() == self._stride
-            and not residual.is_neg()
+            and shows_values(residual)
         )
 
     def forward(self, x: Tensor, residual: Tensor | None, keeps: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns y and the statistics that normalized it, in the form of the engine; None if not kept."""
+        """Returns y and the statistics that normalized it, in the form of the engine; None if not kept.
+
+        Raises:
+            RuntimeError: x has no memory: it is a ZeroTensor, or a transform's wrapper.
+        """
         prepared, args = self._forward, copied(self._template)
+        args.x = address = x.data_ptr()
+        if not address:
+            raise RuntimeError("a ZeroTensor has no memory")
         y = huge_pages.empty_like(x) if prepared.is_huge else _empty_like(x)
-        args.x, args.y = x.data_ptr(), y.data_ptr()
+        args.y = y.data_ptr()
         statistics = None
         if keeps or self.training or not prepared.is_small:
             statistics = EMPTY.new_empty(prepared.statistics)
@@ -189,7 +202,7 @@ class PlainCall:
         dtype = weight.dtype
         if self._real is not None:
             weight, bias = weight.to(self._real), None if bias is None else bias.to(self._real)
-        if dy.stride() != self._stride or dy.dtype is not self._dtype or dy.is_neg():
+        if dy.stride() != self._stride or dy.dtype is not self._dtype or dy.is_neg() or not dy.data_ptr():
             dy = _empty_like(x).copy_(dy)
         dx = huge_pages.empty_like(x) if prepared.is_huge else _empty_like(x)
         dweight, dbias = _empty_like(weight), _empty_like(weight)

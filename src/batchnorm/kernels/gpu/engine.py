@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from batchnorm.kernels.eager import constants
+from batchnorm.kernels.eager import constants, unpack
 from batchnorm.kernels.interface import Call, Coefficients, Moments, RunningState, Statistics
+from batchnorm.kernels.layout import shows_values
 
 from . import backward as gradient
 from . import forward as outputs
@@ -35,41 +36,28 @@ __all__ = [
     "unpack",
 ]
 
+_NOTHING = RunningState(momentum=0.0)
 _REALS = (torch.float32, torch.float64)  # dtypes that running statistics have here
 
 # Activations whose slope is 0 or 1.
 _OPEN = frozenset({"relu", "relu6"})
 
 
-def moments(x: Tensor, *, mask: Tensor | None = None, group_size: int | None = None) -> Moments:
+def moments(call: Call) -> Moments:
     """See `interface.Engine.moments`."""
-    launches = Launches(_Measured(x, mask, group_size))
-    mean, _, count, m2 = _measured(launches, 0.0, {})
+    mean, _, count, m2 = _measured(Launches(call), 0.0, _NOTHING)
     return Moments(count, mean, m2)
 
 
-class _Measured(NamedTuple):
-    """The record of a call that computes moments alone."""
-
-    x: Tensor
-    mask: Tensor | None
-    group_size: int | None
-    weight: None = None
-    bias: None = None
-    residual: None = None
-    activation: None = None
-    eps: float = 0.0
-
-
-def _measured(launches: Launches, eps: float, running: dict[str, Any]) -> Statistics:
-    """Returns the moments, taken in parts, and rstd."""
+def _measured(launches: Launches, eps: float, running: RunningState) -> Statistics:
+    """Returns the moments, taken in parts, and rstd; moves running statistics."""
     partition = launches.partition
     found = _tables(launches)
     tables = launches.tables(3, partition.parts)
     parts = dict(zip(("part_count", "part_mean", "part_m2"), tables, strict=True))
     counts = {"groups": partition.groups, "parts": partition.parts, "tiles": partition.part_tiles}
     launches.run(measures.measure_parts, partition.parts, **parts, **counts)
-    launches.merge(measures.merge_moments, EPS=eps, **parts, **found, **(_NOTHING | running))
+    launches.merge(measures.merge_moments, EPS=eps, **parts, **found, **_moved(running))
     return _statistics(found)
 
 
@@ -81,15 +69,6 @@ def _tables(launches: Launches) -> dict[str, Tensor]:
 
 def _statistics(found: dict[str, Tensor]) -> Statistics:
     return found["mean"], found["rstd"], found["count"], found["m2"]
-
-
-def unpack(statistics: Statistics, channels: int) -> tuple[Moments, Tensor]:  # noqa: ARG001
-    """See `interface.Engine.unpack`."""
-    mean, rstd, count, m2 = statistics
-    return Moments(count, mean, m2), rstd
-
-
-_NOTHING = {"running_mean": None, "running_var": None, "batches": None, "momentum": 0.0}
 
 
 def normalize(call: Call, statistics: Statistics, activation_mask: Tensor | None = None) -> Tensor:
@@ -140,13 +119,12 @@ def forward(
 ) -> tuple[Tensor, Statistics]:
     """See `interface.Engine.forward`."""
     launches = Launches(call, activation_mask)
-    moved = _moved(running)
     # The statistics of one group that is never skipped move in the launch that finds its moments.
     is_apart = running is not None and (launches.partition.groups > 1 or running.skipped is not None)
-    within = {} if is_apart else moved
+    within = _NOTHING if is_apart or running is None else running
     if launches.partition.is_whole:
         y, tables = torch.empty_like(launches.x), _tables(launches)
-        arguments = {**tables, **launches.whole, **launches.affine, **(_NOTHING | within)}
+        arguments = {**tables, **launches.whole, **launches.affine, **_moved(within)}
         launches.run(outputs.forward_whole, 1, y=y, EPS=call.eps, **arguments)
         statistics = _statistics(tables)
     else:
@@ -160,7 +138,7 @@ def forward(
                 count=count,
                 mean=mean,
                 m2=m2,
-                **moved,
+                **_moved(running),
                 skipped=running.skipped,
                 size=mean.numel(),
                 SEQUENTIAL=running.sequential,
@@ -170,15 +148,10 @@ def forward(
     return launches.returned(y, call.x), statistics
 
 
-def _moved(running: RunningState | None) -> dict[str, Any]:
-    if running is None:
-        return {}
-    return {
-        "running_mean": running.mean,
-        "running_var": running.var,
-        "batches": running.batches,
-        "momentum": running.momentum,
-    }
+def _moved(running: RunningState) -> dict[str, Any]:
+    """Returns the arguments by which a kernel moves running statistics."""
+    mean, var, batches, momentum, *_ = running
+    return {"running_mean": mean, "running_var": var, "batches": batches, "momentum": momentum}
 
 
 def _sums(launches: Launches, dy: Tensor, mean: Tensor, rstd: Tensor) -> dict[str, Tensor]:
@@ -325,4 +298,5 @@ def _is_plain(values: Tensor, dtype: torch.dtype, like: Tensor) -> bool:
         and values.is_contiguous()
         and not values.requires_grad
         and not values.is_inference()
+        and shows_values(values)
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchnorm.kernels.activations import TINY
 from batchnorm.kernels.interface import Call
-from batchnorm.kernels.layout import is_alike, laid_out_as
+from batchnorm.kernels.layout import in_memory, is_alike, laid_out_as, shows_values
 
 from .launching import launch, stored
 from .partition import merging, partition, power
@@ -21,7 +21,7 @@ class Launches:
     """One call: its tensors in the layout of x, and the arguments that its kernels have in common."""
 
     def __init__(self, call: Call, activation_mask: Tensor | None = None) -> None:
-        x = call.x.resolve_neg() if call.x.is_neg() else call.x
+        x = in_memory(call.x)
         self.partition = partition(x.shape, x.stride(), call.group_size)
         if not self.partition.is_dense:
             x = x.contiguous()
@@ -32,17 +32,17 @@ class Launches:
         self.real, self.REAL = (torch.float64, tl.float64) if is_wide else (torch.float32, tl.float32)
         self.mask = None if call.mask is None else call.mask.contiguous().view(torch.uint8)
         self.residual = None if call.residual is None else self.laid_out(call.residual)
-        self.weight = None if call.weight is None else call.weight.contiguous()
-        self.bias = None if call.bias is None else call.bias.contiguous()
+        parameters = (call.weight, call.bias)
+        self.weight, self.bias = (None if p is None else in_memory(p).contiguous() for p in parameters)
 
     def laid_out(self, values: Tensor) -> Tensor:
         """Returns values in the dtype and layout of x."""
-        if is_alike(values, self.x) and not values.is_neg():
+        if is_alike(values, self.x) and shows_values(values):
             return stored(values)
         return torch.empty_like(self.x).copy_(values)
 
     def returned(self, output: Tensor, like: Tensor) -> Tensor:
-        """Returns an output in the dtype and layout of what the caller gave."""
+        """Returns an output in the dtype and layout of `like`, the caller's own tensor."""
         return output if like is self.x else laid_out_as(like, output)
 
     def tables(self, number: int, *sizes: int) -> list[Tensor]:

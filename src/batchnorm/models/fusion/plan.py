@@ -1,15 +1,18 @@
-"""What `fuse` does with each batch normalization, and why not: decided before anything changes."""
+"""Decides what `fuse` does with each batch normalization, and why not, before anything changes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.fx import Node
 
 from batchnorm.models.graph.blocks import Block, NotTraceableError, traced
+from batchnorm.models.graph.flow import Call
 from batchnorm.models.graph.hooks import is_forward_replaced, sees_output
+from batchnorm.models.graph.recorded import recorded_flow
 from batchnorm.models.norms.activations import module_activation
 from batchnorm.models.norms.find import Found, all_names, find_norms
 from batchnorm.models.norms.kinds import is_ours
@@ -39,9 +42,73 @@ class Plan:
     reasons: dict[nn.Module, str] = field(default_factory=dict)
 
 
-def plan(model: nn.Module) -> Plan:
-    """Decide for every norm of `model`, from the forwards of its blocks alone; nothing runs."""
-    return _Planner(model).plan
+def plan(model: nn.Module, example: Any = None) -> Plan:
+    """Decide for every norm of `model`.
+
+    Args:
+        model: it stays as it is.
+        example: as of `fuse`; None = nothing runs, and norms in forwards that are no graph stay.
+    """
+    decided = _Planner(model).plan
+    if example is not None:
+        _add_recorded(decided, model, example)
+    return decided
+
+
+def _add_recorded(decided: Plan, model: nn.Module, example: Any) -> None:
+    """Add the norms whose output goes to one activation module only, on an example in both modes."""
+    waiting = [f.module for f in decided.norms if f.module not in decided.fuses_with and not unfit(f)]
+    if not waiting:
+        return
+    names = all_names(model)
+    acts = [module for module in names if module_activation(module) is not None]
+    shared = {act for act in acts if len(names[act]) > 1} | set(decided.pairs.values())
+    leaves = {*acts, *(found.module for found in decided.norms)}
+    runs: list[dict[nn.Module, list[Call]]] = []
+    for training in (False, True):
+        try:
+            runs.append(recorded_flow(model, example, leaves, training=training)[0].by_module())
+        except Exception:
+            if not training:
+                raise  # a model that cannot run in training has one mode; the comparison says so
+    for norm in waiting:
+        found = [_only_reader(norm, calls) for calls in runs]
+        refusals = [reason for reason in found if isinstance(reason, str)]
+        act = found[0]
+        if not refusals and found[-1] is not act:
+            refusals.append("on the example its output goes elsewhere in training than in evaluation")
+        elif not refusals and act in shared:
+            refusals.append(_shared(act))
+        if refusals:
+            if "pass example=" in decided.reasons[norm]:
+                decided.reasons[norm] = refusals[-1]
+            continue
+        assert isinstance(act, nn.Module)
+        shared.add(act)
+        decided.pairs[norm] = act
+        decided.fuses_with[norm] = f"{module_activation(act)} (as on the example)"
+        decided.reasons.pop(norm, None)
+
+
+def _only_reader(norm: nn.Module, calls: dict[nn.Module, list[Call]]) -> nn.Module | str:
+    """Return the activation module that alone reads what a norm returned, each called once; else why not."""
+    own = calls.get(norm, [])
+    if len(own) != 1:
+        return f"it is called {len(own)} times on the example"
+    readers = [reader for value in own[0].gives for reader in value.readers]
+    count = len(readers) + sum(value.aliased for value in own[0].gives)
+    if count != 1 or not readers:
+        return f"on the example its output is read {count} times"
+    act = readers[0].module
+    if act is None or module_activation(act) is None:
+        return f"on the example its output goes to {readers[0].what}"
+    if len(calls[act]) != 1:
+        return _shared(act)
+    return act
+
+
+def _shared(act: nn.Module) -> str:
+    return f"on the example its output goes to {type(act).__name__}, which is shared"
 
 
 class _Planner:

@@ -163,20 +163,14 @@ class _Symbol(Proxy):
     def __class__(self, _cls: Any) -> None:
         raise AttributeError("__class__")
 
-    # fx has no augmented assignment: x += y would be x = x + y, which leaves the caller's x alone.
-    __iadd__ = _augmented(operator.iadd)
-    __isub__ = _augmented(operator.isub)
-    __imul__ = _augmented(operator.imul)
-    __itruediv__ = _augmented(operator.itruediv)
-    __ifloordiv__ = _augmented(operator.ifloordiv)
-    __imod__ = _augmented(operator.imod)
-    __ipow__ = _augmented(operator.ipow)
-    __imatmul__ = _augmented(operator.imatmul)
-    __iand__ = _augmented(operator.iand)
-    __ior__ = _augmented(operator.ior)
-    __ixor__ = _augmented(operator.ixor)
-    __ilshift__ = _augmented(operator.ilshift)
-    __irshift__ = _augmented(operator.irshift)
+
+# fx has no augmented assignment: x += y would be x = x + y, which leaves the caller's x alone.
+for _assign in (
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift,
+    operator.irshift,
+):  # fmt: skip
+    setattr(_Symbol, f"__{_assign.__name__}__", _augmented(_assign))
 
 
 def _shadow(

@@ -1,7 +1,6 @@
-"""The flow of a model as it runs on an example: for forwards with control flow, which are no graph.
+"""Records the flow of a model as it runs on an example, for forwards with control flow, which are no graph.
 
-Every operation on tensors is seen, below autograd and within compiled code. A value is told by the memory
-that it lies in and how; once something has written there, whatever lies there is another value.
+A value is identified by its memory and layout; after a write, the same memory holds another value.
 """
 
 from __future__ import annotations
@@ -9,18 +8,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.models.verify import call as call_model
 from batchnorm.models.verify import restored, set_mode
 
-from .dispatch_observer import LEAVING, tensors_in, written
+from .dispatch_observer import DispatchObserver, tensors_in, written
 from .flow import Axes, Call, Flow, Value
 from .hooks import sees_output
 
@@ -29,25 +26,26 @@ _Key = tuple[Any, ...]
 
 
 def recorded_flow(
-    model: nn.Module, example: Any, leaves: Collection[nn.Module]
+    model: nn.Module, example: Any, leaves: Collection[nn.Module], *, training: bool = False
 ) -> tuple[Flow, set[nn.Module]]:
-    """Run a model on an example in evaluation; return its flow and the modules that were called.
+    """Run a model on an example; return its flow and the modules that were called.
 
     Args:
         model: it stays as it was.
         example: as of `fold`.
         leaves: modules of which a call is one call in the flow, whatever they do inside.
+        training: run it in training, not in evaluation.
     """
     recorder = _Recorder(model, leaves)
     with restored(model), torch.no_grad():
-        set_mode(model, False)
+        set_mode(model, training)
         recorder.run(example)
     return recorder.flow, recorder.called
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(DispatchObserver):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, leaves: Collection[nn.Module]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.flow = Flow()
         self.called: set[nn.Module] = set()
         self._model = model
@@ -60,7 +58,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def run(self, example: Any) -> None:
         own = [*self._model.parameters(), *self._model.buffers()]
-        with self._listening(), self, _Direct(self):
+        with self._hooks(), self.observing():
             outputs = call_model(self._model, example)
         self._observe("the model's output", _tensors(outputs))
         known = set(map(id, own))
@@ -70,10 +68,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if any(value.readers for value in self._in.get(_storage(tensor), ())):
                 self.flow.read.add(id(tensor))
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def on_function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._running:
+            self._observe(func.__name__, tensors_in((args, kwargs)))
+        return func(*args, **kwargs)
+
+    def on_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         changed = written(func, args, kwargs)
         if self._running:
             self._touch(tensors_in((args, kwargs)), changed)
@@ -82,12 +82,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         outputs = tensors_in(result)
         is_alias = bool(outputs) and not changed and all(map(self._is_known, outputs))
-        if not is_alias:
-            call = Call(str(func._schema.name).removeprefix("aten::"), None, reads)
-            call.axes = _axes(func, args, result)
-            for tensor in changed:
-                self._values[_storage(tensor)].clear()  # what lay there is gone
-            self._finish(call, [*outputs, *changed])
+        if is_alias:
+            for value in reads:
+                value.aliased += 1
+            return result
+        call = Call(str(func._schema.name).removeprefix("aten::"), None, reads)
+        call.axes = _axes(func, args, result)
+        for tensor in changed:
+            self._values[_storage(tensor)].clear()  # what lay there is gone
+        self._finish(call, [*outputs, *changed])
         return result
 
     def _read(self, tensor: Tensor) -> Value:
@@ -121,14 +124,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in {_key(tensor): tensor for tensor in outputs}.values():
             self._place(tensor, call.give(tuple(tensor.shape), tensor.dtype))
 
-    def _observe(self, who: str, tensors: list[Tensor]) -> None:
-        """Note that somebody reads tensors, if they came from anywhere in the run."""
+    def _observe(self, reader: str, tensors: list[Tensor]) -> None:
+        """Add a reader of those tensors that the run has made or read."""
         reads = [self._read(tensor) for tensor in tensors if _storage(tensor) in self._in]
         if reads:
-            self.flow.calls.append(Call(who, None, reads))
+            self.flow.calls.append(Call(reader, None, reads))
 
     @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
+    def _hooks(self) -> Iterator[None]:
         handles = []
         for module in self._model.modules():
             own = (bool(module._forward_pre_hooks), sees_output(module))
@@ -174,21 +177,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self.flow.calls.append(call)  # within another leaf: who reads this is not seen
         Call(f"something in {self._running[-1].what}", None, [call.give(), call.give()])
-
-
-class _Direct(TorchFunctionMode):
-    """Sees the reads that are no operation."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in LEAVING and not self._recorder._running:
-            self._recorder._observe(func.__name__, tensors_in(args))
-        return func(*args, **(kwargs or {}))
 
 
 def _storage(tensor: Tensor) -> Any:

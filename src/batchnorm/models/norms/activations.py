@@ -1,9 +1,9 @@
-"""Which modules and functions of torch compute an activation that a layer can apply itself."""
+"""Recognizes the modules and functions of torch that compute an activation of our layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,46 +12,38 @@ from torch.nn import functional as F
 
 from batchnorm.models.graph.hooks import has_hooks, is_forward_replaced
 
-_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.ELU: "elu",
+
+class _InTorch(NamedTuple):
+    """How torch offers an activation.
+
+    Attributes:
+        module: its class.
+        functions: that compute it without options; the first one is for our use.
+        settings: attributes of the module, with the values that a layer's activation has.
+    """
+
+    module: type[nn.Module]
+    functions: tuple[Callable[[Tensor], Tensor], ...]
+    settings: Mapping[str, str | float] = {}
+
+
+_ACTIVATIONS = {
+    "relu": _InTorch(nn.ReLU, (F.relu, torch.relu, torch.relu_)),
+    "relu6": _InTorch(nn.ReLU6, (F.relu6,)),
+    "leaky_relu": _InTorch(nn.LeakyReLU, (F.leaky_relu,), {"negative_slope": 0.01}),
+    "silu": _InTorch(nn.SiLU, (F.silu,)),
+    "gelu": _InTorch(nn.GELU, (F.gelu,), {"approximate": "none"}),
+    "hardswish": _InTorch(nn.Hardswish, (F.hardswish,)),
+    "sigmoid": _InTorch(nn.Sigmoid, (torch.sigmoid, torch.sigmoid_, F.sigmoid)),
+    "tanh": _InTorch(nn.Tanh, (torch.tanh, torch.tanh_, F.tanh)),
+    "elu": _InTorch(nn.ELU, (F.elu,), {"alpha": 1.0}),
 }
+FUNCTIONS = {name: known.functions[0] for name, known in _ACTIVATIONS.items()}
+_CALLS: dict[object, str] = {f: name for name, known in _ACTIVATIONS.items() for f in known.functions}
+_METHODS = {name + end: name for name in ("relu", "sigmoid", "tanh") for end in ("", "_")}  # of torch.Tensor
+_MODULES = {known.module: name for name, known in _ACTIVATIONS.items()}
 # Of packages that need not be installed, by qualified name.
 _FOREIGN = {"transformers.activations.SiLUActivation": "silu"}
-# The settings that a layer's activation has: a module with another one computes something else.
-_SETTINGS: dict[str, dict[str, Any]] = {
-    "leaky_relu": {"negative_slope": 0.01},
-    "gelu": {"approximate": "none"},
-    "elu": {"alpha": 1.0},
-}
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "hardswish": F.hardswish,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "elu": F.elu,
-}
-_CALLS: dict[Any, str] = {
-    **{function: name for name, function in FUNCTIONS.items()},
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.sigmoid: "sigmoid",
-    F.tanh: "tanh",
-    torch.sigmoid_: "sigmoid",
-    torch.tanh_: "tanh",
-}
-_METHODS = {name + end: name for name in ("relu", "sigmoid", "tanh") for end in ("", "_")}  # of torch.Tensor
 
 
 def module_activation(module: nn.Module) -> str | None:
@@ -60,13 +52,13 @@ def module_activation(module: nn.Module) -> str | None:
     name = _MODULES.get(cls) or _FOREIGN.get(f"{cls.__module__}.{cls.__qualname__}")
     if name is None or has_hooks(module) or is_forward_replaced(module):
         return None
-    wanted = _SETTINGS.get(name, {})
-    return name if all(getattr(module, key) == value for key, value in wanted.items()) else None
+    settings = _ACTIVATIONS[name].settings
+    return name if all(getattr(module, key) == value for key, value in settings.items()) else None
 
 
 def module_for(activation: str) -> nn.Module:
     """Return the module of torch that computes an activation."""
-    return next(kind() for kind, name in _MODULES.items() if name == activation)
+    return _ACTIVATIONS[activation].module()
 
 
 def call_activation(node: Node) -> str | None:

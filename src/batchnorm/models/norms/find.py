@@ -1,16 +1,15 @@
-"""The batch normalizations of a model: torch's own, ours and others', by name."""
+"""Finds the batch normalizations of a model, by qualified name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .kinds import Kind, is_layer, kind_of
+from .kinds import Kind, StockLayer, is_layer, kind_of
 
 
-def tracking_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+def tracking_norms(model: nn.Module) -> dict[str, StockLayer]:
     """Return the layers of `model` that keep running statistics, by qualified name, each layer once.
 
     A model that is itself such a layer has none, and goes by its class.
@@ -18,13 +17,13 @@ def tracking_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {
         name or type(module).__name__: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, StockLayer)
         and module.running_mean is not None
         and module.running_var is not None
     }
 
 
-def split_frozen(norms: dict[str, _BatchNorm]) -> tuple[dict[str, _BatchNorm], dict[str, _BatchNorm]]:
+def split_frozen(norms: dict[str, StockLayer]) -> tuple[dict[str, StockLayer], dict[str, StockLayer]]:
     """Return the layers whose statistics no batch moves, and the others."""
     frozen = [n for n, norm in norms.items() if is_layer(norm) and not norm.statistics.moves(True)]
     return {n: norms[n] for n in frozen}, {n: norm for n, norm in norms.items() if n not in frozen}

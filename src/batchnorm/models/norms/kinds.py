@@ -1,4 +1,4 @@
-"""What kind of batch normalization a module is: decided by its class, never by `isinstance` alone."""
+"""Classifies batch normalizations by their class: of torch, of this library, of timm, or frozen ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.torch import layers, lazy
 from batchnorm.torch.sync import SyncBatchNorm
 
-from .frozen import FROZEN_TIMM, is_frozen
 from .timm import BatchNormAct2d
 
 Family = Literal["stock", "ours", "timm", "synchronized", "frozen", "other"]
@@ -26,8 +25,14 @@ _TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm3d: lazy.LazyBatchNorm3d,
 }
 STOCK: dict[type[nn.Module], type[nn.Module]] = {ours: stock for stock, ours in _TWINS.items()}
-# Classes of packages that need not be installed, by qualified name: the public one and where it is defined.
+# Classes of packages that need not be installed, by qualified name: where one is defined, and the public one.
 TIMM = "timm.layers.norm_act.BatchNormAct2d"
+_FROZEN_TIMM = "timm.layers.norm_act.FrozenBatchNormAct2d"
+_FROZEN = ("torchvision.ops.misc.FrozenBatchNorm2d", "torchvision.ops.FrozenBatchNorm2d", _FROZEN_TIMM)
+# What the layers of this library share, and what torch's do too: private where they are defined.
+Layer = layers._Layer
+LazyLayer = lazy._Lazy
+StockLayer = _BatchNorm
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,8 @@ class Kind:
 
     Attributes:
         name: qualified, as users write it: torch.nn.BatchNorm2d.
-        family: who made it and what it does.
-        twin: our class for it; None where there is none (yet).
+        family: who defines it: "stock" is torch, "other" a user.
+        twin: the class of this library that `convert` gives it; None where it stays.
     """
 
     name: str
@@ -57,19 +62,24 @@ def kind_of(module: nn.Module) -> Kind | None:
         return Kind(name, "synchronized", SyncBatchNorm)
     if name == TIMM:
         return Kind(name, "timm", BatchNormAct2d)
-    if is_frozen(name):
-        return Kind(name, "frozen", BatchNormAct2d if name == FROZEN_TIMM else layers.BatchNorm2d)
-    return Kind(name, "other") if issubclass(cls, _BatchNorm) else None
+    if _is_frozen(name):
+        return Kind(name, "frozen", BatchNormAct2d if name == _FROZEN_TIMM else layers.BatchNorm2d)
+    return Kind(name, "other") if issubclass(cls, StockLayer) else None
+
+
+def _is_frozen(name: str) -> bool:
+    # transformers has a copy for each detector: transformers.models.detr.modeling_detr.DetrFrozenBatchNorm2d.
+    return name in _FROZEN or (name.startswith("transformers.models.") and name.endswith("FrozenBatchNorm2d"))
 
 
 def is_ours(module: nn.Module) -> bool:
     """Whether a module is a layer of this library, or of a subclass of one."""
-    return isinstance(module, layers._Layer)
+    return isinstance(module, Layer)
 
 
-def is_layer(module: nn.Module) -> TypeGuard[layers._Layer | lazy._Lazy]:
+def is_layer(module: nn.Module) -> TypeGuard[Layer | LazyLayer]:
     """Whether a module is a layer of this library, or the lazy form of one."""
-    return is_ours(module) or isinstance(module, lazy._Lazy)
+    return isinstance(module, (Layer, LazyLayer))
 
 
 def is_synchronized(module: nn.Module) -> bool:
@@ -86,7 +96,7 @@ def qualified(cls: type) -> str:
 
 
 def origin(cls: type) -> type:
-    """Return the class that somebody wrote, behind those that torch generates around it at run time.
+    """Return the class behind those that torch generates around it at run time.
 
     `torch.nn.utils.parametrize` makes a ParametrizedX(X), `fully_shard` an FSDPX(FSDPModule, X), `replicate`
     a DDPX(DDP, X), and sets the module's class to it.
@@ -97,7 +107,7 @@ def origin(cls: type) -> type:
 
 
 def is_generated(cls: type) -> bool:
-    """Whether torch made this class at run time: it has the name of its last base, with a prefix."""
+    """Whether torch made this class at run time: it is named after its last base, with a prefix."""
     base = cls.__bases__[-1] if cls.__bases__ else object
     if not cls.__module__.startswith(("torch.nn.utils.parametrize", "torch.distributed.")):
         return False

@@ -1,4 +1,4 @@
-"""What `inspect` found: one row per batch normalization, as data and as a table."""
+"""Describes the batch normalizations of a model: one row for each, as data and as a table."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.statistics.policy import Policy
+from batchnorm.text_table import aligned
 from batchnorm.torch.contexts.domains import domain_of
-from batchnorm.torch.layers import _Layer, beyond_stock
+from batchnorm.torch.layers import beyond_stock
 
 from .find import Found
 from .health import health
-from .kinds import is_layer, is_ours
+from .kinds import Layer, is_layer, is_ours
 from .timm import BatchNormAct2d
 
 
@@ -65,48 +66,38 @@ class ModelReport:
     rows: tuple[NormRow, ...]
 
     def __str__(self) -> str:
-        header, cells = self._table()
-        lines = [self.title]
-        if cells:
-            widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-            lines += [
-                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                for row in (header, *cells)
-            ]
-        return "\n".join(lines)
+        return "\n".join([self.title, *(aligned((_HEADER, *map(_cells, self.rows))) if self.rows else ())])
 
     def __rich__(self) -> Any:
         """Return the table for rich, where a program prints by it."""
         from rich.table import Table
         from rich.text import Text
 
-        header, cells = self._table()
         table = Table(title=Text(self.title), title_justify="left", box=None, pad_edge=False)
-        for heading in header:
+        for heading in _HEADER:
             table.add_column(heading, overflow="fold")
-        for row, line in zip(self.rows, cells, strict=True):
-            *front, last = (Text(cell) for cell in line)
+        for row in self.rows:
+            *front, last = map(Text, _cells(row))
             table.add_row(*front, Text(last.plain, style="red") if row.health else last)
         return table
 
-    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        header = (
-            "norm",
-            "kind",
-            "C",
-            "policy",
-            "activation",
-            "momentum",
-            "eps",
-            "fuses with",
-            "folds into",
-            "health",
-        )
-        return header, [tuple(map(_printable, _cells(row))) for row in self.rows]
+
+_HEADER = (
+    "norm",
+    "kind",
+    "C",
+    "policy",
+    "activation",
+    "momentum",
+    "eps",
+    "fuses with",
+    "folds into",
+    "health",
+)
 
 
 def _cells(row: NormRow) -> tuple[str, ...]:
-    return (
+    cells = (
         row.name or "(the model)",
         row.kind,
         str(row.channels),
@@ -118,6 +109,7 @@ def _cells(row: NormRow) -> tuple[str, ...]:
         row.folds_into or f"- ({row.stays})",
         "; ".join(row.health) or "ok",
     )
+    return tuple(map(_printable, cells))
 
 
 def describe(found: Found, *, fuses_with: str | None = None, reason: str = "") -> NormRow:
@@ -154,7 +146,7 @@ def _policy(found: Found) -> str:
     if getattr(norm, "running_mean", None) is None:
         words.append("untracked")
     for name, value in (beyond_stock(norm) if is_layer(norm) else {}).items():
-        if name == "domains" and isinstance(norm, _Layer):
+        if name == "domains" and isinstance(norm, Layer):
             words.append(f"domain {domain_of(norm)} of {value}")
         elif name not in ("statistics", "activation"):
             words.append(f"{name}={value}")
@@ -180,5 +172,5 @@ def _channels(norm: nn.Module) -> int:
 
 
 def _printable(text: str) -> str:
-    """Names come from the user's model: a control character in one must not reach the terminal."""
+    # Names come from the user's model: a control character in one must not reach the terminal.
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from batchnorm.models.graph.hooks import has_hooks
-from batchnorm.torch.composite import cleared
+from batchnorm.torch.call import cleared
 from batchnorm.torch.layers import BatchNorm2d
 
 from .activations import module_activation

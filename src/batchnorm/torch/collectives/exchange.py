@@ -25,6 +25,7 @@ from batchnorm.errors import RankError
 
 from .lost_ranks import Board
 
+Operation = Literal["gather", "add"]
 _log = logging.getLogger("batchnorm")
 _POLL_INTERVAL = 0.2  # seconds between two checks by the watching thread
 _ALARM_DELAY = 0.2  # seconds of a collective after which that thread checks whether another rank's failed
@@ -127,7 +128,7 @@ class Exchange:
         """Return the number of the next call: the same on every rank, as long as no rank skips a call."""
         return next(self._calls)
 
-    def run(self, operation: Literal["gather", "add"], packet: Tensor, label: str, call: int = 0) -> Tensor:
+    def run(self, operation: Operation, packet: Tensor, label: str, call: int = 0) -> Tensor:
         """Gather packets or add them.
 
         Args:
@@ -169,7 +170,7 @@ class Exchange:
     def _collective(
         self,
         transport: Transport,
-        operation: Literal["gather", "add"],
+        operation: Operation,
         packet: Tensor,
         fingerprint: Fingerprint,
     ) -> Tensor:

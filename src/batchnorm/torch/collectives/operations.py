@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .exchange import Operation
 from .process_groups import (
     Ranks,
     exchange_of,
@@ -51,9 +52,7 @@ def gather(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
             call; or the number of ranks differs from that of the forward.
         OptionError: this process is not in the group.
     """
-    if members_as_before(ranks, label) == 1:
-        return packet.detach().clone()[None]
-    return exchange_of(ranks, packet.device).run("gather", packet.detach(), label, ranks.call)
+    return _run("gather", packet, ranks, label)
 
 
 def add(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
@@ -64,76 +63,60 @@ def add(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
     Returns:
         a tensor of its own, of the packet's shape.
     """
+    return _run("add", packet, ranks, label)
+
+
+def _run(operation: Operation, packet: Tensor, ranks: Ranks, label: str) -> Tensor:
     if members_as_before(ranks, label) == 1:
-        return packet.detach().clone()
-    return exchange_of(ranks, packet.device).run("add", packet.detach(), label, ranks.call)
+        alone = packet.detach().clone()
+        return alone[None] if operation == "gather" else alone
+    return exchange_of(ranks, packet.device).run(operation, packet.detach(), label, ranks.call)
 
 
 def differentiable_gather(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
     """As `gather`, differentiable to any order: the gradient is this rank's row of the sum over ranks."""
-    gathered: Tensor = _Gather.apply(packet, ranks, label)  # type: ignore[no-untyped-call]
-    return gathered
+    return _differentiable(packet, ranks, label, "gather")
 
 
 def differentiable_add(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
     """As `add`, differentiable to any order: the gradient is the sum over ranks."""
-    total: Tensor = _Add.apply(packet, ranks, label)  # type: ignore[no-untyped-call]
-    return total
+    return _differentiable(packet, ranks, label, "add")
+
+
+def _differentiable(packet: Tensor, ranks: Ranks, label: str, operation: Operation) -> Tensor:
+    found: Tensor = _Collective.apply(packet, ranks, label, operation)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _Collective(torch.autograd.Function):
-    """(packet, ranks, label) -> Tensor, linear in the packet."""
+    """(packet, ranks, label, operation) -> Tensor, linear in the packet."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Ranks, str], output: Tensor) -> None:  # noqa: ARG004
-        _, ctx.ranks, ctx.label = inputs
-
-
-class _Gather(_Collective):
-    @staticmethod
-    def forward(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
-        return gather(packet, ranks, label)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        _, ctx.ranks, ctx.label, ctx.operation = inputs
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def forward(packet: Tensor, ranks: Ranks, label: str, operation: Operation) -> Tensor:
+        return _run(operation, packet, ranks, label)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         total = differentiable_add(gradient, ctx.ranks, f"{ctx.label}, gradient")
-        return total[index_of(ctx.ranks)], None, None
+        return total[index_of(ctx.ranks)] if ctx.operation == "gather" else total, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return differentiable_gather(tangent, ctx.ranks, f"{ctx.label}, tangent")
+        return _differentiable(tangent, ctx.ranks, f"{ctx.label}, tangent", ctx.operation)
 
     @staticmethod
     def vmap(
         info: Any,  # noqa: ARG004
-        in_dims: tuple[int | None, None, None],
+        in_dims: tuple[int | None, ...],
         packet: Tensor,
         ranks: Ranks,
         label: str,
+        operation: Operation,
     ) -> tuple[Tensor, int | None]:
-        dim = in_dims[0]
-        return differentiable_gather(packet, ranks, label), None if dim is None else dim + 1
-
-
-class _Add(_Collective):
-    @staticmethod
-    def forward(packet: Tensor, ranks: Ranks, label: str) -> Tensor:
-        return add(packet, ranks, label)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return differentiable_add(gradient, ctx.ranks, f"{ctx.label}, gradient"), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return differentiable_add(tangent, ctx.ranks, f"{ctx.label}, tangent")
-
-    @staticmethod
-    def vmap(
-        info: Any,  # noqa: ARG004
-        in_dims: tuple[int | None, None, None],
-        packet: Tensor,
-        ranks: Ranks,
-        label: str,
-    ) -> tuple[Tensor, int | None]:
-        return differentiable_add(packet, ranks, label), in_dims[0]
+        dim, is_gather = in_dims[0], operation == "gather"
+        found = _differentiable(packet, ranks, label, operation)
+        return found, dim + 1 if is_gather and dim is not None else dim

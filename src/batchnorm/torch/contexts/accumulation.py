@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from batchnorm.statistics.moments import PooledMoments, merge
-from batchnorm.torch.running_stats import Moved, is_finite, moved, pooled_groups, write
+from batchnorm.torch.moments import is_finite, pooled_groups
+from batchnorm.torch.running_stats import moved, write
 
-from .domains import domain_of, selected
-from .layer_protocol import ContextLayer
+from .domains import ContextLayer, domain_of, selected
 
 
 class _Accumulated:
@@ -44,12 +44,6 @@ class Accumulator:
         self.layer = layer
         self._now: dict[int, _Accumulated] = {}  # of the current forward, by domain
         self._all: dict[int, _Accumulated] = {}  # of finished forwards, by domain
-
-    def __deepcopy__(self, _: dict[int, object]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(None), ()
 
     def add(self, batch: PooledMoments, *, skip: bool) -> None:
         """Add the moments of a call, `[G, C]`.
@@ -102,13 +96,8 @@ def _move(layer: ContextLayer, one: _Accumulated) -> None:
         mean[None].to(device),
         m2[None].to(device),
     )
-    after = moved(running._replace(sequential=False), batch, skip=False)
-    if isinstance(one.counted, Tensor):  # if no micro-batch counts, there was no batch
-        fine = one.counted.to(device)
-        mean, var = (
-            None if old is None or new is None else torch.where(fine, new, old.to(new.dtype))
-            for old, new in ((running.mean, after.mean), (running.var, after.var))
-        )
-        assert isinstance(one.skipped, Tensor)
-        after = Moved(mean, var, fine.long(), one.skipped.to(device))
+    is_counted = one.counted.to(device) if isinstance(one.counted, Tensor) else None
+    after = moved(running._replace(sequential=False), batch, is_counted=is_counted)
+    if isinstance(one.skipped, Tensor):
+        after = after._replace(skipped=one.skipped.to(device))
     write(running, after)

@@ -1,7 +1,7 @@
 """Keeps what activation checkpointing needs to recompute a forward in the backward.
 
-By then the running statistics have moved, and the mask or domain of the forward may have ended. With these of
-a later moment the recomputed forward would be another function, and the gradient with it.
+By then the running statistics have moved, and the mask or domain of the forward may have ended. With later
+ones, the recomputed forward would be another function, and have another gradient.
 
 - `Memory` keeps the running statistics that a policy normalizes by. A recompute finds them by the moments of
   its batch, which are the same bits; they are compared on the device, and the host does not wait.
@@ -22,8 +22,7 @@ from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Known
 from batchnorm.torch.tracing import is_recomputed, is_transforming, may_be_recomputed
 
-from .domains import domain_of, selected
-from .layer_protocol import ContextLayer
+from .domains import ContextLayer, domain_of, selected
 from .masks import Masked
 
 # Forwards that one layer remembers. A pipeline that runs the forwards of all micro-batches first has as many.
@@ -52,12 +51,6 @@ class Memory:
 
     def __init__(self) -> None:
         self._passes: deque[_KnownForward] = deque(maxlen=KEPT)  # the newest first
-
-    def __deepcopy__(self, _: dict[int, object]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(None), ()
 
     def known(self, known: Known, batch: PooledMoments, training: bool) -> Known:
         """Return the running statistics of the original forward; an original forward stores its own.
@@ -141,12 +134,6 @@ class Scope:
         self.used: Tensor | None = None
         self._passes: deque[_ScopedForward] = deque()  # the newest first
         self._has_forgotten = False
-
-    def __deepcopy__(self, _: dict[int, object]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(None), ()
 
     @property
     def is_over(self) -> bool:

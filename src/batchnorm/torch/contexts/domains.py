@@ -9,16 +9,42 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
-
-from .layer_protocol import ContextLayer
+from batchnorm.kernels.interface import RunningState
+from batchnorm.statistics.policy import Policy
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class ContextLayer(Protocol):
+    """A layer as the contexts see it: they do not import the layers, which import them.
+
+    Attributes:
+        training: the mode.
+        domains: the number of domains.
+        _domain: the domain whose statistics are in use; None = domain 0, outside of any context.
+        _buffers: the buffers by name, those of all domains among them.
+    """
+
+    training: bool
+    domains: int
+    _domain: int | None
+    _buffers: dict[str, Tensor | None]
+
+    @property
+    def statistics(self) -> Policy:
+        """The statistics policy."""
+
+    def _running_state(self) -> RunningState:
+        """Return the running statistics of the domain in use."""
+
+    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """Normalize one input, with the mask that the call uses."""
 
 
 def check_domains(domains: object, tracked: bool) -> int:
