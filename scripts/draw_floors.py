@@ -75,7 +75,7 @@ def with_passages(imports: Imports) -> tuple[dict[str, int], Imports]:
     floors = {room: floor_of(room, imports) for room in imports}
     steps: Imports = {room: set() for room in imports}
     for room in imports:
-        for other in imports[room]:
+        for other in sorted(imports[room]):
             passages = [f"{room} {other} {floor}" for floor in range(floors[room] - 1, floors[other], -1)]
             floors |= {passage: int(passage.rpartition(" ")[2]) for passage in passages}
             steps |= {passage: set() for passage in passages}
