@@ -62,10 +62,10 @@ class _Planner(Planner[keras.Operation]):
             return f"inside {around}, which has no graph" if around else "not in the graph of the model"
         if type(norm) not in _NORMS:
             return f"of a class of its own, {type(norm).__name__}"
-        if len(calls) > 1 or id(norm) in self.graph.held:
-            return (
-                f"shared: {f'called {len(calls)} times' if len(calls) > 1 else 'held by another layer too'}"
-            )
+        if len(calls) > 1:
+            return f"shared: called {len(calls)} times"
+        if id(norm) in self.graph.held:
+            return "shared: held by another layer too"
         if calls[0] in self.graph.training and measures(norm, training=True):
             return "called with training=True: it normalizes by the batch"
         if measures(norm, training=False):
