@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 Clocked = Callable[[], float]
 # Seconds before each step where rivals have threads of their own (processes, or JAX): threads that have just
 # worked wait for more by spinning, and hold a core. A step of JAX took 5.0 ms without, and 3.4 ms with it.
@@ -22,6 +20,8 @@ def rest() -> None:
 
 def rest_and_wake() -> None:
     """The same, and then wake torch's threads, which have slept too: that takes longer than a small step."""
+    import torch  # here alone: a process that measures Keras on another backend needs none
+
     rest()
     torch.zeros(2**17).add_(1)
 

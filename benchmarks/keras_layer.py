@@ -6,15 +6,15 @@ with KERAS_BACKEND set, prints the rows as JSON.
 
 from __future__ import annotations
 
+import functools
 import json
-import statistics
 import sys
-import time
 from typing import Any
 
 import numpy as np
 
 from .fresh_process import json_of
+from .interleaved import clocked, interleave, medians, ratio
 from .tables import Row, Rows
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -51,21 +51,16 @@ def _time(quick: bool) -> Rows:
         random = np.random.default_rng(0)
         x = random.standard_normal((batch_size * STEPS, *shape)).astype("float32")
         y = random.integers(0, 10, len(x))
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for number in range((QUICK_ROUNDS if quick else ROUNDS) + 1):
-            order = list(models) if number % 2 else list(reversed(models))
-            for name in order:
-                start = time.perf_counter()
-                models[name].fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
-                times[name].append((time.perf_counter() - start) / STEPS)
-        kept = {name: taken[1:] for name, taken in times.items()}  # the first round compiles
+        how = {"x": x, "y": y, "batch_size": batch_size, "shuffle": False, "verbose": 0}
+        steps = {name: clocked(functools.partial(model.fit, **how)) for name, model in models.items()}
+        times = interleave(steps, QUICK_ROUNDS if quick else ROUNDS, warm_up=1)  # the first round compiles
         row: Row = {"backend": keras.backend.backend(), "stack": stack, "batch_size": batch_size}
-        for name, taken in kept.items():
-            ratios = sorted(ours / stock for ours, stock in zip(taken, kept["stock"], strict=True))
+        for name, seconds in medians(times).items():
+            over = ratio(times[name], times["stock"])
             row[name] = {
-                "seconds": statistics.median(taken),
-                "over_stock": statistics.median(ratios),
-                "over_stock_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
+                "seconds": seconds / STEPS,
+                "over_stock": over["median"],
+                "over_stock_quartiles": over["quartiles"],
             }
         rows.append(row)
     return rows

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-from .support.programs import EXAMPLES, held_out_accuracy
+from .support.programs import EXAMPLES, held_out_accuracy, run_python
 
 
 def test_torch_digits() -> None:
@@ -25,5 +22,4 @@ def test_digits_need_no_extra() -> None:
         "from batchnorm.study.data import load_digits\n"
         "assert load_digits().x_train.shape == (2500, 28, 28)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", code)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import pkgutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import batchnorm
+from tests.support.programs import run_python
 
 HEAVY = (
     "torch",
@@ -29,22 +27,14 @@ HEAVY = (
 )
 
 
-def run_python(code: str) -> str:
+def run_code(code: str) -> str:
     """Run the code in a fresh interpreter, with warnings as errors, and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"KERAS_BACKEND": "torch"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_python("-W", "error", "-c", code, KERAS_BACKEND="torch")
 
 
 def imported_by(code: str) -> set[str]:
     """The heavy packages that a fresh interpreter has imported after the code."""
-    loaded = run_python(f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")
+    loaded = run_code(f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")
     return set(HEAVY) & {name.partition(".")[0] for name in json.loads(loaded.splitlines()[-1])}
 
 
@@ -74,7 +64,7 @@ def test_row_73_every_public_module_imports_as_one(first: str) -> None:
         for name in MODULES
     ]
     both = [imports, attributes] if first == "import" else [attributes, imports]
-    run_python("\n".join(["import sys", *both[0], *both[1], *checks]))
+    run_code("\n".join(["import sys", *both[0], *both[1], *checks]))
 
 
 def test_functions_import_from_the_public_module() -> None:
@@ -115,7 +105,7 @@ sys.meta_path.insert(0, Blocked)
 
 @pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "functional", "calibrate"])
 def test_missing_framework_is_an_error_that_names_the_extra(name: str) -> None:
-    message = run_python(
+    message = run_code(
         f"{BLOCK_TORCH}\n"
         "import batchnorm\n"
         "try:\n"
@@ -132,7 +122,7 @@ def test_missing_framework_is_an_error_that_names_the_extra(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["functional", "kernels"])
 def test_import_of_a_module_names_the_extra_too(name: str) -> None:
-    message = run_python(
+    message = run_code(
         f"{BLOCK_TORCH}\ntry:\n    import batchnorm.{name}\nexcept ImportError as error:\n    print(error)\n"
     )
     assert f"batchnorm.{name} needs torch" in message
@@ -173,7 +163,7 @@ def test_every_public_name_resolves_and_stays_and_changes_no_setting() -> None:
         "numpy.random.rand(700)",
         "random.random()",
     )
-    run_python(
+    run_code(
         f"{SETTINGS}\n"
         "import batchnorm\n"
         "for name in batchnorm.__all__:\n"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import sys
 
 import pytest
 
 import batchnorm
+from tests.support.programs import run_python
 
 FAULTS = """
 import resource, sys
@@ -31,8 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def page_faults(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    return int(run_python("-c", FAULTS, how))
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from benchmarks.layer_rivals import tensors
 from benchmarks.lazily import function
 from benchmarks.progress import progress
 from tests.benchmarks import told
+from tests.support.programs import run_python
 
 ROOT = Path(__file__).parent.parent.parent
 CASE = layer_cases.DeviceCase(
@@ -307,18 +308,8 @@ sys.path[:] = [path for path in sys.path if not path.endswith("src")]  # nor is 
 
 def test_it_runs_with_torch_and_numpy_alone(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(HIDE)
-    environment = os.environ | {
-        "PYTHONPATH": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-        "PATH": "",
-    }  # no git either
-
-    def python(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    environment = {"PYTHONPATH": tmp_path, "OMP_NUM_THREADS": "1", "PATH": ""}  # no git either
+    python = functools.partial(run_python, cwd=ROOT, **environment)
 
     hidden = "import importlib.util as u; print([u.find_spec(n) for n in ('typer', 'numba', 'batchnorm')])"
     assert python("-c", hidden).strip() == "[None, None, None]"

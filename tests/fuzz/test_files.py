@@ -16,9 +16,10 @@ import pytest
 from batchnorm.errors import DataError, FileError, in_one_line
 from batchnorm.study.data import Dataset
 from batchnorm.study.frameworks import Framework
+from batchnorm.study.json_files import convert, settings_at, write_json
 from batchnorm.study.mnist import load_mnist, read_idx
 from batchnorm.study.options import StudyOptions
-from batchnorm.study.records import settings_at, write_json
+from batchnorm.study.records import Run, Timing
 from batchnorm.study.summary import curves_csv, summarize
 from batchnorm.study.verdicts import judge, read
 from tests.study.idx import idx, some_mnist
@@ -56,13 +57,13 @@ def _read_run(path: Path) -> None:
     """A record that is taken is one that all that follows can use."""
     settings_at(path)
     _, found = STORED["run"]
-    if (run := found(path)) is not None:
-        assert isinstance(run, dict)
+    if (stored := found(path)) is not None:
+        run = convert(stored, Run, exact=True)
         curves_csv([run])
-        timing = {"mlp": {"batchnorm": STORED["timing"][0]["timing"]["mlp"]["batchnorm"]}}
+        timing = convert({"timing": STORED["timing"][0]["timing"]}, Timing, exact=True)
         x, y = np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1])
         data = Dataset("own", "here", x, y, x, y)
-        summary = summarize(STUDY, data, [run], timing, 1, Framework("torch", None, ()))
+        summary = summarize(STUDY, data, [run], timing, Framework("torch", None, ()))
         write_json(path.with_name("results.json"), summary)
         _read_results(path.with_name("results.json"))
 

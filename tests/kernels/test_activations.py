@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
 import pytest
 import torch
 
+import batchnorm
+from batchnorm import conventions, kernels, reference
 from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.cpu.activations import CODES
+from batchnorm.models.norms.activations import FUNCTIONS
 
 POINTS = torch.cat(
     [
@@ -27,3 +35,30 @@ def test_derivative_is_torchs(name: str) -> None:
 def test_value_is_torchs_function_of_that_name(name: str) -> None:
     stock = getattr(torch.nn.functional, name)
     torch.testing.assert_close(ACTIVATIONS[name].value(POINTS), stock(POINTS), rtol=0, atol=0)
+
+
+# The GPU engine compares strings: once in the activation, once in its derivative.
+IN_TRITON = re.findall(
+    r'ACTIVATION == "(\w+)"', (Path(kernels.__file__).parent / "gpu/activations.py").read_text()
+)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param([name for name in reference.ACTIVATIONS if name], id="reference"),
+        pytest.param([name for name in CODES if name], id="CPU engine"),
+        pytest.param(sorted(IN_TRITON)[::2], id="GPU engine"),
+        pytest.param(sorted(IN_TRITON)[1::2], id="GPU engine, derivatives"),
+        pytest.param(FUNCTIONS, id="fuse"),
+        pytest.param([*conventions._ACTIVATIONS, "leaky_relu"], id="Keras but leaky_relu, of another slope"),
+    ],
+)
+def test_every_table_has_the_same_names(names: Iterable[str]) -> None:
+    assert sorted(names) == sorted(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("where", [batchnorm.BatchNorm2d, batchnorm.functional.batch_norm])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_documentation_names_it(name: str, where: object) -> None:
+    assert re.search(rf"\b{name}\b", where.__doc__ or "")

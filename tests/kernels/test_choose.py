@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import batchnorm
 from batchnorm.errors import OptionError
 from batchnorm.kernels import choose
 from tests.support.interpreted import DEVICE, HAS_TRITON
+from tests.support.programs import run_python
 
 needs_triton = pytest.mark.skipif(
     not HAS_TRITON or DEVICE != "cpu",
@@ -109,13 +109,8 @@ def test_libraries_that_cannot_be_imported_are_done_without(tmp_path: Path) -> N
     ):
         (tmp_path / library).mkdir()
         (tmp_path / library / "__init__.py").write_text(f"raise {error}")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", _BROKEN], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    on_cpu, missing = done.stdout.splitlines()
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    on_cpu, missing = run_python("-c", _BROKEN, TRITON_INTERPRET="1", PYTHONPATH=path).splitlines()
     assert on_cpu == (
         "eager for BatchNorm1d, float32 inputs on cpu: plain torch operations; the engine for CPUs does not "
         "take anything, as Numba cannot be imported (ImportError: Numba needs NumPy 2.3 or "

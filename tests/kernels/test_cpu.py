@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +20,7 @@ from batchnorm.kernels.cpu.prepared import prepare
 from tests.support.cases import Case
 from tests.support.compare import assert_close, reference_results
 from tests.support.primitives import Primitives
+from tests.support.programs import run_python
 
 engine = Primitives(cpu)
 
@@ -214,8 +213,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_a_forked_child_computes_too() -> None:
-    done = subprocess.run([sys.executable, "-c", CHILD], timeout=600, check=False)
-    assert done.returncode == 0
+    run_python("-c", CHILD)
 
 
 COLD = """
@@ -227,15 +225,7 @@ assert kernel("groups_backward", torch.float32, True)  # the smallest: it compil
 
 
 def run_cold(folder: Path, before: str = "") -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", before + COLD],
-        env=os.environ | {"NUMBA_CACHE_DIR": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_python("-c", before + COLD, NUMBA_CACHE_DIR=folder)
 
 
 @pytest.mark.slow
@@ -298,14 +288,7 @@ assert compiles() and not compiles()
 
 
 def test_damaged_files_on_disk_are_compiled_again_and_mended(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", DAMAGED],
-        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", DAMAGED, NUMBA_CACHE_DIR=tmp_path)
 
 
 def test_kernels_on_disk_are_those_of_this_text(monkeypatch: pytest.MonkeyPatch) -> None:

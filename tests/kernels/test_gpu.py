@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ import triton.language as tl
 from batchnorm.kernels.gpu import engine as gpu
 from batchnorm.kernels.gpu import partition
 from batchnorm.kernels.gpu.tiles import tile_of
+from tests.support.programs import run_python
 
 engine = Primitives(gpu)
 
@@ -351,17 +349,9 @@ def test_row_74_triton_loads_behind_tensorflow() -> None:
     """Row 74: TensorFlow's LLVM is global, and Triton's library took it for its own: the process ended."""
     if importlib.util.find_spec("tensorflow") is None:  # not imported here, which would be in the others' way
         pytest.skip("TensorFlow, of the extra dev, is not there")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment.pop("KERAS_BACKEND", None)  # TensorFlow imports Keras, and on torch that imports Triton
-    done = subprocess.run(
-        [sys.executable, "-c", BEHIND_TENSORFLOW],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.startswith("gpu for float32 [5, 3] on cpu")
+    # Without the variable, as TensorFlow imports Keras, and on torch that imports Triton.
+    printed = run_python("-c", BEHIND_TENSORFLOW, TRITON_INTERPRET="1", KERAS_BACKEND=None)
+    assert printed.startswith("gpu for float32 [5, 3] on cpu")
 
 
 COMPILING = "tests.kernels.compile_for_gpu"
@@ -372,18 +362,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("steps", ["few", pytest.param("all", marks=pytest.mark.slow)])
 def test_every_kernel_compiles_for_a_gpu_where_there_is_none(steps: str, tmp_path: Path) -> None:
     """By Triton's compiler, to machine code: what the interpreter lets pass, the compiler may not."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", COMPILING, steps],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    kernels = set(done.stdout.split())
-    assert kernels == {
+    kernels = run_python("-m", COMPILING, steps, cwd=ROOT, TRITON_CACHE_DIR=tmp_path)
+    assert set(kernels.split()) == {
         "add_groups",
         "backward_whole",
         "differentiate",

@@ -171,7 +171,7 @@ def by_hand(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return (mean, unbiased var) of each norm, norm after norm, on all of x at once in float64.
 
     In evaluation, with hooks that note what each norm receives. Of the norms that have no statistics yet,
-    those get theirs whose input stays the same when the outputs of all such norms are other numbers.
+    those are next whose input stays the same when the outputs of all such norms change.
     """
     model = copy.deepcopy(model).double().eval()
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}

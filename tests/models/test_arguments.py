@@ -1,4 +1,4 @@
-"""What verbs and contexts are given: what was received is named, and what users expect to work works."""
+"""Verbs and contexts name wrong arguments, and accept every form that users expect."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("verb", VERBS)
-def test_what_is_no_model_is_named(verb: str, wrong: str) -> None:
+def test_an_argument_that_is_no_model_is_named(verb: str, wrong: str) -> None:
     value, message = WRONG[wrong]
     with pytest.raises(ArgumentTypeError) as caught, contextlib.ExitStack() as stack:
         stack.enter_context(getattr(batchnorm, verb)(value, *VERBS[verb]))
@@ -55,7 +55,7 @@ def test_what_is_no_model_is_named(verb: str, wrong: str) -> None:
     assert isinstance(caught.value, (TypeError, ValueError))
 
 
-def test_other_doors_name_what_they_got() -> None:
+def test_other_functions_name_the_wrong_argument() -> None:
     with pytest.raises(ArgumentTypeError, match=r"convert_sync_batchnorm takes a model.*got a list"):
         batchnorm.SyncBatchNorm.convert_sync_batchnorm([nn.BatchNorm1d(3)])
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'model'"):
@@ -176,7 +176,7 @@ def test_mask_of_lengths_for_sequences_of_channels() -> None:
     assert_identical(state(layer), state(twin))
 
 
-def test_lengths_that_cannot_be_told_are_refused() -> None:
+def test_ambiguous_lengths_are_refused() -> None:
     model = nn.Sequential(batchnorm.BatchNorm1d(10))
     cases = [
         (torch.randn(3, 10, 12), r"either axis may be that of positions\. Pass size="),  # [N, L, C], perhaps

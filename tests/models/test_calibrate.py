@@ -1,4 +1,4 @@
-"""`batchnorm.calibrate`: exact over any split, atomic, and candid about what it cannot know."""
+"""`batchnorm.calibrate`: exact for any split, atomic, and its report marks what depends on the split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 import batchnorm
 from batchnorm.errors import DataError, InputShapeError, OptionError
-from batchnorm.models.calibration.outcome import write as _write
+from batchnorm.models.calibrate import _write
 
 LAYERS = [batchnorm.BatchNorm1d, nn.BatchNorm1d]
 SPLITS = {"whole": [203], "ragged": [64, 64, 64, 11], "sevens": [29] * 7, "singles": [1] * 203}
@@ -160,11 +160,11 @@ def test_an_interruption_of_the_last_write_leaves_the_model_as_it_was(
             raise KeyboardInterrupt
         return copy_(self, *args, **kwargs)
 
-    def write(values: list[tuple[torch.Tensor | None, torch.Tensor]]) -> None:
+    def write(values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
         _write(values)
 
-    monkeypatch.setattr("batchnorm.models.calibrate.write", write)
+    monkeypatch.setattr("batchnorm.models.calibrate._write", write)
     with pytest.raises(KeyboardInterrupt):
         batchnorm.calibrate(model, [_data(8, 5)])
     monkeypatch.undo()

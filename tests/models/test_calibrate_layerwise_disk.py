@@ -115,6 +115,11 @@ def test_stopped_forwards_hold_no_memory() -> None:
     assert max(most) <= max(with_one, 8)
 
 
+def test_a_norm_that_no_value_reached_is_named() -> None:
+    with pytest.raises(DataError, match=r"^BatchNorm1d: received no value that counts"):
+        _spilled(nn.BatchNorm1d(3), [torch.zeros(0, 3)])
+
+
 def test_files_go_into_the_folder_and_away_again(tmp_path: Path) -> None:
     model, seen = Branches(), []
     model.left.register_forward_hook(lambda *_: seen.append(len(list(tmp_path.rglob("*.bin")))))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.errors import DataError, FileError, OptionError
-from batchnorm.models.calibration.progress_file import _digest
+from batchnorm.models.calibration.progress_file import _digest_of_file
 from tests.models.calibration_nets import Branches, images
 from tests.models.nets import anatomy
 
@@ -88,7 +88,7 @@ def test_it_is_stopped_twice(path: Path) -> None:
 
 
 def test_a_batch_that_was_stopped_midway_does_not_count(path: Path) -> None:
-    """The first norms have heard it, the last one has not."""
+    """The first norms have received it, the last norm has not."""
     model, x = Branches(), images(24)
     whole = copy.deepcopy(model)
     batchnorm.calibrate(whole, x.split(8))
@@ -137,7 +137,7 @@ def _damaged(path: Path, how: str) -> None:
             tensors["tally"] = tensors["tally"][:-1].clone()
         else:
             tensors["tally"][0] = float("nan")
-        facts["digest"] = _digest(facts, tensors)
+        facts["digest"] = _digest_of_file(facts, tensors)
         path.write_bytes(safetensors.torch.save(tensors, facts))
     elif how == "foreign":
         path.write_bytes(safetensors.torch.save({"weight": torch.ones(3)}))

@@ -244,7 +244,7 @@ def test_moments_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Fused(nn.Module):
-    """Layers with an activation and a residual, and a norm behind them that receives what they return."""
+    """Layers with an activation and a residual, and a norm that receives their output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ def test_layers_give_what_they_give_in_training() -> None:
 
 
 class Scaled(nn.BatchNorm2d):
-    """A class that nobody knows: what its forward does is its own affair."""
+    """A class that the library does not know, with a forward of its own."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input * 3) / 2
@@ -278,7 +278,7 @@ class Scaled(nn.BatchNorm2d):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_of_other_classes_run_as_they_are(method: str) -> None:
-    """The moments are of what the layer receives; the layer behind it receives what it returns."""
+    """Moments are those of the layer's input, and the next layer receives its output."""
     replaced = nn.BatchNorm2d(3)
     replaced.forward = lambda x: nn.BatchNorm2d.forward(replaced, x) + 7
     model = nn.Sequential(Scaled(3), replaced, nn.Tanh(), nn.BatchNorm2d(3)).double()

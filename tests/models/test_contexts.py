@@ -84,7 +84,7 @@ def outputs(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_in_each_context(verb: str, context: str) -> None:
-    """What the verb made in the context does outside of it what it does when it was made outside."""
+    """A model changed within the context behaves, outside of it, like one changed outside."""
     domains = 2 if context == "domain" else 1
     model, twin = net(domains), net(domains)
     reason = REFUSED.get((verb, context))

@@ -1,4 +1,4 @@
-"""What the run on an example does to a model is undone, all of it, by every verb that takes an example."""
+"""Every verb that takes an example restores what running the model on it changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`batchnorm.fuse`: one layer instead of two or three, the same numbers, the author's code where in doubt."""
+"""`batchnorm.fuse`: one layer instead of two or three, the same numbers, the original forward if in doubt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _input(*shape: int) -> Tensor:
 
 
 def fused(model: nn.Module, example: Tensor | None = None) -> dict[str, str]:
-    """Fuse a model; return what became one layer with each norm, after a look that it did."""
+    """Fuse a model; return what became one layer with each norm, after checking that it did."""
     norms = {row.name: model.get_submodule(row.name) for row in batchnorm.inspect(model).rows}
     before = {name: (type(norm), getattr(norm, "activation", None)) for name, norm in norms.items()}
     planned = {row.name: row.fuses_with for row in batchnorm.inspect(model, example).rows if row.fuses_with}
@@ -95,14 +95,11 @@ def test_every_activation_fuses(activation: str) -> None:
     assert_alike(model, stock, _input())
 
 
-def test_the_tables_know_every_activation_of_a_layer() -> None:
-    assert set(activations.FUNCTIONS) == set(ACTIVATIONS)
-    assert {activations.module_activation(activations.module_for(name)) for name in ACTIVATIONS} == set(
-        ACTIVATIONS
-    )
-    x = torch.randn(50)
-    for name in ACTIVATIONS:
-        assert torch.equal(activations.FUNCTIONS[name](x), activations.module_for(name)(x)), name
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_modules_and_functions_of_a_name_compute_the_same(name: str) -> None:
+    module, x = activations.module_for(name), torch.randn(50)
+    assert activations.module_activation(module) == name
+    assert torch.equal(activations.FUNCTIONS[name](x), module(x))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +107,7 @@ def test_the_tables_know_every_activation_of_a_layer() -> None:
     [nn.LeakyReLU(0.2), nn.GELU("tanh"), nn.ELU(0.5), nn.Softplus(), nn.Hardtanh(), nn.Dropout(0.1)],
     ids=str,
 )
-def test_what_a_layer_does_not_have_is_left(act: nn.Module) -> None:
+def test_activations_that_no_layer_has_are_left(act: nn.Module) -> None:
     model = nn.Sequential(nn.BatchNorm2d(4), act)
     batchnorm.fuse(model)
     assert type(model[0]) is nn.BatchNorm2d
@@ -218,9 +215,32 @@ class Viewed(nn.Module):
         return z + v.view_as(z) if x.sum() < 1e9 else z
 
 
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: object, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_ctx: object, dy: Tensor) -> Tensor:
+        return -dy
+
+
+class Reversed(nn.Module):
+    """The activation reads the same values, with another gradient, in a forward that is no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.act(_Reverse.apply(self.norm(x)))
+        return z if x.sum() < 1e9 else x
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (Reversed, "no graph|is read 2 times"),
         (Twice, "read 2 times"),
         (CalledTwice, "called 2 times"),
         (WritesResidual, "goes to iadd"),
@@ -232,7 +252,7 @@ class Viewed(nn.Module):
         (Viewed, "no graph|is read"),
     ],
 )
-def test_nets_written_to_be_nasty_are_left_with_a_reason(make: type[nn.Module], reason: str) -> None:
+def test_norms_that_cannot_be_fused_are_left_with_a_reason(make: type[nn.Module], reason: str) -> None:
     stock = scrambled(make())
     for example in (None, _input()):
         model = copy.deepcopy(stock)
@@ -301,8 +321,46 @@ def test_hooks_keep_what_they_see() -> None:
         torch.testing.assert_close(seen[:half], seen[half:])
 
 
+def test_an_attribute_keeps_the_output_of_a_norm() -> None:
+    class Keeps(nn.Module):
+        kept: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = self.norm(x)
+            return self.act(self.kept) if x.sum() < 1e9 else x
+
+    model, x = scrambled(Keeps()), _input()
+    assert not fused(model, x)
+    assert _reasons(model, x) == {"norm": "on the example its output is read 2 times"}
+
+
+def test_a_hook_of_a_block_keeps_what_it_sees_of_a_norm_at_its_end() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.act = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.act(self.block(x))
+            return z if x.sum() < 1e9 else x
+
+    stock, x = scrambled(Outer()), _input()
+    assert fused(copy.deepcopy(stock), x) == {"block.1": "relu (as on the example)"}
+    stock.block.register_forward_hook(lambda _module, _args, y: seen.append(y))
+    model, seen = copy.deepcopy(stock), []
+    assert not fused(model, x)
+    seen.clear()
+    for one in (model, stock):
+        one(x)
+    torch.testing.assert_close(*seen)
+
+
 @pytest.mark.parametrize("place", ["relu", "bn1", "bn2"])
-def test_a_hook_that_comes_later_sees_what_it_saw_in_the_authors_forward(place: str) -> None:
+def test_a_hook_added_later_sees_the_values_of_the_original_forward(place: str) -> None:
     stock = scrambled(nets.Basic(4))
     model = copy.deepcopy(stock)
     batchnorm.fuse(model)
@@ -314,10 +372,10 @@ def test_a_hook_that_comes_later_sees_what_it_saw_in_the_authors_forward(place: 
         seen.append(mine)
         torch.manual_seed(0)
     assert [len(mine) for mine in seen] == ([2, 2] if place == "relu" else [1, 1])
-    assert model.bn2.activation == "relu"  # put back after the author's forward
+    assert model.bn2.activation == "relu"  # restored after the original forward
 
 
-def test_a_changed_attribute_brings_the_authors_forward_back() -> None:
+def test_a_changed_attribute_restores_the_original_forward() -> None:
     class Scaled(nets.Basic):
         scale: float
 
@@ -333,7 +391,7 @@ def test_a_changed_attribute_brings_the_authors_forward_back() -> None:
         assert_alike(model, stock, _input())
 
 
-def test_a_replaced_child_brings_the_authors_forward_back() -> None:
+def test_a_replaced_child_restores_the_original_forward() -> None:
     stock = scrambled(nets.Basic(4, nn.Sequential(nn.Conv2d(4, 4, 1))))
     model = copy.deepcopy(stock)
     batchnorm.fuse(model)
@@ -346,7 +404,7 @@ def test_a_replaced_child_brings_the_authors_forward_back() -> None:
     assert_alike(model, stock, _input())
 
 
-def test_a_list_that_grows_brings_the_authors_forward_back() -> None:
+def test_a_longer_list_restores_the_original_forward() -> None:
     stock = scrambled(nets.Looping())
     model = copy.deepcopy(stock)
     batchnorm.fuse(model)
@@ -358,7 +416,7 @@ def test_a_list_that_grows_brings_the_authors_forward_back() -> None:
 
 
 class WithGelu(nn.Module):
-    """A norm, and an activation that a test may write anew."""
+    """A norm and an activation, in a forward that tests replace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -368,10 +426,10 @@ class WithGelu(nn.Module):
         return F.gelu(self.norm(x))
 
 
-def test_another_forward_of_the_class_is_not_taken_for_the_one_that_was_fused(
+def test_a_file_with_another_forward_of_the_class_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A file with a fused model is loaded where the code has changed since."""
+    """A file with a fused model is loaded after its code has changed."""
     model = scrambled(WithGelu())
     assert fused(model) == {"norm": "gelu"}
     file = pickle.dumps(model)
@@ -424,7 +482,7 @@ def test_copies_and_pickles_are_fused_too() -> None:
         assert_alike(one, stock, x)
 
 
-def test_parameters_and_modules_stay_the_objects_they_are() -> None:
+def test_parameters_and_modules_stay_the_same_objects() -> None:
     model = nets.resnet()
     modules, tensors = list(model.modules()), [*model.parameters(), *model.buffers()]
     batchnorm.fuse(model)
@@ -516,7 +574,7 @@ def test_checkpointing_a_fused_block() -> None:
     torch.testing.assert_close(dx, expected)
 
 
-def test_timms_layer_is_fused_with_what_it_has_inside(timm_norm: type[nn.Module]) -> None:  # noqa: F811
+def test_timms_layer_is_fused_with_its_own_activation(timm_norm: type[nn.Module]) -> None:  # noqa: F811
     stock = scrambled(nn.Sequential(timm_norm(4, nn.SiLU()), timm_norm(4), nn.ReLU()))
     model = copy.deepcopy(stock)
     assert fused(model) == {"0": "silu (inside it)", "1": "relu"}
@@ -568,7 +626,7 @@ def test_a_change_in_training_only_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert "after training" in message
 
 
-def test_an_identity_of_ours_says_what_it_was() -> None:
+def test_a_fused_activation_shows_its_former_class() -> None:
     model = nn.Sequential(nn.BatchNorm2d(4), nn.Hardswish())
     batchnorm.fuse(model)
     assert isinstance(model[1], FusedActivation)

@@ -1,4 +1,4 @@
-"""The way back from `torch.nn.SyncBatchNorm`, which torch has not."""
+"""`batchnorm.revert` of SyncBatchNorm, torch's and ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.models import nets
 from tests.models.nets import assert_alike, refuses, scrambled
 
 synchronized = nn.SyncBatchNorm.convert_sync_batchnorm
-SYNCHRONISED = {
+SYNCHRONIZED = {
     "stock": synchronized,
     "ours": batchnorm.SyncBatchNorm.convert_sync_batchnorm,
     "stock then ours": lambda model: batchnorm.convert(synchronized(model)),
@@ -24,7 +24,7 @@ SYNCHRONISED = {
 
 
 class Volumes(nn.Module):
-    """Each norm's kind shows elsewhere: behind an activation, behind an addition, in a linear layer."""
+    """Each norm's rank is told by another neighbour: past an activation, past an addition, a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def _assert_back(model: nn.Module, stock: nn.Module, x: Tensor) -> None:
     assert_alike(model, stock, x)
 
 
-@pytest.mark.parametrize("how", SYNCHRONISED)
+@pytest.mark.parametrize("how", SYNCHRONIZED)
 @pytest.mark.parametrize("with_example", [True, False], ids=["example", "graph"])
 @pytest.mark.parametrize(
     ("make", "shape"), [(nets.resnet, (4, 3, 6, 6)), (Volumes, (5, 4, 4, 4, 4))], ids=["resnet", "volumes"]
@@ -52,10 +52,10 @@ def _assert_back(model: nn.Module, stock: nn.Module, x: Tensor) -> None:
 def test_row_7_there_and_back(
     make: type[nn.Module], shape: tuple[int, ...], with_example: bool, how: str
 ) -> None:
-    """Row 7: the plain layers that they were, with the parameters and buffers that they are."""
+    """Row 7: the original plain layers, with the present parameters and buffers."""
     stock = scrambled(make())
     x = torch.randn(shape, dtype=torch.float64)
-    model = SYNCHRONISED[how](copy.deepcopy(stock))
+    model = SYNCHRONIZED[how](copy.deepcopy(stock))
     model.register_forward_hook(lambda *_: None)
     policies = [row.policy for row in batchnorm.inspect(model).rows]
     assert policies == ["synchronized" if how == "stock" else "synced"] * len(policies)
@@ -66,7 +66,7 @@ def test_row_7_there_and_back(
     _assert_back(model, stock, x)
 
 
-def test_row_7_what_nothing_tells_is_refused_by_name() -> None:
+def test_row_7_an_unknown_rank_is_refused_by_name() -> None:
     """Row 7: control flow hides what is beside a norm; an example shows it."""
 
     class Hidden(nn.Module):
@@ -145,7 +145,7 @@ def test_a_norm_that_receives_two_ranks_has_no_plain_layer() -> None:
     assert "norm (torch.nn.SyncBatchNorm): it is called with several" in message
 
 
-def test_an_example_that_does_not_get_there_leaves_it_to_the_neighbours() -> None:
+def test_a_neighbour_tells_the_rank_where_the_example_does_not_reach() -> None:
     class Twin(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -142,7 +142,7 @@ def test_fused_models_train_as_stock_ones(example: Tensor | None) -> None:
     assert model[3].bn2.activation == "relu"
 
 
-def test_an_intermediate_that_somebody_else_reads_is_not_fused() -> None:
+def test_an_intermediate_with_a_second_reader_is_not_fused() -> None:
     class TwoReaders(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -185,7 +185,7 @@ def test_a_change_that_does_not_agree_is_taken_back(verb: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("verb", ["convert", "fuse", "revert"])
-def test_a_model_that_cannot_train_on_the_example_is_compared_in_evaluation_and_said(verb: str) -> None:
+def test_a_model_that_cannot_train_on_the_example_is_compared_in_evaluation_with_a_warning(verb: str) -> None:
     """One sample is one value per channel behind the linear layer: no variance, so training raises."""
     model = network()
     with pytest.warns(UserWarning, match=f"{verb}: not compared in training, where .* ValueError: ") as told:
@@ -195,7 +195,7 @@ def test_a_model_that_cannot_train_on_the_example_is_compared_in_evaluation_and_
 
 def test_lazy_parametrized_and_untracked_layers() -> None:
     lazy = nn.Sequential(nn.LazyBatchNorm2d())
-    batchnorm.convert(lazy)
+    batchnorm.convert(lazy, domains=1)
     lazy(torch.randn(2, 3, 4, 4))
     assert type(lazy[0]) is batchnorm.BatchNorm2d
 

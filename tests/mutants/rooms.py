@@ -83,7 +83,7 @@ ROOMS = (
         (
             Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint", "checkpoint_contexts"),
                  *_in("models", "calibrate_masked")), only=("torch/*", "models/*")),
-            Run(_in("models", "arguments"), choice="mask or lengths or other_doors", only=("models/*",)),
+            Run(_in("models", "arguments"), choice="mask or lengths or other_functions", only=("models/*",)),
             Run(_in("keras", "masks"), backend="torch", only=("keras/*",)),
             Run(_in("keras", "masks"), backend="tensorflow", only=("keras/*",)),  # of unknown shapes, too
         ),

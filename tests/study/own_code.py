@@ -108,6 +108,15 @@ def five_outputs(norm):
     return nn.Linear(4, 5)
 
 
+class TwoResults(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def two_results(norm):
+    return TwoResults(4, 3)
+
+
 def no_module(norm):
     return 3
 """

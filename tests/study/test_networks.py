@@ -10,9 +10,9 @@ from batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.errors import DataError, OptionError
 from batchnorm.study.arms import parse_arm
 from batchnorm.study.errors import StudyError
-from batchnorm.study.networks import NormFactory, build_network
+from batchnorm.study.learner_torch import weight_layers
+from batchnorm.study.networks_torch import NormFactory, build_network
 from batchnorm.study.options import ARMS
-from batchnorm.study.probes import weight_layers
 
 from .own_code import write_own_code
 

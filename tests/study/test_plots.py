@@ -84,7 +84,7 @@ def test_curves_are_drawn_in_the_roles_of_their_arms(pictures: dict[str, Picture
 def test_gradients_have_a_line_per_layer_and_arm(
     pictures: dict[str, Picture], networks: tuple[Network, ...]
 ) -> None:
-    layers = len(networks[1].runs[0].gradients)
+    layers = len(networks[1].runs[0].gradient_norm.layers)
     lines = re.findall(r"stroke: #[0-9a-f]{6}", pictures["n1-gradients1"].svg)
     assert len(lines) == 2 * layers + 2  # and the two of the legend
     assert {"none", "batchnorm"} <= set(_texts(pictures["n1-gradients1"]))

@@ -17,22 +17,22 @@ import torch
 from batchnorm.errors import DataError, FileError, OptionError
 from batchnorm.study import StudyOptions, run_study
 from batchnorm.study.data import load_data
-from batchnorm.study.display import Quiet
-from batchnorm.study.engines import engine_for
 from batchnorm.study.errors import StudyError
 from batchnorm.study.frameworks import find_framework
 from batchnorm.study.options import parse_rates, split_list
-from batchnorm.study.pool import Died, Finished, Progress, WorkerPool, _interrupt_held
+from batchnorm.study.pool import WorkerPool, _interrupt_held
 from batchnorm.study.runner import _alone_in
 from batchnorm.study.tasks import RunTask, TimingTask, plan
+from batchnorm.study.terminal import Display
 from batchnorm.study.verdicts import formatting
+from batchnorm.study.worker import Engine
 
 from .own_code import write_own_code
 
 pytestmark = pytest.mark.xdist_group("runner")  # one pool of processes
 
 
-class Listening(Quiet):
+class Listening(Display):
     """Keeps what it hears."""
 
     def __init__(self) -> None:
@@ -40,6 +40,10 @@ class Listening(Quiet):
         self.ended: list[str] = []
         self.diverged: list[str] = []
         self.started: tuple[int, int] | None = None
+        self.notices: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
 
     def training(self, runs: int, finished: int, steps: int, workers: int) -> None:
         assert workers == 1
@@ -115,23 +119,29 @@ def test_the_plan_finishes_one_seed_before_the_next(own: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, WorkerPool]]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, WorkerPool, Listening]]:
     """The user's file, and one pool for several tests: a worker takes seconds to start."""
     own = write_own_code(tmp_path_factory.mktemp("pool"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEATH_MARKER", str(own.parent / "died"))
-        with WorkerPool(1, load_data(f"{own}:data"), find_framework("torch")) as pool:
-            yield own, pool
+        display = Listening()
+        with WorkerPool(1, load_data(f"{own}:data"), find_framework("torch"), display) as pool:
+            yield own, pool, display
+
+
+@pytest.fixture
+def shared(running: tuple[Path, WorkerPool, Listening]) -> tuple[Path, WorkerPool]:
+    return running[:2]
 
 
 def test_a_killed_worker_is_reported_and_its_run_done_again(
-    shared: tuple[Path, WorkerPool],
+    running: tuple[Path, WorkerPool, Listening],
 ) -> None:
-    own, pool = shared
+    own, pool, display = running
     dies_once, fine = task(f"{own}:dies_once"), task(f"{own}:net")
-    events = [event for event in pool.run([dies_once, fine]) if not isinstance(event, Progress)]
-    assert events[0] == Died(dies_once, "killed by signal 9 (SIGKILL)")
-    assert {event.task for event in events[1:] if isinstance(event, Finished)} == {dies_once, fine}
+    assert {done for done, _ in pool.run([dies_once, fine])} == {dies_once, fine}
+    died = f"killed by signal 9 (SIGKILL), on {dies_once.describe()}"
+    assert display.notices == [f"a worker process died, {died}; it is done again"]
 
 
 def test_workers_leave_ctrl_c_to_their_parent(shared: tuple[Path, WorkerPool]) -> None:
@@ -141,7 +151,8 @@ def test_workers_leave_ctrl_c_to_their_parent(shared: tuple[Path, WorkerPool]) -
     worker = pool._members[0].process.pid
     assert worker is not None
     os.kill(worker, signal.SIGINT)
-    assert [type(event) for event in pool.run([fine])] == [Finished]
+    assert [done for done, _ in pool.run([fine])] == [fine]
+    assert pool._members[0].process.pid == worker
 
 
 def test_ctrl_c_is_held_though_another_thread_takes_the_signal() -> None:
@@ -189,15 +200,15 @@ def test_a_network_that_would_end_its_process_is_named_with_its_line(
 
 @pytest.mark.parametrize("network", ["forks", "forks_in_training", "forks_and_exits"])
 def test_a_network_that_forks_is_trained_once_and_its_child_ended(
-    shared: tuple[Path, WorkerPool], network: str
+    running: tuple[Path, WorkerPool, Listening], network: str
 ) -> None:
-    own, pool = shared
+    own, pool, display = running
+    display.left = 30
     run = dataclasses.replace(task(f"{own}:{network}"), epochs=10)
-    progress, finished = pool.run([run])
-    assert progress == Progress(run, 25)  # of the 30 steps, once
-    assert isinstance(finished, Finished)
-    assert finished.result["network"] == f"own.py:{network}"
-    assert [type(event) for event in pool.run([task(f"{own}:net")])] == [Finished]
+    ((done, result),) = pool.run([run])
+    assert (done, display.left) == (run, 0)
+    assert result.network == f"own.py:{network}"
+    assert len(list(pool.run([task(f"{own}:net")]))) == 1
 
 
 @pytest.mark.slow
@@ -218,8 +229,8 @@ def test_networks_are_trained_and_timed_on_one_thread(own: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        engine = engine_for(find_framework("torch"), load_data(f"{own}:data"))
-        assert engine.time(TimingTask(f"{own}:net", ("none",), 20))["threads"] == 1
+        engine = Engine(find_framework("torch"), load_data(f"{own}:data"))
+        assert engine.do(TimingTask(f"{own}:net", ("none",), 20), lambda _: None).keys() == {"none"}
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -275,7 +286,7 @@ def test_what_another_study_wrote_meanwhile_is_not_written_over(own: Path) -> No
     """As one does whose lock this one does not see, on another machine of a network's file system."""
     asked = options(own, seeds=1, arms=("none",))
 
-    class Other(Quiet):
+    class Other(Display):
         def stage(self, text: str) -> None:
             if text.startswith("timing"):
                 other = {"settings": {"batch_size": 7}}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from batchnorm.errors import in_one_line
 from batchnorm.study.data import Dataset
 from batchnorm.study.frameworks import Framework
+from batchnorm.study.json_files import convert, json_safe, write_json
 from batchnorm.study.options import StudyOptions
-from batchnorm.study.records import json_safe, write_json
+from batchnorm.study.records import ArmTiming, Run, Timing
 from batchnorm.study.summary import curves_csv, spread, summarize
 
 OPTIONS = StudyOptions(
@@ -23,15 +25,14 @@ OPTIONS = StudyOptions(
     seeds=2,
 )
 TORCH = Framework("torch", None, (("torch", "2.13.0"),))
-SECONDS = {"none": {"seconds_per_step": [1.0, 2.0, 9.0]}, "batchnorm": {"seconds_per_step": [3.0]}}
-TIMING = {"mlp": SECONDS, "net.py:build": SECONDS}
+SECONDS = {"none": ArmTiming([1.0, 2.0, 9.0]), "batchnorm": ArmTiming([3.0])}
+TIMING = Timing({"mlp": SECONDS, "net.py:build": SECONDS})
 
 
-def record(network: str, arm: str, rate: float, seed: int, accuracy: float | None) -> dict[str, Any]:
+def record(network: str, arm: str, rate: float, seed: int, accuracy: float | None) -> Run:
     row = {"train_loss": 0.1, "train_accuracy": 1.0, "test_loss": 0.5}
     final = [] if accuracy is None else [{"epoch": 1, **row, "test_accuracy": accuracy}]
-    return {
-        "settings": {"torch": "1"},
+    whole = {
         "network": network,
         "arm": arm,
         "learning_rate": rate,
@@ -42,7 +43,12 @@ def record(network: str, arm: str, rate: float, seed: int, accuracy: float | Non
         "steps_to_target": 14 if seed == 0 and accuracy else None,
         "bytes_kept_for_backward": 100,
         "parameters": 5,
+        "step_loss": [],
+        "batch_size": 20,
+        "target_accuracy": 0.9,
+        "target_checked_every": 1,
     }
+    return convert(whole, Run, exact=False)
 
 
 def summary() -> dict[str, Any]:
@@ -50,14 +56,14 @@ def summary() -> dict[str, Any]:
     accuracies = {("none", 0.1): (0.99, None), ("none", 0.01): (0.6, 0.8)}
     records = [
         record(network, arm, rate, seed, accuracies.get((arm, rate), (0.9, 0.9))[seed])
-        for network in TIMING
+        for network in TIMING.timing
         for arm in OPTIONS.arms
         for rate in OPTIONS.learning_rates
         for seed in (0, 1)
     ]
-    return summarize(
-        OPTIONS, Dataset("own", "here", x, y, x, y), records, TIMING, timing_threads=4, framework=TORCH
-    )
+    results = json_safe(summarize(OPTIONS, Dataset("own", "here", x, y, x, y), records, TIMING, TORCH))
+    assert isinstance(results, dict)
+    return results
 
 
 def test_each_arm_stands_at_its_best_rate_and_divergence_counts_as_zero() -> None:
@@ -89,7 +95,7 @@ def test_arms_are_those_of_the_first_network_with_every_metric_alike() -> None:
 
 
 def test_diverged_runs_are_counted_and_give_no_numbers() -> None:
-    assert spread([None, None]) == {"mean": None, "std": None, "values": [None, None]}
+    assert spread([math.nan, math.nan]) == {"mean": None, "std": None, "values": [None, None]}
     assert spread([3.0]) == {"mean": 3.0, "std": 0.0, "values": [3.0]}
 
 
@@ -98,7 +104,7 @@ def test_provenance_names_no_folder_and_every_choice() -> None:
     assert "someone" not in json.dumps(results)
     assert "--network mlp,net.py:build" in results["provenance"]["command"]
     assert "--learning-rate 0.1,0.01" in results["provenance"]["command"]
-    assert results["provenance"]["threads"] == {"training": 1, "timing": 4}
+    assert results["provenance"]["threads"] == {"training": 1, "timing": 1}
     assert results["provenance"]["data"]["train"] == 4
     assert all("settings" not in run for run in results["runs"])
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from batchnorm.errors import DataError
+from batchnorm.study.records import Drift, Moments
 from batchnorm.study.verdicts import Claim, Comparison, Grade, judge, read
 from batchnorm.study.verdicts import formatting as q
 from batchnorm.study.verdicts.internals import layer_drift, total_drift
-from batchnorm.study.verdicts.results import Drift, Network, Run, Sample
+from batchnorm.study.verdicts.results import Network, Sample
 from tests.study.results_fixture import Record, each_seed, record, results, usual, write
 
 
@@ -241,20 +242,20 @@ def test_a_shallow_network_says_nothing_of_vanishing_gradients(tmp_path: Path) -
 
 
 def test_drift_is_the_distance_from_the_start_in_spreads() -> None:
-    steady = Drift((0, 1, 2), (5.0, 5.0, 5.0), (2.0, 2.0, 2.0))
-    moving = Drift((0, 1, 2), (0.0, 3.0, 3.0), (4.0, 8.0, 8.0))
+    steady = Moments((5.0, 5.0, 5.0), (2.0, 2.0, 2.0))
+    moving = Moments((0.0, 3.0, 3.0), (4.0, 8.0, 8.0))
     assert layer_drift(steady) == 0
     assert layer_drift(moving) == pytest.approx(5 / (20 / 3))
-    assert layer_drift(Drift((0, 1), (1.0, 1.0), (0.0, 0.0))) != layer_drift(steady)  # no spread, no unit
+    assert layer_drift(Moments((1.0, 1.0), (0.0, 0.0))) != layer_drift(steady)  # no spread, no unit
 
 
-def test_the_data_that_go_in_do_not_count_as_drift() -> None:
+def test_the_data_that_go_in_do_not_count_as_drift(tmp_path: Path) -> None:
     drifts = {
-        "first": Drift((0, 1), (0.0, 100.0), (1.0, 1.0)),
-        "second": Drift((0, 1), (0.0, 1.0), (1.0, 1.0)),
+        "first": Moments((0.0, 100.0), (1.0, 1.0)),
+        "second": Moments((0.0, 1.0), (1.0, 1.0)),
     }
-    run = Run("mlp", "none", 0.1, 0, False, (), 1, 1, 0.9, 1, {}, drifts, {})
-    assert total_drift(run) == 1.0
+    (run,) = _network(tmp_path, [record()]).runs
+    assert total_drift(replace(run, input_drift=Drift((0, 1), drifts))) == 1.0
 
 
 def test_less_drift_is_supported(tmp_path: Path) -> None:
@@ -308,7 +309,12 @@ def test_nothing_raw_is_printed(tmp_path: Path) -> None:
         ('{"runs": []}', "runs is empty"),
         ('{"runs": [3]}', r"runs\[0\] is 3"),
         ('{"runs": [{"learning_rate": "fast", "seed": 0}]}', "learning_rate is 'fast', a number is needed"),
-        ('{"runs": [{"learning_rate": 0.1, "seed": null}]}', "no seed"),
+        ('{"runs": [{"learning_rate": 0.1, "seed": null}]}', "seed is missing, a number is needed"),
+        (json.dumps({"runs": [record(rate=-1.0)]}), "learning_rate that is not above 0"),
+        (
+            json.dumps({"runs": [record() | {"epochs": [{"epoch": 1}, 3]}]}),
+            r"runs\[0\]\.epochs\[1\] is 3, an obj",
+        ),
     ],
 )
 def test_malformed_results_are_refused_in_one_line(tmp_path: Path, content: str, complaint: str) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.interpreted import HAS_TRITON
+from tests.support.programs import run_python
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 SCRIPT = "tests.torch.graphs_with_kernels"
@@ -35,9 +34,7 @@ WRITES = {
 
 @pytest.fixture(scope="module")
 def graphs() -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", SCRIPT], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(run_python("-m", SCRIPT))
     return found
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextvars
 import copy
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from batchnorm import functional
 from batchnorm.errors import BatchNormError
 from tests.support.cases import Case
 from tests.support.compare import assert_close, case_results
+from tests.support.programs import run_python
 from tests.torch.prepared import (
     MODES,
     SHAPE,
@@ -243,8 +243,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a fork of a process with threads is safe on Linux only")
 def test_a_forked_child_computes_what_its_parent_did() -> None:
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", FORK)
 
 
 @pytest.mark.usefixtures("threads")

@@ -1,4 +1,4 @@
-"""Represents which calls make and read each value of a model, whatever its framework."""
+"""Represents which calls make and read each value of a model: a graph, a traced forward or a recorded run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Value(Generic[Layer]):
 
     Attributes:
         maker: the call that returned it; None for inputs, parameters and constants.
-        shape: on the example, or as the graph says; None where nothing has run. Open sizes are None.
-        dtype: likewise, as the framework has it.
+        shape: on the example, or in the graph, where open sizes are None; None without both.
+        dtype: likewise.
         readers: one entry for each time that a call reads it.
         aliased: how often an operator returned it as it is, such as `detach`: gradients may differ.
     """
@@ -32,16 +32,15 @@ class Value(Generic[Layer]):
 
 @dataclass(eq=False)
 class Call(Generic[Layer]):
-    """A call of a layer or of an operation.
+    """A call of a module or of an operation.
 
     Attributes:
-        what: in words, for reasons.
-        module: which layer; None for an operation.
-        reads: values, the input of a layer first.
-        gives: values.
-        axes: for a call that hands on its first input, only laid out in another way: of each axis of the
-            output, the axis of the input that it is, or None; "same" for one that hands it on as it is;
-            None for any other call.
+        what: its description in reasons.
+        module: the module; None for an operation.
+        reads: its inputs, that of a layer first.
+        gives: its outputs.
+        axes: for a call that only rearranges its first input: for each axis of the output the same axis of
+            the input, or None; "same" for a call that returns its first input; None for any other call.
     """
 
     what: str
@@ -55,19 +54,19 @@ class Call(Generic[Layer]):
             value.readers.append(self)
 
     def give(self, shape: tuple[int | None, ...] | None = None, dtype: object = None) -> Value[Layer]:
-        """Return a new value that this call makes."""
+        """Return a new output of this call."""
         value = Value(self, shape, dtype)
         self.gives.append(value)
         return value
 
     def axis_before(self, axis: int) -> int | None:
-        """Return the axis of the first input that `axis` of the output is."""
+        """Return the axis of the first input that becomes `axis` of the output."""
         if self.axes is None or self.axes == "same":
             return None if self.axes is None else axis
         return self.axes[axis]
 
     def axis_behind(self, axis: int) -> int | None:
-        """Return the axis of the output that `axis` of the first input is."""
+        """Return the axis of the output that `axis` of the first input becomes."""
         if self.axes is None or self.axes == "same":
             return None if self.axes is None else axis
         return self.axes.index(axis) if axis in self.axes else None
@@ -78,15 +77,15 @@ class Flow(Generic[Layer]):
     """The calls of a model, or of some of its blocks.
 
     Attributes:
-        calls: all of them.
-        read: parameters that a forward reads by itself, past the call of their layer, by id.
+        calls: in the order of the forward.
+        read: ids of the parameters that a forward reads other than by calling their layer.
     """
 
     calls: list[Call[Layer]] = field(default_factory=list)
     read: set[int] = field(default_factory=set)
 
     def by_module(self) -> defaultdict[Layer, list[Call[Layer]]]:
-        """Return the calls of each layer."""
+        """Return the calls of each module."""
         found: defaultdict[Layer, list[Call[Layer]]] = defaultdict(list)
         for call in self.calls:
             if call.module is not None:

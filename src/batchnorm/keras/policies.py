@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from batchnorm.errors import OptionError
-from batchnorm.statistics import serialized
 from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.policies import check_policy, from_config
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.synced import Synced
 
@@ -22,10 +22,8 @@ def checked_policy(policy: object, *, renorm: bool, synchronized: bool) -> Polic
         OptionError: no policy, one that Keras cannot keep to, or one that contradicts the layer's options.
     """
     if isinstance(policy, dict):
-        policy = serialized.from_config(policy)
-    if not isinstance(policy, Policy):
-        known = ", ".join(f"batchnorm.{name}(...)" for name in serialized.POLICIES)
-        raise OptionError(f"statistics must be one of {known}; got {policy!r}")
+        policy = from_config(policy)
+    policy = check_policy(policy)
     if renorm and policy != Batch():
         raise OptionError(
             f"renorm=True and statistics={policy} are two policies: leave one of them out; "

@@ -1,4 +1,4 @@
-"""Stock layers become ours, in place: the same modules, parameters and hooks, of another class."""
+"""Turns stock layers into layers of this library, in place."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from batchnorm.errors import OptionError
+from batchnorm.statistics.policies import check_policy
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
-from batchnorm.torch.checks import check_nonfinite, check_policy, check_small_batch
+from batchnorm.torch.checks import check_nonfinite, check_small_batch
 from batchnorm.torch.contexts.domains import check_domains
 from batchnorm.torch.stored_state import counter
 from batchnorm.torch.sync import ranks_of
@@ -37,9 +38,9 @@ def convert(
 ) -> nn.Module:
     """Turn the batch normalizations of `model` into layers of this library, in place.
 
-    A layer stays the module that it is, and becomes of another class: parameters, buffers, hooks, device,
-    dtype, modes and requires_grad are the same objects and values, so optimizers, shared modules, DDP and
-    parametrizations go on working. It computes what it did, more accurately.
+    Each layer stays the same module and changes its class: parameters, buffers, hooks, device, dtype, modes
+    and requires_grad are the same objects and values, so that optimizers, shared modules, DDP and
+    parametrizations keep working. It computes the same function, more accurately.
 
     Args:
         model: with `torch.nn.BatchNorm1d`, 2d, 3d, their lazy forms, `timm.layers.BatchNormAct2d` (its
@@ -49,9 +50,10 @@ def convert(
         statistics: the policy of every layer that is converted or of this library already, such as
             `batchnorm.Synced()`; None = what each does: `Running()` for frozen ones, `Synced()` of its
             process group for a SyncBatchNorm, and no change for the others.
-        domains: how many running statistics every layer has (`batchnorm.domain`), each of which starts as
-            those that are there; None = as many as there are.
-        nonfinite, small_batch: as of `batchnorm.BatchNorm2d`, of every layer; None = as each has them.
+        domains: number of running statistics of every layer (`batchnorm.domain`), each a copy of the present
+            ones; None = no change.
+        nonfinite: of every layer, as of `batchnorm.BatchNorm2d`; None = no change.
+        small_batch: likewise.
         example: what the model takes: a tensor, a tuple of arguments or a dict of keyword arguments. If
             given, the model's outputs on it are compared before and after, in evaluation and in training.
 
@@ -59,9 +61,9 @@ def convert(
         `model` itself.
 
     Raises:
-        OptionError: (a ValueError) a subclass of a stock layer, by its qualified name: what it computes is
-            not known; a layer whose `forward` was replaced, or that `statistics`, `domains`, `nonfinite` or
-            `small_batch` does not fit; a scripted model; `domains` within `batchnorm.domain`.
+        OptionError: (a ValueError) by qualified name, a subclass of a stock layer, which may compute
+            something else, a layer with a replaced `forward`, or one that cannot have `statistics`,
+            `domains`, `nonfinite` or `small_batch`; a scripted model; `domains` within `batchnorm.domain`.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:
@@ -76,30 +78,23 @@ def convert(
     """
     norms = find_norms(model)
     check(model, norms, "convert")
-    given = {"statistics": statistics, "domains": domains, "nonfinite": nonfinite, "small_batch": small_batch}
-    options = {name: value for name, value in given.items() if value is not None}
-    check_options(norms, options)
-    if domains is not None:
-        _check_domains(norms, domains)
+    options = {"domains": domains, "nonfinite": nonfinite, "small_batch": small_batch}
+    check_options(norms, {"statistics": statistics, **options})
     with checked_change(model, example, "convert"):
         for found in norms:
             become_ours(found, statistics)
-            norm = found.module
-            if domains is not None and isinstance(norm, Layer) and norm.domains == 1:
-                norm._add_domains(domains)
-            for name in options.keys() - {"statistics", "domains"}:
-                setattr(norm, name, options[name])
+            _set_options(found.module, options)
     return model
 
 
 def check_scripted(model: nn.Module, verb: str) -> None:
-    """Raise OptionError for a scripted model: its code is fixed."""
+    """Raise OptionError for a scripted model, whose code is fixed."""
     if isinstance(model, torch.jit.ScriptModule):
         raise OptionError(f"{verb} cannot change a scripted model: call it before torch.jit.script")
 
 
 def check(model: nn.Module, norms: list[Found], verb: str) -> None:
-    """Raise OptionError for a scripted model, an unknown subclass, or a layer with a forward of its own."""
+    """Raise OptionError for a scripted model, an unknown subclass, or a layer with a replaced forward."""
     check_scripted(model, verb)
     for found in norms:
         if found.kind.family == "other" and not is_ours(found.module):
@@ -117,13 +112,15 @@ def check(model: nn.Module, norms: list[Found], verb: str) -> None:
 
 
 def check_options(norms: list[Found], options: Mapping[str, object]) -> None:
-    """Raise OptionError, by name, for a layer that cannot have these options."""
+    """Raise OptionError, by name, for a layer that cannot have these options; None = no change."""
     for name, value in options.items():
-        for found in norms:
+        for found in norms if value is not None else ():
             try:
                 _CHECKS[name](value, getattr(found.module, "running_mean", None) is not None)
             except OptionError as error:
                 raise error.at(str(found)) from None
+    if isinstance(domains := options.get("domains"), int):
+        _check_domains(norms, domains)
 
 
 _CHECKS: dict[str, Callable[[object, bool], object]] = {
@@ -151,11 +148,19 @@ def _check_domains(norms: list[Found], domains: int) -> None:
             raise OptionError("it is not initialized: run the model once, then give it domains", str(found))
 
 
+def _set_options(norm: nn.Module, options: Mapping[str, Any]) -> None:
+    for name in ("nonfinite", "small_batch"):
+        if options[name] is not None:
+            setattr(norm, name, options[name])
+    if options["domains"] is not None and isinstance(norm, Layer) and norm.domains == 1:
+        norm._add_domains(options["domains"])
+
+
 def become_ours(found: Found, statistics: Policy | None = None) -> None:
-    """Set the class of a norm to our twin of it, if it has one; the module stays the same object.
+    """Set the class of a norm to its twin in this library, if there is one.
 
     Args:
-        found: the norm; one of ours stays what it is.
+        found: the norm.
         statistics: its policy; None = `Running()` for what was frozen, else no change.
     """
     norm, kind = found.module, found.kind

@@ -1,4 +1,4 @@
-"""`domain`: a context in which batch normalizations use the running statistics of one domain."""
+"""`domain`: a context that selects one domain's running statistics in all layers of a model."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ from torch import nn
 
 from batchnorm.errors import OptionError
 from batchnorm.torch.checks import check_module
-from batchnorm.torch.contexts.checkpointing import Scope
 from batchnorm.torch.contexts.domains import selected
-from batchnorm.torch.layers import _Layer
 
+from .contexts import scoped
 from .norms.find import find_norms
+from .norms.kinds import Layer
 
 
 @contextlib.contextmanager
 def domain(model: nn.Module, k: int) -> Iterator[None]:
-    """Within the block, layers of `model` with several domains use and move the statistics of domain `k`.
+    """Select, within the block, the running statistics of domain `k` in layers with several domains.
 
-        with batchnorm.domain(model, 1):
-            y = model(x)    # training moves running_mean and running_var of domain 1, evaluation uses them
-
-    Weight and bias are shared. Within the block a layer's `running_mean`, `running_var` and
-    `num_batches_tracked` are those of the domain, so that `calibrate`, `inspect`, `fold` and whatever else is
-    called there is about this one. States, copies and files are the same as outside. Layers of one domain go
-    on as before. Of nested blocks, the inner one holds.
+    The domains share weight and bias. Within the block, `running_mean`, `running_var` and
+    `num_batches_tracked` of a layer are those of the domain, also for `calibrate`, `inspect`, `fold` and all
+    other code. States, copies and files are the same as outside. Layers with one domain are not affected. Of
+    nested blocks, the inner one holds.
 
     Args:
         model: with layers that were made with `domains=n`, or by `convert(model, domains=n)`; or one of them.
@@ -34,37 +31,35 @@ def domain(model: nn.Module, k: int) -> Iterator[None]:
 
     Raises:
         OptionError: (a ValueError) no layer with several domains; or one that has no domain `k`, by name.
-        RecomputeError: (in the backward; a RuntimeError) activation checkpointing, and the forward that it
-            computes again cannot be told among those that may be meant.
+        RecomputeError: (in the backward; a RuntimeError) activation checkpointing recomputes a forward, and
+            several forwards may be meant.
+
+    Example:
+        >>> norm = batchnorm.BatchNorm2d(8, domains=2)
+        >>> with batchnorm.domain(norm, 1):
+        ...     y = norm(torch.randn(4, 8, 5, 5))  # moves the running statistics of domain 1
+        >>> norm.running_mean.any()  # those of domain 0
+        tensor(False)
 
     Source: Chang et al. 2019, arXiv:1906.03950; https://github.com/pytorch/pytorch/issues/76613.
     """
     check_module(model, "domain")
-    norms = [found for found in find_norms(model) if getattr(found.module, "domains", 1) > 1]
-    if not norms:
+    layers = {
+        str(found): found.module
+        for found in find_norms(model)
+        if isinstance(found.module, Layer) and found.module.domains > 1
+    }
+    if not layers:
         raise OptionError(
             f"{type(model).__name__} has no batch normalization with several domains: make its layers with "
             "domains=n, or batchnorm.convert(model, domains=n)"
         )
-    for found in norms:
-        count = int(found.module.domains)  # type: ignore[arg-type]
-        if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < count:
-            raise OptionError(f"domain must be 0 to {count - 1}, as it has {count}; got {k!r}", str(found))
+    for name, layer in layers.items():
+        if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < layer.domains:
+            count = layer.domains
+            raise OptionError(f"domain must be 0 to {count - 1}, as it has {count}; got {k!r}", name)
     with contextlib.ExitStack() as stack:
-        for found in norms:
-            assert isinstance(found.module, _Layer)
-            stack.enter_context(_using(found.module, k))
+        for layer in layers.values():
+            stack.enter_context(scoped(layer))
+            stack.enter_context(selected(layer, k))
         yield
-
-
-@contextlib.contextmanager
-def _using(layer: _Layer, k: int) -> Iterator[None]:
-    scope = layer._scope
-    if scope is None:
-        scope = layer._scope = Scope()
-    try:
-        with selected(layer, k):
-            yield
-    finally:
-        if scope.is_over and layer._domain is None and vars(layer).get("_scope") is scope:
-            vars(layer).pop("_scope", None)

@@ -1,4 +1,4 @@
-"""Norm, addition and activation become one layer, in place."""
+"""Fuses each batch normalization with the addition and activation behind it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def fuse(model: nn.Module, example: Any = None) -> nn.Module:
 
         activation(norm(x) + residual)        one pass over memory each way, and less kept for the backward
 
-    An activation that is a module called there only becomes an identity. Where the forward of a block adds,
-    calls a function, or calls one activation module several times, the block gets a rewritten forward; it
-    falls back to the one that its author wrote as soon as anything that it rests on changes, such as a hook
-    on an activation that it skips. Norms that are fused become layers of this library, as by `convert`.
+    Norms that are fused become layers of this library, as by `convert`. An activation module that is called
+    only there becomes an identity. Where a block's forward adds, calls an activation function, or calls one
+    activation module several times, it is rewritten; the original forward runs again once anything that the
+    rewritten one depends on changes, such as by a hook on an activation that it skips.
 
-    What follows a norm is read off the forward of each block, symbolically: that holds for every input, and
-    nothing runs. With an example, norms in forwards with control flow are fused too, where on the example
-    their output goes to one activation module and to nothing else, in evaluation and in training.
+    What follows a norm is found by symbolic tracing of each block: that holds for every input, and nothing
+    runs. With an example, norms in forwards with control flow are fused too, if on the example their output
+    goes to one activation module and to nothing else, in evaluation and in training.
 
     Args:
         model: with layers of torch or of this library.
@@ -39,7 +39,7 @@ def fuse(model: nn.Module, example: Any = None) -> nn.Module:
             given, the model's outputs on it are compared before and after, in evaluation and in training.
 
     Returns:
-        `model` itself. `inspect(model, example)` tells what can be fused, and what not and why.
+        `model` itself. `inspect(model, example)` reports what can be fused, and why other norms cannot.
 
     Raises:
         OptionError: (a ValueError) a scripted model, or an example on which nothing can be compared.

@@ -1,4 +1,4 @@
-"""The batch normalizations of a model: what they are, how they are, what they fuse with and fold into."""
+"""Reports on the batch normalizations of a model: kind, health, what they fuse with and fold into."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ from .verb import verb
 
 @verb()
 def inspect(model: nn.Module, example: Any = None) -> ModelReport:
-    """Return a table of the batch normalizations of `model`; nothing is changed.
+    """Return a table of the batch normalizations of `model`, which stays as it is.
 
     Args:
         model: with layers of torch, of this library, of timm or of others.
         example: what the model takes: a tensor, a tuple of arguments or a dict of keyword arguments. With
-            it, forwards with control flow are run to see what follows their norms; the model stays as it was.
+            it, norms in forwards with control flow are reported too, from a run of the model on it.
 
     Returns:
-        A report whose `rows` tell of each norm: name, kind, policy, activation, channels, momentum, eps; the
+        A report with one row per norm in `rows`: name, kind, policy, activation, channels, momentum, eps; the
         health of its statistics (never updated, NaN, zero, negative or huge variance, dead weights); what
         `fuse` would make one layer with it, and where `fold` would put it, or why not. `print` shows it as
         a table.
+
+    Raises:
+        OptionError: (a ValueError) an example, and the model is not initialized.
+        Exception: what the model itself raises on the example.
     """
     if isinstance(model, torch.jit.ScriptModule):
         return ModelReport(f"{type(model).__name__}: scripted, its layers cannot be told", ())
@@ -39,23 +43,21 @@ def inspect(model: nn.Module, example: Any = None) -> ModelReport:
     folds = _folds(model, example)
     rows = tuple(
         replace(
-            describe(
-                found,
-                fuses_with=decided.fuses_with.get(found.module),
-                reason=decided.reasons.get(found.module, ""),
-            ),
+            describe(found),
+            fuses_with=decided.fuses_with.get(found.module),
+            reason=decided.reasons.get(found.module, ""),
             folds_into=folds[found.module][0],
             stays=folds[found.module][1],
         )
         for found in decided.norms
     )
-    ill = sum(bool(row.health) for row in rows)
+    unhealthy = sum(bool(row.health) for row in rows)
     title = f"{type(model).__name__}: {len(rows)} batch normalizations"
     if rows:
         can_fold = sum(row.folds_into is not None for row in rows)
         title += (
             f", {len(decided.fuses_with)} can be fused, {can_fold} folded, "
-            f"{ill or 'none'} with something to look at"
+            f"{unhealthy or 'none'} with something to look at"
         )
     return ModelReport(title, rows)
 

@@ -1,4 +1,4 @@
-"""Our layers become stock layers again, in place; what stock cannot express is refused by name."""
+"""Turns layers of this library back into stock layers, in place."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from batchnorm.torch.sync import SyncBatchNorm
 
 from .convert import check_scripted
 from .fusion.fused_activation import FusedActivation, restore
-from .fusion.rewrite import FusedForward, authors_class, traced_as_written
-from .graph.blocks import NotTraceableError
+from .fusion.rewrite import FusedForward, authors_class, calls_of
 from .norms.activations import module_for
 from .norms.find import Found, all_names, find_norms
 from .norms.kinds import STOCK, TIMM, is_layer, is_synchronized, origin, rebased
@@ -34,16 +33,16 @@ from .verify import checked_change
     pooled="a stock layer moves its statistics in every forward",
 )
 def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
-    """Turn the layers of this library in `model` into stock layers, in place: the way back from `convert`.
+    """Turn the layers of this library in `model` into stock layers, in place: the inverse of `convert`.
 
-    A layer stays the module that it is, with the same parameters, buffers, hooks and modes. What `fuse` did
-    is undone: activation modules and forwards are their authors' again. An activation that a layer was made
-    with becomes a module behind it, `nn.Sequential(norm=..., activation=...)` in its place, and the keys of
-    its state gain `.norm`.
+    Each layer stays the same module, with the same parameters, buffers, hooks and modes. What `fuse` did is
+    undone: activation modules and forwards are the original ones. The activation of any other layer becomes
+    a module behind it: `nn.Sequential(norm=..., activation=...)` takes its place, and the keys of its state
+    gain `.norm`.
 
-    `torch.nn.SyncBatchNorm` and ours become the plain layer that they stand for, with the same parameters
-    and buffers: the way back from torch's `convert_sync_batchnorm`, which has none. Which one, an example
-    tells, or a layer beside it (a Conv2d before it). So does a layer with `statistics=Synced()`.
+    `torch.nn.SyncBatchNorm`, ours, and layers with `statistics=Synced()` become plain layers with the same
+    parameters and buffers, which undoes torch's `convert_sync_batchnorm` too. The rank of a SyncBatchNorm's
+    input is read off the example, or off a layer next to it (a Conv2d before it).
 
     Args:
         model: with layers of this library, or `torch.nn.SyncBatchNorm`.
@@ -56,7 +55,7 @@ def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
         OptionError: (a ValueError) by name: a layer with other statistics than `Batch()` (`unfreeze` first),
             or options that no stock layer has (nonfinite, small_batch, domains); one that is called with a
             residual, a user's subclass of one of our layers, a model that is itself a layer with an
-            activation, or a SyncBatchNorm of which nothing tells what it stands for.
+            activation, or a SyncBatchNorm for whose input nothing tells the rank.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:
@@ -90,7 +89,7 @@ def _check(model: nn.Module, norms: list[Found]) -> None:
         if cls not in STOCK and cls not in (BatchNormAct2d, SyncBatchNorm):
             raise OptionError("a subclass of a layer of batchnorm: no stock layer computes that", str(found))
         policy = norm.statistics
-        shared = policy.over if isinstance(policy, Synced) else policy  # on one rank it is no more than that
+        shared = policy.over if isinstance(policy, Synced) else policy  # on one rank the two are the same
         if shared != Batch():
             remedy = "unfreeze(model)" if shared == Running() else "convert(model, batchnorm.Batch())"
             raise OptionError(
@@ -118,7 +117,7 @@ def _check(model: nn.Module, norms: list[Found]) -> None:
 
 
 def _check_options(found: Found) -> None:
-    """Refuse a layer with options that no stock layer has, but statistics and activation (elsewhere)."""
+    """Refuse a layer with options that no stock layer has, other than statistics and activation."""
     for name, value in beyond_stock(found.module).items():
         if name not in ("statistics", "activation"):
             remedy = (
@@ -131,25 +130,17 @@ def _check_options(found: Found) -> None:
 
 def _check_residuals(model: nn.Module, norms: dict[nn.Module, Found]) -> None:
     """Refuse layers that a forward calls with a residual, as far as forwards are graphs."""
-    for module in model.modules():
-        if not any(part in norms for part in module.modules() if part is not module):
-            continue
-        try:
-            block = traced_as_written(module)
-        except NotTraceableError:
-            continue
-        for node in block.graph.nodes:
-            called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if called in norms and (len(node.args) > 1 or "residual" in node.kwargs):
-                raise OptionError(
-                    f"{type(module).__name__}.forward calls it with a residual, which no stock layer takes: "
-                    "add the residual behind the layer there",
-                    str(norms[called]),
-                )
+    for block, node, norm in calls_of(norms, model):
+        if len(node.args) > 1 or "residual" in node.kwargs:
+            raise OptionError(
+                f"{type(block).__name__}.forward calls it with a residual, which no stock layer takes: "
+                "add the residual behind the layer there",
+                str(norms[norm]),
+            )
 
 
 def undo_fusion(model: nn.Module, norms: list[Found]) -> None:
-    """Give activation modules and forwards back to their authors, in place."""
+    """Restore the activation modules and forwards that `fuse` changed, in place."""
     for found in norms:
         for act in vars(found.module).pop("_activation_at", ()):
             vars(found.module)["activation"] = None
@@ -163,15 +154,16 @@ def undo_fusion(model: nn.Module, norms: list[Found]) -> None:
 
 
 def rebased_block(cls: type, onto: type) -> Any:
-    """Return the class of a block without `FusedForward`, with what torch made around it."""
+    """Return the class of a block without `FusedForward`, within the same generated classes."""
     return onto if FusedForward in cls.__bases__ else rebased(cls, onto)
 
 
 def _become_stock(found: Found, plain: type[nn.Module] | None = None) -> bool:
-    """Set the class of a layer to stock; return whether it applied an activation, which is left to place.
+    """Set the class of a layer to stock; return whether it has an activation that a module must apply.
 
     Args:
-        plain: what a SyncBatchNorm becomes.
+        found: the layer.
+        plain: the class that a SyncBatchNorm becomes.
     """
     norm = found.module
     cls = origin(type(norm))
@@ -199,7 +191,7 @@ def _become_stock(found: Found, plain: type[nn.Module] | None = None) -> bool:
 
 
 def _place_behind(model: nn.Module, placed: list[Found]) -> None:
-    """Put the activations of stock layers behind them, wherever they are registered."""
+    """Put a module for its activation behind each layer, wherever the layer is registered."""
     names = all_names(model)
     for found in placed:
         norm = found.module

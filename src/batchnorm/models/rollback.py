@@ -1,12 +1,9 @@
-"""A model as it is now, to be put back: classes, attributes, registrations, and the values of its tensors.
-
-A verb that raises has left the model untouched, and so has any run on an example.
-"""
+"""Restores a model after an error or a run on an example: classes, attributes, registrations and tensors."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,10 +15,10 @@ from batchnorm.errors import BatchNormError
 
 @contextlib.contextmanager
 def untouched_on_error(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` back as it was if the block raises, whatever it raises.
+    """Restore what a verb changes in `model` if the block raises, or is interrupted.
 
-    Covers what a verb changes: a module's class, its attributes, what is registered in it, and which of its
-    parameters learn. The values of tensors are not copied; a verb writes none of them in place.
+    That is the class, attributes and registrations of each module, and which parameters learn. The values of
+    tensors are not copied, as a verb writes none in place.
     """
     learning = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     structure = _Structure(model.modules())
@@ -30,17 +27,17 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
     except BaseException:
         structure.put_back()
         for parameter, requires_grad, grad in learning:
-            parameter.requires_grad = requires_grad  # the method is not for lazy layers
+            parameter.requires_grad = requires_grad  # lazy parameters lack the method
             parameter.grad = grad
         raise
 
 
 @contextlib.contextmanager
 def as_before_on_error(model: nn.Module) -> Iterator[None]:
-    """Put back what forwards within the block changed in `model`, values included, if the block raises.
+    """Restore what forwards within the block changed in `model`, values included, if the block raises.
 
     Raises:
-        BatchNormError: something cannot be put back; all else is.
+        BatchNormError: something cannot be restored; all else is.
     """
     snapshot = Snapshot(model)
     try:
@@ -51,16 +48,16 @@ def as_before_on_error(model: nn.Module) -> Iterator[None]:
 
 
 class Snapshot:
-    """All that a forward may change in a model.
+    """Everything that a forward may change in a model.
 
-    Of models whose parameters torch.distributed manages (FSDP), these and plain attributes are left to it.
+    Where torch.distributed manages the parameters (FSDP), parameters and attributes are left to it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._modes = [(module, module.training) for module in modules]
         is_free = not _is_managed(model)
-        # What a scripted module holds lies in C++, and its attributes are no dict to be written.
+        # Attributes of a scripted module are in C++, in no dict.
         free = [module for module in modules if is_free and not isinstance(module, torch.jit.ScriptModule)]
         self._structure = _Structure(free)
         held: list[Any] = [module._buffers for module in modules]
@@ -72,16 +69,21 @@ class Snapshot:
         self._memories = list(memories.values())
 
     def put_back(self) -> None:
-        """Put everything back, and what can be where something cannot.
+        """Restore everything that can be restored.
 
         Raises:
-            BatchNormError: something cannot be put back.
+            BatchNormError: something cannot be.
         """
-        with torch.no_grad():
-            steps = [self._structure.put_back, self._put_modes_back, self._register_again]
-            steps += [memory.put_back for memory in self._memories]
-            steps += [held.put_back for held in self._tensors]
-            failed = [error for error in map(_attempt, steps) if error is not None]
+        failed = []
+        steps = [self._structure.put_back, self._put_modes_back, self._register_again]
+        steps += [memory.put_back for memory in self._memories]
+        steps += [held.put_back for held in self._tensors]
+        for step in steps:
+            try:
+                with torch.no_grad():
+                    step()
+            except Exception as error:
+                failed.append(error)
         if failed:
             raise BatchNormError(
                 f"what the model's forward changed cannot be put back, in {len(failed)} places: {failed[0]}"
@@ -116,7 +118,7 @@ class _Structure:
 
 
 class _Memory:
-    """The bytes that one or more tensors lie in."""
+    """The memory of one or more tensors."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._storage, self._size = storage, storage.nbytes()
@@ -130,7 +132,7 @@ class _Memory:
 
 
 class _Held:
-    """A tensor: where it lies, and how; of one that lies in no memory of its own, its values too."""
+    """A tensor: its memory and layout; its values where it has no memory of its own."""
 
     def __init__(self, tensor: Tensor, memories: dict[Any, _Memory]) -> None:
         self._tensor, self._learns = tensor, tensor.requires_grad
@@ -177,16 +179,8 @@ def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _is_managed(model: nn.Module) -> bool:
-    """Whether torch.distributed replaces parameters around forwards, and keeps account of that."""
+    """Whether torch.distributed replaces and tracks the parameters around forwards."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
     return any(
         base.__module__.startswith(("torch.distributed", "torch.nn.parallel")) for base in classes
     ) or any(is_traceable_wrapper_subclass(tensor) for tensor in (*model.parameters(), *model.buffers()))
-
-
-def _attempt(step: Callable[[], None]) -> Exception | None:
-    try:
-        step()
-    except Exception as error:
-        return error
-    return None

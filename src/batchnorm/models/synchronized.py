@@ -12,8 +12,8 @@ from torch.fx import Node
 from batchnorm.errors import OptionError
 from batchnorm.torch.sync import SyncBatchNorm
 
-from .fusion.rewrite import traced_as_written
-from .graph.blocks import NotTraceableError
+from .fusion.rewrite import calls_of
+from .graph.blocks import called
 from .graph.recorded import recorded_flow
 from .norms.activations import call_activation, module_activation
 from .norms.find import Found
@@ -23,10 +23,10 @@ _ADDS = ("add", "iadd", "add_")
 
 
 def plain_classes(model: nn.Module, norms: list[Found], example: Any) -> dict[nn.Module, type[nn.Module]]:
-    """Return BatchNorm1d, 2d or 3d for each SyncBatchNorm, by what it receives on an example.
+    """Return BatchNorm1d, 2d or 3d for each SyncBatchNorm, by the rank of its input on an example.
 
-    Without an example, or where that does not get there, by a layer beside it whose name tells (a Conv2d
-    before it, a MaxPool3d behind it), with activations and additions between, in forwards that are graphs.
+    Without an example, or where it does not reach the layer, the name of a layer next to it tells the rank (a
+    Conv2d before it, a MaxPool3d behind it), past activations and additions, in forwards that are graphs.
 
     Raises:
         OptionError: nothing tells, or a layer receives inputs of different kinds; by name.
@@ -39,8 +39,8 @@ def plain_classes(model: nn.Module, norms: list[Found], example: Any) -> dict[nn
         for norm, calls in flow.by_module().items():
             dims[norm] |= {max(1, len(call.reads[0].shape or ()) - 2) for call in calls}
     unseen = {found.module for found in norms if not dims[found.module]}
-    if unseen:
-        _read(model, unseen, dims)
+    for block, node, norm in calls_of(unseen, model):
+        dims[norm] |= _ranks_beside(node, block)
     for found in norms:
         if len(dims[found.module]) != 1:
             told = "nothing tells" if not dims[found.module] else "it is called with several of them, as to"
@@ -52,22 +52,8 @@ def plain_classes(model: nn.Module, norms: list[Found], example: Any) -> dict[nn
     return {norm: _PLAIN[rank] for norm, (rank,) in dims.items()}
 
 
-def _read(model: nn.Module, norms: set[nn.Module], dims: dict[nn.Module, set[int]]) -> None:
-    for module in model.modules():
-        if not any(part in norms for part in module.modules() if part is not module):
-            continue
-        try:
-            graph = traced_as_written(module).graph
-        except NotTraceableError:
-            continue
-        for node in graph.nodes:
-            called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if called in norms:
-                dims[called] |= _ranks_beside(node, module)
-
-
 def _ranks_beside(start: Node, module: nn.Module) -> set[int]:
-    """Return what the layers tell that are reached through nothing but activations and additions."""
+    """Return the ranks of the nearest layers, past activations and additions."""
     ranks: set[int] = set()
     seen, todo = {start}, [*start.all_input_nodes, *start.users]
     while todo:
@@ -75,17 +61,17 @@ def _ranks_beside(start: Node, module: nn.Module) -> set[int]:
         if node in seen:
             continue
         seen.add(node)
-        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        rank = None if called is None else _rank_of(called)
+        layer = called(node, module)
+        rank = None if layer is None else _rank_of(layer)
         if rank is not None:
             ranks.add(rank)
-        elif _is_elementwise(node, called):
+        elif _is_elementwise(node, layer):
             todo += [*node.all_input_nodes, *node.users]
     return ranks
 
 
 def _rank_of(layer: nn.Module) -> int | None:
-    """Return 2 for Conv2d, MaxPool2d, BatchNorm2d and all others of torch whose names end so."""
+    """Return 2 for Conv2d, MaxPool2d, BatchNorm2d and other layers of torch whose names end so."""
     names = [cls.__name__ for cls in type(layer).__mro__ if cls.__module__.startswith("torch.nn.modules.")]
     if "Linear" in names:
         return 1
@@ -93,9 +79,9 @@ def _rank_of(layer: nn.Module) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _is_elementwise(node: Node, called: nn.Module | None) -> bool:
-    if called is not None:
-        is_passing = isinstance(called, (nn.Identity, nn.Dropout, nn.SyncBatchNorm, SyncBatchNorm))
-        return is_passing or module_activation(called) is not None
+def _is_elementwise(node: Node, layer: nn.Module | None) -> bool:
+    if layer is not None:
+        keeps_rank = isinstance(layer, (nn.Identity, nn.Dropout, nn.SyncBatchNorm, SyncBatchNorm))
+        return keeps_rank or module_activation(layer) is not None
     name = getattr(node.target, "__name__", node.target)
     return call_activation(node) is not None or (node.op.startswith("call_") and name in _ADDS)

@@ -1,4 +1,4 @@
-"""What every verb asks first: is it a model, and in contexts that the verb can heed."""
+"""Decorates the verbs: checks the model and the contexts that a verb is called in."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _R = TypeVar("_R")
 
 
 def verb(*, masked: str = "", pooled: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Decorate a verb, a function whose first argument is a model.
+    """Return a decorator for a verb, a function whose first argument is a model.
 
-    It runs outside of `torch.inference_mode`, without gradients then: tensors that it makes could not be
-    trained later.
+    Within `torch.inference_mode` the verb runs outside of it, without gradients: tensors made in that mode
+    cannot be trained later.
 
     Args:
-        masked: why the verb is refused within `batchnorm.mask`; "" = it is right there.
-        pooled: why it is refused within `batchnorm.accumulate`.
+        masked: why the verb is refused within `batchnorm.mask`; "" = it is allowed.
+        pooled: why it is refused within `batchnorm.accumulate`; "" = it is allowed.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -60,7 +60,7 @@ def _check_contexts(model: nn.Module, name: str, masked: str, pooled: str) -> No
 
 @contextlib.contextmanager
 def _outside_inference_mode(model: nn.Module) -> Iterator[None]:
-    """Leave inference mode for a while, unless the model was made in it, and can only be changed there."""
+    """Leave inference mode within the block, unless the model was made in it and can change only there."""
     if not torch.is_inference_mode_enabled() or any(
         tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())
     ):

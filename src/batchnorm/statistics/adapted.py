@@ -1,7 +1,4 @@
-"""At test time, the running statistics and the mini-batch's, mixed.
-
-Source: Schneider et al. 2020, arXiv:2006.16971.
-"""
+"""Mixes the running statistics and the mini-batch's at test time."""
 
 from __future__ import annotations
 
@@ -13,17 +10,26 @@ from .policy import Chosen, Known, Namespace, Policy, biased_var, by_batch, chec
 
 @dataclass(frozen=True)
 class Adapted(Policy):
-    """Evaluation adapts to the batch at hand, as far as it has samples: for data unlike those of training.
+    """Adapts evaluation to data unlike the training data, by the statistics of the batch at hand.
 
         training:    as by `Batch()`
         evaluation:  mean = (1 - s) running_mean + s batch mean     s = n / (n + prior)
                      var  = (1 - s) running_var  + s batch var      n = samples of the batch;  nothing moves
 
-    The running statistics count as much as `prior` samples of the batch do: with 0 the batch's alone are
-    used. Outputs then depend on what else is in a batch. Gradients flow through the batch's mean and var.
+    The running statistics weigh as much as `prior` samples of the batch; with 0 those of the batch alone are
+    used. The output of a sample then depends on the other samples of its batch. Gradients flow through the
+    batch's mean and var.
 
     Args:
         prior: N of the paper, in samples, 0 or more.
+
+    Raises:
+        OptionError: (a ValueError) `prior` is no such number; by the layer that gets the policy: it tracks no
+            running statistics.
+
+    Example:
+        >>> norm = batchnorm.BatchNorm2d(16, statistics=batchnorm.Adapted(prior=16)).eval()
+        >>> y = norm(torch.randn(64, 16, 8, 8) + 1)  # 16 parts running statistics, 64 parts this batch
 
     Source: Schneider et al. 2020, arXiv:2006.16971, equation 3; 16 is near its best for batches from 8.
     """
@@ -38,15 +44,15 @@ class Adapted(Policy):
         super().__post_init__()
 
     def measures(self, training: bool) -> bool:  # noqa: ARG002
-        """Always."""
+        """Return True: every call takes the moments of its batch."""
         return True
 
     def moves(self, training: bool) -> bool:
-        """In training."""
+        """Return whether the layer is in training."""
         return training
 
     def is_plain(self, training: bool) -> bool:
-        """In training."""
+        """Return whether the layer is in training."""
         return training
 
     def choose(self, batch: PooledMoments, known: Known, training: bool, xp: Namespace) -> Chosen:
@@ -54,7 +60,7 @@ class Adapted(Policy):
         if training:
             return by_batch(batch, known.eps, xp)
         samples = known.samples
-        # Not 0 / 0 where there is no sample; beside a sample, so little is nothing.
+        # 1e-30 prevents 0 / 0 without samples, and is lost beside any number of samples.
         share = samples / (samples + max(self.prior, 1e-30))
         mean = (1.0 - share) * known.mean + share * batch.mean
         rstd = 1.0 / xp.sqrt((1.0 - share) * known.var + share * biased_var(batch) + known.eps)

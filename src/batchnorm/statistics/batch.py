@@ -1,27 +1,25 @@
-"""The mini-batch's own statistics, and how they move the running ones.
-
-Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
-"""
+"""Normalizes by the mini-batch's own statistics, and defines how these move the running ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from .moments import A
 from .policy import Policy
-
-# An array of any framework, `[C]`, wide; or a scalar that broadcasts against one.
-Array = Any
 
 
 @dataclass(frozen=True)
 class Batch(Policy):
-    """The mini-batch's own statistics in training, the running ones in evaluation: the stock layer.
+    """Uses the mini-batch's own statistics in training and the running ones in evaluation, as stock layers.
 
-        training:    mean = Σ x / n,  var = Σ (x - mean)² / n;  the running ones move
+        training:    mean = Σ x / n,  var = Σ (x - mean)² / n;  the running statistics move
         evaluation:  mean = running_mean,  var = running_var;  nothing moves
 
     In training, gradients flow through mean and var too.
+
+    Example:
+        >>> norm = batchnorm.BatchNorm2d(16, statistics=batchnorm.Batch())  # the default
+        >>> y = norm(torch.randn(32, 16, 8, 8))
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
     """
@@ -29,7 +27,7 @@ class Batch(Policy):
     name = "batch"
 
 
-def running_update(running: Array, batch: Array, momentum: Array) -> Array:
+def running_update(running: A, batch: A, momentum: A | float) -> A:
     """Return the moved running statistic, in torch's convention.
 
         running = (1 - momentum) * running + momentum * batch

@@ -1,27 +1,79 @@
-"""What a calibration found: how far each layer's running statistics were from the data's."""
+"""Accumulates and reports what a calibration finds, for the verbs of both frameworks."""
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-_Statistics = tuple[NDArray[Any], NDArray[Any]]
+from batchnorm.errors import DataError
+from batchnorm.text_table import aligned
+
+from .moments import PooledMoments, merge
+
+_Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+@dataclass
+class Accumulator:
+    """Accumulates the moments of what the layers of a model receive, over batches.
+
+    Attributes:
+        samples: number of samples that went through the model.
+        batches: number of batches.
+        moments: moments of the received values, by the name of the layer; a layer without any is missing.
+        dependent: names of the layers whose input came through a layer that had no statistics of all the
+            data yet.
+        arrivals: number of values per channel that came to a layer, counted also where their moments are not
+            taken; for methods that need it.
+    """
+
+    samples: int = 0
+    batches: int = 0
+    moments: dict[str, PooledMoments] = field(default_factory=dict)
+    dependent: set[str] = field(default_factory=set)
+    arrivals: Counter[str] = field(default_factory=Counter)
+
+    def add(self, name: str, found: PooledMoments) -> None:
+        """Add the moments of one call of a layer."""
+        self.moments[name] = merge(self.moments[name], found) if name in self.moments else found
+
+    def merged(self, other: Accumulator) -> Accumulator:
+        """Return the union of two parts of the data, as a new accumulator."""
+        both = Accumulator(
+            self.samples + other.samples,
+            self.batches + other.batches,
+            self.moments.copy(),
+            self.dependent | other.dependent,
+            self.arrivals + other.arrivals,
+        )
+        for name, found in other.moments.items():
+            both.add(name, found)
+        return both
+
+    def check_batches(self) -> None:
+        """Raise DataError if there was no batch."""
+        if not self.batches:
+            raise DataError(
+                "calibrate received no batch: data is empty, or an iterator that was used up before"
+            )
 
 
 @dataclass(frozen=True)
 class LayerChange:
-    """One layer before and after.
+    """Compares the running statistics of one layer before and after a calibration.
 
     Attributes:
         name: qualified name in the model.
         values: number of values per channel that the statistics rest on.
         mean_shift: largest |new mean - old mean| over the channels, in standard deviations of the data.
         std_ratio: new standard deviation over old, of the channel where they differ most.
-        exact: its statistics do not depend on how the data was split into batches: no other normalization ran
-            before this one, or all that did had their new statistics.
+        exact: whether the statistics are independent of how the data was split into batches: no other
+            normalization ran before this one, or all that did had their new statistics.
         mean_shifts: |new mean - old mean| of each channel, in standard deviations of the data.
         std_ratios: new standard deviation over old of each channel.
     """
@@ -42,30 +94,23 @@ class LayerChange:
         new_std = np.sqrt(new[1] + eps)
         shifts = np.abs(new[0] - old[0]) / new_std
         ratios = new_std / np.sqrt(old[1] + eps)
-        widest = ratios[np.argmax(np.abs(np.log(ratios)))]
-        return cls(
-            name,
-            values,
-            float(shifts.max()),
-            float(widest),
-            exact,
-            tuple(shifts.tolist()),
-            tuple(ratios.tolist()),
-        )
+        widest = float(ratios[np.argmax(np.abs(np.log(ratios)))])
+        per_channel = tuple(shifts.tolist()), tuple(ratios.tolist())
+        return cls(name, values, float(shifts.max()), widest, exact, *per_channel)
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What `calibrate` did; `print` shows it as a table.
+    """Reports what `calibrate` did; `print` shows it as a table.
 
     Attributes:
         samples: number of samples that went through the model, on all ranks, in each pass.
         batches: number of batches, on all ranks, in each pass.
         layers: the layers whose running statistics were set, in the order of the model.
-        unreached: names of the layers that no sample reached; theirs are as before.
+        unreached: names of the layers that no sample reached; their statistics are as before.
         frozen: names of the layers that are frozen (`Running()`; in Keras `trainable=False`): as before.
-        method: how layers that others precede got their input: normalized by the "batch", or "layerwise" by
-            the new statistics.
+        method: how the inputs of deeper layers were normalized: by the statistics of each "batch", or
+            "layerwise" by the new statistics.
         passes: number of passes over the data.
         ranks: number of processes.
     """
@@ -78,6 +123,12 @@ class CalibrationReport:
     method: str = "batch"
     passes: int = 1
     ranks: int = 1
+
+    def warn_of_unreached(self, stacklevel: int) -> None:
+        """Warn of the layers that no sample reached, with the caller's `stacklevel`."""
+        if self.unreached:
+            message = f"calibrate: no sample reached {', '.join(self.unreached)}; left as before"
+            warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
     def __str__(self) -> str:
         header = ("layer", "values per channel", "mean moved by", "median", "std became", "median")
@@ -92,15 +143,10 @@ class CalibrationReport:
             )
             for layer in self.layers
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         done = f"{self.samples:,} samples in {self.batches:,} batches"
         done += f", {self.passes} passes" if self.passes > 1 else ""
         done += f", {self.ranks} ranks" if self.ranks > 1 else ""
-        lines = [f"Calibrated {len(self.layers)} layers on {done}."]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, *rows)
-        ]
+        lines = [f"Calibrated {len(self.layers)} layers on {done}.", *aligned((header, *rows))]
         if any(not layer.exact for layer in self.layers):
             lines.append(
                 "* normalized inputs: depends on how the data was split into batches; larger is closer."

@@ -1,7 +1,4 @@
-"""Statistics of parts of the mini-batch.
-
-Source: Hoffer, Hubara & Soudry 2017, arXiv:1705.08741, algorithm 1.
-"""
+"""Normalizes parts of the mini-batch by statistics of their own."""
 
 from __future__ import annotations
 
@@ -12,21 +9,29 @@ from .policy import Policy, check_count
 
 @dataclass(frozen=True)
 class Ghost(Policy):
-    """Ghost batches: in training, each `size` samples that follow each other have statistics of their own.
+    """Normalizes each ghost batch, `size` consecutive samples, by statistics of its own in training.
 
         training:    mean_g, var_g over samples [g size, (g + 1) size) and all positions; the last group may
-                     be smaller; the running ones move once, by the pooled mean and var of the whole batch
+                     be smaller; the running statistics move once, by the mean and var of the whole batch
         evaluation:  mean = running_mean,  var = running_var;  nothing moves
 
-    All groups are one call of a kernel. A large batch trains as noisily as small ones do. A ghost batch of
-    one value per channel is refused, as a batch of one is.
+    A large batch then has the regularizing noise of small ones. All groups are one call of a kernel.
 
     Args:
-        size: samples of a ghost batch.
-        sequential: the running statistics move as if each ghost batch had been a batch of its own, in order,
-            and are counted so: the form of the paper,
+        size: number of samples of a ghost batch, 1 or more.
+        sequential: move and count the running statistics as if each ghost batch were a batch of its own, as
+            in the paper:
                 running = (1 - momentum)^G running + Σ_g (1 - momentum)^(G - 1 - g) momentum batch_g
-            in which the variance is that within ghost batches, too small by that of their means.
+            This variance is the one within ghost batches, and lacks the variance of their means.
+
+    Raises:
+        OptionError: (a ValueError) `size` is no such number.
+        InputShapeError: (in the forward; a ValueError and RuntimeError) a ghost batch has one value per
+            channel.
+
+    Example:
+        >>> norm = batchnorm.BatchNorm2d(16, statistics=batchnorm.Ghost(size=32))
+        >>> y = norm(torch.randn(128, 16, 8, 8))  # four ghost batches
 
     Source: Hoffer, Hubara & Soudry 2017, arXiv:1705.08741, algorithm 1.
     """

@@ -1,12 +1,32 @@
-"""Moments of a union from the moments of its parts."""
+"""Merges the moments of several parts of a set of values."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
+
+
+class Array(Protocol):
+    """A wide array of any framework, one number per channel, or a number that broadcasts against it."""
+
+    def __add__(self, other: Self | float, /) -> Self: ...
+    def __radd__(self, other: Self | float, /) -> Self: ...
+    def __sub__(self, other: Self | float, /) -> Self: ...
+    def __rsub__(self, other: Self | float, /) -> Self: ...
+    def __mul__(self, other: Self | float, /) -> Self: ...
+    def __rmul__(self, other: Self | float, /) -> Self: ...
+    def __truediv__(self, other: Self | float, /) -> Self: ...
+    def __rtruediv__(self, other: Self | float, /) -> Self: ...
+    def __neg__(self) -> Self: ...
+
+
+A = TypeVar("A", bound=Array)
 
 
 class PooledMoments(NamedTuple):
-    """Count, mean and centred second moment, in any array type with Python's operators.
+    """Count, mean and centred second moment, each an `Array`.
+
+    The fields are Any, as the code of each framework also uses the methods of its own arrays.
 
     Attributes:
         count: number of values, a scalar or an array that broadcasts against `mean`.
@@ -36,16 +56,16 @@ def merge(a: PooledMoments, b: PooledMoments) -> PooledMoments:
     return PooledMoments(count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share))
 
 
-def pooled(parts: PooledMoments, xp: Any) -> PooledMoments:
+def pooled(parts: PooledMoments, xp: ModuleType) -> PooledMoments:
     """Return the moments of the union of all parts along the first axis, any of which may be empty.
 
-    As `merge`, of all at once, around the first one's mean:
+    As `merge`, for all parts at once, around the mean of the first:
 
         mean = Σ n_k mean_k / n,    m2 = Σ m2_k + Σ n_k (mean_k - mean)²
 
     Args:
         parts: count `[K, 1]` (or `[K, 1, ...]`), mean and m2 `[K, ..., C]`.
-        xp: where `sum` is: numpy, torch and keras.ops are such.
+        xp: the module with the arrays' `sum`: numpy, torch or keras.ops.
     """
     count = xp.sum(parts.count, axis=0)
     center = parts.mean[0]

@@ -1,23 +1,26 @@
-"""What a statistics policy is: a declaration of which mean and variance a layer normalizes by."""
+"""Defines a statistics policy: which mean and variance a layer normalizes by."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from batchnorm.errors import OptionError
 
-from .moments import PooledMoments
+from .moments import A, Array, PooledMoments
 
-# An array of any framework, `[C]` or `[G, C]`, wide; or a scalar that broadcasts against one.
-Array = Any
-# Where `sqrt`, `clip`, `where` and `stop_gradient` of such arrays are: keras.ops is one.
-Namespace = Any
+
+class Namespace(Protocol):
+    """The functions of arrays that policies use; keras.ops has them."""
+
+    def sqrt(self, x: Array, /) -> Array: ...
+    def clip(self, x: Array, low: Array | float, high: Array | float, /) -> Array: ...
+    def stop_gradient(self, x: Array, /) -> Array: ...
 
 
 class Known(NamedTuple):
-    """What a policy may know, besides the batch's moments, when it chooses.
+    """What a policy may know, besides the moments of the batch, when it chooses.
 
     Attributes:
         mean, var: the running statistics, `[C]`; None where a layer tracks none.
@@ -26,44 +29,44 @@ class Known(NamedTuple):
         eps: added to var.
     """
 
-    mean: Array | None
-    var: Array | None
-    batches: Array | None
-    samples: Array
+    mean: Any
+    var: Any
+    batches: Any
+    samples: Any
     eps: float
 
 
 class Chosen(NamedTuple):
-    """The mean and rstd that a call normalizes by, and how they follow the batch's own mean and var (biased).
+    """The mean and rstd that a call normalizes by, and their derivatives by the batch's mean and biased var.
 
     Attributes:
         mean, rstd: `[G, C]`; y = weight * (x - mean) * rstd + bias.
-        mean_by_mean: ∂mean/∂(batch mean), as the other two an array or a number: 0 = constant.
+        mean_by_mean: ∂mean/∂(batch mean), like the other two an array or a number: 0 = constant.
         mean_by_var: ∂mean/∂(batch var).
         rstd_by_var: ∂rstd/∂(batch var).
     """
 
-    mean: Array
-    rstd: Array
-    mean_by_mean: Array
-    mean_by_var: Array
-    rstd_by_var: Array
+    mean: Any
+    rstd: Any
+    mean_by_mean: Any
+    mean_by_var: Any
+    rstd_by_var: Any
 
 
 class Policy:
-    """Which statistics a layer normalizes by, and whether its running ones move.
+    """Decides which statistics a layer normalizes by, and whether its running statistics move.
 
     A policy is a frozen dataclass of plain fields: equal where these are, and made again by
-    `type(policy)(**fields)`. It holds no tensor and no state, so layers may share one, of any framework.
+    `type(policy)(**fields)`. It holds no tensor and no state, so layers of any framework may share one.
 
     Attributes:
-        name: in a word, as tables show it.
-        needs_running: it makes no sense for a layer that tracks no running statistics.
-        group_size: samples that share statistics in training; None = all of the batch.
-        counts_batches: what it chooses changes with the number of batches that the layer has seen.
-        text: the policy as JSON.
+        name: in a word, for tables.
+        needs_running: it needs a layer that tracks running statistics.
+        group_size: number of samples that share statistics in training; None = the whole batch.
         is_sequential: each such group moves the running statistics as a batch of its own, in order, instead
-            of all together as one.
+            of all groups together as one.
+        counts_batches: its choice changes with the number of batches that the layer has seen.
+        text: the policy as JSON.
     """
 
     name: ClassVar[str]
@@ -74,11 +77,11 @@ class Policy:
     text: str
 
     def __post_init__(self) -> None:
-        # A string that is there is what a compiler can read, and guard by.
+        # A string attribute is something that a compiler can read, and guard on.
         object.__setattr__(self, "text", json.dumps(self.config()))
 
     def config(self) -> dict[str, Any]:
-        """Return plain data: `{"policy": "Ghost", "size": 32, "sequential": False}`; see `serialized.py`."""
+        """Return plain data: `{"policy": "Ghost", "size": 32, "sequential": False}`; see `policies.py`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         plain = {n: v.config() if isinstance(v, Policy) else v for n, v in values.items()}
         return {"policy": type(self).__name__, **plain}
@@ -96,7 +99,7 @@ class Policy:
         return training and self.measures(training)
 
     def is_plain(self, training: bool) -> bool:
-        """Whether a call that measures normalizes by the very moments of its groups: nothing to choose."""
+        """Whether a call that measures normalizes by just the moments of its groups."""
         return self.measures(training)
 
     def groups(self, training: bool) -> int | None:
@@ -104,13 +107,13 @@ class Policy:
         return self.group_size if training else None
 
     def choose(self, batch: PooledMoments, known: Known, training: bool, xp: Namespace) -> Chosen:  # noqa: ARG002
-        """Return what a call normalizes by, for one that measures; differentiable operations in `batch`.
+        """Return what a call that measures normalizes by, differentiable in `batch`.
 
         Args:
             batch: moments of each group, `[G, C]`, count `[G, 1]` or a number.
-            known: what else there is.
+            known: further statistics.
             training: the layer's mode.
-            xp: where the arrays' functions are.
+            xp: the functions of the arrays.
         """
         return by_batch(batch, known.eps, xp)
 
@@ -123,19 +126,20 @@ def by_batch(batch: PooledMoments, eps: float, xp: Namespace) -> Chosen:
 
 def biased_var(batch: PooledMoments) -> Array:
     """Return var = m2 / count; 0 where nothing was counted."""
-    return batch.m2 / (batch.count + (batch.count == 0))
+    var: Array = batch.m2 / (batch.count + (batch.count == 0))
+    return var
 
 
 def gradient_coefficients(
-    weight: Array, chosen: Chosen, batch: PooledMoments, sum_dy: Array, sum_dy_xhat: Array
-) -> tuple[Array, Array, Array]:
-    """Return a, b, c of dx = a dy' + b x̂ + c, for mean and rstd that follow the batch's as `chosen` says.
+    weight: Array | float, chosen: Chosen, batch: PooledMoments, sum_dy: A, sum_dy_xhat: A
+) -> tuple[A, A, A]:
+    """Return a, b, c of dx = a dy' + b x̂ + c, for mean and rstd that depend on the batch's as `chosen` says.
 
-    With x̂ = (x - mean) rstd and a = weight rstd, the loss follows mean and rstd by
+    With x̂ = (x - mean) rstd and a = weight rstd, the derivatives of the loss by mean and rstd are
 
         ∂L/∂mean = -a Σdy'            ∂L/∂rstd = weight Σ(dy' x̂) / rstd
 
-    and these, through the batch's own mean m and var v over n values, follow x_i:
+    and x_i enters through the batch's own mean m and var v over n values:
 
         ∂m/∂x_i = 1 / n               ∂v/∂x_i = 2 (x_i - m) / n,    x_i - m = x̂_i / rstd + (mean - m)
 
@@ -146,7 +150,7 @@ def gradient_coefficients(
     Args:
         weight: `[C]`, or 1.
         chosen: what the call normalized by.
-        batch: moments that it followed, `[G, C]`; of all ranks, where these share them.
+        batch: moments that it depends on, `[G, C]`; of all ranks, where these share them.
         sum_dy, sum_dy_xhat: Σdy' and Σ(dy' x̂), `[G, C]`, over the same values.
     """
     count = batch.count + (batch.count == 0)
@@ -158,12 +162,11 @@ def gradient_coefficients(
     return a, by_var / chosen.rstd, c
 
 
-def check_number(what: str, value: object, low: float, high: float = float("inf")) -> float:
-    """Return a policy's field as a finite float of a range, or raise OptionError."""
+def check_number(what: str, value: object, low: float) -> float:
+    """Return a policy's field as a finite float from `low` on, or raise OptionError."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or value == float("inf"):  # type: ignore[operator]
-        limits = f"of {low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
-        raise OptionError(f"{what} must be a finite number {limits}; got {value!r}")
+    if not is_number or not low <= value < float("inf"):  # type: ignore[operator]
+        raise OptionError(f"{what} must be a finite number of {low:g} or more; got {value!r}")
     return float(value)  # type: ignore[arg-type]
 
 

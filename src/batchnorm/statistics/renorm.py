@@ -1,40 +1,42 @@
-"""The mini-batch's statistics, corrected towards the running ones.
-
-Source: Ioffe 2017, arXiv:1702.03275.
-"""
+"""Corrects the mini-batch's statistics towards the running ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from batchnorm.errors import OptionError
 
-from .moments import PooledMoments
+from .moments import Array, PooledMoments
 from .policy import Chosen, Known, Namespace, Policy, biased_var, check_count, check_number
-
-Array = Any
 
 
 @dataclass(frozen=True)
 class Renorm(Policy):
-    """Batch renormalization: training normalizes nearly as evaluation will.
+    """Corrects the statistics of the batch towards the running ones: batch renormalization.
 
         training:    y = weight * ((x - mean) / std * r + d) + bias,    std = sqrt(var + eps), of the batch
                      r = std / running_std             within [1 / r_max, r_max]
                      d = (mean - running_mean) / running_std    within [-d_max, d_max]
-                     running_std = sqrt(running_var + eps);  then the running ones move, as by `Batch()`
+                     running_std = sqrt(running_var + eps);  the running statistics move as by `Batch()`
         evaluation:  mean = running_mean,  var = running_var;  nothing moves
 
-    Gradients flow through mean and std; r and d are constants. For small batches, and for batches whose
-    samples depend on each other. The bounds open with the number of batches, as the running statistics learn
-    what the data are: until `start`, r = 1 and d = 0, which is `Batch()`; from `end` on they are r_max and
-    d_max; linear between.
+    Training then normalizes nearly as evaluation will, which helps with small batches and with batches of
+    dependent samples. Gradients flow through mean and std; r and d are constants. The bounds open while the
+    running statistics settle: until batch `start`, r = 1 and d = 0, which is `Batch()`; from batch `end` on
+    they are r_max and d_max; in between they grow linearly.
 
     Args:
-        r_max: largest r, at least 1.
-        d_max: largest |d|, at least 0.
+        r_max: largest r, 1 or more.
+        d_max: largest |d|, 0 or more.
         r_steps, d_steps: (start, end) of either bound, in batches seen by the layer; (0, 0) = open at once.
+
+    Raises:
+        OptionError: (a ValueError) a value out of range; by the layer that gets the policy: it tracks no
+            running statistics.
+
+    Example:
+        >>> norm = batchnorm.BatchNorm1d(8, statistics=batchnorm.Renorm(r_max=2, d_max=1, r_steps=(0, 100)))
+        >>> y = norm(torch.randn(4, 8))
 
     Differs from Keras's `renorm=`: there r and d follow a third pair of averages of their own.
 
@@ -62,15 +64,13 @@ class Renorm(Policy):
         return max(*self.r_steps, *self.d_steps) > 0
 
     def is_plain(self, training: bool) -> bool:  # noqa: ARG002
-        """Never: how far the bounds are open only the device knows."""
+        """Return False: the number of batches, and so the bounds, may be known to the device only."""
         return False
 
     def choose(self, batch: PooledMoments, known: Known, training: bool, xp: Namespace) -> Chosen:  # noqa: ARG002
-        """Return mean and rstd that contain r and d.
+        """Return mean and rstd with r and d in them.
 
-            x̂ r + d = (x - mean + std d / r) r / std
-
-        so that the mean that is subtracted is m - std d / r, and rstd = r / std, for the batch's m and std.
+        (x - m) / std * r + d = (x - (m - std d / r)) r / std    m and std of the batch
         """
         std = xp.sqrt(biased_var(batch) + known.eps)
         r, d = self.corrections(xp.stop_gradient(batch.mean), xp.stop_gradient(std), known, xp)

@@ -1,11 +1,9 @@
-"""Statistics of all ranks of a process group.
-
-Source: Peng et al. 2018 (MegDet), arXiv:1711.07240.
-"""
+"""Normalizes by the statistics of all ranks of a process group."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from batchnorm.errors import OptionError
 
@@ -14,22 +12,36 @@ from .moments import PooledMoments
 from .policy import Chosen, Known, Namespace, Policy, check_number
 
 
+def _of_over(name: str) -> Any:
+    """Return a property: the attribute of the policy that uses the shared moments."""
+    return property(lambda policy: getattr(policy.over, name))
+
+
 @dataclass(frozen=True)
 class Synced(Policy):
-    """Statistics of the batches of all ranks together, as if one process had them all.
+    """Uses the statistics of the batches of all ranks together, as if one process had them all.
 
         training:    n = Σ n_r,  mean = Σ n_r mean_r / n,  m2 = Σ (m2_r + n_r (mean_r - mean)²) over ranks r;
-                     the running ones move by these, bit for bit the same on all ranks
-        evaluation:  as by `over`: for `Batch()`, the running ones, and no rank waits for another
+                     the running statistics move by these, bit for bit the same on all ranks
+        evaluation:  as by `over`: for `Batch()`, the running statistics, and no rank waits for another
 
-    Ranks may have batches of different size, masks, or none at all. One collective forward and one backward.
+    Ranks may have batches of different size, masks, or empty batches. A forward and a backward take one
+    collective each.
 
     Args:
-        group: global ranks of those who share statistics, such as (0, 1); None = all. Never a process group,
-            which cannot be stored: `torch.distributed.get_process_group_ranks` tells the ranks of one.
-        over: what is done with the shared moments (keyword only): `Batch()`, `Ghost(size)` (ghost batch g of
-            all ranks shares statistics; ranks must have equally many), `Renorm()` or `Adapted()`.
-        timeout: seconds to wait for other ranks before an error names those that are missing (keyword only).
+        group: global ranks that share statistics, such as (0, 1); None = all. A process group cannot be
+            stored: pass `torch.distributed.get_process_group_ranks(group)`.
+        over: the policy that uses the shared moments (keyword only): `Batch()`, `Ghost(size)` (the ghost
+            batches g of all ranks share statistics; ranks must have equally many), `Renorm()` or `Adapted()`.
+        timeout: seconds to wait for other ranks before an error names the missing ones (keyword only).
+
+    Raises:
+        OptionError: (a ValueError) a value out of range, or another policy in `over`.
+        RankError: (in a call; a RuntimeError) another rank is missing, or calls another collective.
+
+    Example:
+        >>> norm = batchnorm.BatchNorm2d(16, statistics=batchnorm.Synced(timeout=60))
+        >>> y = norm(torch.randn(8, 16, 4, 4))  # without torch.distributed, this process is the only rank
 
     Source: Peng et al. 2018, arXiv:1711.07240, section 3.2.
     """
@@ -39,6 +51,10 @@ class Synced(Policy):
     timeout: float = field(default=600.0, kw_only=True)
 
     name = "synced"
+    needs_running = _of_over("needs_running")
+    group_size = _of_over("group_size")
+    is_sequential = _of_over("is_sequential")
+    counts_batches = _of_over("counts_batches")
 
     def __post_init__(self) -> None:
         if self.group is not None:
@@ -52,26 +68,6 @@ class Synced(Policy):
             )
         super().__post_init__()
 
-    @property
-    def needs_running(self) -> bool:  # type: ignore[override]
-        """As of the policy that takes the shared moments."""
-        return self.over.needs_running
-
-    @property
-    def group_size(self) -> int | None:  # type: ignore[override]
-        """Samples that share statistics on a rank; None = all of its batch."""
-        return self.over.group_size
-
-    @property
-    def is_sequential(self) -> bool:  # type: ignore[override]
-        """As of the policy that takes the shared moments."""
-        return self.over.is_sequential
-
-    @property
-    def counts_batches(self) -> bool:  # type: ignore[override]
-        """As of the policy that takes the shared moments."""
-        return self.over.counts_batches
-
     def measures(self, training: bool) -> bool:
         """As the policy that takes the shared moments."""
         return self.over.measures(training)
@@ -81,7 +77,7 @@ class Synced(Policy):
         return self.over.moves(training)
 
     def is_plain(self, training: bool) -> bool:
-        """As of the policy that takes the shared moments: true of a rank that shares with nobody."""
+        """As of the policy that takes the shared moments; valid for a rank that is alone."""
         return self.over.is_plain(training)
 
     def choose(self, batch: PooledMoments, known: Known, training: bool, xp: Namespace) -> Chosen:

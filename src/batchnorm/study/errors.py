@@ -1,4 +1,4 @@
-"""What a study raises beyond wrong options and data."""
+"""The errors of a study, beyond those of wrong options and data."""
 
 from __future__ import annotations
 

@@ -37,17 +37,16 @@ class Framework:
     versions: tuple[tuple[str, str], ...]
 
     def settings(self) -> dict[str, object]:
-        """What tells its stored runs from another framework's; torch's are as they were before Keras came."""
-        which = {} if self.backend is None else {"framework": self.name, "backend": self.backend}
-        return {**which, **dict(self.versions)}
+        """Returns the settings of a stored run that tell it from another framework's."""
+        return {**self.describe(), **dict(self.versions)}
 
     def describe(self) -> dict[str, object]:
-        """Its name, for the provenance of results."""
+        """Returns its name, for the provenance of results."""
         return {"framework": self.name, **({} if self.backend is None else {"backend": self.backend})}
 
 
 def find_framework(name: str) -> Framework:
-    """The framework of this name, as it is installed.
+    """Returns the framework of this name, as it is installed.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -72,18 +71,18 @@ def find_framework(name: str) -> Framework:
 
 
 def framework_in_words(provenance: Mapping[str, Any]) -> str | None:
-    """What results were measured in, as people call it: "PyTorch", "Keras on JAX"; None if not known."""
+    """Returns the usual name of the framework of results: "PyTorch", "Keras on JAX"; None if not known."""
     names = [provenance.get(key) for key in ("framework", "backend")]
     return " on ".join(_IN_WORDS.get(name, name) for name in names if isinstance(name, str)) or None
 
 
 def keras_backend() -> str:
-    """The backend that Keras takes when it is imported: KERAS_BACKEND's, its configuration's, its default."""
+    """Returns the backend that Keras takes: that of KERAS_BACKEND, its configuration, or its default."""
     return _chosen_backend()[0]
 
 
 def _chosen_backend() -> tuple[str, str]:
-    """The backend's name, and a sentence that says who chose it."""
+    """Returns the backend's name, and in words what chose it."""
     if named := os.environ.get("KERAS_BACKEND"):
         return named, f"KERAS_BACKEND names {named}"
     path = _configuration()
@@ -97,7 +96,7 @@ def _chosen_backend() -> tuple[str, str]:
 
 
 def _configuration() -> Path:
-    """Where Keras keeps its configuration; its rule, because asking it would import a backend."""
+    """Returns the path of Keras's configuration by its rule, as asking Keras would import a backend."""
     if home := os.environ.get("KERAS_HOME"):
         return Path(home).expanduser() / "keras.json"
     user = Path("~").expanduser()

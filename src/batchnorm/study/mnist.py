@@ -1,4 +1,4 @@
-"""Find and read the full MNIST: IDX files, plain or gzipped, or Keras's `mnist.npz`."""
+"""Finds and reads the full MNIST: IDX files, plain or gzipped, or Keras's `mnist.npz`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import io
 import math
 import os
 import struct
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm.errors import DataError, FileError
+from batchnorm.errors import DataError, FileError, in_one_line
 from batchnorm.files import read_within
-
-from .npz import read_npz
 
 Bytes = npt.NDArray[np.uint8]
 Labels = npt.NDArray[Any]
@@ -37,10 +36,16 @@ _HOW_TO_GET_IT = (
     "files (https://ossci-datasets.s3.amazonaws.com/mnist/) into a folder, and name it with --data-dir"
 )
 _AGAIN = "download it again"
+_LONGEST_HEADER = 2**16
+_LONGEST_MESSAGE = 160
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def load_mnist(data_dir: Path | None = None) -> tuple[Arrays, str]:
-    """Read MNIST from a folder or from the caches that Keras and torchvision leave.
+    """Reads MNIST from a folder or from the caches that Keras and torchvision leave.
 
     Args:
         data_dir: a folder with the IDX files or `mnist.npz`, or with a torchvision or Keras cache below it.
@@ -57,7 +62,7 @@ def load_mnist(data_dir: Path | None = None) -> tuple[Arrays, str]:
     folders = list(_candidate_folders(data_dir))
     for folder in folders:
         if (folder / "mnist.npz").is_file():
-            return _read_npz(folder / "mnist.npz"), "MNIST (LeCun, Cortes and Burges), from mnist.npz"
+            return _read_keras_npz(folder / "mnist.npz"), "MNIST (LeCun, Cortes and Burges), from mnist.npz"
         paths = [_find_idx(folder, stem, dimensions) for stem, dimensions in _FILES]
         if any(paths):
             return _read_idx_files(folder, paths), "MNIST (LeCun, Cortes and Burges), from its IDX files"
@@ -66,7 +71,7 @@ def load_mnist(data_dir: Path | None = None) -> tuple[Arrays, str]:
 
 
 def read_idx(path: Path, dimensions: int) -> Bytes:
-    """Read one IDX file of bytes, plain or gzipped.
+    """Reads one IDX file of bytes, plain or gzipped.
 
     The format: two zero bytes, the type (8 for unsigned bytes), the number of dimensions, each dimension as a
     big-endian 32-bit integer, then the values. No more is unpacked than the header says.
@@ -130,27 +135,22 @@ def _find_idx(folder: Path, stem: str, dimensions: int) -> Path | None:
 
 
 def _read_idx_files(folder: Path, paths: list[Path | None]) -> Arrays:
-    found: list[Bytes] = []
     for path, (stem, dimensions) in zip(paths, _FILES, strict=True):
         if path is None:
             raise DataError(f"{folder} holds some of MNIST, but no {stem}-idx{dimensions}-ubyte or .gz of it")
-        found.append(read_idx(path, dimensions))
-    arrays = (found[0], found[1], found[2], found[3])
-    _check(arrays, folder)
-    return arrays
+    pairs = zip(paths, _FILES, strict=True)
+    return _checked([read_idx(path, dimensions) for path, (_, dimensions) in pairs if path], folder)
 
 
-def _read_npz(path: Path) -> Arrays:
+def _read_keras_npz(path: Path) -> Arrays:
     try:
-        x_train, y_train, x_test, y_test = read_npz(path, _KERAS_ARRAYS, _MOST_BYTES)
+        arrays = read_npz(path, _KERAS_ARRAYS, _MOST_BYTES)
     except DataError as error:
         raise DataError(f"{error}: it is not Keras's mnist.npz; {_AGAIN}") from error
-    arrays = (x_train, y_train, x_test, y_test)
-    _check(arrays, path)
-    return arrays
+    return _checked(arrays, path)
 
 
-def _check(arrays: Arrays, where: Path) -> None:
+def _checked(arrays: Sequence[Labels], where: Path) -> Arrays:
     for images, labels in (arrays[:2], arrays[2:]):
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or len(images) == 0:
             raise DataError(f"{where}: images of shape {images.shape} do not go with labels {labels.shape}")
@@ -161,3 +161,54 @@ def _check(arrays: Arrays, where: Path) -> None:
         raise DataError(
             f"{where}: training images are {arrays[0].shape[1:]}, held-out ones {arrays[2].shape[1:]}"
         )
+    return arrays[0], arrays[1], arrays[2], arrays[3]
+
+
+def read_npz(path: Path, kinds: Mapping[str, str], most: int) -> list[Labels]:
+    """Reads arrays by name.
+
+    Args:
+        path: of the file.
+        kinds: for each name, which kinds of dtype are right, such as "iu" (NumPy's `dtype.kind`).
+        most: bytes of one array, and of the file.
+
+    Raises:
+        DataError: the file cannot be read, or holds no such arrays within these bounds.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(read_within(path, most))) as archive:
+            return [_read(archive, name, kind, most) for name, kind in kinds.items()]
+    except (DataError, FileError) as error:
+        said = str(error)
+        raise DataError(said if str(path) in said else f"{path}: {said}") from error
+    except Exception as broken:  # zipfile and NumPy raise a dozen kinds of errors on damaged files
+        said = in_one_line(str(broken) or type(broken).__name__)[:_LONGEST_MESSAGE]  # parts of the file, too
+        raise DataError(f"{path} cannot be read as .npz: {said}") from broken
+
+
+def _read(archive: zipfile.ZipFile, name: str, kinds: str, most: int) -> Labels:
+    member = archive.getinfo(f"{name}.npy")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # Others can ask for gigabytes before the first byte, and NumPy writes none of them.
+        raise DataError(f"{name} is compressed by method {member.compress_type}, which NumPy does not write")
+    if member.file_size > most + _LONGEST_HEADER:
+        raise DataError(f"{name} has {member.file_size:,} bytes, where at most {most:,} can be right")
+    with archive.open(member) as file:
+        shape, is_fortran, dtype = _header(file)
+        size = math.prod(shape) * dtype.itemsize
+        left = member.file_size - file.tell()
+        if dtype.kind not in kinds or min(shape, default=1) < 1 or size != left:
+            raise DataError(f"{name} claims to be {dtype} of shape {_shown(shape)}, in {left:,} bytes")
+        content = file.read(size)
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise DataError(f"an array in NumPy's format {version} was not expected")
+    return _HEADERS[version](file)
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return " x ".join(f"{length:.3g}" if length > 1e9 else str(length) for length in shape[:4])

@@ -1,21 +1,32 @@
-"""The networks of a study in Keras: those of `networks.py`, layer by layer, with channels last."""
+"""The networks of a study in Keras, with channels last, and the norm factory of each arm."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
-from batchnorm.errors import DataError, OptionError
 from batchnorm.keras import BatchNormalization
 
 from .arms import Arm
-from .user_code import load_function, naming_the_line, source_of
+from .networks import NETWORKS, Layers, Norm, dropout_rate, own_network
 
-_DEEP_LAYERS, _DEEP_UNITS = 8, 100
-_CNN_CHANNELS = (8, 16, 32)
+_NORMS: dict[str, Callable[[int], keras.layers.Layer]] = {
+    "batchnorm": lambda _: BatchNormalization(),
+    "layernorm": lambda spatial_dims: (
+        keras.layers.GroupNormalization(1) if spatial_dims else keras.layers.LayerNormalization()
+    ),
+}
+_LAST = {"data_format": "channels_last"}  # whatever the user's Keras is set to
+_DROPOUTS: tuple[Callable[..., keras.layers.Layer], ...] = (
+    keras.layers.Dropout,
+    keras.layers.SpatialDropout1D,
+    functools.partial(keras.layers.SpatialDropout2D, **_LAST),
+    functools.partial(keras.layers.SpatialDropout3D, **_LAST),
+)
 
 
 class NormFactory:
@@ -61,45 +72,30 @@ class NormFactory:
         dropout: float | None = None,
     ) -> keras.layers.Layer:
         del channels  # Keras's layers see it for themselves; networks say it in every framework
-        if spatial_dims not in range(4):
-            raise OptionError(f"norm(channels, spatial_dims={spatial_dims}): spatial_dims is 0, 1, 2 or 3")
+        rate = dropout_rate(spatial_dims, dropout)
         parts: list[keras.layers.Layer] = []
-        if self.arm.norm == "batchnorm":
-            parts.append(BatchNormalization())
-        elif self.arm.norm == "layernorm":
-            spatial = keras.layers.GroupNormalization(1) if spatial_dims else None
-            parts.append(spatial or keras.layers.LayerNormalization())
+        if self.arm.norm is not None:
+            parts.append(_NORMS[self.arm.norm](spatial_dims))
         if activation is not None:
             is_layer = isinstance(activation, keras.layers.Layer)
             parts.append(activation if is_layer else keras.layers.Activation(activation))
         if self.arm.dropout:
-            default = 0.2 if spatial_dims else 0.5
-            parts.append(self._dropout(spatial_dims, default if dropout is None else dropout))
+            parts.append(_DROPOUTS[spatial_dims](rate, seed=self._next_seed))
+            self._next_seed += 1
         if len(parts) > 1:
             return keras.Sequential(parts)
         return parts[0] if parts else keras.layers.Identity()
 
-    def _dropout(self, spatial_dims: int, rate: float) -> keras.layers.Layer:
-        seed = self._next_seed
-        self._next_seed += 1
-        if spatial_dims == 0:
-            return keras.layers.Dropout(rate, seed=seed)
-        if spatial_dims == 1:
-            return keras.layers.SpatialDropout1D(rate, seed=seed)
-        spatial = keras.layers.SpatialDropout2D if spatial_dims == 2 else keras.layers.SpatialDropout3D
-        return spatial(rate, data_format="channels_last", seed=seed)
-
 
 def build_network(name: str, arm: Arm, input_shape: tuple[int, ...], classes: int, seed: int) -> keras.Model:
-    """Build a network for an arm.
+    """Builds a network for an arm.
 
     The arms of one seed start from the same weights. The process's random state is left seeded: a study
     builds in worker processes.
 
     Args:
-        name: `mlp`, `deep`, `cnn`, or the user's own as `file.py:function`: a function that takes a
-            `NormFactory` and returns a `keras.Model` from float32 `[N, *input_shape]` to logits
-            `[N, classes]`.
+        name: of `NETWORKS`, or the user's own as `file.py:function`: a function that takes a `NormFactory`
+            and returns a `keras.Model` from float32 `[N, *input_shape]` to logits `[N, classes]`.
         arm: what the network is treated with.
         input_shape: shape of one example.
         classes: how many outputs are wanted.
@@ -110,72 +106,14 @@ def build_network(name: str, arm: Arm, input_shape: tuple[int, ...], classes: in
     """
     keras.utils.set_random_seed(seed)
     norm = NormFactory(arm, seed)
-    if name in _BUILDERS:
-        return _BUILDERS[name](norm, input_shape, classes)
-    function = load_function(name)
-    with naming_the_line(f"network {name}, arm {arm.name}", source_of(name)):
-        model = function(norm)
-        if not isinstance(model, keras.Model):
-            raise TypeError(f"{name.rpartition(':')[2]} returned {type(model).__name__}, not a keras.Model")
-    return model
+    if name not in NETWORKS:
+        return own_network(name, arm, norm, keras.Model, "keras.Model")
+    layers = NETWORKS[name](input_shape, classes, True)
+    return keras.Sequential([keras.Input(input_shape), *_made(layers, norm)], name=name)
 
 
-def mlp(norm: NormFactory, input_shape: tuple[int, ...], classes: int) -> keras.Model:
-    """Dense 64, ReLU, norm, dense: the textbook example. PyTorch's initialization, as in `networks.py`."""
-    return keras.Sequential(
-        [
-            keras.Input(input_shape),
-            keras.layers.Flatten(name="flatten"),
-            keras.layers.Dense(64, name="linear1", **_initialization(math.prod(input_shape))),
-            keras.layers.ReLU(name="relu"),
-            norm(64),
-            keras.layers.Dense(classes, name="linear2", **_initialization(64)),
-        ],
-        name="mlp",
-    )
-
-
-def deep(norm: NormFactory, input_shape: tuple[int, ...], classes: int) -> keras.Model:
-    """Eight sigmoid layers of 100 units, each normalized before its sigmoid, and a dense output.
-
-    Why so: see `networks.deep`. Weights start from Glorot's uniform distribution and biases from 0, as Keras
-    has it anyway. Units are dropped with probability 0.1.
-    """
-    layers = [keras.Input(input_shape), keras.layers.Flatten(name="flatten")]
-    for number in range(1, _DEEP_LAYERS + 1):
-        layers.append(keras.layers.Dense(_DEEP_UNITS, name=f"linear{number}"))
-        layers.append(norm(_DEEP_UNITS, activation="sigmoid", dropout=0.1))
-    layers.append(keras.layers.Dense(classes, name=f"linear{_DEEP_LAYERS + 1}"))
-    return keras.Sequential(layers, name="deep")
-
-
-def cnn(norm: NormFactory, input_shape: tuple[int, ...], classes: int) -> keras.Model:
-    """Three blocks of 3×3 convolution, norm, ReLU and 2×2 max pooling; a dense output.
-
-    The blocks have 8, 16 and 32 channels. PyTorch's initialization, as in `networks.py`.
-    """
-    if len(input_shape) not in (2, 3) or min(input_shape[:2]) < 8:
-        raise DataError(f"network cnn needs images of 8 x 8 or more, and one example has shape {input_shape}")
-    height, width, channels = (*input_shape, 1)[:3]
-    layers = [keras.Input(input_shape), keras.layers.Reshape((height, width, channels), name="channels")]
-    last = {"data_format": "channels_last"}  # whatever the user's Keras is set to
-    for number, filters in enumerate(_CNN_CHANNELS, start=1):
-        start = _initialization(9 * channels)
-        layers += [
-            keras.layers.Conv2D(filters, 3, padding="same", name=f"conv{number}", **last, **start),
-            norm(filters, spatial_dims=2, activation="relu"),
-            keras.layers.MaxPooling2D(2, name=f"pool{number}", **last),
-        ]
-        channels, height, width = filters, height // 2, width // 2
-    layers += [
-        keras.layers.Flatten(name="flatten", **last),
-        keras.layers.Dense(classes, name="linear", **_initialization(channels * height * width)),
-    ]
-    return keras.Sequential(layers, name="cnn")
-
-
-def _initialization(fan_in: int) -> dict[str, keras.Initializer]:
-    """PyTorch's: weights and biases uniform within ±1/sqrt(fan_in); so the two frameworks start alike."""
+def _uniform(fan_in: int) -> dict[str, keras.Initializer]:
+    """Returns PyTorch's initializers: weights and biases uniform within ±1/sqrt(fan_in)."""
     limit = 1 / math.sqrt(fan_in)
     return {
         name: keras.initializers.RandomUniform(-limit, limit)
@@ -183,8 +121,22 @@ def _initialization(fan_in: int) -> dict[str, keras.Initializer]:
     }
 
 
-_BUILDERS: dict[str, Callable[[NormFactory, tuple[int, ...], int], keras.Model]] = {
-    "mlp": mlp,
-    "deep": deep,
-    "cnn": cnn,
+_LAYERS: dict[str, Callable[..., keras.layers.Layer]] = {
+    "flatten": lambda name: keras.layers.Flatten(name=name, **_LAST),
+    "image": lambda *shape, name: keras.layers.Reshape(shape, name=name),
+    "dense": lambda inputs, units, name: keras.layers.Dense(units, name=name, **_uniform(inputs)),
+    "glorot": lambda _, units, name: keras.layers.Dense(units, name=name),  # Keras's own initializers
+    "conv": lambda channels, filters, name: keras.layers.Conv2D(
+        filters, 3, padding="same", name=name, **_LAST, **_uniform(9 * channels)
+    ),
+    "pool": lambda name: keras.layers.MaxPooling2D(2, name=name, **_LAST),
+    "relu": lambda name: keras.layers.ReLU(name=name),
 }
+
+
+def _made(layers: Layers, norm: NormFactory) -> Iterator[keras.layers.Layer]:
+    for layer in layers:
+        if isinstance(layer, Norm):
+            yield norm(layer.channels, layer.spatial_dims, activation=layer.activation, dropout=layer.dropout)
+        else:
+            yield _LAYERS[layer.kind](*layer.sizes, name=layer.name)

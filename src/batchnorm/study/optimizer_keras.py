@@ -1,28 +1,22 @@
-"""Adam for Keras that adds an arm's penalties, and notes the gradients' norms: inside the compiled step."""
+"""Adam for Keras that adds an arm's penalties and keeps gradient norms, within the compiled step."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
 from .arms import Arm
 
-
-@dataclass(frozen=True)
-class Watched:
-    """Kernels by layer; hidden in a class, because an optimizer takes lists of variables for its state."""
-
-    layers: tuple[tuple[keras.Variable, ...], ...]
+Kernels = Sequence[keras.Variable]  # of a layer
 
 
 def make_adam(
-    learning_rate: float, arm: Arm, kernels: Sequence[Sequence[keras.Variable]], *, noting: bool
+    learning_rate: float, arm: Arm, kernels: Sequence[Kernels], *, noting: bool
 ) -> keras.optimizers.Adam:
-    """Adam with the settings of the torch study: betas 0.9 and 0.999, eps 1e-8, no schedule.
+    """Returns Adam with the settings of the torch study: betas 0.9 and 0.999, eps 1e-8, no schedule.
 
     The gradient of a penalty is added to the kernels' gradients before the update, which is the same step as
     adding the penalty to the loss; the losses that are recorded are the cross-entropy alone, so that arms
@@ -36,7 +30,7 @@ def make_adam(
             variable `gradient_norms`, `[layers]`; NaN for a layer that received none.
     """
     optimizer = _penalized_adam()(learning_rate=learning_rate, beta_1=0.9, beta_2=0.999, epsilon=1e-8)
-    optimizer.watch(arm, Watched(tuple(map(tuple, kernels))), noting)
+    optimizer.watch(arm, lambda: kernels, noting)
     return optimizer
 
 
@@ -47,20 +41,21 @@ def _penalized_adam() -> Any:
     adam: Any = type(keras.optimizers.Adam())
 
     class PenalizedAdam(adam):
-        def watch(self, arm: Arm, watched: Watched, noting: bool) -> None:
-            self.arm, self.watched = arm, watched
-            self.gradient_norms = self.add_variable((len(watched.layers),), name="norms") if noting else None
+        # By a function, because an optimizer takes lists of variables for its state.
+        def watch(self, arm: Arm, kernels: Callable[[], Sequence[Kernels]], noting: bool) -> None:
+            self.arm, self.kernels = arm, kernels
+            self.gradient_norms = self.add_variable((len(kernels()),), name="norms") if noting else None
 
         def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
             # JAX hands over gradients alone, in the order in which the optimizer was built.
             variables = self._trainable_variables if trainable_variables is None else trainable_variables
             positions = {id(variable): number for number, variable in enumerate(variables)}
             grads = list(grads)
-            at = [[positions[id(kernel)] for kernel in kernels] for kernels in self.watched.layers]
+            at = [[positions[id(kernel)] for kernel in kernels] for kernels in self.kernels()]
             if self.gradient_norms is not None:
                 norms = [_norm([grads[i] for i in layer]) for layer in at]
                 self.gradient_norms.assign(keras.ops.stack(norms))
-            for layer, kernels in zip(at, self.watched.layers, strict=True):
+            for layer, kernels in zip(at, self.kernels(), strict=True):
                 for i, kernel in zip(layer, kernels, strict=True):
                     grads[i] = _with_penalty(grads[i], kernel, self.arm)
             super().apply(grads, trainable_variables)

@@ -1,4 +1,4 @@
-"""What a study is asked to do: every option checked before anything runs."""
+"""The options of a study, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from batchnorm.errors import OptionError
 
 from .arms import parse_arm
 from .frameworks import FRAMEWORKS, keras_backend
+from .networks import NETWORKS
 from .user_code import is_user_code
 
-NETWORKS = ("mlp", "deep", "cnn")
 ARMS = ("none", "batchnorm", "dropout", "l1", "l2", "layernorm", "batchnorm+dropout")
 
 
@@ -88,7 +88,7 @@ class StudyOptions:
         self._check_that_no_two_runs_share_a_file()
 
     def _check_that_no_two_runs_share_a_file(self) -> None:
-        """Raise where two runs would have one name: also on a file system that knows no upper and lower case.
+        """Raises where two runs would have one name, also on a file system that ignores case.
 
         One seed is enough, as a name ends with it.
         """
@@ -115,9 +115,11 @@ class StudyOptions:
         return self.jobs if self.jobs is not None else usable_cores()
 
     def command(self) -> str:
-        """The command line that asks for this study, without folders, as a shell reads it."""
+        """Returns the command line of this study, without folders, as a shell reads it."""
+        backend = f"KERAS_BACKEND={shlex.quote(keras_backend())} " if self.framework == "keras" else ""
         parts: dict[str, object] = {
-            "network": ",".join(display_name(name) for name in self.networks),
+            **({"framework": self.framework} if backend else {}),
+            "network": ",".join(map(display_name, self.networks)),
             "data": display_name(self.data),
             "arms": ",".join(self.arms),
             "learning-rate": ",".join(map(shown_number, self.learning_rates)),
@@ -126,49 +128,45 @@ class StudyOptions:
             "batch-size": self.batch_size,
             "target-accuracy": shown_number(self.target_accuracy),
         }
-        which = ""
-        if self.framework == "keras":
-            which = f"KERAS_BACKEND={shlex.quote(keras_backend())} "
-            parts = {"framework": self.framework, **parts}
         words = [word for name, value in parts.items() for word in (f"--{name}", str(value))]
-        return which + shlex.join(["batchnorm", "study", *words])
+        return backend + shlex.join(["batchnorm", "study", *words])
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, which is fewer than the machine's under taskset or a batch system."""
+    """Returns the cores that this process may use: fewer than there are under taskset or a batch system."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def display_name(spec: str) -> str:
-    """A network's or data set's name without folders: `/home/x/net.py:build` is `net.py:build`."""
+    """Returns a network's or data set's name without folders: `/home/x/net.py:build` is `net.py:build`."""
     place, colon, function = spec.rpartition(":")
     return f"{Path(place).name}:{function}" if colon else spec
 
 
 def shown_number(value: float) -> str:
-    """The shortest text that reads back as the same number, such as 0.001 or 3e-05: no two have one text."""
+    """Returns the shortest text that reads back as the same number, such as 0.001 or 3e-05."""
     return repr(float(value)).removesuffix(".0")
 
 
 def run_name(network: str, arm: str, rate: float, seed: int) -> str:
-    """The name of a run's file, without its ending."""
+    """Returns the name of a run's file, without its ending."""
     return f"{slug(display_name(network))}-{arm}-{shown_number(rate)}-{seed}"
 
 
 def slug(name: str) -> str:
-    """A name that is safe in a file's name on every system."""
+    """Returns a name made safe for files on every system."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip(".-")
 
 
 def split_list(text: str) -> tuple[str, ...]:
-    """The parts of a comma-separated list, without blanks."""
+    """Returns the parts of a comma-separated list, without blanks."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parse_rates(parts: Iterable[str]) -> tuple[float, ...]:
-    """Learning rates from text.
+    """Returns learning rates from text.
 
     Raises:
         OptionError: one is not a number.

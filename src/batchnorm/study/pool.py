@@ -1,4 +1,9 @@
-"""Worker processes that share out tasks: none is orphaned, and none dies unnoticed."""
+"""Worker processes that share out tasks: none is orphaned, and none dies unnoticed.
+
+A pool of our own, as others share a pipe or a queue among their workers: a worker that dies, or a user's
+network that writes into it, breaks the pool (`concurrent.futures`, `loky`) or may (`pebble`). Here it costs
+one task. Nor do they hold Ctrl-C back while a worker starts, or send progress.
+"""
 
 from __future__ import annotations
 
@@ -18,37 +23,10 @@ from typing import Any, Self
 from .data import Dataset
 from .errors import StudyError
 from .frameworks import Framework
+from .terminal import Display
 from .worker import Task, serve
 
 _SECONDS_TO_END = 0.5
-_ATTEMPTS = 2
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A task has taken some steps; negative where a dead worker's steps are to be taken again."""
-
-    task: Task
-    steps: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A task is done."""
-
-    task: Task
-    result: Any
-
-
-@dataclass(frozen=True)
-class Died:
-    """A worker died on a task, which will be tried once more."""
-
-    task: Task
-    how: str
-
-
-Event = Progress | Finished | Died
 
 
 @dataclass
@@ -65,10 +43,11 @@ class WorkerPool:
     Processes are spawned, never forked: a fork of a process that has used torch's threads may hang.
     """
 
-    def __init__(self, size: int, data: Dataset, framework: Framework) -> None:
+    def __init__(self, size: int, data: Dataset, framework: Framework, display: Display) -> None:
         self._size = size
         self._data = data
         self._framework = framework
+        self._display = display
         self._context = multiprocessing.get_context("spawn")
         self._members: list[_Member] = []
 
@@ -83,15 +62,18 @@ class WorkerPool:
                 self._end(member)
             self._members.clear()
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Event]:
-        """Do tasks in any order, yielding what happens.
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+        """Does tasks in any order, and yield each with its result; the display hears of steps and deaths.
+
+        A task whose worker dies is tried once more.
 
         Raises:
             StudyError: a task failed, or the worker on it died twice.
         """
-        waiting = deque(tasks)
-        attempts: dict[Task, int] = {}
-        for member in self._start_up_to(min(self._size, len(waiting))):
+        waiting, died = deque(tasks), set[Task]()
+        while len(self._members) < min(self._size, len(tasks)):
+            self._start()
+        for member in self._members:
             self._assign(member, waiting)
         while busy := [member for member in self._members if member.task is not None]:
             # The timeout lets Ctrl-C through where a platform's wait cannot be interrupted.
@@ -99,27 +81,29 @@ class WorkerPool:
             for member in busy:
                 if member.connection not in ready:
                     continue
-                event = self._receive(member)
-                if isinstance(event, Died):
-                    attempts[event.task] = attempts.get(event.task, 1) + 1
-                    if attempts[event.task] > _ATTEMPTS:
-                        self._members.remove(member)
-                        raise StudyError(
-                            f"a worker process died again, {event.how}, on {event.task.describe()}"
-                        )
-                    if member.steps:
-                        yield Progress(event.task, -member.steps)
-                    waiting.append(event.task)
-                    member = self._replace(member)
-                yield event
-                if member.task is None:
-                    self._assign(member, waiting)
-
-    def _start_up_to(self, wanted: int) -> list[_Member]:
-        new = [self._start() for _ in range(wanted - len(self._members))]
-        for member in new:
-            self._hand_over_data(member)
-        return self._members[:wanted]
+                task = member.task
+                assert task is not None
+                try:
+                    kind, *content = member.connection.recv()
+                except (
+                    EOFError,
+                    OSError,
+                    pickle.UnpicklingError,
+                ):  # closed, or written to by the user's code
+                    self._bury(member, task, again=task in died)
+                    died.add(task)
+                    waiting.append(task)
+                    self._assign(self._start(), waiting)
+                    continue
+                if kind == "progress":
+                    member.steps += content[0]
+                    self._display.advance(content[0])
+                    continue
+                member.task = None
+                if kind == "failed":
+                    raise StudyError(*content)
+                yield task, content[0]
+                self._assign(member, waiting)
 
     def _start(self) -> _Member:
         # It unblocks SIGINT when it starts itself, so it has to be there before.
@@ -131,43 +115,30 @@ class WorkerPool:
             theirs.close()
             member = _Member(process, ours)
             self._members.append(member)
-        return member
-
-    def _hand_over_data(self, member: _Member) -> None:
-        with contextlib.suppress(
-            BrokenPipeError, ConnectionResetError
-        ):  # dead already: noticed when it is read
-            member.connection.send((self._framework, self._data))
-
-    def _replace(self, dead: _Member) -> _Member:
-        self._members.remove(dead)
-        member = self._start()
-        self._hand_over_data(member)
+        self._send(member, (self._framework, self._data))
         return member
 
     def _assign(self, member: _Member, waiting: deque[Task]) -> None:
         if waiting:
             member.task, member.steps = waiting.popleft(), 0
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                member.connection.send(member.task)
+            self._send(member, member.task)
 
-    def _receive(self, member: _Member) -> Event:
-        task = member.task
-        assert task is not None
-        try:
-            kind, *content = member.connection.recv()
-        except (EOFError, OSError, pickle.UnpicklingError):  # closed, or written to by the user's code
-            return Died(task, self._end(member))
-        if kind == "progress":
-            member.steps += content[0]
-            return Progress(task, content[0])
-        member.task = None
-        if kind == "failed":
-            raise StudyError(*content)
-        return Finished(task, content[0])
+    def _send(self, member: _Member, message: object) -> None:
+        with contextlib.suppress(
+            BrokenPipeError, ConnectionResetError
+        ):  # it is dead: noticed when it is read
+            member.connection.send(message)
+
+    def _bury(self, dead: _Member, task: Task, *, again: bool) -> None:
+        self._members.remove(dead)
+        how = f"{self._end(dead)}, on {task.describe()}"
+        if again:
+            raise StudyError(f"a worker process died again, {how}")
+        self._display.advance(-dead.steps)
+        self._display.notice(f"a worker process died, {how}; it is done again")
 
     def _end(self, member: _Member) -> str:
-        """Make sure that a process is gone, and say how it went."""
+        """Makes sure that a process is gone, and say how it went."""
         member.process.join(_SECONDS_TO_END)
         hangs = member.process.is_alive()
         if hangs:
@@ -186,34 +157,26 @@ class WorkerPool:
 
 @contextlib.contextmanager
 def _interrupt_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done; a process started inside never sees it.
+    """Holds Ctrl-C back until the block is done; a process started inside never sees it.
 
     A process that starts inherits that the signal is blocked. Here that is not enough: a thread of a library,
-    such as OpenBLAS's, takes the signal instead, and Python's handler then runs in the main thread.
+    such as OpenBLAS's, takes the signal instead, and Python's handler then runs in the main thread. So that
+    handler, too, waits for the end of the block.
     """
-    with _handler_held():
-        if not hasattr(signal, "pthread_sigmask"):
-            yield
-            return
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _handler_held() -> Iterator[None]:
-    """Call Python's handler of Ctrl-C after the block, where it was called for inside."""
+    can_block = hasattr(signal, "pthread_sigmask")
     handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or handler is None:
-        yield  # no handler of Python's runs in this thread
-        return
+    # Elsewhere no handler of Python's runs.
+    is_handled = threading.current_thread() is threading.main_thread() and handler is not None
     pressed: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    if is_handled:
+        signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if can_block else ()
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if is_handled:
+            signal.signal(signal.SIGINT, handler)
         if pressed:
             signal.raise_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What is looked at inside a Keras network while it trains; each probe leaves the network as it was."""
+"""Finds the layers of a Keras network, and measures what goes into them; the network stays as it was."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WEIGHT_LAYERS = (
 
 
 def layers_of(model: keras.Model) -> list[keras.layers.Layer]:
-    """Every layer of a model, those inside of models and layers too, each once and in their order."""
+    """Returns every layer of a model, those inside other layers too, each once and in order."""
 
     def within(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
         # Private: only models list their layers in public. One level at a time: all at once, it turns the
@@ -36,7 +36,7 @@ def layers_of(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def weight_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
-    """The dense and convolution layers of a model by name; a name that comes again gets a number."""
+    """Returns the dense and convolution layers of a model by name; a name that comes again gets a number."""
     named: dict[str, keras.layers.Layer] = {}
     for layer in layers_of(model):
         if isinstance(layer, _WEIGHT_LAYERS):
@@ -46,19 +46,19 @@ def weight_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
 
 
 def kernels(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The weights of a dense or convolution layer that are trained, without its bias; some have two."""
+    """Returns the trained weights of a dense or convolution layer without its bias; some layers have two."""
     return [variable for variable in layer.trainable_variables if variable.name.endswith("kernel")]
 
 
 def batch_norms(model: keras.Model) -> list[keras.layers.Layer]:
-    """The batch normalizations of a model that are not frozen: those that batch statistics matter to."""
+    """Returns the batch normalizations of a model that are not frozen, so that they use batch statistics."""
     norms = (layer for layer in layers_of(model) if isinstance(layer, keras.layers.BatchNormalization))
     return [norm for norm in norms if norm.trainable]
 
 
 @contextlib.contextmanager
 def state_kept(model: keras.Model) -> Iterator[None]:
-    """Moving statistics, and all that a forward pass may change, come back on any exit."""
+    """Restores moving statistics, and all else that a forward pass may change, on any exit."""
     # Copied: nothing promises that the array does not share the variable's memory.
     kept = [
         (variable, np.array(keras.ops.convert_to_numpy(variable)))
@@ -73,7 +73,7 @@ def state_kept(model: keras.Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def batch_statistics(model: keras.Model) -> Iterator[None]:
-    """Normalize by batch statistics where the model is called with `training=False`, so without dropout.
+    """Normalizes by batch statistics where the model is called with `training=False`, so without dropout.
 
     A frozen layer keeps its moving statistics, in training as here.
     """
@@ -86,7 +86,7 @@ def batch_statistics(model: keras.Model) -> Iterator[None]:
 
 
 def input_spread(model: keras.Model, x: Array) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of each dense and convolution layer's input over a batch.
+    """Returns mean and standard deviation of each dense and convolution layer's input over a batch.
 
     Per unit (or channel) over the batch and positions, then averaged over units. Batch normalizations use the
     statistics of this batch, as in training; nothing is dropped.
@@ -115,27 +115,11 @@ def input_spread(model: keras.Model, x: Array) -> dict[str, tuple[float, float]]
     return spread
 
 
-def bytes_kept_for_backward(model: keras.Model, x: Array, y: Array, loss: Call) -> int | None:
-    """Bytes that autograd holds between the forward and the backward of one step; None where none can tell.
-
-    Only the torch backend can: TensorFlow and JAX compile both into one program, whose buffers have no owner.
-    The model is as before.
-    """
-    if keras.config.backend() != "torch":
-        return None
-    from .probes import saved_bytes
-
-    parameters = [variable.value for variable in model.variables]
-    inputs, classes = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
-    with state_kept(model):
-        return saved_bytes(lambda: loss(classes, model(inputs, training=True)), parameters)
-
-
 @contextlib.contextmanager
 def _calls_replaced(
     layers: Iterable[keras.layers.Layer], wrap: Callable[[keras.layers.Layer, Call], Call]
 ) -> Iterator[None]:
-    """Put `wrap(layer, its call)` in the place of layers' `call`, which is put back on any exit."""
+    """Puts `wrap(layer, its call)` in the place of layers' `call`, which is put back on any exit."""
     replaced: list[tuple[keras.layers.Layer, Call | None]] = []
     try:
         for layer in layers:

@@ -1,128 +1,156 @@
-"""A study's files: read back only if they are whole and belong to the study asked for."""
+"""The records of a study, as dataclasses: `json_files` writes, reads and checks files by their fields."""
 
 from __future__ import annotations
 
-import json
 import math
-import reprlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from batchnorm.errors import DataError
-from batchnorm.files import read_within, write_whole
+NAN = math.nan
 
-Record = dict[str, Any]
-
-# A run that leaves more has taken some ten million steps.
-MOST_OF_A_RUN = 2**28
-MOST_OF_A_STUDY = 2**32
-_DEEPEST = 20  # levels of lists and objects; what a study writes has six
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 80
+# A measure. What is not finite when it is measured, or was not measured, is null in a file and NaN in memory.
+NULLABLE = "null stands for NaN"
+Number = Annotated[float, NULLABLE]
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write standard JSON: NaN and infinities become null."""
-    write_whole(path, json.dumps(json_safe(value), allow_nan=False) + "\n")
+@dataclass(frozen=True)
+class Epoch:
+    """Loss and accuracy (0..1) after an epoch, on training and on held-out examples."""
+
+    epoch: Number
+    train_loss: Number
+    train_accuracy: Number
+    test_loss: Number
+    test_accuracy: Number
 
 
-def json_safe(value: object) -> object:
-    """`value` with every number that JSON cannot hold replaced by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): json_safe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(item) for item in value]
-    return value
+@dataclass(frozen=True)
+class Gradients:
+    """Gradient norms of each layer, at some steps."""
+
+    steps: Sequence[int] = ()
+    layers: Mapping[str, Sequence[Number]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.layers.items(), self.steps)
 
 
-def read_json(path: Path, most: int) -> object:
-    """Return what a file of JSON holds.
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation of a layer's input, at some steps."""
 
-    Args:
-        path: of the file.
-        most: bytes.
-
-    Raises:
-        FileNotFoundError: there is none.
-        FileError: it cannot be read.
-        ValueError: it is no JSON, longer than `most`, or nested deeper than any study's.
-    """
-    try:
-        value = json.loads(read_within(path, most), parse_constant=_refuse)
-    except RecursionError:
-        raise ValueError("nested without end") from None
-    if not _is_shallow(value, _DEEPEST):
-        raise ValueError(f"nested deeper than {_DEEPEST} levels")
-    return value
+    mean: Sequence[Number]
+    std: Sequence[Number]
 
 
-def read_finished(
-    path: Path, settings: dict[str, object], is_whole: Callable[[object], bool]
-) -> Record | None:
-    """The record at `path`, or None where there is none, or none that is whole.
+@dataclass(frozen=True)
+class Drift:
+    """Moments of each layer's input, at some steps."""
 
-    Args:
-        path: a run's file.
-        settings: what the record must have been made with.
-        is_whole: whether what stands beside the settings is a record.
+    steps: Sequence[int] = ()
+    layers: Mapping[str, Moments] = field(default_factory=dict)
 
-    Raises:
-        DataError: the record was made with other settings, so that going on would mix two studies.
-    """
-    record = _read_record(path)
-    if record is None:
-        return None
-    stored = record["settings"]
-    differences = [
-        f"{key if key in settings else _SHORT.repr(key)} {_SHORT.repr(stored.get(key))} "
-        f"(now {_SHORT.repr(settings.get(key))})"
-        for key in settings | stored
-        if json_safe(settings.get(key)) != stored.get(key)
-    ]
-    if differences:
-        raise DataError(
-            f"{path} was made with other settings, {', '.join(differences[:8])}: "
-            "name another folder with --out, or delete this one"
+    def __post_init__(self) -> None:
+        for layer, moments in self.layers.items():
+            _check_lengths((("mean", moments.mean), ("std", moments.std)), self.steps, f"{layer}.")
+
+
+@dataclass(frozen=True)
+class AccuracyByStatistics:
+    """Held-out accuracy under each kind of statistics that batch normalizations can use at test time."""
+
+    batch: Number = NAN
+    running: Number = NAN
+    calibrated: Number = NAN
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: an arm of a network at one learning rate with one seed."""
+
+    learning_rate: float
+    seed: int
+    network: str
+    arm: str
+    status: Literal["finished", "diverged"]
+    epochs: Sequence[Epoch]
+    step_loss: Sequence[Number]
+    steps_per_epoch: Number
+    batch_size: int
+    target_accuracy: Number
+    steps_to_target: Number
+    target_checked_every: Number
+    parameters: int
+    bytes_kept_for_backward: Number
+    gradient_norm: Gradients = field(default_factory=Gradients)
+    input_drift: Drift = field(default_factory=Drift)
+    test_time_statistics: AccuracyByStatistics | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss stopped being finite, which ended the run."""
+        return self.status == "diverged"
+
+    @property
+    def accuracy(self) -> float:
+        """Held-out accuracy at the end; 0 for a diverged run, which leaves no network to use."""
+        if self.diverged:
+            return 0.0
+        return self.epochs[-1].test_accuracy if self.epochs else NAN
+
+    @property
+    def train_accuracy(self) -> float:
+        """Accuracy on training data at the end."""
+        return self.epochs[-1].train_accuracy if self.epochs else NAN
+
+    @property
+    def steps(self) -> float:
+        """Training steps in whole epochs."""
+        return self.steps_per_epoch * max((epoch.epoch for epoch in self.epochs), default=NAN)
+
+    def answers(self, settings: Mapping[str, object]) -> bool:
+        """Returns whether this is the whole run that `settings` ask for."""
+        asked = ("network", "arm", "learning_rate", "seed", "batch_size", "target_accuracy")
+        epochs = len(self.epochs)
+        return (
+            all(getattr(self, name) == settings[name] for name in asked)
+            and [row.epoch for row in self.epochs] == list(range(1, epochs + 1))
+            and (epochs == settings["epochs"] or self.diverged)
+            and self.steps_per_epoch > 0
+            and self.target_checked_every > 0
         )
-    return record if is_whole(_without_settings(record)) else None
 
 
-def read_if_same(path: Path, settings: object, is_whole: Callable[[object], bool]) -> Record | None:
-    """The record at `path` if it is whole and made with exactly these settings; None otherwise."""
-    record = _read_record(path)
-    if record is None or record["settings"] != json_safe(settings) or not is_whole(_without_settings(record)):
-        return None
-    return record
+@dataclass(frozen=True)
+class ArmTiming:
+    """Seconds per training step of an arm, one median per block."""
+
+    seconds_per_step: Sequence[float]
 
 
-def settings_at(path: Path) -> object:
-    """What the file at `path` was made with; None where there is none that can be read."""
-    record = _read_record(path)
-    return None if record is None else record["settings"]
+NetworkTiming = Mapping[str, ArmTiming]  # by arm
 
 
-def _without_settings(record: Record) -> Record:
-    return {key: value for key, value in record.items() if key != "settings"}
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per training step, by network and arm."""
+
+    timing: Mapping[str, NetworkTiming]
+
+    def answers(self, networks: Iterable[str], arms: Iterable[str]) -> bool:
+        """Returns whether every arm of these networks, and nothing else, has been timed."""
+        wanted, of_each = set(networks), set(arms)
+        return self.timing.keys() == wanted and all(
+            measured.keys() == of_each
+            and all(arm.seconds_per_step and min(arm.seconds_per_step) > 0 for arm in measured.values())
+            for measured in self.timing.values()
+        )
 
 
-def _read_record(path: Path) -> Record | None:
-    try:
-        record = read_json(path, MOST_OF_A_RUN)
-    except (FileNotFoundError, ValueError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else None
-
-
-def _is_shallow(value: object, levels: int) -> bool:
-    if not isinstance(value, dict | list):
-        return True
-    inner = value.values() if isinstance(value, dict) else value
-    return levels > 0 and all(_is_shallow(item, levels - 1) for item in inner)
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+def _check_lengths(
+    series: Iterable[tuple[str, Sequence[float]]], steps: Sequence[int], before: str = ""
+) -> None:
+    for name, values in series:
+        if len(values) != len(steps):
+            raise ValueError(f"{before}{name} has {len(values)} values for {len(steps)} steps")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,27 +16,18 @@ from batchnorm.study.options import shown_number
 from batchnorm.study.plots import Picture, illustrate
 from batchnorm.study.verdicts import RULE, Claim, Grade, Network, Study, judge, read
 from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.results import NAN, Sample
+from batchnorm.study.verdicts.results import Sample
 
-# What stands over the pictures of a claim that this run could not judge.
-_HEADINGS = {
-    "speed": "How training went",
-    "rates": "Accuracy by learning rate",
-    "accuracy": "Held-out accuracy",
-    "gradients": "Gradients",
-    "drift": "Inputs of layers",
-    "statistics": "Statistics at test time",
-    "cost": "Cost of a step",
-}
-
-# What a claim is about, where the summary says that nothing came out.
-_ASPECTS = {
-    "speed": "steps to the target",
-    "rates": "the learning rates it bears",
-    "accuracy": "held-out accuracy",
-    "gradients": "how even gradients are",
-    "drift": "how far inputs of layers move",
-    "statistics": "accuracy with calibrated statistics",
+# Of each claim: the heading of its pictures where it could not be judged, and what it is about, for the
+# sentence on claims without a clear difference.
+_TOPICS = {
+    "speed": ("How training went", "steps to the target"),
+    "rates": ("Accuracy by learning rate", "the learning rates it bears"),
+    "accuracy": ("Held-out accuracy", "held-out accuracy"),
+    "gradients": ("Gradients", "how even gradients are"),
+    "drift": ("Inputs of layers", "how far inputs of layers move"),
+    "statistics": ("Statistics at test time", "accuracy with calibrated statistics"),
+    "cost": ("Cost of a step", ""),
 }
 
 _BADGES = {
@@ -85,7 +75,7 @@ class Topic:
 
 @dataclass(frozen=True)
 class Section:
-    """All that the report says of one network."""
+    """The section of one network."""
 
     name: str
     anchor: str
@@ -96,7 +86,7 @@ class Section:
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` from the `results.json` in a study's folder.
+    """Writes `report.html` from the `results.json` in a study's folder.
 
     Args:
         folder: where `results.json` is, and where the report goes, in full or not at all.
@@ -117,7 +107,7 @@ def write_report(folder: Path) -> Path:
 
 
 def render(study: Study) -> str:
-    """The report as HTML; every name and value in it is escaped."""
+    """Returns the report as HTML; every name and value in it is escaped."""
     environment = Environment(
         loader=PackageLoader("batchnorm.study", "templates"),
         autoescape=True,
@@ -126,13 +116,14 @@ def render(study: Study) -> str:
         lstrip_blocks=True,
     )
     environment.filters["drawing"] = lambda picture: Markup(picture.svg)  # escaped where it is drawn
+    name = _data(study.provenance).get("name")
     sections = [_section(network, f"n{i}") for i, network in enumerate(study.networks, start=1)]
     labels = {key: claim.label for section in sections for key, claim in section.claims.items()}
     return environment.get_template("report.html.j2").render(
-        data=_data_name(study.provenance),
+        data=name if isinstance(name, str) and name else "this data",
         facts=_facts(study),
         sections=sections,
-        labels={key: labels[key] for key in _HEADINGS if key in labels},
+        labels={key: labels[key] for key in _TOPICS if key in labels},
         badges=_BADGES,
         rule=RULE,
         caveats=_caveats(study),
@@ -142,18 +133,19 @@ def render(study: Study) -> str:
 
 
 def _section(network: Network, anchor: str) -> Section:
-    claims = {claim.key: claim for claim in judge(network)}
+    judged = {claim.key: claim for claim in judge(network)}
+    claims = {key: judged[key] for key in _TOPICS if key in judged}
     pictures = illustrate(network, anchor)
     topics = [
         Topic(claims[key].question if key in claims else heading, claims.get(key), pictures[key])
-        for key, heading in _HEADINGS.items()
+        for key, (heading, _) in _TOPICS.items()
         if key in claims or pictures[key]
     ]
     return Section(network.name, anchor, _summary(claims), claims, tuple(topics), _table(network))
 
 
 def _summary(claims: Mapping[str, Claim]) -> str:
-    """What stands out, what does not, and what it costs: to be read in ten seconds."""
+    """Returns the summary of a network: which claims stand out, which do not, and the cost."""
     if not claims:
         return "nothing to compare; verdicts take the arms none and batchnorm, or batchnorm and another one."
     found = [
@@ -161,7 +153,7 @@ def _summary(claims: Mapping[str, Claim]) -> str:
         for key, claim in claims.items()
         if claim.grade not in (Grade.UNCLEAR, Grade.MEASURED)
     ]
-    open_ones = [_ASPECTS[key] for key, claim in claims.items() if claim.grade is Grade.UNCLEAR]
+    open_ones = [_TOPICS[key][1] for key, claim in claims.items() if claim.grade is Grade.UNCLEAR]
     sentences = ["batch normalization " + ("; ".join(found) or "shows no clear difference") + "."]
     if open_ones:
         sentences.append(f"No clear difference in {q.listed(open_ones)}.")
@@ -173,29 +165,24 @@ def _summary(claims: Mapping[str, Claim]) -> str:
 
 
 def _table(network: Network) -> tuple[tuple[str, ...], ...]:
-    """One row per arm at its best rate: name, rate, accuracies, gap, steps, time, bytes, diverged runs."""
+    """Returns a row per arm: name, best rate, accuracies, gap, steps, time, bytes, diverged runs."""
     rows = []
     for arm in network.arms:
-        runs = network.at_best(arm)
-        summary = network.summary.get(arm, {})
+        runs, summary = network.at_best(arm), network.summary(arm)
         rows.append(
             (
                 arm,
-                q.rate(next((run.rate for run in runs.values()), NAN)),
-                q.spread(_sample(summary, "test_accuracy"), q.percent),
-                q.spread(_sample(summary, "train_accuracy"), q.percent),
-                q.spread(_sample(summary, "generalization_gap"), q.points).removesuffix(f"{q.SPACE}points"),
-                _steps(_sample(summary, "steps_to_target")),
-                q.milliseconds(_sample(summary, "seconds_per_step").median),
-                _megabytes(_sample(summary, "bytes_kept_for_backward")),
+                q.rate(next((run.learning_rate for run in runs.values()), math.nan)),
+                q.spread(summary.test_accuracy, q.percent),
+                q.spread(summary.train_accuracy, q.percent),
+                q.spread(summary.generalization_gap, q.points).removesuffix(f"{q.SPACE}points"),
+                _steps(summary.steps_to_target),
+                q.milliseconds(summary.seconds_per_step.median),
+                _megabytes(summary.bytes_kept_for_backward),
                 f"{network.diverged(arm)} of {sum(run.arm == arm for run in network.runs)}",
             )
         )
     return tuple(rows)
-
-
-def _sample(summary: Mapping[str, Sample], metric: str) -> Sample:
-    return summary.get(metric, Sample(()))
 
 
 def _megabytes(sample: Sample) -> str:
@@ -212,32 +199,29 @@ def _steps(sample: Sample) -> str:
     return text if reached == runs else f"{text} ({reached} of {runs})"
 
 
-def _data_name(provenance: Mapping[str, Any]) -> str:
+def _data(provenance: Mapping[str, object]) -> Mapping[str, object]:
     data = provenance.get("data")
-    name = data.get("name") if isinstance(data, dict) else data
-    return name if isinstance(name, str) and name else "this data"
+    return data if isinstance(data, dict) else {"name": data}
 
 
 def _facts(study: Study) -> str:
     runs = [run for network in study.networks for run in network.runs]
     diverged = sum(run.diverged for run in runs)
-    framework = framework_in_words(study.provenance)
     parts = [
-        *([framework] if framework else []),
+        framework_in_words(study.provenance),
         q.counted(len(study.networks), "network"),
         q.counted(len({run.arm for run in runs}), "arm"),
-        q.counted(len({run.rate for run in runs}), "learning rate"),
+        q.counted(len({run.learning_rate for run in runs}), "learning rate"),
         q.counted(len({run.seed for run in runs}), "seed"),
         q.counted(len(runs), "training run") + (f", of which {diverged} diverged" if diverged else ""),
     ]
-    return " · ".join(parts)
+    return " · ".join(filter(None, parts))
 
 
 def _caveats(study: Study) -> list[str]:
-    """What this run cannot tell, and why, with its own numbers."""
+    """Returns what these runs cannot tell, and why, with their own numbers."""
     found = []
-    data = study.provenance.get("data")
-    size = data.get("held_out") if isinstance(data, dict) else None
+    size = _data(study.provenance).get("held_out")
     if isinstance(size, int) and size > 0:
         error = q.points(math.sqrt(0.9 * 0.1 / size)).lstrip("+")
         found.append(
@@ -262,7 +246,7 @@ def _caveats(study: Study) -> list[str]:
     return found
 
 
-def _method(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _method(provenance: Mapping[str, object]) -> list[tuple[str, str]]:
     keys = [key for key in _METHOD if key in provenance]
     keys += [key for key in provenance if key not in _METHOD and key not in ("command", "backend")]
     named = {**provenance, "framework": framework_in_words(provenance)}
@@ -270,7 +254,7 @@ def _method(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _in_words(value: object) -> str:
-    """A value of the provenance: lists by comma, tables as "name value"."""
+    """Writes a value of the provenance: lists by comma, tables as "name value"."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return q.MISSING
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""A whole study: what is left to do, done in parallel, stored run by run, summed up and reported."""
+"""Runs a whole study: does missing runs in parallel, stores each, sums them up and writes the report."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from batchnorm.errors import OptionError
 from batchnorm.files import naming, write_whole
 
 from .data import Dataset, load_data
-from .display import Display, Quiet
 from .errors import StudyError, StudyInterrupted
 from .frameworks import Framework, find_framework
+from .json_files import json_safe, read_stored, settings_at, write_json
 from .options import StudyOptions, display_name
-from .pool import Died, Finished, Progress, WorkerPool
-from .records import Record, json_safe, read_finished, read_if_same, settings_at, write_json
-from .run_form import Timing, is_run, is_timing
+from .pool import WorkerPool
+from .records import Run, Timing
 from .summary import curves_csv, summarize
 from .tasks import RunTask, TimingTask, plan, settings_of
+from .terminal import Display
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a study leaves.
+    """The files of a study.
 
     Attributes:
         folder: everything is below it.
@@ -41,7 +41,7 @@ class StudyResult:
 
 
 def run_study(options: StudyOptions, display: Display | None = None) -> StudyResult:
-    """Train networks in every arm, and write what came out.
+    """Trains networks in every arm, and write what came out.
 
     Files: `runs/*.json` (one per training run), `timing.json`, `results.json`, `curves.csv` and `report.html`
     below `options.folder`. Each is written whole or not at all. Runs that are there already are not done
@@ -60,7 +60,7 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
         FileError: a file could not be read or written; every finished run is kept.
     """
     framework = find_framework(options.framework)
-    display = display or Quiet()
+    display = display or Display()
     data = load_data(options.data, options.data_dir)
     if options.batch_size > len(data.x_train):
         raise OptionError(
@@ -68,12 +68,12 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
         )
     with _alone_in(options.folder):
         study = _Study(options, data, framework, display)
-        records, timing, threads = study.measure()
+        runs, timing = study.measure()
         display.stage("writing the report")
-        results = json_safe(summarize(options, data, records, timing, threads, framework))
+        results = json_safe(summarize(options, data, runs, timing, framework))
         assert isinstance(results, dict)
         write_json(study.folder / "results.json", results)
-        write_whole(study.folder / "curves.csv", curves_csv(records))
+        write_whole(study.folder / "curves.csv", curves_csv(runs))
         from .report import write_report
 
         return StudyResult(study.folder, results, write_report(study.folder))
@@ -81,7 +81,7 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep a second study out of a folder, which is made if it is not there, until this one ends or dies.
+    """Keeps a second study out of a folder, which is made if it is not there, until this one ends or dies.
 
     Raises:
         StudyError: another one is at work there.
@@ -108,95 +108,66 @@ class _Study:
     def __init__(self, options: StudyOptions, data: Dataset, framework: Framework, display: Display) -> None:
         self.options, self.data, self.framework, self.display = options, data, framework, display
         self.folder = options.folder
+        self.runs_folder = options.folder / "runs"
         self.fingerprint = data.fingerprint()
         self.tasks = plan(options)
 
-    def measure(self) -> tuple[list[Record], Timing, int]:
-        """Do what is not on disk yet; the records as planned, the timing, and the threads it used."""
-        with naming(self._runs, "written"):
-            self._runs.mkdir(exist_ok=True)
-        settings = {task: self._settings_of(task) for task in self.tasks}
-        records: dict[RunTask, Record] = {}
-        for task in self.tasks:
-            if (record := self._stored(task, settings[task])) is not None:
-                records[task] = record
+    def measure(self) -> tuple[list[Run], Timing]:
+        """Does what is not on disk yet; return the runs as planned, and the timing."""
+        with naming(self.runs_folder, "written"):
+            self.runs_folder.mkdir(exist_ok=True)
+        stored = {task: self._stored(task) for task in self.tasks}
+        runs = {task: run for task, run in stored.items() if run is not None}
         try:
-            with WorkerPool(self.options.workers, self.data, self.framework) as pool:
-                timing, threads = self._time(pool)
-                missing = [task for task in self.tasks if task not in records]
-                if missing:
-                    self._train(pool, missing, settings, records)
+            with WorkerPool(self.options.workers, self.data, self.framework, self.display) as pool:
+                timing = self._time(pool)
+                self._train(pool, runs)
         except KeyboardInterrupt:
             finished = sum(self._path(task).exists() for task in self.tasks)
             raise StudyInterrupted(finished, len(self.tasks), self.folder) from None
-        return [records[task] for task in self.tasks], timing, threads
-
-    @property
-    def _runs(self) -> Path:
-        return self.folder / "runs"
+        return [runs[task] for task in self.tasks], timing
 
     def _settings_of(self, task: RunTask | TimingTask) -> dict[str, object]:
         return settings_of(task, self.data, self.fingerprint, self.framework)
 
     def _path(self, task: RunTask) -> Path:
-        return self._runs / f"{task.name}.json"
+        return self.runs_folder / f"{task.name}.json"
 
-    def _stored(self, task: RunTask, settings: dict[str, object]) -> Record | None:
-        return read_finished(self._path(task), settings, lambda record: is_run(record, settings))
+    def _stored(self, task: RunTask) -> Run | None:
+        settings = self._settings_of(task)
+        run = read_stored(self._path(task), settings, Run)
+        return run if run is not None and run.answers(settings) else None
 
-    def _time(self, pool: WorkerPool) -> tuple[Timing, int]:
-        """Measure seconds per step while nothing else of ours runs, unless the same was measured before."""
-        path = self.folder / "timing.json"
-        tasks = [
-            TimingTask(network, self.options.arms, self.options.batch_size)
-            for network in self.options.networks
-        ]
+    def _time(self, pool: WorkerPool) -> Timing:
+        """Measures seconds per step while nothing else of ours runs, unless the same was measured before."""
+        path, options = self.folder / "timing.json", self.options
+        tasks = [TimingTask(network, options.arms, options.batch_size) for network in options.networks]
         settings = {display_name(task.network): self._settings_of(task) for task in tasks}
         before = settings_at(path)
-        arms = dict.fromkeys(settings, self.options.arms)
-        if (stored := read_if_same(path, settings, lambda found: is_timing(found, arms))) is not None:
-            return stored["timing"], stored["threads"]
+        if before == json_safe(settings):
+            stored = read_stored(path, settings, Timing)
+            if stored is not None and stored.answers(settings, options.arms):
+                return stored
         self.display.stage("timing the arms, one step at a time")
-        timing: Timing = {}
-        threads = 1
-        for task in tasks:
-            for event in pool.run([task]):
-                if isinstance(event, Finished):
-                    timing[display_name(task.network)] = event.result["arms"]
-                    threads = event.result["threads"]
-                elif isinstance(event, Died):
-                    self.display.notice(
-                        f"a worker process died, {event.how}, on {task.describe()}; it is done again"
-                    )
+        # One after the other: two at a time would slow each other down.
+        timed = {display_name(task.network): arms for task in tasks for _, arms in pool.run([task])}
         if settings_at(path) != before:
             raise StudyError(f"another study wrote {path} meanwhile: name another folder with --out")
-        write_json(path, {"settings": settings, "threads": threads, "timing": timing})
-        return timing, threads
+        timing = Timing(timed)
+        write_json(path, {"settings": settings, **vars(timing)})
+        return timing
 
-    def _train(
-        self,
-        pool: WorkerPool,
-        missing: list[RunTask],
-        settings: dict[RunTask, dict[str, object]],
-        records: dict[RunTask, Record],
-    ) -> None:
+    def _train(self, pool: WorkerPool, runs: dict[RunTask, Run]) -> None:
+        """Does the runs that are missing, and store each when it is finished."""
+        missing = [task for task in self.tasks if task not in runs]
+        if not missing:
+            return
         steps = self.options.epochs * (len(self.data.x_train) // self.options.batch_size)
         workers = min(self.options.workers, len(missing))
-        self.display.training(len(self.tasks), len(records), steps * len(missing), workers)
-        reported: dict[object, int] = {}
-        for event in pool.run(missing):
-            if isinstance(event, Progress):
-                reported[event.task] = reported.get(event.task, 0) + event.steps
-                self.display.advance(event.steps)
-            elif isinstance(event, Died):
-                self.display.notice(
-                    f"a worker process died, {event.how}, on {event.task.describe()}; the run is done again"
-                )
-            else:
-                assert isinstance(event.task, RunTask)
-                record = {"settings": settings[event.task], **event.result}
-                self._stored(event.task, settings[event.task])  # raises where another study's came meanwhile
-                write_json(self._path(event.task), record)
-                records[event.task] = json_safe(record)  # type: ignore[assignment]
-                self.display.advance(steps - reported.get(event.task, 0))
-                self.display.run_ended(event.task.describe(), record["status"] == "diverged")
+        self.display.training(len(self.tasks), len(runs), steps * len(missing), workers)
+        for task, run in pool.run(missing):
+            assert isinstance(task, RunTask)
+            self._stored(task)  # raises where another study's came meanwhile
+            write_json(self._path(task), {"settings": self._settings_of(task), **vars(run)})
+            runs[task] = run
+            self.display.run_ended(task.describe(), run.diverged)

@@ -1,4 +1,4 @@
-"""What a worker process is asked to do: one training run, or the timing of a network's arms."""
+"""The tasks of a worker process: one training run, or the timing of a network's arms."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import batchnorm
 
 from .data import Dataset
 from .frameworks import Framework
-from .options import NETWORKS, StudyOptions, display_name, run_name, shown_number
+from .networks import NETWORKS
+from .options import StudyOptions, display_name, run_name, shown_number
 from .user_code import source_of
 
-_FORMAT = 1  # of the record that a run leaves; older ones are not mixed with newer ones
+_FORMAT = 2  # of the record that a run leaves; older ones are not mixed with newer ones
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class TimingTask:
 
 
 def plan(options: StudyOptions) -> list[RunTask]:
-    """Every run of a study; one seed after the other, so that a study cut short still compares all arms."""
+    """Returns every run of a study, one seed after the other, so that a study cut short compares all arms."""
     return [
         RunTask(network, arm, rate, seed, options.epochs, options.batch_size, options.target_accuracy)
         for seed in range(options.seeds)
@@ -63,7 +64,7 @@ def plan(options: StudyOptions) -> list[RunTask]:
 def settings_of(
     task: RunTask | TimingTask, data: Dataset, data_fingerprint: str, framework: Framework
 ) -> dict[str, object]:
-    """Everything that decides a task's outcome; a stored result counts only where all of it is the same."""
+    """Returns all that decides a task's outcome; a stored result counts only where all of it is the same."""
     settings: dict[str, object] = {"format": _FORMAT, **asdict(task)}
     settings["network"] = display_name(task.network)
     if isinstance(task, TimingTask):

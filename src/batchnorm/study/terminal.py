@@ -21,7 +21,26 @@ _SECONDS_BETWEEN_LINES = 30.0
 _plain_console = functools.partial(Console, highlight=False, markup=False, emoji=False)
 
 
-class TerminalDisplay:
+class Display:
+    """Hears what a study is doing, and shows nothing."""
+
+    def stage(self, text: str) -> None:
+        """A part of the study begins."""
+
+    def training(self, runs: int, finished: int, steps: int, workers: int) -> None:
+        """Training begins: `finished` of `runs` are there already, `steps` are left to take."""
+
+    def advance(self, steps: int) -> None:
+        """Steps were taken; a negative number of steps has to be taken again."""
+
+    def run_ended(self, name: str, diverged: bool) -> None:
+        """A run is finished and stored."""
+
+    def notice(self, text: str) -> None:
+        """Something that the user should know."""
+
+
+class TerminalDisplay(Display):
     """A progress bar on a terminal, a line now and then elsewhere; on stderr: stdout is for the results."""
 
     def __init__(self) -> None:
@@ -84,19 +103,17 @@ class TerminalDisplay:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Print one table per network: each arm at its best learning rate."""
+    """Prints one table per network: each arm at its best learning rate."""
     console = _plain_console()
     provenance = results["provenance"]
     target = f"{provenance['target_accuracy']:.0%}"
     framework = framework_in_words(provenance)
     for network, arms in results["networks"].items():
-        kept = {arm: measured["bytes_kept_for_backward"]["mean"] for arm, measured in arms.items()}
-        is_kept_known = any(size is not None for size in kept.values())
+        kept = [measured["bytes_kept_for_backward"]["mean"] for measured in arms.values()]
+        is_kept_known = any(size is not None for size in kept)
+        what = f"{network} on {provenance['data']['name']}, each arm at its best learning rate"
         table = Table(
-            title=in_one_line(
-                f"{network} on {provenance['data']['name']}, each arm at its best learning rate"
-            )
-            + (f"\n{framework}" if framework else ""),
+            title=in_one_line(what) + (f"\n{framework}" if framework else ""),
             box=SIMPLE_HEAD,  # without edges, for 80 columns
             show_edge=False,
             pad_edge=False,
@@ -107,14 +124,14 @@ def print_results(results: dict[str, Any]) -> None:
         headings = ("rate", "accuracy", f"steps to {target}", "ms/step", "kB kept")
         for heading in headings if is_kept_known else headings[:-1]:
             table.add_column(heading, justify="right", no_wrap=True)
-        for arm, measured in arms.items():
+        for (arm, measured), size in zip(arms.items(), kept, strict=True):
             table.add_row(
                 arm,
                 shown_number(measured["best_learning_rate"]),
                 _accuracy(measured),
                 _steps(measured["steps_to_target"]),
                 f"{1e3 * measured['seconds_per_step']['median']:.2f}",
-                *([_kilobytes(kept[arm])] if is_kept_known else []),
+                *(["not measured" if size is None else f"{1e-3 * size:,.0f}"] if is_kept_known else []),
             )
         console.print(table)
 
@@ -125,10 +142,6 @@ def _accuracy(measured: dict[str, Any]) -> str:
         return "diverged"
     diverged = f" ({measured['diverged']} diverged)" if measured["diverged"] else ""
     return f"{accuracy['mean']:.1%} ± {100 * accuracy['std']:.1f}{diverged}"
-
-
-def _kilobytes(size: float | None) -> str:
-    return "not measured" if size is None else f"{1e-3 * size:,.0f}"
 
 
 def _steps(steps: dict[str, Any]) -> str:

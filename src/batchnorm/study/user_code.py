@@ -1,4 +1,4 @@
-"""Load a user's function from `package.module:function` or `file.py:function`, and blame the right line."""
+"""Loads a user's function from `package.module:function` or `file.py:function`, and names it in errors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .errors import StudyError
 
 
 def is_user_code(spec: str) -> bool:
-    """Whether a name points at a user's function: `file.py:function` or `package.module:function`."""
+    """Returns whether a name points at a user's function: `file.py:function` or `package.module:function`."""
     place, colon, function = spec.rpartition(":")
     return bool(colon and place and function.isidentifier())
 
 
 def source_of(spec: str) -> Path | None:
-    """The user's source file that a spec names, or None for a module that has none."""
+    """Returns the user's source file that a spec names, or None for a module that has none."""
     place = spec.rpartition(":")[0]
     if place.endswith(".py"):
         return Path(place).resolve()
@@ -38,7 +38,7 @@ def source_of(spec: str) -> Path | None:
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """Return the function that `spec` names; the file's folder, or the current one, is importable meanwhile.
+    """Returns the function that `spec` names; the file's folder, or the current one, is importable meanwhile.
 
     Raises:
         OptionError: there is no such file, module or function.
@@ -71,7 +71,7 @@ def load_function(spec: str) -> Callable[..., Any]:
 def naming_the_line(
     doing: str, source: Path | None = None, kept: type[BatchNormError] = StudyError
 ) -> Iterator[None]:
-    """Turn any exception into one line that says what was being done and which line of `source` raised.
+    """Turns any exception into one line that says what was being done and which line of `source` raised.
 
     `sys.exit` of the user's code is one too: it would end a command with success and nothing done. Ctrl-C is
     not. A process that the user's code forked, and that comes back from it, ends here: it would go on with
@@ -96,7 +96,7 @@ def naming_the_line(
 
 
 def end_if_forked(process: int, doing: str) -> None:
-    """End this process, with a line on stderr, unless it is the one of this number."""
+    """Ends this process, with a line on stderr, unless it is the one of this number."""
     if os.getpid() != process:
         line = (
             f"{doing}: a process that it forked came back from it and is ended; end such a process by "
@@ -107,7 +107,7 @@ def end_if_forked(process: int, doing: str) -> None:
 
 
 def blame(error: BaseException, source: Path | None) -> str:
-    """The kind of an error, the first line of its message, and the last line of `source` that it passed."""
+    """Returns an error's kind, the first line of its message, and the last line of `source` it passed."""
     try:
         first_line = (str(error).strip() or "no message").splitlines()[0]
     except Exception:  # of the user's own __str__

@@ -12,8 +12,6 @@ from batchnorm.errors import ArgumentTypeError, InputShapeError, InputTypeError,
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.layout import shows_values
 from batchnorm.statistics.batch import Batch
-from batchnorm.statistics.policy import Policy
-from batchnorm.statistics.serialized import POLICIES
 
 from .call import HALVES, Call
 from .quantization import REVERT_FIRST
@@ -141,16 +139,6 @@ def check_nonfinite(value: object, tracked: bool) -> None:
     check_choice("nonfinite", value, ("propagate", "skip", "raise"))
     if value == "skip" and not tracked:
         raise _untracked('nonfinite="skip" leaves running statistics as they are')
-
-
-def check_policy(policy: object, tracked: bool) -> None:
-    """Raise OptionError unless `policy` is a statistics policy; some policies need running statistics."""
-    if not isinstance(policy, Policy):
-        got = f"a {type(policy).__name__}" if isinstance(policy, Tensor) else repr(policy)
-        known = ", ".join(f"batchnorm.{name}(...)" for name in POLICIES)
-        raise OptionError(f"statistics must be one of {known}; got {got}")
-    if policy.needs_running and not tracked:
-        raise _untracked(f"statistics={policy} uses running statistics")
 
 
 def _untracked(what: str) -> OptionError:

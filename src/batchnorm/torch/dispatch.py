@@ -24,6 +24,7 @@ from batchnorm.kernels.eager import constants
 from batchnorm.kernels.interface import RunningState, wide_dtype
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.moments import PooledMoments
+from batchnorm.statistics.policies import check_policy
 from batchnorm.statistics.synced import Synced
 
 from . import autograd, checks, compiled, compiled_policy, composite
@@ -127,7 +128,7 @@ def mode_of(call: Call) -> Mode:
     """Return what a call does with its batch."""
     policy, training, running = call.policy, call.training, call.running
     if type(policy) is not Batch:
-        checks.check_policy(policy, running.is_complete)
+        check_policy(policy, running.is_complete)
     if not policy.measures(training):
         return Mode(measures=False, moves=False, needs_two=False, ranks=None, small_batch_fallback=False)
     moves = running.is_tracked and policy.moves(training) and not is_recomputed()

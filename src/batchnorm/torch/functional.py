@@ -10,6 +10,7 @@ from batchnorm.kernels.choose import engine
 from batchnorm.kernels.interface import RunningState, wide_dtype
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.moments import PooledMoments
+from batchnorm.statistics.policies import check_policy
 from batchnorm.statistics.policy import Policy
 
 from . import checks, dispatch
@@ -101,7 +102,7 @@ def batch_norm(
         )
         return y
     checks.check_tensor(input)
-    checks.check_policy(statistics, running_mean is not None and running_var is not None)
+    check_policy(statistics, running_mean is not None and running_var is not None)
     running = RunningState(running_mean, running_var, momentum=momentum, sequential=statistics.is_sequential)
     groups = statistics.groups(training)
     call = Call(input, weight, bias, residual, mask, activation, eps, groups, running, statistics, training)
@@ -138,7 +139,7 @@ def pure_batch_norm(
         both come back as they were. No gradient flows into the running statistics.
     """
     checks.check_tensor(input)
-    checks.check_policy(statistics, running_mean is not None and running_var is not None)
+    check_policy(statistics, running_mean is not None and running_var is not None)
     running = RunningState(running_mean, running_var, momentum=momentum, sequential=statistics.is_sequential)
     groups = statistics.groups(training)
     call = Call(input, weight, bias, residual, mask, activation, eps, groups, running, statistics, training)

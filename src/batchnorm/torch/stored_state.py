@@ -17,10 +17,11 @@ from torch._compile import _disable_dynamo
 
 from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.policies import check_policy
 from batchnorm.statistics.policy import Policy
 
 from .call import HALVES
-from .checks import check_nonfinite, check_policy, check_small_batch
+from .checks import check_nonfinite, check_small_batch
 from .contexts.accumulation import Accumulator
 from .contexts.checkpointing import Scope
 from .contexts.domains import running_names, select

@@ -1,4 +1,4 @@
-"""What a batch may be: how many samples it holds, how it goes through the model, how it is cut."""
+"""Reads batches of any form: runs a model on them, counts and cuts their samples, tells them apart."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from batchnorm.errors import DataError
 
-Forward = Callable[[nn.Module, Any], Any]
+# Of a user: takes the model and a batch as the data gives it.
+Forward = Callable[[nn.Module, Any], object]
 
 
-def run(model: nn.Module, batch: Any, forward: Forward | None) -> None:
+def run(model: nn.Module, batch: object, forward: Forward | None) -> None:
     """Run the model on one batch.
 
     Raises:
-        DataError: a batch of unknown form, and no `forward` that would know what to do with it.
+        DataError: a batch of unknown form, without a `forward` that takes it.
     """
     if forward is not None:
         forward(model, batch)
@@ -40,29 +41,25 @@ def run(model: nn.Module, batch: Any, forward: Forward | None) -> None:
         )
 
 
-def samples_in(batch: Any) -> int:
-    """Return the length of the first tensor in a batch of any nesting; 0 where there is none."""
-    first = first_tensor(batch)
-    return 0 if first is None else len(first) if first.dim() else 1
+def samples_in(batch: object) -> int:
+    """Return the length of the first tensor that is not empty, in a batch of any nesting; 0 without any."""
+    lengths = (len(tensor) if tensor.dim() else 1 for tensor in _tensors(batch))
+    return next(filter(None, lengths), 0)
 
 
-def first_tensor(batch: Any) -> Tensor | None:
-    """Return the first tensor in a batch of any nesting that is not empty."""
-    if isinstance(batch, Tensor):
-        return batch if not batch.dim() or len(batch) else None
-    found = (part for part in map(first_tensor, _parts(batch)) if part is not None)
-    return next(found, None)
+def limited(data: Iterable[object], samples: int | None) -> Iterator[object]:
+    """Yield batches until they hold `samples` samples, the last of them cut; None = all batches.
 
-
-def limited(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
-    """Yield batches until they hold `samples` samples, the last of them cut; all where that is None."""
+    Raises:
+        DataError: samples cannot be counted, as a batch has no tensors.
+    """
     if samples is None:
         yield from data
         return
     left = samples
     for batch in data:
         size = samples_in(batch)
-        if size == 0 and first_tensor(batch) is None and not _is_empty(batch):
+        if size == 0 and not any(True for _ in _tensors(batch)):
             raise DataError(
                 f"samples={samples} counts samples of batches made of tensors; got a {type(batch).__name__}: "
                 "pass data of that many samples instead"
@@ -75,25 +72,25 @@ def limited(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Seen:
-    """Which batches went by, to tell whether data is what it was.
+    """Identifies the batches seen so far, to tell whether data has changed.
 
     Attributes:
-        samples: in all of them.
-        batches: how many.
-        checksum: of their tensors and plain values, in this order.
+        samples: number of samples in all of them.
+        batches: number of batches.
+        checksum: of their tensors and plain values, in order.
     """
 
     samples: int = 0
     batches: int = 0
     checksum: int = 0
 
-    def with_batch(self, batch: Any) -> Seen:
-        """Return this after one more batch."""
+    def with_batch(self, batch: object) -> Seen:
+        """Return the same after one more batch."""
         return Seen(self.samples + samples_in(batch), self.batches + 1, _checksum(batch, self.checksum))
 
 
-def _checksum(part: Any, before: int) -> int:
-    """Return the checksum of all that came `before`, and then of a part of a batch."""
+def _checksum(part: object, before: int) -> int:
+    """Return the checksum of a part of a batch, continued from the checksum `before`."""
     if isinstance(part, Tensor):
         form = f"{part.dtype} {tuple(part.shape)}" if part.layout is torch.strided else str(part.layout)
         values = as_bytes(part) if part.layout is torch.strided and not part.is_quantized else b""
@@ -108,27 +105,27 @@ def _checksum(part: Any, before: int) -> int:
     return before
 
 
-def as_bytes(tensor: Tensor) -> Any:
+def as_bytes(tensor: Tensor) -> memoryview | bytes:
     """Return the values of a dense tensor as a buffer of bytes."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-def _parts(batch: Any) -> Iterable[Any]:
+def _parts(batch: object) -> Iterable[object]:
     if isinstance(batch, Mapping):
         return batch.values()
     return batch if isinstance(batch, (tuple, list)) else ()
 
 
-def _is_empty(batch: Any) -> bool:
-    """Whether a batch has tensors, all of them empty."""
+def _tensors(batch: object) -> Iterator[Tensor]:
+    """Yield the tensors in a batch of any nesting."""
     if isinstance(batch, Tensor):
-        return batch.numel() == 0
-    parts = list(_parts(batch))
-    return bool(parts) and any(_is_empty(part) for part in parts)
+        yield batch
+    for part in _parts(batch):
+        yield from _tensors(part)
 
 
-def _cut(batch: Any, size: int, count: int) -> Any:
+def _cut(batch: object, size: int, count: int) -> object:
     """Return the first `count` samples of a batch of `size`: of every tensor with that many rows."""
     if isinstance(batch, Tensor):
         return batch[:count] if batch.dim() and len(batch) == size else batch
@@ -136,5 +133,6 @@ def _cut(batch: Any, size: int, count: int) -> Any:
         return {key: _cut(value, size, count) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
         parts = [_cut(part, size, count) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        kind: type[Any] = type(batch)
+        return kind(*parts) if hasattr(batch, "_fields") else kind(parts)
     return batch

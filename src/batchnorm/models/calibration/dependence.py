@@ -1,37 +1,30 @@
-"""Which tensors depend on a value that is not final yet: followed through every operator of a forward."""
+"""Finds the tensors that depend on a value that is not final yet, operator by operator."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.models.graph.dispatch_observer import LEAVING, OURS, tensors_in, written
+from batchnorm.models.graph.dispatch_observer import OURS, DispatchObserver, tensors_in, written
 
 # Operators that let data decide what Python does next: it reads a number, or the size of the result.
 _DECIDING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
 
-class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Marks what is computed from marked tensors, as long as it is active.
+class Dependence(DispatchObserver):  # type: ignore[no-untyped-call]
+    """Marks what is computed from marked tensors, within `following`.
 
     By storage, so that views and writes in place are seen. Where a marked value decides what Python does
     next (`if x.max() > 1`), or leaves torch (`x.numpy()`), all that is computed from then on is marked: too
     much rather than too little.
-
-    Attributes:
-        is_paused: what is computed meanwhile is not followed.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._leaving = _Leaving(self)
+        super().__init__()
         self.clear()
 
     def clear(self) -> None:
@@ -39,12 +32,6 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._marked: set[StorageWeakRef] = set()  # weak, yet no other storage gets the same address
         self._everything = False
         self.is_paused = False
-
-    @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
-        """Follow what is computed within the block."""
-        with self, self._leaving:
-            yield
 
     def mark(self, values: Any) -> None:
         """Mark every tensor in `values`, of any nesting."""
@@ -55,10 +42,6 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 self._marked.add(storage)
 
-    def mark_everything(self) -> None:
-        """Mark all that is computed from now on."""
-        self._everything = True
-
     def is_marked(self, values: Any) -> bool:
         """Whether any tensor in `values` is marked."""
         if self._everything:
@@ -67,11 +50,9 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
             (storage := _storage(tensor)) is None or storage in self._marked for tensor in tensors_in(values)
         )
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        marked = not self.is_paused and self.is_marked((args, kwargs))
+    def on_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator; mark its result if an argument is marked."""
+        marked = self.is_marked((args, kwargs))
         result = func(*args, **kwargs)
         if marked:
             self.mark(result)
@@ -80,30 +61,19 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._everything = True
         return result
 
-
-class _Leaving(TorchFunctionMode):
-    """Sees what operators do not show: ways out of torch, and our own function with its own kernels."""
-
-    def __init__(self, dependence: Dependence) -> None:
-        super().__init__()
-        self.dependence = dependence
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, dependence = kwargs or {}, self.dependence
-        is_seen = (func in OURS or func in LEAVING) and not dependence.is_paused
-        if not (is_seen and dependence.is_marked((args, kwargs))):
+    def on_function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run our own function, whose kernels are no operators, or a way out of torch."""
+        if not self.is_marked((args, kwargs)):
             return func(*args, **kwargs)
-        dependence.is_paused = True  # our kernels take addresses too
+        self.is_paused = True  # our kernels take addresses too
         try:
             result = func(*args, **kwargs)
         finally:
-            dependence.is_paused = False
+            self.is_paused = False
         if func in OURS:
-            dependence.mark(result)
+            self.mark(result)
         else:
-            dependence.mark_everything()
+            self._everything = True
         return result
 
 

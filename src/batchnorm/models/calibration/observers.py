@@ -1,85 +1,80 @@
-"""Norms normalize by their batch for a while and hand over its moments, which are taken once for both."""
+"""Makes norms normalize by their batch and hand over its moments, or normalize by the statistics found."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, DataError
 from batchnorm.models.graph.hooks import is_forward_replaced
-from batchnorm.models.norms.kinds import is_ours, kind_of
-from batchnorm.statistics.moments import PooledMoments, merge
+from batchnorm.models.norms.kinds import BatchNormBase, Layer, is_ours, kind_of
+from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.calibration import Accumulator
+from batchnorm.statistics.moments import PooledMoments
+from batchnorm.statistics.policy import Policy
 from batchnorm.torch.checks import is_single, too_few
 from batchnorm.torch.functional import moments, normalize_batch
-from batchnorm.torch.layers import _Layer
 
-_RUNNING = ("running_mean", "running_var")
+from .packing import on_host
+
 _LARGER = "use larger batches, or drop the last batch of one (DataLoader(drop_last=True))"
-_Hear = Callable[[str, PooledMoments], None]
+_Receive = Callable[[str, PooledMoments], None]
 
 
-class Listener:
-    """Every norm normalizes by its batch.
+class BatchObserver:
+    """Observes what norms receive, while each of them normalizes by its batch.
 
     Args:
-        norms: those that track, by name.
-
-    Attributes:
-        heard: moments of the values that each layer received in this batch.
-        values: number of those, per channel.
-        dependent: layers that another one ran before, in this batch.
+        norms: the norms with running statistics, by name.
     """
 
-    def __init__(self, norms: Mapping[str, _BatchNorm]) -> None:
+    def __init__(self, norms: Mapping[str, BatchNormBase]) -> None:
         self.norms = norms
-        self.heard: dict[str, PooledMoments] = {}
-        self.values: Counter[str] = Counter()
-        self.dependent: set[str] = set()
+        self._batch = Accumulator()
 
     @contextlib.contextmanager
     def one_batch(self) -> Iterator[None]:
-        """Listen to one forward within the block."""
-        self.heard, self.values, self.dependent = {}, Counter(), set()
+        """Observe one forward within the block."""
+        self._batch = Accumulator(batches=1)
         yield
+
+    def observed(self, samples: int) -> Accumulator:
+        """Return what the norms received in the latest batch, of so many samples."""
+        found = self._batch
+        found.samples = samples
+        found.moments = on_host(found.moments)
+        return found
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Change the norms so that they are heard, within the block; after it, they are as before."""
+        """Observe the norms within the block; after it, they are as before."""
         with contextlib.ExitStack() as stack:
             for name, norm in self.norms.items():
-                stack.enter_context(by_batch(name, norm, self.hear, strict=True))
+                stack.enter_context(by_batch(name, norm, self._receive, strict=True))
             yield
 
-    def hear(self, name: str, found: PooledMoments) -> None:
-        """Note what a layer received."""
-        if self.heard:
-            self.dependent.add(name)
-        self.values[name] += int(found.count)
-        self.note(name, found)
-
-    def note(self, name: str, found: PooledMoments) -> None:
-        """Add moments to those that the layer received in this batch."""
-        self.heard[name] = merge(self.heard[name], found) if name in self.heard else found
+    def _receive(self, name: str, found: PooledMoments) -> None:
+        if self._batch.moments:
+            self._batch.dependent.add(name)
+        self._batch.add(name, found)
 
 
 @contextlib.contextmanager
-def by_batch(name: str, norm: _BatchNorm, hear: _Hear, *, strict: bool) -> Iterator[None]:
-    """Have a norm normalize by the batch and tell its moments.
+def by_batch(name: str, norm: BatchNormBase, receive: _Receive, *, strict: bool) -> Iterator[None]:
+    """Make a norm normalize by its batch and hand over the moments, within the block.
 
-    torch's own layers and ours compute both by one kernel of ours. What another class, or a forward that
-    somebody replaced, does is not known: there the moments are taken before it runs.
+    torch's own layers and ours compute both by one kernel of ours. What another class computes, or a forward
+    that was replaced, is unknown: the moments of its input are taken before it runs.
 
     Args:
-        name: of the norm, told along and named in errors.
+        name: of the norm, for `receive` and for errors.
         norm: in evaluation mode.
-        hear: called with the name and the moments.
+        receive: called with the name and the moments.
         strict: refuse a batch with one value per channel, which normalizes to nothing but zeros. Otherwise
             norms of unknown classes use the statistics that they have: their output is not needed.
     """
@@ -95,27 +90,71 @@ def by_batch(name: str, norm: _BatchNorm, hear: _Hear, *, strict: bool) -> Itera
             )
         except BatchNormError as error:
             raise error.at(f"{name} ({type(norm).__name__})" if name else type(norm).__name__) from None
-        hear(name, found)
+        receive(name, found)
         return y
 
     kind = kind_of(norm)
     family = "other" if kind is None or is_forward_replaced(norm) else kind.family
-    if family in ("stock", "synchronized"):
-        with _attribute(norm, "forward", normalized):
-            yield
-    elif family == "ours":
-        with _attribute(norm, "_normalize", normalized):
-            yield
-    else:
-        hidden = _hidden_statistics(norm) if strict else contextlib.nullcontext()
-        handle = norm.register_forward_pre_hook(
-            lambda _norm, args, kwargs: hear(name, moments(*received(norm, args, kwargs))), with_kwargs=True
+    with contextlib.ExitStack() as stack:
+        if family in ("stock", "synchronized"):
+            stack.enter_context(_holding(vars(norm), forward=normalized))
+        elif family == "ours":
+            stack.enter_context(_holding(vars(norm), _normalize=normalized))
+        else:
+            if strict:  # a norm without running statistics takes the batch's, in evaluation too
+                stack.enter_context(_holding(norm._buffers, running_mean=None, running_var=None))
+            handle = norm.register_forward_pre_hook(
+                lambda _, args, kwargs: receive(name, moments(*received(norm, args, kwargs))),
+                with_kwargs=True,
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+@contextlib.contextmanager
+def by_statistics(name: str, norm: BatchNormBase, found: PooledMoments) -> Iterator[None]:
+    """Make a norm use the statistics found as its running ones, and nothing else, within the block.
+
+    A policy that adapts them to each batch (`Adapted`) is left aside too.
+    """
+    mean, var = running_statistics(name, norm, found)
+    policy = getattr(norm, "_statistics", None)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_holding(norm._buffers, running_mean=mean, running_var=var))
+        if isinstance(policy, Policy) and policy.measures(training=False):
+            stack.enter_context(_holding(vars(norm), _statistics=Batch()))
+        yield
+
+
+def running_buffers(norm: BatchNormBase) -> tuple[Tensor, Tensor]:
+    """Return running mean and variance of a norm that has them."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    return mean, var
+
+
+def running_statistics(name: str, norm: BatchNormBase, found: PooledMoments) -> tuple[Tensor, Tensor]:
+    """Return mean and unbiased variance as the norm's buffers hold them.
+
+    Raises:
+        DataError: one value per channel in all, NaN, inf, or a variance beyond the buffer's dtype.
+    """
+    if found.count < 2:
+        raise DataError(
+            "received one value per channel in all of the data: no variance; the model is unchanged", name
         )
-        try:
-            with hidden:
-                yield
-        finally:
-            handle.remove()
+    wide: tuple[Tensor, Tensor] = (found.mean, found.m2 / (found.count - 1))
+    mean, var = (value.to(buffer) for value, buffer in zip(wide, running_buffers(norm), strict=True))
+    if not (mean.isfinite().all() and var.isfinite().all()):
+        if not all(statistic.isfinite().all() for statistic in wide):
+            raise DataError("received NaN or inf; the model is unchanged", name)
+        raise DataError(
+            f"its running statistics overflow {mean.dtype}; the model is unchanged: scale the input, or keep "
+            "them in a wider dtype",
+            name,
+        )
+    return mean, var
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -127,7 +166,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def received(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Return the input of a norm and the mask that it heeds, from the arguments that it is called with."""
     input = input_of(args, kwargs)
-    if not isinstance(norm, _Layer):
+    if not isinstance(norm, Layer):
         return input, None
     given = dict(zip(("input", "residual", "mask", "lengths"), args, strict=False)) | kwargs
     return input, norm.mask_for(input, given.get("mask"), given.get("lengths"))
@@ -140,44 +179,29 @@ def values_per_channel(input: Tensor, mask: Tensor | None = None) -> int:
 
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients, compiled parts run eagerly: hooks are heard in all of them."""
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.no_grad(), _eagerly(model):
+    """Run the model in evaluation mode and without gradients, with compiled parts run eagerly, for hooks."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    is_compiled = any(m._compiled_call_impl is not None or hasattr(m, "dynamo_ctx") for m in modules)
+    eagerly = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
+    with torch.no_grad(), eagerly:
         try:
-            for module, _ in modes:
+            for module in modules:
                 module.training = False
             yield
         finally:
-            for module, training in modes:
+            for module, training in zip(modules, modes, strict=True):
                 module.training = training
 
 
-def _eagerly(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    compiled = any(
-        module._compiled_call_impl is not None or hasattr(module, "dynamo_ctx") for module in model.modules()
-    )
-    if not compiled:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
 @contextlib.contextmanager
-def _attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
-    """Set an attribute of the instance that hides one of its class."""
-    module.__dict__[name] = value
+def _holding(held: dict[str, Any], **values: Any) -> Iterator[None]:
+    """Make a dict hold other values within the block; after it, it holds what it held, in the same order."""
+    before = {name: held[name] for name in values if name in held}
+    held.update(values)
     try:
         yield
     finally:
-        del module.__dict__[name]
-
-
-@contextlib.contextmanager
-def _hidden_statistics(norm: _BatchNorm) -> Iterator[None]:
-    """Hide the running statistics: a norm that has none takes the batch's, in evaluation too."""
-    running = {name: norm._buffers[name] for name in _RUNNING}
-    norm._buffers.update(dict.fromkeys(_RUNNING))
-    try:
-        yield
-    finally:
-        norm._buffers.update(running)
+        for name in values.keys() - before.keys():
+            del held[name]
+        held.update(before)

@@ -1,21 +1,26 @@
-"""The processes of torch.distributed that calibrate together, each on its own part of the data."""
+"""Lets the processes of torch.distributed calibrate together, each on its own part of the data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import reduce
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, distributed
 
 from batchnorm.errors import OptionError, RankError
+from batchnorm.statistics.calibration import Accumulator
 from batchnorm.torch.collectives import operations as collectives
 
-_TOLD = 240  # bytes of an error's text that the other ranks are told
+from .packing import Layout
+
+_TEXT = 240  # bytes of an error's text that the other ranks receive
 
 
 class Ranks:
-    """One process, or all of a group: they do each step together, or all of them raise.
+    """One process, or all processes of a group: they finish each step together, or all of them raise.
 
     Args:
         group: a group of torch.distributed; None = all processes where it is initialized; False = this
@@ -24,9 +29,12 @@ class Ranks:
     Attributes:
         rank: of this process in the group.
         size: number of processes.
+
+    Raises:
+        OptionError: a group without torch.distributed, or without this process.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: distributed.ProcessGroup | Literal[False] | None) -> None:
         is_initialized = distributed.is_available() and distributed.is_initialized()
         if group not in (None, False) and not is_initialized:
             raise OptionError(
@@ -35,26 +43,54 @@ class Ranks:
         self.rank, self.size = 0, 1
         if group is False or not is_initialized:
             return
-        self.rank = distributed.get_rank(group)
+        process_group = distributed.group.WORLD if group is None else group
+        self.rank = distributed.get_rank(process_group)
         if self.rank < 0:
             raise OptionError("this process is not of the group that calibrates: call calibrate on its ranks")
-        self.size = distributed.get_world_size(group)
-        process_group = distributed.group.WORLD if group is None else group
+        self.size = distributed.get_world_size(process_group)
         members = distributed.get_process_group_ranks(process_group)
-        self._everyone = collectives.Ranks(tuple(members), collectives.timeout_of(process_group))
+        self._members = collectives.Ranks(tuple(members), collectives.timeout_of(process_group))
+
+    def own(self, path: Path) -> Path:
+        """Return the path of this rank's own file."""
+        return path if self.size == 1 else path.with_name(f"{path.name}.{self.rank}")
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Do the work of this rank, and wait until every rank has done its own.
+
+        Raises:
+            RankError: the work of another rank raised, or another rank is missing.
+            BaseException: what the work of this rank raised.
+        """
+
+        def done() -> Tensor:
+            work()
+            return torch.zeros(1, dtype=torch.float64)
+
+        self.gather(done, 1)
+
+    def accumulated(self, work: Callable[[], Accumulator], layout: Layout) -> Accumulator:
+        """Return what the work of all ranks accumulates, bit for bit the same on each of them.
+
+        Raises:
+            RankError, BaseException: as of `together`.
+        """
+        if self.size == 1:
+            return work()
+        rows = self.gather(lambda: layout.packed(work()), layout.length)
+        return reduce(Accumulator.merged, map(layout.unpacked, rows))
 
     def gather(self, work: Callable[[], Tensor], length: int) -> list[Tensor]:
         """Do the work of this rank and return what every rank found, in the order of ranks.
 
-        One collective, in which a rank whose work raised takes part too, and tells the others.
+        This is one collective. A rank whose work raised takes part in it too, and sends the error's text.
 
         Args:
             work: returns a row of float64.
             length: of the row, the same on every rank.
 
         Raises:
-            RankError: the work of another rank raised, or another rank is missing.
-            BaseException: what the work of this one raised.
+            RankError, BaseException: as of `together`.
         """
         if self.size == 1:
             return [work()]
@@ -63,27 +99,21 @@ class Ranks:
             row = work()
         except BaseException as caught:
             error, row = caught, torch.zeros(length, dtype=torch.float64)
-        rows = collectives.gather(torch.cat((_told(error), row)), self._everyone, "calibrate")
+        rows = collectives.gather(torch.cat((_as_numbers(error), row)), self._members, "calibrate")
         if error is not None:
             raise error
         for rank, other in enumerate(rows):
             if other[0]:
-                raise RankError(
-                    f"calibrate changed nothing on any rank, because rank {rank} raised {_heard(other)}"
-                )
-        return [other[1 + _TOLD :] for other in rows]
+                text = bytes(map(int, other[1 : 1 + _TEXT].tolist())).rstrip(b"\0").decode(errors="ignore")
+                raise RankError(f"calibrate changed nothing on any rank, because rank {rank} raised {text}")
+        return [other[1 + _TEXT :] for other in rows]
 
 
-def _told(error: BaseException | None) -> Tensor:
+def _as_numbers(error: BaseException | None) -> Tensor:
     """Return an error as numbers: whether there is one, and the bytes of its text."""
-    told = torch.zeros(1 + _TOLD, dtype=torch.float64)
+    numbers = torch.zeros(1 + _TEXT, dtype=torch.float64)
     if error is not None:
-        text = f"{type(error).__name__}: {error}".encode()[:_TOLD]
-        told[0] = 1.0
-        told[1 : 1 + len(text)] = torch.tensor(list(text), dtype=torch.float64)
-    return told
-
-
-def _heard(row: Tensor) -> str:
-    told = bytes(int(number) for number in row[1 : 1 + _TOLD].tolist())
-    return told.rstrip(b"\0").decode(errors="ignore")
+        text = f"{type(error).__name__}: {error}".encode()[:_TEXT]
+        numbers[0] = 1.0
+        numbers[1 : 1 + len(text)] = torch.tensor(list(text), dtype=torch.float64)
+    return numbers

@@ -1,9 +1,9 @@
-"""A forward that stops midway and goes on later: what it computed is read from a file, not computed again."""
+"""Stops a forward midway and resumes it later from a file, without computing anything twice."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,27 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.errors import FileError, OptionError
-from batchnorm.models.graph.dispatch_observer import LEAVING, OURS
+from batchnorm.models.graph.dispatch_observer import LEAVING, DispatchObserver
 
-_WITHOUT = "leave spill out: passes over the data take every model"
+# The remedy in errors about forwards that cannot be stopped.
+WITHOUT = "leave spill out: passes over the data take that"
 
 
 class Budget:
-    """How many bytes all stopped forwards hold in files, and how many they may."""
+    """Limits the bytes that all stopped forwards hold in files.
+
+    Args:
+        most: number of bytes; None = no limit.
+    """
 
     def __init__(self, most: int | None) -> None:
         self.most, self.held, self.peak = most, 0, 0
 
     def take(self, count: int) -> None:
-        """Count bytes that are about to be written, or (negative) that were deleted."""
+        """Count bytes that will be written, or (negative) were deleted; OptionError if they are too many."""
         if self.most is not None and self.held + count > self.most:
             raise OptionError(
                 f"spill={self.most} bytes are too few: stopped forwards hold {self.held + count} and more; "
@@ -41,7 +44,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class _Value:
-    """A tensor, by its memory and how it lies in it."""
+    """A tensor: its memory, by number, and its layout in it."""
 
     slot: int
     dtype: torch.dtype
@@ -52,26 +55,26 @@ class _Value:
 
 @dataclass(frozen=True)
 class _Argument:
-    """The argument at this place, which an operator wrote into and returned."""
+    """The argument at one place, which an operator wrote into and returned."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What an operator returned; None where it is to be run again (a view of a parameter)."""
+    """What an operator returned; None where the operator has to run again (a view of a parameter)."""
 
     name: str
     leaves: tuple[Any, ...] | None
     spec: pytree.TreeSpec
 
 
-class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs one forward up to where it stops, again and again, each operator once.
+class Replay(DispatchObserver):  # type: ignore[no-untyped-call]
+    """Runs one forward from stop to stop, with each operator computed once.
 
-    The Python code of the forward runs from its start each time. Operators that ran before return what they
-    returned: memory that was alive when the forward stopped comes from the file, all other is not read any
-    more and is any memory of that size.
+    The Python code of the forward runs from its start each time. Operators that have run return what they
+    returned: memory that was alive when the forward stopped is read from the file. Other memory is not read
+    any more, and is replaced by uninitialized memory of the same size.
 
     Args:
         path: of the file.
@@ -79,9 +82,8 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, path: Path, budget: Budget) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.path, self.budget = path, budget
-        self._leaving = _Leaving(self)
         self._steps: list[_Step] = []
         self._refs: list[StorageWeakRef] = []  # by slot
         self._sizes: list[int] = []  # bytes, by slot
@@ -92,26 +94,18 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Follow a forward from its start within the block."""
+        """Record, or replay, a forward from its start within the block."""
         self._place = 0
         self._loaded: dict[int, torch.UntypedStorage] = {}
         self.is_paused = False
         try:
-            with self, self._leaving:
+            with self.following():
                 yield
         finally:
             self._loaded, self._slots = {}, {}
 
-    def adopt(self, tensor: Tensor) -> _Value:
-        """Return how to get a tensor again that no operator makes: an input."""
-        return self._value(tensor)
-
-    def restore(self, value: _Value) -> Tensor:
-        """Return a tensor in memory as it was when the forward stopped; to be called while paused."""
-        return self._tensor(value)
-
     def stop(self) -> None:
-        """Write all memory that is alive to the file; to be called while paused.
+        """Write all memory that is alive to the file; call it while paused.
 
         Raises:
             FileError: it cannot be written.
@@ -127,7 +121,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         place = 0
         try:
             self.path.touch()
-            with self.path.open("r+b") as file:  # over what was read before: its memory is there
+            with self.path.open("r+b") as file:  # what was in the file has been read
                 for slot in alive:
                     storage = torch.UntypedStorage._new_with_weak_ptr(self._refs[slot].cdata)
                     flat = torch.empty(0, dtype=torch.uint8, device=self._devices[slot]).set_(storage)
@@ -148,55 +142,58 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._steps, self._saved = [], {}
 
     def step(self, name: str, compute: Callable[[], Any], arguments: Any) -> Any:
-        """Return what an operator returns: looked up if it has run before this forward stopped."""
+        """Return what an operator returns; from the record if it ran before the forward stopped."""
         self._place += 1
-        self.is_paused = True  # what happens in here is no step of its own
+        self.is_paused = True  # operators within this one are no steps of their own
         try:
             if self._place <= len(self._steps):
                 return self._again(self._steps[self._place - 1], name, compute, pytree.tree_leaves(arguments))
-            self._loaded = {}  # what is alive from here on is what the forward itself holds
+            self._loaded = {}  # from here on only the forward itself keeps memory alive
             result = compute()
             self._steps.append(self._note(name, result, pytree.tree_leaves(arguments)))
             return result
         finally:
             self.is_paused = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.is_paused:
-            return func(*args, **kwargs)
+    def on_function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run our own function, whose kernels are no operators, as one step; refuse ways out of torch."""
+        if func in LEAVING:
+            raise OptionError(f"spill: the forward leaves torch by {func.__name__}: {WITHOUT}")
+        return self.step("batchnorm", lambda: func(*args, **kwargs), (args, kwargs))
+
+    def on_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator as one step."""
         return self.step(str(func), lambda: func(*args, **kwargs), (args, kwargs))
 
     def _again(self, step: _Step, name: str, compute: Callable[[], Any], given: list[Any]) -> Any:
         if step.name != name:
             raise OptionError(
-                f"spill: a forward took another way the second time, {name} for {step.name}: {_WITHOUT}"
+                f"spill: a forward took another way the second time, {name} for {step.name}: {WITHOUT}"
             )
         if step.leaves is None:
             return compute()
-        return pytree.tree_unflatten([self._leaf(leaf, given) for leaf in step.leaves], step.spec)
+        return pytree.tree_unflatten([self.restored(leaf, given) for leaf in step.leaves], step.spec)
 
     def _note(self, name: str, result: Any, given: list[Any]) -> _Step:
         leaves, spec = pytree.tree_flatten(result)
         places = {id(leaf): place for place, leaf in enumerate(given) if isinstance(leaf, Tensor)}
-        theirs = {_key(leaf) for leaf in given if isinstance(leaf, Tensor)} - self._slots.keys()
+        foreign = {_key(leaf) for leaf in given if isinstance(leaf, Tensor)} - self._slots.keys()
         noted: list[Any] = []
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 noted.append(leaf)
             elif id(leaf) in places:
                 noted.append(_Argument(places[id(leaf)]))
-            elif _key(leaf) in theirs:
+            elif _key(leaf) in foreign:
                 return _Step(name, None, spec)
             else:
-                noted.append(self._value(leaf))
+                noted.append(self.saved(leaf))
         return _Step(name, tuple(noted), spec)
 
-    def _value(self, tensor: Tensor) -> _Value:
+    def saved(self, tensor: Tensor) -> _Value:
+        """Return a tensor as a reference to memory that `stop` writes to the file."""
         if tensor.is_conj() or tensor.is_neg():
-            raise OptionError(f"spill: the forward has complex or negated views: {_WITHOUT}")
+            raise OptionError(f"spill: the forward has complex or negated views: {WITHOUT}")
         key = _key(tensor)
         if key not in self._slots:
             self._slots[key] = len(self._refs)
@@ -208,12 +205,17 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         offset = int(tensor.storage_offset())
         return _Value(slot, tensor.dtype, tensor.size(), tensor.stride(), offset)
 
-    def _leaf(self, leaf: Any, given: list[Any]) -> Any:
-        if isinstance(leaf, _Argument):
-            return given[leaf.place]
-        return self._tensor(leaf) if isinstance(leaf, _Value) else leaf
+    def restored(self, value: Any, given: Sequence[Any]) -> Any:
+        """Return a value as it was when the forward stopped; call it while paused.
 
-    def _tensor(self, value: _Value) -> Tensor:
+        Args:
+            value: what `saved` returned; an argument by its place; any other value is returned as it is.
+            given: the arguments of the operator.
+        """
+        if isinstance(value, _Argument):
+            return given[value.place]
+        if not isinstance(value, _Value):
+            return value
         storage = self._loaded.get(value.slot)
         if storage is None:
             storage = self._storage(value.slot)
@@ -231,25 +233,6 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.UntypedStorage(size, device=device)  # type: ignore[no-untyped-call]
         found = np.fromfile(self.path, np.uint8, size, offset=self._saved[slot])
         return torch.from_numpy(found).to(device).untyped_storage()
-
-
-class _Leaving(TorchFunctionMode):
-    """Our own function, whose kernels are no operators, is one step; what leaves torch is refused."""
-
-    def __init__(self, replay: Replay) -> None:
-        super().__init__()
-        self.replay = replay
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, replay = kwargs or {}, self.replay
-        if replay.is_paused or (func not in OURS and func not in LEAVING):
-            return func(*args, **kwargs)
-        if func in LEAVING:
-            raise OptionError(f"spill: the forward leaves torch by {func.__name__}: {_WITHOUT}")
-
-        return replay.step("batchnorm", lambda: func(*args, **kwargs), (args, kwargs))
 
 
 def _key(tensor: Tensor) -> StorageWeakRef:

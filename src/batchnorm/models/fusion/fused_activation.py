@@ -1,4 +1,4 @@
-"""What stands where an activation module was: an identity that can become it again."""
+"""Replaces an activation module by an identity that can be turned back."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import nn
 
 
 class FusedActivation(nn.Identity):
-    """The activation module itself, of another class: its norm applies it now.
+    """An activation module whose norm applies the activation: the same object, of another class.
 
-    Everything that it was stays in it, so that `revert` gives it back as it was.
+    It keeps all its attributes, so that `revert` restores it.
     """
 
     was: type[nn.Module]

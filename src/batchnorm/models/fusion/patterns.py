@@ -1,4 +1,4 @@
-"""Where in a graph a norm is followed by an addition and an activation that nothing else comes between."""
+"""Matches norm → (add →) activation in the graph of a block."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
+from batchnorm.models.graph.blocks import called, described
 from batchnorm.models.graph.hooks import has_hooks
 from batchnorm.models.norms.activations import call_activation, module_activation
 
@@ -19,17 +20,17 @@ _IN_PLACE = (operator.iadd,)
 
 @dataclass(frozen=True)
 class Site:
-    """A call of a norm and what becomes one with it.
+    """A call of a norm and the calls behind it that become one layer with it.
 
     Attributes:
-        norm: the call.
-        path: of the norm in the module that the graph is of.
+        norm: the call of the norm.
+        path: of the norm in the block.
         add: the addition behind it, or None.
         residual: what is added; None without an addition.
         in_place: the addition writes into the norm's output.
         act: the call of the activation, or None (then there is an addition).
         activation: its name, or None.
-        passed: calls of nn.Identity on the way.
+        passed: calls of nn.Identity in between.
     """
 
     norm: Node
@@ -46,12 +47,12 @@ class Site:
 
 
 def site_of(call: Node, module: nn.Module, *, is_end: bool = False) -> Site | str:
-    """Return what can become one with the norm that `call` calls, or why nothing can.
+    """Return what can become one layer with the norm that `call` calls, or why nothing can.
 
     Args:
-        call: of a norm, in the graph of `module`.
-        module: where the paths of the graph start.
-        is_end: `call` is of a block that ends with the norm, so that its input is not the norm's.
+        call: in the graph of `module`.
+        module: the block.
+        is_end: `call` is of a child that ends with the norm, so that its input is not the norm's.
     """
     if not is_end and (len(call.args) != 1 or call.kwargs):
         return "it is called with more than its input"
@@ -65,7 +66,7 @@ def site_of(call: Node, module: nn.Module, *, is_end: bool = False) -> Site | st
     behind = passed[-1] if passed else call
     addition = _addition(reader, behind)
     if addition is None:
-        return f"its output goes to {_shown(reader, module)}"
+        return f"its output goes to {described(reader, module)}"
     residual, in_place = addition
     if not is_end and _is_read_between(call.args[0], call, reader):
         return "its input is read again before the addition"
@@ -81,8 +82,7 @@ def tail(graph: Graph, module: nn.Module, is_tail: Callable[[nn.Module], bool]) 
     """Return the path of the child whose output is exactly the output of the graph, if `is_tail` of it."""
     (end,) = (node for node in graph.nodes if node.op == "output")
     last = end.args[0]
-    while isinstance(last, Node) and len(last.users) == 1 and last.op == "call_module":
-        child = module.get_submodule(str(last.target))
+    while isinstance(last, Node) and len(last.users) == 1 and (child := called(last, module)) is not None:
         if is_tail(child):
             return str(last.target)
         if not _is_identity(child):
@@ -98,7 +98,8 @@ def _only_reader(node: Node, module: nn.Module, passed: list[Node]) -> Node | st
         (reader,) = node.users
         if reader.op == "output":
             return "its output is the block's"
-        if not (reader.op == "call_module" and _is_identity(module.get_submodule(str(reader.target)))):
+        child = called(reader, module)
+        if child is None or not _is_identity(child):
             return reader
         passed.append(reader)
         node = reader
@@ -109,9 +110,10 @@ def _is_identity(module: nn.Module) -> bool:
 
 
 def _activation(node: Node, module: nn.Module) -> str | None:
-    if node.op != "call_module":
+    child = called(node, module)
+    if child is None:
         return call_activation(node)
-    return module_activation(module.get_submodule(str(node.target))) if len(node.args) == 1 else None
+    return module_activation(child) if len(node.args) == 1 else None
 
 
 def _addition(node: Node, norm: Node) -> tuple[Node, bool] | None:
@@ -123,19 +125,13 @@ def _addition(node: Node, norm: Node) -> tuple[Node, bool] | None:
     first, second = node.args
     in_place = node.target in (*_IN_PLACE, "add_")
     if in_place and first is not norm:
-        return None  # it writes into the other one
+        return None  # it writes into the other operand
     other = second if first is norm else first
     return (other, in_place) if isinstance(other, Node) and other is not norm else None
 
 
 def _is_read_between(node: object, call: Node, addition: Node) -> bool:
-    """Whether the norm's input is read before the addition: it may be written to, and the norm moves."""
+    """Whether another call reads, and may write to, the norm's input before the addition."""
     if not isinstance(node, Node):
         return True
     return any(call < reader < addition for reader in node.users if reader is not call)
-
-
-def _shown(node: Node, module: nn.Module) -> str:
-    if node.op == "call_module":
-        return f"{node.target} ({type(module.get_submodule(str(node.target))).__name__})"
-    return str(getattr(node.target, "__name__", node.target))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from batchnorm.models.graph.blocks import Block, NotTraceableError, traced
+from batchnorm.models.graph.blocks import Block, NotTraceableError, called, traced
 from batchnorm.models.graph.flow import Call
 from batchnorm.models.graph.hooks import is_forward_replaced, sees_output
 from batchnorm.models.graph.recorded import recorded_flow
@@ -25,13 +25,13 @@ from .rewrite import FusedForward, Spec, call_of
 
 @dataclass
 class Plan:
-    """Decisions for a model.
+    """The decisions for a model.
 
     Attributes:
-        norms: all of them.
+        norms: all batch normalizations of the model.
         pairs: norm -> the activation module behind it, which becomes an identity.
         rewrites: block -> what to rewrite in its forward.
-        fuses_with: norm -> what it becomes one with, in words.
+        fuses_with: norm -> what becomes one layer with it, in words.
         reasons: norm -> why it stays.
     """
 
@@ -145,24 +145,25 @@ class _Planner:
             self.untraceable[module] = str(error)
             return
         self.blocks[module] = block
-        self.calls.update(_child(module, node) for node in block.graph.nodes if node.op == "call_module")
+        children = (called(node, module) for node in block.graph.nodes)
+        self.calls.update(child for child in children if child is not None)
 
     def _decide(self, module: nn.Module, block: Block) -> None:
-        """Fuse the norms that `module` calls, then those that its children end with."""
-        used: set[Node] = set()  # additions and activations that already belong to a norm
+        """Decide for the norms that `module` calls, then for those that its children end with."""
+        used: set[Node] = set()  # additions and activations that are fused with a norm already
         specs: dict[str, str | None] = {}
         inlined: list[str] = []
-        calls = [node for node in block.graph.nodes if node.op == "call_module"]
-        direct = [node for node in calls if _child(module, node) in self.free]
-        ends = [node for node in calls if self._ends_with_norm(_child(module, node))]
+        calls = {node: child for node in block.graph.nodes if (child := called(node, module)) is not None}
+        direct = [node for node, child in calls.items() if child in self.free]
+        ends = [node for node, child in calls.items() if self._ends_with_norm(child)]
         for node in (*reversed(direct), *reversed(ends)):
             chain = self._chain(module, str(node.target))
             norm = module.get_submodule(chain[-1])
-            site = self._site(node, module, used)
+            site = self._site(node, calls[node], module, used)
             if isinstance(site, str):
                 self.plan.reasons[norm] = site
                 continue
-            act = None if site.act is None or site.add is not None else _called(module, site.act)
+            act = None if site.act is None or site.add is not None else calls.get(site.act)
             if act is not None and self._is_only_here(act):
                 self.plan.pairs[norm] = act
             elif block.rewritable or not self._can_inline(module, chain, specs):
@@ -181,9 +182,8 @@ class _Planner:
         if end is not None:
             self.tails[module] = end
 
-    def _site(self, node: Node, module: nn.Module, used: set[Node]) -> Site | str:
-        """Return what follows a call, unless the module called is called elsewhere too."""
-        child = _child(module, node)
+    def _site(self, node: Node, child: nn.Module, module: nn.Module, used: set[Node]) -> Site | str:
+        """Return what follows the call of a child, unless it is called elsewhere too."""
         places = self.names[child]
         if len(places) > 1:
             return f"it is shared: {', '.join(places)}"
@@ -211,7 +211,7 @@ class _Planner:
         return len(self.names[act]) == 1 and self.calls[act] == 1 and module_activation(act) is not None
 
     def _can_inline(self, module: nn.Module, chain: list[str], specs: dict[str, str | None]) -> bool:
-        """Whether the calls of the blocks in a chain can be written out in the forward of `module`."""
+        """Whether the forward of `module` can contain the calls of the blocks in a chain."""
         if len(chain) == 1:
             return True
         if any(module.get_submodule(path) in self.plan.rewrites for path in chain[:-1]):
@@ -229,7 +229,7 @@ class _Planner:
         )
 
     def _unseen(self, model: nn.Module, name: str) -> str:
-        """Why no forward that could be traced calls a norm: that of the block around it could not."""
+        """Return why no traced forward calls a norm: that of a block around it could not be traced."""
         while name:
             name = name.rpartition(".")[0]
             block = model.get_submodule(name)
@@ -245,7 +245,7 @@ class _Planner:
 
 
 def unfit(found: Found) -> str:
-    """Return why a norm can have no activation put into it, whatever follows it; "" if it can."""
+    """Return why a norm cannot be fused, whatever follows it; "" if it can."""
     norm, family = found.module, found.kind.family
     if family == "other" and not is_ours(norm):
         return "its class is not known: it may compute something else"
@@ -286,11 +286,3 @@ def is_block(module: nn.Module) -> bool:
         return False
     is_torchs = type(module).__module__.startswith("torch.nn.modules.")
     return not is_ours(module) and (type(module) is nn.Sequential or not is_torchs)
-
-
-def _child(module: nn.Module, node: Node) -> nn.Module:
-    return module.get_submodule(str(node.target))
-
-
-def _called(module: nn.Module, node: Node) -> nn.Module | None:
-    return _child(module, node) if node.op == "call_module" else None

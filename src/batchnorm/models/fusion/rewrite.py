@@ -1,9 +1,9 @@
-"""A block whose forward calls fused layers, and that falls back to the forward its author wrote.
+"""Rewrites the forward of a block to call fused layers, with a fallback to its original forward.
 
-The module stays the same object, of a class made for it at run time: `FusedForward` in front of its own. The
-rewritten forward runs while everything it rests on is as it was when it was made; otherwise, for instance
-when somebody has put a hook on the activation that it skips, the author's forward runs, with layers that
-apply no activation. Either way the result is the same.
+The module stays the same object; its class becomes `FusedForward` in front of the original one. The
+rewritten forward runs while everything that it depends on is unchanged. Otherwise, such as with a new hook on
+an activation that it skips, the original forward runs, with layers that apply no activation. Either way the
+result is the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from batchnorm.errors import OptionError
-from batchnorm.models.graph.blocks import Block, traced
+from batchnorm.models.graph.blocks import Block, NotTraceableError, called, traced
 from batchnorm.models.graph.hooks import has_hooks, sees_output
 from batchnorm.models.norms.activations import FUNCTIONS
 from batchnorm.models.norms.kinds import is_ours
@@ -31,10 +31,10 @@ from .patterns import Site, site_of
 
 @dataclass(frozen=True)
 class Spec:
-    """What to rewrite in a block, by names: enough to make the forward again from the block's class.
+    """What to rewrite in a block, by names, so that a copy or file can rewrite it again.
 
     Attributes:
-        inlined: children whose own calls are in the rewritten forward.
+        inlined: paths of the children whose own calls are in the rewritten forward.
         sites: the path of each fused norm, and the activation that it applies (None: an addition only).
     """
 
@@ -44,7 +44,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class _Made:
-    """A rewritten forward and what it rests on."""
+    """A rewritten forward and what it depends on."""
 
     function: Callable[..., Any]
     block: Block
@@ -52,26 +52,26 @@ class _Made:
 
 
 class Rewrite:
-    """The rewritten forward of one block; made when it is first called, and never pickled."""
+    """The rewritten forward of one block, made at its first call; files keep its `spec` only."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.made: _Made | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewrite:
-        return self  # it refers to no module
+        return self  # it holds no module
 
     def __getstate__(self) -> dict[str, Any]:
         return {"spec": self.spec, "made": None}
 
     def make(self, module: nn.Module) -> _Made:
-        """Return the rewritten forward of `module`; raises OptionError where its class has changed since."""
+        """Return the rewritten forward of `module`; raise OptionError if its class has changed since."""
         if self.made is None:
             self.made = _make(module, self.spec)
         return self.made
 
     def holds(self, module: nn.Module, made: _Made) -> bool:
-        """Whether everything that the rewritten forward rests on is still so."""
+        """Whether everything that the rewritten forward depends on is unchanged."""
         for read in made.block.reads:
             now = vars(child_at(module, read.path)).get(read.name, _MISSING)
             if now is not read.value and now != read.value:
@@ -90,12 +90,12 @@ class Rewrite:
 
 
 class FusedForward:
-    """Mixed in front of the class of a block; see the module."""
+    """The first base of a block's class while its forward is rewritten."""
 
     _rewrite: Rewrite
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as the author's class and what to rewrite: the class made here has no name to load by."""
+        """Pickle as the original class and what to rewrite: the class made here cannot be imported."""
         reduced: Any = super().__reduce_ex__(protocol)
         return (_restore, (authors_class(self),), *reduced[2:])
 
@@ -110,23 +110,23 @@ def authors_class(module: Any) -> type:
 
 @functools.cache
 def fused_class(cls: Hashable) -> Any:
-    """Return the class that stands for `cls` in blocks that were rewritten."""
+    """Return the class of rewritten blocks whose original class is `cls`."""
     assert isinstance(cls, type)
-    of_author: Any = cls
+    original: Any = cls
 
-    @functools.wraps(of_author.forward)  # torch.fx, which reads its arguments, finds the author's
+    @functools.wraps(original.forward)  # torch.fx reads its arguments
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the rewritten forward, or the author's where that no longer stands for it."""
+        """Run the rewritten forward, or the original one if something has changed."""
         made = self._rewrite.make(self)
         if self._rewrite.holds(self, made):
             return made.function(self, *args, **kwargs)
-        if is_symbolic(*args, *kwargs.values()):  # the graph would apply the activations all the same
+        if is_symbolic(*args, *kwargs.values()):  # a graph would keep the activations of the layers
             raise OptionError(
                 "torch.fx would trace a fused block that has changed since: batchnorm.revert the model first",
-                f"{of_author.__name__} with {self._rewrite.spec.sites[0][0]}",
+                f"{original.__name__} with {self._rewrite.spec.sites[0][0]}",
             )
         with without_activation(self.get_submodule(path) for path, _ in self._rewrite.spec.sites):
-            return of_author.forward(self, *args, **kwargs)
+            return original.forward(self, *args, **kwargs)
 
     own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "forward": forward}
     return type(cls.__name__, (FusedForward, cls), own)
@@ -151,10 +151,10 @@ def without_activation(norms: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def normalize_and_add(norm: nn.Module, input: Tensor, residual: Any, in_place: bool) -> Any:
-    """Return activation(norm(input) + residual) in one pass; step by step where an addition does more.
+    """Return activation(norm(input) + residual), in one pass where the addition allows it.
 
-    An addition broadcasts, takes numbers, and in place keeps the dtype of what it writes to: a layer's
-    residual does none of that.
+    An addition broadcasts, takes numbers, and in place keeps the dtype of its output; a layer's residual does
+    none of that.
     """
     if is_symbolic(input, residual):
         return norm(input, residual)  # one node, whose layer checks the shapes
@@ -173,7 +173,7 @@ _MISSING = object()
 
 
 def child_at(module: Any, path: str) -> nn.Module:
-    """As `get_submodule`, in a third of its time: the forward asks for every part that it rests on."""
+    """Return `module.get_submodule(path)`, in a third of its time: each forward looks up many parts."""
     for name in path.split(".") if path else ():
         module = module._modules[name]
     assert isinstance(module, nn.Module)
@@ -195,22 +195,33 @@ def _make(module: nn.Module, spec: Spec) -> _Made:
             )
         sites[path] = site
     replaced: dict[Node, Node] = {}
-    bypassed = [(path, type(module.get_submodule(path))) for path in spec.inlined]
+    bypassed = dict.fromkeys(spec.inlined)
     for site in sites.values():
-        for node in (*site.passed, site.act):
-            if node is not None and node.op == "call_module":
-                bypassed.append((str(node.target), type(module.get_submodule(str(node.target)))))
+        skipped = [node for node in (*site.passed, site.act) if node is not None and node.op == "call_module"]
+        bypassed |= dict.fromkeys(str(node.target) for node in skipped)
         _fuse(block.graph, site, replaced)
-    return _Made(_compiled(block.graph), block, tuple(dict.fromkeys(bypassed)))
+    classes = tuple((path, type(module.get_submodule(path))) for path in bypassed)
+    return _Made(_compiled(block.graph), block, classes)
 
 
 def traced_as_written(module: nn.Module, inlined: tuple[str, ...] = ()) -> Block:
-    """Return the graph of the author's forward of a block, rewritten or not."""
+    """Return the graph of the original forward of a block, rewritten or not."""
     if not isinstance(module, FusedForward):
         return traced(module, inlined)
     stand_in: nn.Module = object.__new__(authors_class(module))
     vars(stand_in).update(vars(module))
     return traced(stand_in, inlined)
+
+
+def calls_of(norms: Collection[nn.Module], model: nn.Module) -> Iterator[tuple[nn.Module, Node, nn.Module]]:
+    """Yield each call of a norm in the original forwards that are graphs: the block, the call, the norm."""
+    for block in model.modules():
+        if any(part in norms for part in block.modules() if part is not block):
+            with contextlib.suppress(NotTraceableError):
+                for node in traced_as_written(block).graph.nodes:
+                    norm = called(node, block)
+                    if norm is not None and norm in norms:
+                        yield block, node, norm
 
 
 def call_of(graph: Graph, path: str) -> Node | None:
@@ -223,7 +234,9 @@ def _fuse(graph: Graph, site: Site, replaced: dict[Node, Node]) -> None:
     """Rewrite one site.
 
     Args:
-        replaced: what stands for outputs of sites that were rewritten before: one may be another's residual.
+        graph: of the block.
+        site: in `graph`.
+        replaced: the last call of each site rewritten before -> its replacement, as a residual may be one.
     """
     last = site.act or site.add
     assert last is not None

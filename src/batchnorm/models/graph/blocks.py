@@ -1,7 +1,7 @@
-"""One module's own forward as a graph in which its children are single calls: who reads what, on every input.
+"""Traces the forward of one block as a graph in which each child is a single call.
 
-A whole network often cannot be traced, its blocks nearly always can: control flow, checks of shapes and
-loops sit in the modules above them. What such a graph shows holds for every input, without an example.
+Networks with control flow, checks of shapes or loops cannot be traced as a whole, but most of their blocks
+can. A graph holds for every input, and needs no example.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .hooks import has_hooks, is_forward_replaced
 
 
 class NotTraceableError(Exception):
-    """The forward of a module is no graph; the message says why."""
+    """The forward of a module cannot be traced; the message says why."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """A plain attribute that a forward read: the graph holds for this value of it only."""
+    """A plain attribute that a forward read: the graph holds for this value only."""
 
     path: str
     name: str
@@ -44,9 +44,9 @@ class Block:
     Attributes:
         graph: its calls; a child is one call, unless it is in `inlined`.
         inlined: paths of the children whose own calls are in the graph.
-        reads: plain attributes that it depends on.
-        lists: lists of modules whose children it calls, with the names of all of them.
-        rewritable: "" where another forward can stand in for it, else why not.
+        reads: plain attributes that the graph depends on.
+        lists: lists of modules whose children the forward calls, with the names of all children.
+        rewritable: "" where a rewritten forward can replace this one, else why not.
     """
 
     graph: Graph
@@ -59,16 +59,16 @@ class Block:
 def traced(
     module: nn.Module, inlined: tuple[str, ...] = (), modes: tuple[bool, ...] = (True, False)
 ) -> Block:
-    """Return the forward of a module as a graph. Nothing of the module is run or changed.
+    """Return the forward of a module as a graph; the module itself neither runs nor changes.
 
     Args:
-        module: whose forward.
-        inlined: paths of children whose own calls are to be in the graph.
-        modes: in training, in evaluation or in both, in which it must be the same.
+        module: the block.
+        inlined: paths of children whose own calls shall be in the graph.
+        modes: training, evaluation or both; the graph must be the same in both.
 
     Raises:
-        NotTraceableError: control flow that depends on an input, random numbers, tensors that it keeps in
-            attributes, or a forward that is another in training than in evaluation.
+        NotTraceableError: the forward has control flow that depends on an input, draws random numbers, keeps
+            tensors in attributes, or is another in training than in evaluation.
     """
     if isinstance(module, torch.jit.ScriptModule) or is_forward_replaced(module):
         raise NotTraceableError("it is scripted, or its forward was replaced on the instance")
@@ -89,6 +89,19 @@ def traced(
     constants = {(read.path, read.name): read for read in reads}
     why_not = _rewritable(module, constants.values())
     return Block(graphs[0], inlined, tuple(constants.values()), _lists(module, graphs[0]), why_not)
+
+
+def called(node: Node, module: nn.Module) -> nn.Module | None:
+    """Return the child that a node of the graph of `module` calls; None for any other node."""
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def described(node: Node, module: nn.Module) -> str:
+    """Return what a node of the graph of `module` calls, in words."""
+    child = called(node, module)
+    if child is None:
+        return str(getattr(node.target, "__name__", node.target))
+    return f"{node.target} ({type(child).__name__})"
 
 
 def _has_optional_arguments(module: nn.Module) -> bool:
@@ -150,12 +163,12 @@ def _augmented(function: Any) -> Any:
 
 
 class _Symbol(Proxy):
-    """A symbol that lets no forward ask for its class: the answer to `isinstance(x, Tensor)` would be no."""
+    """A symbol that refuses to tell a forward its class, as `isinstance(x, Tensor)` would be false."""
 
     @property
     def __class__(self) -> Any:
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        if asking.startswith(_TRACING):
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith(_TRACING):
             return type(self)
         raise NotTraceableError("its forward asks for the class of a value")
 
@@ -176,9 +189,9 @@ for _assign in (
 def _shadow(
     module: nn.Module, path: str, inlined: tuple[str, ...], training: bool, reads: list[Read]
 ) -> nn.Module:
-    """Return a stand-in with the same children and tensors, that keeps what a forward assigns to itself.
+    """Return a stand-in for tracing: the same children and tensors, but its own attributes.
 
-    It notes the plain attributes that are read: those become constants of the graph.
+    It records which plain attributes a forward reads, as they become constants of the graph.
     """
     cls = type(module)
     attributes = {k: v.copy() if isinstance(v, (dict, set, list)) else v for k, v in vars(module).items()}
@@ -220,7 +233,7 @@ def _rewritable(module: nn.Module, reads: Iterable[Read]) -> str:
 
 
 def _lists(module: nn.Module, graph: Graph) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return the lists whose children are called, with the names in them: a loop over one is written out."""
+    """Return the module lists whose children are called, with their names: a loop over one is unrolled."""
     parents = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "call_module"}
     lists = {path: module.get_submodule(path) for path in sorted(parents)}
     return tuple((path, tuple(part._modules)) for path, part in lists.items() if isinstance(part, _LISTS))
@@ -228,7 +241,7 @@ def _lists(module: nn.Module, graph: Graph) -> tuple[tuple[str, tuple[str, ...]]
 
 @contextlib.contextmanager
 def _no_random_numbers() -> Iterator[None]:
-    """Raise NotTraceableError if the block draws random numbers, and put the generators back."""
+    """Raise NotTraceableError if the block draws random numbers; restore the generators."""
     before, before_numpy, before_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

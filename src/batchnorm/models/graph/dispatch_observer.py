@@ -33,8 +33,8 @@ class DispatchObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
-    def observing(self) -> Iterator[None]:
-        """Observe what runs within the block."""
+    def following(self) -> Iterator[None]:
+        """Receive what runs within the block."""
         with self, _Functions(self):
             yield
 

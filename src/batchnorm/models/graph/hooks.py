@@ -1,4 +1,4 @@
-"""Whether somebody listens to a module, or replaced its forward: such a module is not bypassed."""
+"""Tells whether a module has hooks or a replaced forward, so that it cannot be bypassed."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def sees_output(module: nn.Module) -> bool:
 
 
 def is_forward_replaced(module: nn.Module) -> bool:
-    """Whether `module.forward` was set on the instance, so that its class no longer says what it computes."""
+    """Whether `forward` was set on the instance, so that the class no longer tells what it computes."""
     return "forward" in module.__dict__

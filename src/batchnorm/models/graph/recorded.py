@@ -58,7 +58,7 @@ class _Recorder(DispatchObserver):  # type: ignore[no-untyped-call]
 
     def run(self, example: Any) -> None:
         own = [*self._model.parameters(), *self._model.buffers()]
-        with self._hooks(), self.observing():
+        with self._hooks(), self.following():
             outputs = call_model(self._model, example)
         self._observe("the model's output", _tensors(outputs))
         known = set(map(id, own))

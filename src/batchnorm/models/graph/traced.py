@@ -1,20 +1,20 @@
-"""The flow of a block's own forward, read off its graph: it holds for every input."""
+"""Reads the flow of a block off the graph of its forward, which holds for every input."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from .blocks import Block
+from .blocks import Block, called, described
 from .flow import Call, Flow, Value
 from .hooks import has_hooks
 
-# They hand on their input as it is in evaluation.
+# In evaluation they return their input.
 IDENTITIES = (
     nn.Identity,
     nn.Dropout,
@@ -33,7 +33,7 @@ _DROPOUTS = (
     F.feature_alpha_dropout,
     torch.dropout,
 )
-_ABOUT = ("size", "dim", "numel", "shape", "dtype", "device", "ndim")  # they tell of a tensor, not its values
+_METADATA = ("size", "dim", "numel", "shape", "dtype", "device", "ndim")
 
 
 def traced_flow(module: nn.Module, block: Block) -> Flow:
@@ -41,18 +41,15 @@ def traced_flow(module: nn.Module, block: Block) -> Flow:
     flow = Flow()
     values: dict[Node, Value] = {}
     for node in block.graph.nodes:
-        if node.op == "placeholder":
+        if node.op == "placeholder" or _is_metadata(node):
             values[node] = Value()
         elif node.op == "get_attr":
-            tensor = operator.attrgetter(str(node.target))(module)
-            flow.read.add(id(tensor))
+            flow.read.add(id(operator.attrgetter(str(node.target))(module)))
             values[node] = Value()
-        elif not _is_about(node):
+        else:
             call = _call(module, node, values)
             flow.calls.append(call)
             values[node] = call.give()
-        else:
-            values[node] = Value()
     return flow
 
 
@@ -60,41 +57,26 @@ def _call(module: nn.Module, node: Node, values: dict[Node, Value]) -> Call:
     reads = [values[read] for read in _read(node)]
     if node.op == "output":
         return Call("the end of its block", None, reads)
-    if node.op != "call_module":
-        name = str(getattr(node.target, "__name__", node.target))
-        return Call(name, None, reads, axes="same" if _is_dropout_in_evaluation(node) else None)
-    child = module.get_submodule(str(node.target))
-    is_plain = type(child) in IDENTITIES and not has_hooks(child)
-    is_first = bool(node.args) and isinstance(node.args[0], Node)
-    called = child if is_first else None  # its input is given by name: nothing is known of it
-    what = f"{node.target} ({type(child).__name__})"
-    return Call(what, called, reads, axes="same" if is_plain and is_first else None)
+    child, what = called(node, module), described(node, module)
+    if child is None:
+        return Call(what, None, reads, axes="same" if _is_dropout_in_evaluation(node) else None)
+    if not node.args or not isinstance(node.args[0], Node):  # which of its keyword arguments is its input?
+        return Call(what, None, reads)
+    is_identity = type(child) in IDENTITIES and not has_hooks(child)
+    return Call(what, child, reads, axes="same" if is_identity else None)
 
 
 def _read(node: Node) -> list[Node]:
-    """Return what a node reads, once for each time, in the order of its arguments."""
+    """Return what a node reads, in the order of its arguments, with repetitions."""
     found: list[Node] = []
-
-    def visit(part: Any) -> None:
-        if isinstance(part, Node):
-            found.append(part)
-        elif isinstance(part, (tuple, list)):
-            for item in part:
-                visit(item)
-        elif isinstance(part, dict):
-            for item in part.values():
-                visit(item)
-        elif isinstance(part, slice):
-            visit((part.start, part.stop, part.step))
-
-    visit((node.args, node.kwargs))
+    map_arg((node.args, node.kwargs), found.append)
     return found
 
 
-def _is_about(node: Node) -> bool:
+def _is_metadata(node: Node) -> bool:
     if node.op == "call_method":
-        return node.target in _ABOUT
-    return node.op == "call_function" and node.target is getattr and node.args[1] in _ABOUT
+        return node.target in _METADATA
+    return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA
 
 
 def _is_dropout_in_evaluation(node: Node) -> bool:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .kinds import Kind, StockLayer, is_layer, kind_of
+from .kinds import BatchNormBase, Kind, is_layer, kind_of
 
 
-def tracking_norms(model: nn.Module) -> dict[str, StockLayer]:
+def tracking_norms(model: nn.Module) -> dict[str, BatchNormBase]:
     """Return the layers of `model` that keep running statistics, by qualified name, each layer once.
 
     A model that is itself such a layer has none, and goes by its class.
@@ -17,13 +17,15 @@ def tracking_norms(model: nn.Module) -> dict[str, StockLayer]:
     return {
         name or type(module).__name__: module
         for name, module in model.named_modules()
-        if isinstance(module, StockLayer)
+        if isinstance(module, BatchNormBase)
         and module.running_mean is not None
         and module.running_var is not None
     }
 
 
-def split_frozen(norms: dict[str, StockLayer]) -> tuple[dict[str, StockLayer], dict[str, StockLayer]]:
+def split_frozen(
+    norms: dict[str, BatchNormBase],
+) -> tuple[dict[str, BatchNormBase], dict[str, BatchNormBase]]:
     """Return the layers whose statistics no batch moves, and the others."""
     frozen = [n for n, norm in norms.items() if is_layer(norm) and not norm.statistics.moves(True)]
     return {n: norms[n] for n in frozen}, {n: norm for n, norm in norms.items() if n not in frozen}

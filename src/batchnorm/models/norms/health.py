@@ -1,4 +1,4 @@
-"""What is wrong with a layer's statistics and parameters, in a few words."""
+"""Diagnoses the statistics and parameters of a batch normalization."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _HUGE = 1e12  # a variance above: values near 1e6, where the input is more likel
 
 
 def health(norm: nn.Module) -> tuple[str, ...]:
-    """Return what is wrong with a batch normalization; nothing where nothing is.
+    """Return the defects of a batch normalization, () where there is none.
 
-    Looks for running statistics that were never updated, NaN or inf, variances that are zero, negative or
+    These are running statistics that were never updated, NaN or inf, variances that are zero, negative or
     above 1e12, and weights that are zero (dead channels).
     """
     tensors = {

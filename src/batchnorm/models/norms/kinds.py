@@ -29,10 +29,10 @@ STOCK: dict[type[nn.Module], type[nn.Module]] = {ours: stock for stock, ours in 
 TIMM = "timm.layers.norm_act.BatchNormAct2d"
 _FROZEN_TIMM = "timm.layers.norm_act.FrozenBatchNormAct2d"
 _FROZEN = ("torchvision.ops.misc.FrozenBatchNorm2d", "torchvision.ops.FrozenBatchNorm2d", _FROZEN_TIMM)
-# What the layers of this library share, and what torch's do too: private where they are defined.
+# The base of the layers of this library, and that of torch's and ours: private names where they are defined.
 Layer = layers._Layer
 LazyLayer = lazy._Lazy
-StockLayer = _BatchNorm
+BatchNormBase = _BatchNorm
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def kind_of(module: nn.Module) -> Kind | None:
         return Kind(name, "timm", BatchNormAct2d)
     if _is_frozen(name):
         return Kind(name, "frozen", BatchNormAct2d if name == _FROZEN_TIMM else layers.BatchNorm2d)
-    return Kind(name, "other") if issubclass(cls, StockLayer) else None
+    return Kind(name, "other") if issubclass(cls, BatchNormBase) else None
 
 
 def _is_frozen(name: str) -> bool:

@@ -27,9 +27,9 @@ class NormRow:
         name: qualified name in the model; "" for the model itself.
         kind: its class, such as torch.nn.BatchNorm2d.
         policy: which statistics it uses in training: "batch", "batch, untracked", "synchronized", "running",
-            "ghost(size=32)"; and what it does in trouble and for which domain, where that is not the usual.
+            "ghost(size=32)"; and nonfinite, small_batch and domain where they are not the defaults.
         activation: what it applies itself, or None.
-        channels: C; 0 where no input has told it yet.
+        channels: C; 0 if it is not initialized.
         momentum: fraction 0..1 of a batch in the running statistics; None = plain average.
         eps: added to var.
         health: what is wrong with its statistics and parameters; () where nothing is.
@@ -55,7 +55,7 @@ class NormRow:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """The batch normalizations of a model; `print` shows it as a table, in colour by `rich.print`.
+    """The batch normalizations of a model; `print` shows a table, and `rich.print` one in colour.
 
     Attributes:
         title: one sentence.
@@ -69,7 +69,7 @@ class ModelReport:
         return "\n".join([self.title, *(aligned((_HEADER, *map(_cells, self.rows))) if self.rows else ())])
 
     def __rich__(self) -> Any:
-        """Return the table for rich, where a program prints by it."""
+        """Return the table for `rich.print`."""
         from rich.table import Table
         from rich.text import Text
 
@@ -112,8 +112,8 @@ def _cells(row: NormRow) -> tuple[str, ...]:
     return tuple(map(_printable, cells))
 
 
-def describe(found: Found, *, fuses_with: str | None = None, reason: str = "") -> NormRow:
-    """Return the row of a norm as it is now."""
+def describe(found: Found) -> NormRow:
+    """Return the row of a norm as it is now, without what `fuse` and `fold` would do with it."""
     norm = found.module
     kind = found.kind
     activation = getattr(norm, "activation", None) if is_ours(norm) else None
@@ -130,8 +130,6 @@ def describe(found: Found, *, fuses_with: str | None = None, reason: str = "") -
         None if momentum is None else float(momentum),
         float(getattr(norm, "eps", 0.0)),
         health(norm),
-        fuses_with,
-        reason,
     )
 
 
@@ -154,7 +152,7 @@ def _policy(found: Found) -> str:
 
 
 def _in_brief(policy: Policy) -> str:
-    """Return `ghost(size=32)`: the name of a policy, and the parameters that are not the usual ones."""
+    """Return the name of a policy and its parameters that are not the defaults, as `ghost(size=32)`."""
     shown = []
     for field in fields(policy):  # type: ignore[arg-type]  # every policy is a dataclass
         value = getattr(policy, field.name)
@@ -168,7 +166,7 @@ def _channels(norm: nn.Module) -> int:
         tensor = getattr(norm, name, None)
         if tensor is not None and not is_lazy(tensor):
             return int(tensor.numel())
-    return int(getattr(norm, "num_features", 0))  # of a layer without tensors
+    return int(getattr(norm, "num_features", 0))  # a layer without tensors
 
 
 def _printable(text: str) -> str:

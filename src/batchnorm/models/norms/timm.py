@@ -1,4 +1,4 @@
-"""What `timm.layers.BatchNormAct2d` becomes: our layer, with the modules that timm's keeps inside."""
+"""Defines the counterpart of `timm.layers.BatchNormAct2d`, with the modules that timm's contains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .activations import module_activation
 
 
 class BatchNormAct2d(BatchNorm2d):
-    """Our BatchNorm2d with timm's `drop` and `act` behind it; one pass where the two allow it."""
+    """Our BatchNorm2d with timm's `drop` and `act` behind it, in one pass where these can be fused."""
 
     drop: nn.Module
     act: nn.Module
@@ -34,7 +34,7 @@ class BatchNormAct2d(BatchNorm2d):
 
 
 def inner_activation(norm: nn.Module) -> str | None:
-    """Return the activation that can move from `act` into the layer, or None."""
+    """Return the activation of `act` if the layer can apply it, else None."""
     drop, act = norm.drop, norm.act
     assert isinstance(act, nn.Module)
     assert isinstance(drop, nn.Module)
@@ -42,5 +42,5 @@ def inner_activation(norm: nn.Module) -> str | None:
 
 
 def is_bare(norm: nn.Module) -> bool:
-    """Whether neither `drop` nor `act` does anything."""
+    """Whether `drop` and `act` are identities."""
     return all(type(part) is nn.Identity and not has_hooks(part) for part in (norm.drop, norm.act))

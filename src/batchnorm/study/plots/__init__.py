@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from batchnorm.study.plots import layers, multiples, rows
-from batchnorm.study.plots.canvas import Picture
 from batchnorm.study.verdicts.results import Network
+
+from . import layers, multiples, rows
+from .canvas import Picture
 
 __all__ = ["Picture", "illustrate"]
 
@@ -21,7 +22,7 @@ _PICTURES: dict[str, tuple[Callable[[str, Network], Picture | None], ...]] = {
 
 
 def illustrate(network: Network, prefix: str) -> dict[str, tuple[Picture, ...]]:
-    """Draw what there is to show of a network, by the claim that it belongs to.
+    """Draws what there is to show of a network, by the claim that it belongs to.
 
     Args:
         network: the runs of one network.

@@ -12,16 +12,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from batchnorm.statistics.calibration import CalibrationReport, LayerChange
-from batchnorm.study.plots import canvas
-from batchnorm.study.plots.canvas import SOFT, SUBJECT_COLOR, Picture, shown
-from batchnorm.study.plots.rows import ROW
+
+from . import canvas
+from .canvas import SOFT, SUBJECT_COLOR, Picture, shown
+from .rows import ROW
 
 _LEAST = 1e-3  # standard deviations: nearer than that is drawn there
 _WIDTH = 6.3  # inches
 
 
 def draw(report: CalibrationReport, path: str | Path) -> Picture:
-    """Draw a row per layer into an SVG file: means and deviations of its channels against the old ones.
+    """Draws a row per layer into an SVG file: means and deviations of its channels against the old ones.
 
     Raises:
         OptionError: the name of the file does not end in .svg.
@@ -32,7 +33,7 @@ def draw(report: CalibrationReport, path: str | Path) -> Picture:
 
 
 def picture(key: str, report: CalibrationReport) -> Picture:
-    """Return the picture for a page; see `draw`.
+    """Returns the picture for a page; see `draw`.
 
     Args:
         key: unique within the page.
@@ -65,7 +66,7 @@ def picture(key: str, report: CalibrationReport) -> Picture:
 
 
 def _ranges(axes: Axes, values: Sequence[Sequence[float]], layers: Sequence[LayerChange]) -> None:
-    """Draw a row per layer: a line over its channels, thick over their middle half, a dot at the median."""
+    """Draws a row per layer: a line over its channels, thick over their middle half, a dot at the median."""
     axes.set_xscale("log")
     for row, (channels, layer) in enumerate(zip(values, layers, strict=True)):
         low, middle, high = _quartiles(channels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,27 +13,25 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
-from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from batchnorm.errors import OptionError
 from batchnorm.files import write_whole
+from batchnorm.study.verdicts.results import BASELINE, SUBJECT
 
 # Inches. As wide as a phone's screen less its margins: there, one point of text is about one pixel.
 WIDTH = 4.2
 FONT_SIZE = 9.0
 
 # Stand-ins for colours: each becomes a variable to which the page gives a light and a dark value.
-INK, SOFT, GRID = "#100001", "#100002", "#100003"
-SUBJECT_COLOR, BASELINE_COLOR, OTHER_COLOR = "#100004", "#100005", "#100006"
 _VARIABLES = {
-    INK: "var(--ink)",
-    SOFT: "var(--soft)",
-    GRID: "var(--grid)",
-    SUBJECT_COLOR: "var(--subject)",
-    BASELINE_COLOR: "var(--baseline)",
-    OTHER_COLOR: "var(--other)",
+    f"#10000{i}": f"var(--{name})"
+    for i, name in enumerate(("ink", "soft", "grid", "subject", "baseline", "other"), start=1)
 }
+INK, SOFT, GRID, SUBJECT_COLOR, BASELINE_COLOR, OTHER_COLOR = _VARIABLES
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -42,15 +40,11 @@ _STYLE: dict[Any, Any] = {
     "axes.unicode_minus": True,
     "font.family": "DejaVu Sans",  # measures the layout; the page's own font, which is narrower, shows
     "font.size": FONT_SIZE,
-    "axes.titlesize": FONT_SIZE,
-    "axes.labelsize": FONT_SIZE,
-    "xtick.labelsize": FONT_SIZE,
-    "ytick.labelsize": FONT_SIZE,
+    **dict.fromkeys(("axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize"), FONT_SIZE),
     "axes.titlelocation": "left",
-    "text.color": INK,
-    "axes.labelcolor": SOFT,
-    "axes.titlecolor": INK,
-    "axes.edgecolor": SOFT,
+    **dict.fromkeys(("text.color", "axes.titlecolor"), INK),
+    **dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), SOFT),
+    **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), SOFT),
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -58,14 +52,8 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.labelcolor": SOFT,
-    "ytick.labelcolor": SOFT,
     "xtick.major.size": 2.5,
-    "ytick.major.size": 0.0,
-    "xtick.minor.size": 0.0,
-    "ytick.minor.size": 0.0,
+    **dict.fromkeys(("ytick.major.size", "xtick.minor.size", "ytick.minor.size"), 0.0),
     "lines.linewidth": 1.4,
     "lines.markersize": 3.2,
 }
@@ -88,7 +76,7 @@ class Picture:
 def draw(
     key: str, title: str, alt: str, height: float, paint: Callable[[Figure], None], *, width: float = WIDTH
 ) -> Picture:
-    """Paint a figure and return it as a picture.
+    """Paints a figure and return it as a picture.
 
     Args:
         key: unique within the page; every id in the SVG starts with it.
@@ -110,7 +98,7 @@ def draw(
 
 
 def save(picture: Picture, path: Path) -> None:
-    """Write a picture to an SVG file of its own, with the report's colours, light and dark.
+    """Writes a picture to an SVG file of its own, with the report's colours, light and dark.
 
     Raises:
         OptionError: the name of the file does not end in .svg.
@@ -126,16 +114,33 @@ def save(picture: Picture, path: Path) -> None:
 
 
 def shown(name: str, limit: int = 22) -> str:
-    """A name as it fits into a picture: in one line, shortened in the middle."""
+    """Returns a name as it fits into a picture: in one line, shortened in the middle."""
     text = _CONTROL.sub(" ", name)
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-(limit // 2 - 1) :]}"
 
 
-def labelled(axes: Axes, *, x: str = "", y: str = "") -> None:
-    """Name the axes; the vertical name stands level at the top, where it can be read."""
-    axes.set_xlabel(x, loc="right")
-    if y:
-        axes.set_title(y, color=SOFT)
+def color_of(arm: str) -> str:
+    """Returns the colour that stands for an arm throughout a report."""
+    return {SUBJECT: SUBJECT_COLOR, BASELINE: BASELINE_COLOR}.get(arm, OTHER_COLOR)
+
+
+def ticks(axis: Axis, most: int, show: str | Callable[[float], str], **places: Any) -> None:
+    """Puts at most so many ticks on an axis.
+
+    Args:
+        axis: of a plot.
+        most: how many spaces between ticks there may be.
+        show: how a number is written: a function, or a format of `x`.
+        places: of `MaxNLocator`: `integer` or `steps`.
+    """
+    axis.set_major_locator(MaxNLocator(most, **places))
+    axis.set_major_formatter(show if isinstance(show, str) else FuncFormatter(lambda x, _: show(x)))
+
+
+def legend(figure: Figure, lines: Sequence[Line2D], columns: int, length: float) -> None:
+    """Names lines above a figure, each behind a piece of it as long as `length` letters."""
+    layout = {"ncols": columns, "handlelength": length, "columnspacing": 1.2}
+    figure.legend(handles=lines, loc="outside upper left", frameon=False, **layout)
 
 
 def _inline(svg: str, key: str, title: str, alt: str) -> str:
@@ -151,14 +156,9 @@ def _inline(svg: str, key: str, title: str, alt: str) -> str:
         for style in defs.findall("style"):
             defs.remove(style)
     root.attrib.clear()
-    root.attrib.update(
-        {
-            "viewBox": f"0 0 {width:g} {height:g}",
-            "role": "img",
-            "aria-labelledby": f"{key}-title {key}-desc",
-            "class": "plot",
-        }
-    )
+    labels = f"{key}-title {key}-desc"
+    view = f"0 0 {width:g} {height:g}"
+    root.attrib.update({"viewBox": view, "role": "img", "aria-labelledby": labels, "class": "plot"})
     for place, (tag, text) in enumerate((("title", title), ("desc", alt))):
         element = ElementTree.Element(tag, {"id": f"{key}-{tag}"})
         element.text = _CONTROL.sub(" ", text)

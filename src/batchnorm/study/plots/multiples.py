@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from batchnorm.study.plots.canvas import (
-    BASELINE_COLOR,
-    OTHER_COLOR,
-    SOFT,
-    SUBJECT_COLOR,
-    Picture,
-    draw,
-    shown,
-)
+from batchnorm.study.records import Epoch
 from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.arms import BASELINE, SUBJECT
-from batchnorm.study.verdicts.results import Epoch, Network, Run, Sample
+from batchnorm.study.verdicts.results import BASELINE, SUBJECT, Network, Sample, sample
+
+from .canvas import OTHER_COLOR, SOFT, Picture, color_of, draw, legend, shown, ticks
 
 COLUMNS = 2
 
 
-@dataclass(frozen=True)
-class Band:
-    """Mean and spread over seeds of one arm's curve."""
-
-    x: tuple[float, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+Band = dict[float, Sample]  # an arm's curve: values over seeds, by x
 
 
 def accuracy_curves(key: str, network: Network) -> Picture | None:
@@ -42,7 +29,7 @@ def accuracy_curves(key: str, network: Network) -> Picture | None:
     bands = _over_epochs(network, lambda epoch: epoch.test_accuracy)
     if not bands:
         return None
-    ends = "; ".join(f"{arm} {q.percent(band.mean[-1])}" for arm, band in bands.items())
+    ends = "; ".join(f"{arm} {q.percent(_means(band)[-1])}" for arm, band in bands.items())
     alt = f"Held-out accuracy of {network.name} by epoch, each arm at its best rate. At the end: {ends}."
 
     def decorate(axes: Axes) -> None:
@@ -57,17 +44,16 @@ def loss_curves(key: str, network: Network) -> Picture | None:
     bands = _over_epochs(network, lambda epoch: epoch.train_loss)
     if not bands:
         return None
-    ends = "; ".join(f"{arm} {q.significant(band.mean[-1], 2)}" for arm, band in bands.items())
+    ends = "; ".join(f"{arm} {q.significant(_means(band)[-1], 2)}" for arm, band in bands.items())
     alt = f"Training loss of {network.name} by epoch, each arm at its best rate. At the end: {ends}."
-    values = [mean for band in bands.values() for mean in band.mean]
+    values = [mean for band in bands.values() for mean in _means(band)]
     logarithmic = min(values) > 0 and max(values) / min(values) > 10
 
     def decorate(axes: Axes) -> None:
         if logarithmic:
             log_axis(axes)
         else:
-            axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ticks(axes.yaxis, 4, "{x:g}", steps=[1, 2, 5, 10])
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
     title = "Training loss, by epoch" + (", log scale" if logarithmic else "")
@@ -78,20 +64,18 @@ def accuracy_by_rate(key: str, network: Network) -> Picture | None:
     """Held-out accuracy at the end against the learning rate."""
     if len(network.rates) < 2:
         return None
-    bands = {arm: _over_rates(network, arm) for arm in network.arms}
-    bands = {arm: band for arm, band in bands.items() if band.x}
+    bands = _bands(
+        network,
+        lambda arm: {rate: sample(network.at(arm, rate), "accuracy").values for rate in network.rates},
+    )
     if not bands:
         return None
     parts = [
-        f"{arm} "
-        + ", ".join(
-            f"{q.percent(mean)} at {q.rate(rate)}" for rate, mean in zip(band.x, band.mean, strict=True)
-        )
+        f"{arm} {', '.join(f'{q.percent(sample.mean)} at {q.rate(x)}' for x, sample in band.items())}"
         for arm, band in bands.items()
     ]
     alt = f"Held-out accuracy of {network.name} at the end of training, by learning rate. {'; '.join(parts)}."
-    lost = network.diverged()
-    if lost:
+    if lost := network.diverged():
         alt += f" {q.counted(lost, 'run')} diverged and stand at 0."
 
     def decorate(axes: Axes) -> None:
@@ -109,7 +93,7 @@ def accuracy_by_rate(key: str, network: Network) -> Picture | None:
 
 
 def log_axis(axes: Axes) -> None:
-    """A logarithmic vertical axis, labelled without markup; to be called when everything is drawn."""
+    """Makes the vertical axis logarithmic, labelled without markup; called when everything is drawn."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     exponents = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
@@ -163,17 +147,20 @@ def _picture(
 
 
 def _line(axes: Axes, band: Band, arm: str, *, leading: bool) -> None:
-    color, style = {SUBJECT: (SUBJECT_COLOR, "-"), BASELINE: (BASELINE_COLOR, (0, (4, 2)))}.get(
-        arm, (OTHER_COLOR, "-")
-    )
-    marker = "o" if leading else ""
-    axes.plot(
-        band.x, band.mean, color=color, linestyle=style, marker=marker, linewidth=1.6 if leading else 0.9
-    )
-    if leading and all(map(math.isfinite, band.std)):
-        low = [mean - std for mean, std in zip(band.mean, band.std, strict=True)]
-        high = [mean + std for mean, std in zip(band.mean, band.std, strict=True)]
-        axes.fill_between(band.x, low, high, color=color, alpha=0.22, linewidth=0)
+    marker, width = ("o", 1.6) if leading else ("", 0.9)
+    x, color, style = list(band), color_of(arm), _style(arm)
+    axes.plot(x, _means(band), color=color, linestyle=style, marker=marker, linewidth=width)
+    if leading and all(math.isfinite(sample.std) for sample in band.values()):
+        low, high = ([sample.mean + side * sample.std for sample in band.values()] for side in (-1, 1))
+        axes.fill_between(x, low, high, color=color, alpha=0.22, linewidth=0)
+
+
+def _means(band: Band) -> list[float]:
+    return [sample.mean for sample in band.values()]
+
+
+def _style(arm: str) -> Literal["-"] | tuple[float, Sequence[float]]:
+    return (0, (4, 2)) if arm == BASELINE else "-"
 
 
 def _name_the_bottom(panels: Sequence[Axes], has_wide: bool, x: str) -> None:
@@ -187,51 +174,38 @@ def _name_the_bottom(panels: Sequence[Axes], has_wide: bool, x: str) -> None:
 
 
 def _legend(figure: Figure, references: Sequence[str]) -> None:
-    lines = [
-        Line2D([], [], color=SUBJECT_COLOR, label=SUBJECT),
-        Line2D([], [], color=BASELINE_COLOR, linestyle=(0, (4, 2)), label=BASELINE),
-        Line2D([], [], color=OTHER_COLOR, marker="o", label="the panel's arm"),
-    ]
-    kept = [line for line in lines if line.get_label() in (*references, "the panel's arm")]
-    figure.legend(
-        handles=kept, loc="outside upper left", ncols=3, frameon=False, handlelength=2.2, columnspacing=1.2
-    )
+    lines = [Line2D([], [], color=color_of(arm), linestyle=_style(arm), label=arm) for arm in references]
+    legend(figure, [*lines, Line2D([], [], color=OTHER_COLOR, marker="o", label="the panel's arm")], 3, 2.2)
 
 
 def _percent_axis(axes: Axes) -> None:
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    ticks(axes.yaxis, 4, lambda value: f"{100 * value:g} %", steps=[1, 2, 2.5, 5, 10])
 
 
 def _apart(rates: Sequence[float]) -> Sequence[float]:
-    """The rates to be named under the axis: all, or first and last where their names would touch."""
+    """Returns the rates to name under the axis: all, or first and last where names would touch."""
     span = math.log(rates[-1]) - math.log(rates[0])
     gaps = [(math.log(b) - math.log(a)) / span for a, b in pairwise(rates)]
     return rates if min(gaps) > 0.3 else (rates[0], rates[-1])
 
 
 def _over_epochs(network: Network, measure: Callable[[Epoch], float]) -> dict[str, Band]:
+    def values(arm: str) -> dict[float, list[float]]:
+        found: dict[float, list[float]] = {}
+        for run in network.at_best(arm).values():
+            for epoch in run.epochs:
+                found.setdefault(epoch.epoch, []).append(measure(epoch))
+        return found
+
+    return _bands(network, values)
+
+
+def _bands(network: Network, values: Callable[[str], Mapping[float, Sequence[float]]]) -> dict[str, Band]:
+    """Returns the band of each arm that has finite values, which are given by x."""
     bands = {}
     for arm in network.arms:
-        runs = network.at_best(arm).values()
-        found: dict[float, list[float]] = {}
-        for run in runs:
-            for epoch in run.epochs:
-                found.setdefault(epoch.number, []).append(measure(epoch))
-        band = _band(found)
-        if band.x:
-            bands[arm] = band
+        samples = {x: Sample(found) for x, found in sorted(values(arm).items()) if math.isfinite(x)}
+        kept = {x: sample for x, sample in samples.items() if sample.finite}
+        if kept:
+            bands[arm] = kept
     return bands
-
-
-def _over_rates(network: Network, arm: str) -> Band:
-    def accuracies(runs: Mapping[int, Run]) -> list[float]:
-        return [run.accuracy for run in runs.values()]
-
-    return _band({rate: accuracies(network.at(arm, rate)) for rate in network.rates})
-
-
-def _band(values: Mapping[float, list[float]]) -> Band:
-    samples = {x: Sample(tuple(found)) for x, found in sorted(values.items()) if math.isfinite(x)}
-    kept = {x: sample for x, sample in samples.items() if sample.finite}
-    return Band(tuple(kept), tuple(s.mean for s in kept.values()), tuple(s.std for s in kept.values()))

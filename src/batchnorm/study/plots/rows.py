@@ -8,24 +8,14 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from batchnorm.study.plots.canvas import (
-    BASELINE_COLOR,
-    GRID,
-    INK,
-    OTHER_COLOR,
-    SOFT,
-    SUBJECT_COLOR,
-    Picture,
-    draw,
-    shown,
-)
 from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.arms import BASELINE, SUBJECT, is_normalized
-from batchnorm.study.verdicts.results import KINDS_OF_TEST_STATISTICS, NAN, Network, Sample
+from batchnorm.study.verdicts.results import SUBJECT, Network, Sample, is_normalized, sample
+from batchnorm.study.verdicts.serving import accuracies_at_test_time
 from batchnorm.study.verdicts.significance import MINIMAL_ACCURACY, Comparison
 from batchnorm.study.verdicts.training import accuracy_against, reached
+
+from .canvas import GRID, INK, SOFT, SUBJECT_COLOR, Picture, color_of, draw, shown, ticks
 
 ROW = 0.235
 
@@ -44,12 +34,10 @@ def steps_to_target(key: str, network: Network) -> Picture | None:
     rows = []
     for arm in network.arms:
         runs = network.at_best(arm)
-        sample = Sample(tuple(run.steps_to_target for run in runs.values()))
-        got_there = reached(runs)
-        note = q.spread(sample, q.count) if got_there else "not reached"
-        if 0 < got_there < len(runs):
-            note = f"{note} ({got_there}/{len(runs)})"
-        rows.append(Row(arm, sample, note))
+        steps, got_there = sample(runs, "steps_to_target"), reached(runs)
+        note = q.spread(steps, q.count) if got_there else "not reached"
+        some = f" ({got_there}/{len(runs)})" if 0 < got_there < len(runs) else ""
+        rows.append(Row(arm, steps, note + some))
     if not any(row.sample.finite for row in rows):
         return None
     target = q.percent(network.target)
@@ -60,19 +48,11 @@ def steps_to_target(key: str, network: Network) -> Picture | None:
         _dots(axes, rows)
         for i, row in enumerate(rows):
             if len(row.sample.finite) < len(row.sample.values):
-                shade = _color(row.name)
-                axes.plot(
-                    [network.length],
-                    [i],
-                    color=shade,
-                    marker=">",
-                    markersize=5,
-                    fillstyle="none",
-                    clip_on=False,
-                )
+                shade, x = color_of(row.name), [network.length]
+                axes.plot(x, [i], ">", color=shade, markersize=5, fillstyle="none", clip_on=False)
         axes.set_xlim(0, network.length)
         axes.set_xlabel("training steps", loc="right")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
 
     return draw(key, f"Steps to {target} held-out accuracy", alt, _height(len(rows)), paint)
 
@@ -81,11 +61,10 @@ def statistics_at_test_time(key: str, network: Network) -> Picture | None:
     """Held-out accuracy under batch, running and calibrated statistics, at the best rate."""
     panels = {}
     for arm in filter(is_normalized, network.arms):
-        runs = [run for run in network.at_best(arm).values() if not run.diverged]
-        rows = []
-        for kind in KINDS_OF_TEST_STATISTICS:
-            sample = Sample(tuple(run.test_time.get(kind, NAN) for run in runs))
-            rows.append(Row(kind, sample, q.spread(sample, q.percent)))
+        found = accuracies_at_test_time(network.at_best(arm))
+        rows = [
+            Row(kind, Sample(values), q.spread(Sample(values), q.percent)) for kind, values in found.items()
+        ]
         if any(row.sample.finite for row in rows):
             panels[arm] = rows
     if not panels:
@@ -98,8 +77,7 @@ def statistics_at_test_time(key: str, network: Network) -> Picture | None:
         for axes, (arm, rows) in zip(grid[:, 0], panels.items(), strict=True):
             _dots(axes, rows, color=SUBJECT_COLOR)
             axes.set_title(shown(arm), weight="bold")
-            axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+            ticks(axes.xaxis, 4, lambda value: f"{100 * value:.4g} %", steps=[1, 2, 2.5, 5, 10])
         _at_least_wide(grid[0, 0], 2 * MINIMAL_ACCURACY)  # for all: they share the axis, and all is drawn
         grid[-1, 0].set_xlabel("held-out accuracy", loc="right")
 
@@ -125,7 +103,7 @@ def differences(key: str, network: Network) -> Picture | None:
         axes.axvline(0, color=SOFT, linewidth=0.8)
         for i, (arm, comparison) in enumerate(found.items()):
             mean, half = 100 * comparison.mean, 100 * comparison.half_width
-            color = BASELINE_COLOR if arm == BASELINE else OTHER_COLOR
+            color = color_of(arm)
             if math.isfinite(half):
                 axes.plot([mean - half, mean + half], [i, i], color=color, linewidth=2.2, alpha=0.55)
             axes.plot([mean], [i], color=color, marker="o", markersize=5)
@@ -138,15 +116,15 @@ def differences(key: str, network: Network) -> Picture | None:
 
 
 def _reach(comparisons: Sequence[Comparison]) -> tuple[float, float]:
-    """How far an axis of differences goes: to the ends of the intervals, but not endlessly far."""
+    """Returns the ends of an axis of differences: those of the intervals, within a limit."""
     most = 2.5 * max(3 * MINIMAL_ACCURACY, *(abs(comparison.mean) for comparison in comparisons))
-    ends = [
-        comparison.mean + side * (comparison.half_width if math.isfinite(comparison.half_width) else 0)
-        for comparison in comparisons
-        for side in (-1, 1)
+    least = 2 * MINIMAL_ACCURACY
+    halves = [
+        0.0 if math.isnan(comparison.half_width) else comparison.half_width for comparison in comparisons
     ]
-    left = max(min(*ends, -2 * MINIMAL_ACCURACY), -most)
-    right = min(max(*ends, 2 * MINIMAL_ACCURACY), most)
+    pairs = list(zip(comparisons, halves, strict=True))
+    left = max(min(-least, *(comparison.mean - half for comparison, half in pairs)), -most)
+    right = min(max(least, *(comparison.mean + half for comparison, half in pairs)), most)
     margin = 0.05 * (right - left)
     return left - margin, right + margin
 
@@ -159,11 +137,10 @@ def cost(key: str, network: Network) -> Picture | None:
     )
     columns = []
     for name, metric, unit, show in kinds:
-        samples = [network.summary.get(arm, {}).get(metric, Sample(())) for arm in network.arms]
-        if any(sample.median > 0 for sample in samples):
-            columns.append(
-                (name, unit, [Row(a, s, show(s.median)) for a, s in zip(network.arms, samples, strict=True)])
-            )
+        samples = {arm: getattr(network.summary(arm), metric) for arm in network.arms}
+        rows = [Row(arm, measured, show(measured.median)) for arm, measured in samples.items()]
+        if any(row.sample.median > 0 for row in rows):
+            columns.append((name, unit, rows))
     if not columns:
         return None
     told = ". ".join(f"{name.partition(',')[0].capitalize()}: {_told(rows)}" for name, _, rows in columns)
@@ -174,14 +151,11 @@ def cost(key: str, network: Network) -> Picture | None:
         for axes, (name, unit, rows) in zip(grid[0], columns, strict=True):
             for i, row in enumerate(rows):
                 middle = row.sample.median / unit
-                if math.isfinite(middle):
-                    axes.barh(i, middle, height=0.5, color=_color(row.name), alpha=0.75)
-                end = (middle if math.isfinite(middle) else 0, i)
-                text = q.significant(middle, 3)
-                axes.annotate(text, end, (3, 0), textcoords="offset points", va="center", color=INK)
+                text, end = q.significant(middle, 3), middle if math.isfinite(middle) else 0
+                axes.barh(i, end, height=0.5, color=color_of(row.name), alpha=0.75)
+                axes.annotate(text, (end, i), (3, 0), textcoords="offset points", va="center", color=INK)
             axes.set_xlim(0, 1.45 * max(row.sample.median for row in rows if row.sample.finite) / unit)
-            axes.xaxis.set_major_locator(MaxNLocator(2))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ticks(axes.xaxis, 2, "{x:g}")
             axes.set_title(name)
             _rows_of(axes, [row.name for row in rows])
 
@@ -191,8 +165,8 @@ def cost(key: str, network: Network) -> Picture | None:
 def _dots(axes: Axes, rows: Sequence[Row], color: str | None = None) -> None:
     for i, row in enumerate(rows):
         values = row.sample.finite
-        shade = color or _color(row.name)
-        axes.plot(values, [i] * len(values), color=shade, marker="o", markersize=5, linestyle="", alpha=0.45)
+        shade = color or color_of(row.name)
+        axes.plot(values, [i] * len(values), "o", color=shade, markersize=5, alpha=0.45)
         if values:
             axes.plot([row.sample.mean], [i], color=shade, marker="|", markersize=11, markeredgewidth=2)
         _note(axes, i, row.note)
@@ -218,10 +192,6 @@ def _at_least_wide(axes: Axes, width: float) -> None:
     low, high = axes.get_xlim()
     missing = max(0.0, width - (high - low)) / 2
     axes.set_xlim(low - missing, high + missing)
-
-
-def _color(arm: str) -> str:
-    return {SUBJECT: SUBJECT_COLOR, BASELINE: BASELINE_COLOR}.get(arm, OTHER_COLOR)
 
 
 def _height(rows: int) -> float:

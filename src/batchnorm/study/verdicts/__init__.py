@@ -1,16 +1,20 @@
 """Verdicts: one per claim, in plain words with numbers, and only for what a study measured."""
 
-from batchnorm.study.verdicts.internals import drift, gradients
-from batchnorm.study.verdicts.results import Network, Study, read
-from batchnorm.study.verdicts.serving import cost, statistics_at_test_time
-from batchnorm.study.verdicts.significance import RULE, Claim, Comparison, Grade
-from batchnorm.study.verdicts.training import faster, generalizes, larger_rates
+from .internals import drift, gradients
+from .results import Network, Study, read
+from .serving import cost, statistics_at_test_time
+from .significance import RULE, Claim, Comparison, Grade
+from .training import faster, generalizes, larger_rates
 
 __all__ = ["RULE", "Claim", "Comparison", "Grade", "Network", "Study", "judge", "read"]
 
-_CLAIMS = (faster, larger_rates, generalizes, gradients, drift, statistics_at_test_time, cost)
+# Those of batch normalization against the plain network take the runs of both, each at its best rate.
+_OF_PAIR = (faster, larger_rates, gradients, drift, cost)
+_ALONE = (generalizes, statistics_at_test_time)
 
 
 def judge(network: Network) -> tuple[Claim, ...]:
-    """The claims that this network's runs measured, graded."""
-    return tuple(claim for make in _CLAIMS if (claim := make(network)) is not None)
+    """Returns the claims that this network's runs measured, graded."""
+    claims = [make(network, *network.pair) for make in _OF_PAIR] if network.pair else []
+    claims += [make(network) for make in _ALONE]
+    return tuple(claim for claim in claims if claim is not None)

@@ -6,7 +6,8 @@ import math
 from typing import Protocol
 
 from batchnorm.study.options import shown_number
-from batchnorm.study.verdicts.results import Sample
+
+from .results import Sample
 
 MISSING = "–"
 MINUS = "\N{MINUS SIGN}"
@@ -17,24 +18,21 @@ class Show(Protocol):
     """How a kind of quantity is written; `like` makes it match another value's unit and decimals."""
 
     def __call__(self, value: float, like: float | None = None, /) -> str:
-        """The value in words, or a dash."""
+        """Returns the value in words, or a dash."""
 
 
-def percent(fraction: float, like: float | None = None, /) -> str:
+def percent(fraction: float, _: float | None = None, /) -> str:
     """0.9512 -> "95.1 %"."""
-    del like
     return f"{_fixed(100 * fraction, 1)}{SPACE}%" if math.isfinite(fraction) else MISSING
 
 
-def points(fraction: float, like: float | None = None, /) -> str:
+def points(fraction: float, _: float | None = None, /) -> str:
     """0.0123 -> "+1.2 points": a difference between two percentages."""
-    del like
     return f"{_fixed(100 * fraction, 1, sign=True)}{SPACE}points" if math.isfinite(fraction) else MISSING
 
 
-def count(value: float, like: float | None = None, /) -> str:
+def count(value: float, _: float | None = None, /) -> str:
     """1234.4 -> "1,234"."""
-    del like
     return _fixed(value, 0) if math.isfinite(value) else MISSING
 
 
@@ -44,7 +42,7 @@ def times(ratio: float, like: float | None = None, /) -> str:
 
 
 def significant(value: float, digits: int, like: float | None = None) -> str:
-    """The value to a number of significant digits, in plain notation, or in powers of ten far from 1."""
+    """Returns the value to a number of significant digits, in powers of ten far from 1."""
     if not math.isfinite(value):
         return MISSING
     measure = value if like is None else like
@@ -64,7 +62,7 @@ def power_of_ten(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """A learning rate, without noughts to spare: 0.001, 3e−05."""
+    """0.001 -> "0.001", 3e-5 -> "3e−05": a learning rate."""
     return shown_number(value).replace("-", MINUS) if math.isfinite(value) else MISSING
 
 
@@ -91,7 +89,7 @@ def megabytes(size: float, like: float | None = None, /) -> str:
 
 
 def spread(sample: Sample, show: Show) -> str:
-    """Mean ± standard deviation in one unit: "95.1 ± 0.3 %"; without the spread if there is one value."""
+    """Returns mean ± standard deviation in one unit: "95.1 ± 0.3 %"; for one value, only that."""
     mean, std = sample.mean, sample.std
     if not (math.isfinite(mean) and math.isfinite(std)):
         return show(mean)
@@ -99,14 +97,14 @@ def spread(sample: Sample, show: Show) -> str:
 
 
 def span(first: str, second: str, link: str) -> str:
-    """Two numbers with a link between, and their unit once: "+0.4 to +1.6 points"."""
+    """Returns two numbers with a link between, and their unit once: "+0.4 to +1.6 points"."""
     number, _, unit = first.partition(SPACE)
     return f"{number if second.endswith(f'{SPACE}{unit}') else first}{link}{second}"
 
 
-def listed(items: list[str]) -> str:
+def listed(items: list[str], link: str = "and") -> str:
     """["a", "b", "c"] -> "a, b and c"."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
+    return f" {link} ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
 
 
 def counted(number: int, noun: str) -> str:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from statistics import median
 
-from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.arms import BASELINE, SUBJECT, has_pair
-from batchnorm.study.verdicts.results import NAN, Drift, Network, Run, Sample
-from batchnorm.study.verdicts.significance import (
-    MINIMAL_LOG_DRIFT,
-    MINIMAL_LOG_GRADIENT,
-    Claim,
-    Comparison,
-    compare,
-)
-from batchnorm.study.verdicts.training import hardly_trains
+from batchnorm.study.records import NAN, Moments, Run
+
+from . import formatting as q
+from .results import BASELINE, Network, Runs, Sample
+from .significance import MINIMAL_LOG_DRIFT, MINIMAL_LOG_GRADIENT, Claim, Comparison, compare
+from .training import hardly_trains
 
 # With fewer layers than this there is no depth for a gradient to vanish in.
 DEEP = 4
 # The smallest gradient norm that float32 can hold: stands in for an exact zero under the logarithm.
 SMALLEST = 1.4e-45
 
+_HARDLY_TRAINS = (
+    "Without batch normalization this network hardly trains: how far its inputs move then says little."
+)
 _NOT_THE_CAUSE = (
     "Steadier inputs need not be why a network trains well: Santurkar et al. (2018, arXiv:1805.11604) could "
     "have one without the other."
@@ -29,33 +27,27 @@ _NOT_THE_CAUSE = (
 
 
 def log_gradient_ratio(run: Run) -> float:
-    """Median over steps of log(gradient norm of the first layer / of the last), NaN if not recorded."""
-    layers = list(run.gradients.values())
+    """Returns the median over steps of log(gradient norm of the first layer / of the last)."""
+    layers = list(run.gradient_norm.layers.values())
     if len(layers) < 2:
         return NAN
-    pairs = zip(layers[0].values, layers[-1].values, strict=True)
     ratios = [
         math.log(max(first, SMALLEST) / max(last, SMALLEST))
-        for first, last in pairs
+        for first, last in zip(layers[0], layers[-1], strict=True)
         if math.isfinite(first) and math.isfinite(last) and max(first, last) > 0
     ]
     return median(ratios) if ratios else NAN
 
 
-def gradients(network: Network) -> Claim | None:
-    """How evenly the gradient reaches the first layer and the last."""
-    if not has_pair(network):
-        return None
-    ours, theirs = network.at_best(SUBJECT), network.at_best(BASELINE)
-    depth = min((len(run.gradients) for run in (*ours.values(), *theirs.values())), default=0)
+def gradients(_: Network, ours: Runs, theirs: Runs) -> Claim | None:
+    """Judges how evenly the gradient reaches the first layer and the last."""
+    depth = min((len(run.gradient_norm.layers) for run in (*ours.values(), *theirs.values())), default=0)
     comparison = compare(
         ours, theirs, lambda run: -abs(log_gradient_ratio(run)), minimal=MINIMAL_LOG_GRADIENT
     )
     if depth < DEEP or not comparison.n:
         return None
-    with_it, without = (
-        _typical([log_gradient_ratio(run) for run in runs.values()]) for runs in (ours, theirs)
-    )
+    with_it, without = (typical_gradient_ratio(runs) for runs in (ours, theirs))
     word = comparison.leans("More even with it", "Less even with it", "No clear difference")
     answer = (
         f"As the median over training ({depth} layers, best rates), the gradient of the first "
@@ -75,22 +67,25 @@ def gradients(network: Network) -> Claim | None:
     )
 
 
+def typical_gradient_ratio(runs: Runs) -> float:
+    """Returns gradient norm of the first layer / of the last: the geometric mean over runs."""
+    logs = Sample([log_gradient_ratio(run) for run in runs.values()])
+    return math.exp(logs.mean)
+
+
 def total_drift(run: Run) -> float:
-    """Mean over layers of how far their inputs are from where they started, in units of their spread."""
-    if run.diverged:
-        return NAN
-    found = [layer_drift(drift) for drift in moving_layers(run).values()]
-    finite = [value for value in found if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else NAN
+    """Returns the mean over layers of how far their inputs are from the start, in units of their spread."""
+    found = Sample([layer_drift(moments) for moments in moving_layers(run).values()])
+    return NAN if run.diverged else found.mean
 
 
-def moving_layers(run: Run) -> dict[str, Drift]:
-    """Layers whose input can drift: all but the first, whose input is the data."""
-    return dict(list(run.drift.items())[1:])
+def moving_layers(run: Run) -> dict[str, Moments]:
+    """Returns the layers whose input can drift: all but the first, whose input is the data."""
+    return dict(list(run.input_drift.layers.items())[1:])
 
 
-def layer_drift(drift: Drift) -> float:
-    """Distance of (mean, spread) from the first recording, averaged over the others, over the mean spread."""
+def layer_drift(drift: Moments) -> float:
+    """Returns the mean distance of (mean, spread) from the first one, in units of the mean spread."""
     moments = [(m, s) for m, s in zip(drift.mean, drift.std, strict=True) if math.isfinite(m + s)]
     if len(moments) < 2:
         return NAN
@@ -100,11 +95,8 @@ def layer_drift(drift: Drift) -> float:
     return sum(away) / len(away) / scale if scale > 0 else NAN
 
 
-def drift(network: Network) -> Claim | None:
-    """How far the distribution of the layers' inputs moves during training."""
-    if not has_pair(network):
-        return None
-    ours, theirs = network.at_best(SUBJECT), network.at_best(BASELINE)
+def drift(network: Network, ours: Runs, theirs: Runs) -> Claim | None:
+    """Judges how far the distribution of the layers' inputs moves during training."""
 
     def minus_log_drift(run: Run) -> float:
         moved = total_drift(run)
@@ -113,7 +105,7 @@ def drift(network: Network) -> Claim | None:
     comparison = compare(ours, theirs, minus_log_drift, minimal=MINIMAL_LOG_DRIFT)
     if not comparison.n:
         return None
-    samples = [Sample(tuple(total_drift(run) for run in runs.values())) for runs in (ours, theirs)]
+    samples = [Sample([total_drift(run) for run in runs.values()]) for runs in (ours, theirs)]
     with_it, without = (q.spread(sample, q.times) for sample in samples)
     word = comparison.leans("They move less", "They move more", "No clear difference")
     answer = (
@@ -133,28 +125,13 @@ def drift(network: Network) -> Claim | None:
             "lets the inputs of layers move as much",
         ),
         answer=answer,
-        details=(*_hardly_learns(network), _NOT_THE_CAUSE),
+        details=((_HARDLY_TRAINS,) if hardly_trains(network, BASELINE) else ()) + (_NOT_THE_CAUSE,),
     )
 
 
-def _hardly_learns(network: Network) -> list[str]:
-    if not hardly_trains(network, BASELINE):
-        return []
-    return [
-        "Without batch normalization this network hardly trains: how far its inputs move then says little."
-    ]
-
-
-def _typical(logs: list[float]) -> float:
-    finite = [value for value in logs if math.isfinite(value)]
-    return math.exp(sum(finite) / len(finite)) if finite else NAN
-
-
 def _by(comparison: Comparison) -> str:
-    def factor(log_ratio: float, like: float | None = None, /) -> str:
-        del like
+    def factor(log_ratio: float, _: float | None = None, /) -> str:
         return q.times(math.exp(log_ratio)) if log_ratio < 30 else "over 10¹³"
 
-    side = -1 if comparison.mean < 0 else 1
-    facing = Comparison(tuple(side * d for d in comparison.differences), comparison.minimal)
+    facing = comparison.facing
     return f" (factor {factor(facing.mean)}, {facing.basis(factor)})"

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.arms import BASELINE, SUBJECT, has_pair
-from batchnorm.study.verdicts.results import KINDS_OF_TEST_STATISTICS, NAN, Network, Sample
-from batchnorm.study.verdicts.significance import MINIMAL_ACCURACY, Claim, Comparison, Grade
-from batchnorm.study.verdicts.training import reached
+from . import formatting as q
+from .results import BASELINE, KINDS_OF_TEST_STATISTICS, SUBJECT, Network, Runs, Sample, sample
+from .significance import MINIMAL_ACCURACY, Claim, Comparison, Grade
+from .training import reached
 
 # A block of steps that takes this many times the median says that the machine had other work.
 DISTURBED = 3.0
 
 
 def statistics_at_test_time(network: Network) -> Claim | None:
-    """Held-out accuracy under batch, running and calibrated statistics."""
-    runs = [run for run in network.at_best(SUBJECT).values() if not run.diverged]
-    rows = [[run.test_time.get(kind, NAN) for kind in KINDS_OF_TEST_STATISTICS] for run in runs]
-    triples = [row for row in rows if all(map(math.isfinite, row))]
-    if not triples:
+    """Judges held-out accuracy under batch, running and calibrated statistics."""
+    found = accuracies_at_test_time(network.at_best(SUBJECT))
+    complete = [row for row in zip(*found.values(), strict=True) if all(map(math.isfinite, row))]
+    if not complete:
         return None
-    batch, running, calibrated = (tuple(column) for column in zip(*triples, strict=True))
-    of_calibrating = Comparison(
-        tuple(c - r for c, r in zip(calibrated, running, strict=True)), MINIMAL_ACCURACY
+    of_calibrating = Comparison(tuple(c - r for _, r, c in complete), MINIMAL_ACCURACY)
+    of_batch = Comparison(tuple(b - r for b, r, _ in complete), MINIMAL_ACCURACY)
+    batch, running, calibrated = (
+        q.spread(Sample(column), q.percent) for column in zip(*complete, strict=True)
     )
-    of_batch = Comparison(tuple(b - r for b, r in zip(batch, running, strict=True)), MINIMAL_ACCURACY)
-    shown = [q.spread(Sample(values), q.percent) for values in (running, calibrated, batch)]
     answer = (
-        f"Held-out accuracy of the same trained networks is {shown[0]} with the running statistics, "
-        f"{shown[1]} with statistics calibrated over the training data, {shown[2]} with those of each test "
+        f"Held-out accuracy of the same trained networks is {running} with the running statistics, "
+        f"{calibrated} with statistics calibrated over the training data, {batch} with those of each test "
         f"batch. Calibrating brings {q.points(of_calibrating.mean)} ({of_calibrating.basis(q.points)}): "
         + of_calibrating.leans("better", "worse", "no clear difference, the running statistics serve as well")
         + "."
@@ -54,14 +52,20 @@ def statistics_at_test_time(network: Network) -> Claim | None:
     )
 
 
-def cost(network: Network) -> Claim | None:
-    """Seconds and bytes of a training step, with and without batch normalization."""
-    if not has_pair(network):
-        return None
-    time, kept = (
-        [network.summary.get(arm, {}).get(metric, Sample(())) for arm in (SUBJECT, BASELINE)]
-        for metric in ("seconds_per_step", "bytes_kept_for_backward")
-    )
+def accuracies_at_test_time(runs: Runs) -> dict[str, list[float]]:
+    """Returns the accuracy of each run that did not diverge, by kind of statistics."""
+    found = [run.test_time_statistics for run in runs.values() if not run.diverged]
+    return {
+        kind: [math.nan if one is None else getattr(one, kind) for one in found]
+        for kind in KINDS_OF_TEST_STATISTICS
+    }
+
+
+def cost(network: Network, *pair: Runs) -> Claim | None:
+    """Tells seconds and bytes of a training step, with and without batch normalization."""
+    ours, theirs = network.summary(SUBJECT), network.summary(BASELINE)
+    time = ours.seconds_per_step, theirs.seconds_per_step
+    kept = ours.bytes_kept_for_backward, theirs.bytes_kept_for_backward
     sentences, factors = [], []
     if time[0].median > 0 and time[1].median > 0:
         factor = q.times(time_ratio(*time))
@@ -89,23 +93,22 @@ def cost(network: Network) -> Claim | None:
         figure=", ".join(factors),
         phrase=f"costs {q.listed(factors)} per step",
         answer=" ".join(sentences),
-        details=(*_time_to_target(network, time), *_disturbance(time)),
+        details=(*_time_to_target(network, pair, time), *_disturbance(time)),
     )
 
 
 def time_ratio(ours: Sample, theirs: Sample) -> float:
-    """How many times as long: the median over pairs timed in turn, else the ratio of medians."""
+    """Returns the ratio of times: the median over pairs timed in turn, else of medians."""
     if len(ours.values) != len(theirs.values):
         return ours.median / theirs.median
     pairs = zip(ours.values, theirs.values, strict=True)
     return Sample(tuple(a / b for a, b in pairs if b > 0)).median
 
 
-def _time_to_target(network: Network, time: list[Sample]) -> list[str]:
-    arms = [network.at_best(arm) for arm in (SUBJECT, BASELINE)]
-    if not all(runs and reached(runs) == len(runs) for runs in arms):
+def _time_to_target(network: Network, pair: Sequence[Runs], time: Sequence[Sample]) -> list[str]:
+    if not all(runs and reached(runs) == len(runs) for runs in pair):
         return []
-    steps = [Sample(tuple(run.steps_to_target for run in runs.values())).mean for runs in arms]
+    steps = [sample(runs, "steps_to_target").mean for runs in pair]
     seconds = [count * per_step.median for count, per_step in zip(steps, time, strict=True)]
     if not all(map(math.isfinite, seconds)):
         return []
@@ -115,7 +118,7 @@ def _time_to_target(network: Network, time: list[Sample]) -> list[str]:
     ]
 
 
-def _disturbance(time: list[Sample]) -> list[str]:
+def _disturbance(time: Sequence[Sample]) -> list[str]:
     worst = max((max(s.finite) / s.median for s in time if s.finite and s.median > 0), default=1.0)
     if worst < DISTURBED:
         return []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from batchnorm.study.verdicts.formatting import SPACE, Show, span
-from batchnorm.study.verdicts.results import NAN, Run
+from batchnorm.study.records import NAN, Run
+
+from .formatting import SPACE, Show, span
+from .results import Runs
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond that, the next one up is used.
 _STUDENT = (
@@ -35,7 +37,7 @@ RULE = (
 
 
 class Grade(Enum):
-    """What the evidence says of a claim; the value is what a reader sees."""
+    """The verdict on a claim; its value is what a reader sees."""
 
     SUPPORTED = "supported"
     PARTLY = "partly supported"
@@ -71,6 +73,16 @@ class Comparison:
         return _STUDENT[min(self.n - 1, len(_STUDENT)) - 1] * math.sqrt(var_unbiased / self.n)
 
     @property
+    def reversed(self) -> Comparison:
+        """The other arm less batch normalization."""
+        return Comparison(tuple(-d for d in self.differences), self.minimal)
+
+    @property
+    def facing(self) -> Comparison:
+        """The better arm less the worse one."""
+        return self.reversed if self.mean < 0 else self
+
+    @property
     def grade(self) -> Grade:
         """The rule, applied."""
         if self.n < 2:
@@ -80,23 +92,21 @@ class Comparison:
         return Grade.SUPPORTED if self.mean > 0 else Grade.AGAINST
 
     def leans(self, better: str, worse: str, same: str) -> str:
-        """The word for what was found: with one pair, for the side to which it leans."""
+        """Returns the word for the result; with one pair of runs, for the side to which it leans."""
         if self.grade is Grade.UNCLEAR or (self.n < 2 and abs(self.mean) < self.minimal):
             return same
         return better if self.mean > 0 else worse
 
     def basis(self, show: Show) -> str:
-        """The interval and the number of pairs, as a reader needs them beside a difference."""
+        """Returns the interval and the number of seeds, to stand beside a difference."""
         if self.n < 2:
             return "1 seed, spread unknown"
         low, high = (show(self.mean + side * self.half_width) for side in (-1, 1))
         return f"95{SPACE}% interval {span(low, high, ' to ')}, {self.n} seeds"
 
 
-def compare(
-    ours: Mapping[int, Run], theirs: Mapping[int, Run], measure: Callable[[Run], float], *, minimal: float
-) -> Comparison:
-    """Compare two arms over the seeds that both have, where both gave a number: ours less theirs."""
+def compare(ours: Runs, theirs: Runs, measure: Callable[[Run], float], *, minimal: float) -> Comparison:
+    """Compares two arms over the seeds that both have, where both gave a number: ours less theirs."""
     pairs = [(measure(ours[seed]), measure(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
     differences = tuple(a - b for a, b in pairs if math.isfinite(a) and math.isfinite(b))
     return Comparison(differences, minimal)
@@ -104,10 +114,12 @@ def compare(
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim about one network, as this run bears it out.
+    """One claim about one network, with what its runs say of it.
 
-    `key` names the pictures that belong to it; `figure` is the one number of the overview; `phrase` continues
-    "batch normalization ..." in the summary.
+    Attributes:
+        key: names the pictures that belong to the claim.
+        figure: the one number of the overview.
+        phrase: continues "batch normalization ..." in the summary.
     """
 
     key: str

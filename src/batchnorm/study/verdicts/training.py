@@ -5,27 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.arms import BASELINE, SUBJECT, has_pair, in_words, is_normalized, rivals
-from batchnorm.study.verdicts.results import Network, Run, Sample
-from batchnorm.study.verdicts.significance import (
-    MINIMAL_ACCURACY,
-    MINIMAL_LOG_STEPS,
-    WORKS_WITHIN,
-    Claim,
-    Comparison,
-    Grade,
-    compare,
-)
+from batchnorm.study.records import NAN, Run
 
-Runs = Mapping[int, Run]
+from . import formatting as q
+from .results import BASELINE, SUBJECT, Network, Runs, Sample, is_normalized, sample
+from .significance import MINIMAL_ACCURACY, MINIMAL_LOG_STEPS, WORKS_WITHIN, Claim, Comparison, Grade, compare
+
+_WORDS = {
+    "none": "no normalization",
+    "batchnorm": "batch normalization",
+    "layernorm": "layer normalization",
+    "l1": "L1",
+    "l2": "L2",
+    "batchnorm+dropout": "batch normalization with dropout",
+}
 
 
-def faster(network: Network) -> Claim | None:
-    """Steps to the target accuracy, at each arm's best rate and at equal rates."""
-    if not has_pair(network):
-        return None
-    ours, theirs = network.at_best(SUBJECT), network.at_best(BASELINE)
+def faster(network: Network, ours: Runs, theirs: Runs) -> Claim | None:
+    """Judges steps to the target accuracy, at each arm's best rate and at equal rates."""
     comparison = _compare_steps(network, ours, theirs)
     if not comparison.n or not (reached(ours) or reached(theirs)):
         return None
@@ -41,10 +38,8 @@ def faster(network: Network) -> Claim | None:
         at_rate = _compare_steps(network, with_it, without)
         if at_rate.n and (reached(with_it) or reached(without)):
             word = at_rate.leans("faster with it", "slower with it", "no clear difference")
-            ours_there, theirs_there = _steps(network, with_it), _steps(network, without)
-            details.append(
-                f"Both at rate {q.rate(rate)}: {ours_there} with it, {theirs_there} without: {word}."
-            )
+            each = f"{_steps(network, with_it)} with it, {_steps(network, without)} without"
+            details.append(f"Both at rate {q.rate(rate)}: {each}: {word}.")
     return Claim(
         key="speed",
         label="Trains faster",
@@ -58,19 +53,15 @@ def faster(network: Network) -> Claim | None:
 
 
 def reached(runs: Runs) -> int:
-    """How many runs got to the target."""
-    return sum(math.isfinite(run.steps_to_target) for run in runs.values())
-
-
-def steps_or_length(run: Run, length: float) -> float:
-    """Steps to the target; the full length for a run that never got there, which understates it."""
-    return run.steps_to_target if math.isfinite(run.steps_to_target) else length
+    """Returns how many runs got to the target."""
+    return len(sample(runs, "steps_to_target").finite)
 
 
 def _compare_steps(network: Network, ours: Runs, theirs: Runs) -> Comparison:
     def minus_log_steps(run: Run) -> float:
-        steps = steps_or_length(run, network.length)
-        return -math.log(steps) if steps > 0 else math.nan
+        # A run that never reached the target counts with its full length, which is less than it needs.
+        steps = run.steps_to_target if math.isfinite(run.steps_to_target) else network.length
+        return -math.log(steps) if steps > 0 else NAN
 
     return compare(ours, theirs, minus_log_steps, minimal=MINIMAL_LOG_STEPS)
 
@@ -80,8 +71,7 @@ def _steps(network: Network, runs: Runs) -> str:
     if not got_there:
         which = "not once" if n == 1 else f"in none of {n} runs"
         return f"{which} within {q.count(network.length)} steps"
-    sample = Sample(tuple(run.steps_to_target for run in runs.values()))
-    text = f"in {q.spread(sample, q.count)} steps"
+    text = f"in {q.spread(sample(runs, 'steps_to_target'), q.count)} steps"
     return text if got_there == n else f"{text} (in {got_there} of {n} runs)"
 
 
@@ -89,22 +79,21 @@ def _ratio(comparison: Comparison, ours: Runs, theirs: Runs) -> str:
     if comparison.grade is Grade.UNCLEAR:
         return f"{_factor(-comparison.mean)}× the steps"
     at_least = "≥ " if _is_a_bound(comparison, ours, theirs) else ""
-    more = "fewer" if comparison.mean >= 0 else "more"
-    return f"{at_least}{_factor(abs(comparison.mean))}× {more} steps"
+    return f"{at_least}{_factor(comparison.facing.mean)}× {_more(comparison)} steps"
 
 
 def _ratio_in_words(comparison: Comparison, ours: Runs, theirs: Runs) -> str:
     bound = "at least " if _is_a_bound(comparison, ours, theirs) else ""
     if comparison.grade is Grade.UNCLEAR:
-        factor = _factor(comparison.mean)
         longer = "; longer training would tell" if bound else ""
-        return (
-            f"That is no clear difference{longer}: a factor of {bound}{factor} ({comparison.basis(_factor)})"
-        )
-    more = "fewer" if comparison.mean >= 0 else "more"
-    side = 1 if comparison.mean >= 0 else -1
-    facing = Comparison(tuple(side * d for d in comparison.differences), comparison.minimal)
-    return f"That is {bound}{_factor(facing.mean)} times {more} ({facing.basis(_factor)})"
+        factor = f"{bound}{_factor(comparison.mean)} ({comparison.basis(_factor)})"
+        return f"That is no clear difference{longer}: a factor of {factor}"
+    facing = comparison.facing
+    return f"That is {bound}{_factor(facing.mean)} times {_more(comparison)} ({facing.basis(_factor)})"
+
+
+def _more(comparison: Comparison) -> str:
+    return "fewer" if comparison.mean >= 0 else "more"
 
 
 def _is_a_bound(comparison: Comparison, ours: Runs, theirs: Runs) -> bool:
@@ -112,21 +101,20 @@ def _is_a_bound(comparison: Comparison, ours: Runs, theirs: Runs) -> bool:
     return reached(slower) < len(slower)
 
 
-def _factor(log_ratio: float, like: float | None = None, /) -> str:
-    del like
+def _factor(log_ratio: float, _: float | None = None, /) -> str:
     return q.times(math.exp(log_ratio)) if log_ratio < 12 else "over 100,000"
 
 
 def _rate(runs: Runs) -> str:
-    return q.rate(next((run.rate for run in runs.values()), math.nan))
+    return q.rate(next((run.learning_rate for run in runs.values()), NAN))
 
 
-def larger_rates(network: Network) -> Claim | None:
-    """Accuracy at the largest rate at which either works, and the range of rates that work."""
-    if not has_pair(network) or len(network.rates) < 2:
+def larger_rates(network: Network, *_: Runs) -> Claim | None:
+    """Judges accuracy at the largest rate at which either works, and the range of rates that work."""
+    if len(network.rates) < 2:
         return None
     works = {arm: working_rates(network, arm) for arm in (SUBJECT, BASELINE)}
-    largest = max((rate for rates in works.values() for rate in rates), default=math.nan)
+    largest = max((rate for rates in works.values() for rate in rates), default=NAN)
     ours, theirs = network.at(SUBJECT, largest), network.at(BASELINE, largest)
     comparison = compare(ours, theirs, lambda run: run.accuracy, minimal=MINIMAL_ACCURACY)
     if not comparison.n:
@@ -141,31 +129,30 @@ def larger_rates(network: Network) -> Claim | None:
         answer += " That is the largest rate tried, so the limit lies beyond." if both else ""
     else:
         answer += f" Neither works at {q.rate(network.rates[-1])}."
+    lean = comparison.leans(
+        "tolerates larger learning rates", "tolerates large learning rates less well", unclear
+    )
     return Claim(
         key="rates",
         label="Tolerates larger rates",
         question="Does it tolerate larger learning rates?",
         grade=Grade.UNCLEAR if both and comparison.n > 1 else comparison.grade,
         figure=f"{q.points(comparison.mean)} at {q.rate(largest)}",
-        phrase=unclear
-        if both
-        else comparison.leans(
-            "tolerates larger learning rates", "tolerates large learning rates less well", unclear
-        ),
+        phrase=unclear if both else lean,
         answer=answer,
         details=(_rates_that_work(network, works), *_divergence(network)),
     )
 
 
 def working_rates(network: Network, arm: str) -> tuple[float, ...]:
-    """Rates at which the arm comes within 2 points of the best mean that it or the plain network reached."""
+    """Returns the rates at which the arm comes within 2 points of the best mean of it and `none`."""
     means = {
-        (who, rate): _mean_accuracy(network.at(who, rate))
+        (who, rate): sample(network.at(who, rate), "accuracy").mean
         for who in (SUBJECT, BASELINE)
         for rate in network.rates
     }
-    best = max((mean for mean in means.values() if math.isfinite(mean)), default=math.nan)
-    return tuple(rate for rate in network.rates if means.get((arm, rate), math.nan) >= best - WORKS_WITHIN)
+    best = max((mean for mean in means.values() if math.isfinite(mean)), default=NAN)
+    return tuple(rate for rate in network.rates if means.get((arm, rate), NAN) >= best - WORKS_WITHIN)
 
 
 def _who_works(works: Mapping[str, tuple[float, ...]], rate: float) -> str:
@@ -186,79 +173,77 @@ def _rates_that_work(network: Network, works: Mapping[str, tuple[float, ...]]) -
 
 
 def _divergence(network: Network) -> list[str]:
-    counts = {arm: network.diverged(arm) for arm in (SUBJECT, BASELINE)}
-    if not any(counts.values()):
-        return []
-    total = {arm: sum(run.arm == arm for run in network.runs) for arm in counts}
-    return [
-        f"Diverged: {counts[SUBJECT]} of {total[SUBJECT]} runs with it, {counts[BASELINE]} of "
-        f"{total[BASELINE]} without. A diverged run counts as an accuracy of 0."
-    ]
+    lost = [network.diverged(arm) for arm in (SUBJECT, BASELINE)]
+    runs = [sum(run.arm == arm for run in network.runs) for arm in (SUBJECT, BASELINE)]
+    counts = f"{lost[0]} of {runs[0]} runs with it, {lost[1]} of {runs[1]} without"
+    return [f"Diverged: {counts}. A diverged run counts as an accuracy of 0."] if any(lost) else []
 
 
 def generalizes(network: Network) -> Claim | None:
-    """Held-out accuracy at each arm's best rate, against every other arm that trains at all."""
+    """Judges held-out accuracy at each arm's best rate, against every other arm that trains at all."""
     if SUBJECT not in network.arms:
         return None
-    idle = [arm for arm in rivals(network) if hardly_trains(network, arm)]
-    comparisons = {arm: accuracy_against(network, arm) for arm in rivals(network) if arm not in idle}
+    idle = [arm for arm in network.rivals if hardly_trains(network, arm)]
+    comparisons = {arm: accuracy_against(network, arm) for arm in network.rivals if arm not in idle}
     comparisons = {arm: comparison for arm, comparison in comparisons.items() if comparison.n}
     if not comparisons:
         return None
     words = ("better than", "worse than", "no clear difference from")
     found = {
-        word: [in_words(arm) for arm, comparison in comparisons.items() if comparison.leans(*words) == word]
+        word: [_in_words(arm) for arm, comparison in comparisons.items() if comparison.leans(*words) == word]
         for word in words
     }
-    summary = "; ".join(f"{word} {q.listed(names)}" for word, names in found.items() if names)
     better = found["better than"]
-    ours = _accuracy(network.at_best(SUBJECT))
+    summary = "; ".join(f"{word} {q.listed(names)}" for word, names in found.items() if names)
     answer = (
-        f"Held-out accuracy with batch normalization is {ours} at its best rate. "
-        f"{summary[0].upper()}{summary[1:]}, each at its own best rate."
+        f"Held-out accuracy with batch normalization is {_accuracy(network.at_best(SUBJECT))} at its best "
+        f"rate. {summary[0].upper()}{summary[1:]}, each at its own best rate."
     )
     details = [
-        f"Against {in_words(arm)} ({_accuracy(network.at_best(arm))}): {_gain(comparison)}."
+        f"Against {_in_words(arm)} ({_accuracy(network.at_best(arm))}): {_gain(comparison)}."
         for arm, comparison in comparisons.items()
     ]
     details.extend(_combinations(network))
     if idle:
-        names = q.listed([f"{in_words(arm)} ({_accuracy(network.at_best(arm))})" for arm in idle])
+        names = q.listed([f"{_in_words(arm)} ({_accuracy(network.at_best(arm))})" for arm in idle])
         details.append(f"Not compared: with {names} the network hardly trains, with nothing to generalize.")
+    many = f"than {len(better)} of {len(comparisons)}"
+    one = "".join(f"{q.points(comparison.mean)} against {arm}" for arm, comparison in comparisons.items())
     return Claim(
         key="accuracy",
         label="Generalizes better",
-        question=f"Does it generalize better than {_any_of([in_words(arm) for arm in comparisons])}?",
+        question=f"Does it generalize better than {q.listed(list(map(_in_words, comparisons)), 'or')}?",
         grade=overall([comparison.grade for comparison in comparisons.values()]),
-        figure=f"than {len(better)} of {len(comparisons)}"
-        if len(comparisons) > 1
-        else _one_figure(comparisons),
+        figure=many if len(comparisons) > 1 else one,
         phrase=_phrase(found),
         answer=answer,
         details=tuple(details),
     )
 
 
+def _in_words(arm: str) -> str:
+    """Returns an arm's name as it stands in a sentence."""
+    return _WORDS.get(arm, arm)
+
+
 def hardly_trains(network: Network, arm: str) -> bool:
-    """Whether the arm's accuracy on its own training data stays below half of batch normalization's."""
+    """Returns whether the arm's accuracy on its training data stays below half of batch normalization's."""
     ours, theirs = (
-        Sample(
-            tuple(0.0 if run.diverged else run.train_accuracy for run in network.at_best(who).values())
-        ).mean
+        Sample([0.0 if run.diverged else run.train_accuracy for run in network.at_best(who).values()]).mean
         for who in (SUBJECT, arm)
     )
     return theirs < ours / 2
 
 
 def accuracy_against(network: Network, arm: str) -> Comparison:
-    """Held-out accuracy of batch normalization less that of another arm, seed by seed, at best rates."""
+    """Compares held-out accuracy of batch normalization with that of another arm, at best rates."""
     return compare(
         network.at_best(SUBJECT), network.at_best(arm), lambda run: run.accuracy, minimal=MINIMAL_ACCURACY
     )
 
 
 def overall(grades: list[Grade]) -> Grade:
-    """One grade for a claim over several rivals: supported only if it holds against every one."""
+    """Returns one grade for a claim over several rivals: supported only if it holds against every one."""
     for one in (Grade.INDICATION, Grade.SUPPORTED, Grade.AGAINST, Grade.UNCLEAR):
         if all(grade is one for grade in grades):
             return one
@@ -267,46 +252,33 @@ def overall(grades: list[Grade]) -> Grade:
     return Grade.AGAINST if Grade.AGAINST in grades else Grade.UNCLEAR
 
 
-def _mean_accuracy(runs: Runs) -> float:
-    return Sample(tuple(run.accuracy for run in runs.values())).mean
-
-
 def _combinations(network: Network) -> list[str]:
-    lines = []
-    for arm in network.arms:
-        comparison = accuracy_against(network, arm)
-        if arm != SUBJECT and is_normalized(arm) and comparison.n:
-            gain = Comparison(tuple(-d for d in comparison.differences), comparison.minimal)
-            lines.append(f"{arm} in place of batch normalization alone: {_gain(gain)}.")
-    return lines
+    found = {
+        arm: accuracy_against(network, arm).reversed
+        for arm in network.arms
+        if is_normalized(arm) and arm != SUBJECT
+    }
+    return [
+        f"{arm} in place of batch normalization alone: {_gain(gain)}."
+        for arm, gain in found.items()
+        if gain.n
+    ]
 
 
 def _phrase(found: dict[str, list[str]]) -> str:
-    better, worse = found["better than"], found["worse than"]
-    if not better and not worse:
-        return "generalizes about as well as " + _any_of(found["no clear difference from"])
-    parts = [
-        f"generalizes {word} {q.listed(names)}"
-        for word, names in found.items()
-        if names and names in (better, worse)
-    ]
-    return " and ".join(parts)
-
-
-def _one_figure(comparisons: dict[str, Comparison]) -> str:
-    return "".join(f"{q.points(comparison.mean)} against {arm}" for arm, comparison in comparisons.items())
-
-
-def _any_of(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+    *clear, (_, alike) = found.items()
+    parts = [f"{word} {q.listed(names)}" for word, names in clear if names]
+    if not parts:
+        return f"generalizes about as well as {q.listed(alike, 'or')}"
+    return " and ".join(f"generalizes {part}" for part in parts)
 
 
 def _accuracy(runs: Runs) -> str:
-    finite = Sample(tuple(run.accuracy for run in runs.values() if not run.diverged))
-    lost = sum(run.diverged for run in runs.values())
+    finished = {seed: run for seed, run in runs.items() if not run.diverged}
+    lost = len(runs) - len(finished)
     if lost == len(runs):
         return "nothing (every run diverged)" if lost > 1 else "nothing (the run diverged)"
-    text = q.spread(finite, q.percent)
+    text = q.spread(sample(finished, "accuracy"), q.percent)
     return f"{text} ({lost} of {len(runs)} diverged)" if lost else text
 
 

@@ -1,4 +1,4 @@
-"""Policies from plain data: what files and compiled programs hold of them; `Policy.config` makes it."""
+"""Lists the policies, checks them as options, and makes them from the plain data of `Policy.config`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,30 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
+def check_policy(policy: object, tracked: bool = True) -> Policy:
+    """Return `policy`, or raise OptionError unless it is a statistics policy that the layer can have.
+
+    Args:
+        policy: the option.
+        tracked: whether the layer has running statistics, which some policies need.
+    """
+    if not isinstance(policy, Policy):
+        got = f"a {type(policy).__name__}" if hasattr(policy, "shape") else repr(policy)
+        known = ", ".join(f"batchnorm.{name}(...)" for name in POLICIES)
+        raise OptionError(f"statistics must be one of {known}; got {got}")
+    if policy.needs_running and not tracked:
+        raise OptionError(
+            f"statistics={policy} uses running statistics, and this layer has none: "
+            "make it with track_running_stats=True"
+        )
+    return policy
+
+
 def from_config(config: object) -> Policy:
-    """Return the policy of such a dict.
+    """Return the policy of a dict from `Policy.config`.
 
     Raises:
-        OptionError: (a ValueError) it is no such dict, or has an unknown policy or field.
+        OptionError: (a ValueError) another value, or an unknown policy or field.
     """
     fields = dict(config) if isinstance(config, dict) else {}
     kind = POLICIES.get(str(fields.pop("policy", None)))
@@ -43,5 +62,5 @@ def from_config(config: object) -> Policy:
 
 @functools.cache
 def from_text(text: str) -> Policy:
-    """Return the policy of such JSON."""
+    """Return the policy of a `Policy.text`."""
     return from_config(json.loads(text))

@@ -1,0 +1,293 @@
+"""Trains a network once, or times its steps: the same in every framework, over what a `Learner` does."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .arms import Arm, parse_arm
+from .data import Dataset
+from .options import display_name
+from .records import (
+    NAN,
+    AccuracyByStatistics,
+    ArmTiming,
+    Drift,
+    Epoch,
+    Gradients,
+    Moments,
+    NetworkTiming,
+    Run,
+)
+from .tasks import RunTask, TimingTask
+from .user_code import naming_the_line, source_of
+
+Array = npt.NDArray[Any]
+
+EVALUATION_BATCH = 250
+_TRAINING_SAMPLE = (
+    1000  # training accuracy, near 1, needs no more; all of it would take a fifth of a run's time
+)
+_PROBE_BATCH = 128
+_PROBES_PER_RUN = 24
+_CHECKS_PER_EPOCH = 10
+_STEPS_PER_REPORT = 25
+
+_BLOCKS = 9
+_STEPS_PER_BLOCK = 10
+_WARM_UP_STEPS = 5
+_SECONDS_PER_BLOCK = 0.1  # slow networks take fewer steps per block, so that timing stays a matter of seconds
+
+
+class Learner(Protocol):
+    """A network with its optimizer (Adam) and its arm's penalties, in one framework.
+
+    The gradient of a penalty is added to the weights' gradients before the update, which is the same step as
+    adding the penalty to the loss; the losses that are recorded are the cross-entropy alone, so that arms
+    compare.
+
+    Attributes:
+        layers: names of the dense and convolution layers.
+        parameters: how many numbers are trained.
+        has_batch_norms: whether statistics at test time make a difference.
+    """
+
+    layers: Sequence[str]
+    parameters: int
+    has_batch_norms: bool
+
+    def step(self, x: Array, y: Array) -> float:
+        """Takes a training step on a batch, and return its mean cross-entropy before the step."""
+
+    def gradient_norms(self) -> Sequence[float]:
+        """Returns the norm of each layer's gradient in the last step, without penalties; NaN for none."""
+
+    def predict(self, x: Array, *, by_batch: bool = False) -> Array | str:
+        """Returns float64 logits `[N, classes]`, without dropout; or the name of the type that is no tensor.
+
+        Batch normalizations use their running statistics, or with `by_batch` those of this batch.
+        """
+
+    def input_spread(self, x: Array) -> Mapping[str, tuple[float, float]]:
+        """Returns the mean and standard deviation of each layer's input over a batch.
+
+        They are taken per unit (or channel) over the batch and positions, then averaged over units. Batch
+        normalizations use the statistics of this batch, as in training; nothing is dropped. The network is
+        as before.
+        """
+
+    def bytes_kept(self, x: Array, y: Array) -> int | None:
+        """Returns the bytes held between the forward and the backward of a step; None where none can tell.
+
+        The input batch is counted, parameters are not. The network is as before.
+        """
+
+    def calibrate(self, x: Array) -> None:
+        """Sets the running statistics to those of all of `x`."""
+
+    def permutation(self, length: int, seed: int) -> Array:
+        """Returns the numbers below `length`, shuffled: the same for the same seed, on every machine."""
+
+
+# Builds the network for an arm from a seed; the last argument is whether gradient norms will be asked for.
+MakeLearner = Callable[[str, Arm, Dataset, int, float, bool], Learner]
+
+
+def train(task: RunTask, data: Dataset, make: MakeLearner, report: Callable[[int], None]) -> Run:
+    """Trains once and return the run's record.
+
+    Arms of one seed start from the same weights and see the same batches in the same order.
+
+    Args:
+        task: which run.
+        data: its examples.
+        make: builds the network.
+        report: called with numbers of steps taken, and at the end with those that are not: in all, the steps
+            of a run.
+    """
+    learner = make(task.network, parse_arm(task.arm), data, task.seed, task.learning_rate, True)
+    return _Training(task, data, learner, report).run()
+
+
+def probe_steps(steps: int) -> set[int]:
+    """Returns the steps of a run at which to look inside: 24 at most, closer together at the beginning."""
+    last = _PROBES_PER_RUN - 1
+    return {round((steps - 1) * (number / last) ** 2) for number in range(_PROBES_PER_RUN)}
+
+
+class _Training:
+    """One run: takes the steps, decides when to measure what, and keeps the measures."""
+
+    def __init__(self, task: RunTask, data: Dataset, learner: Learner, report: Callable[[int], None]) -> None:
+        self.task, self.data, self.learner, self.report = task, data, learner, report
+        self.steps_per_epoch = len(data.x_train) // task.batch_size
+        self.total = self.steps_per_epoch * task.epochs
+        self.step = 0  # updates taken so far
+        self.probe_at = probe_steps(self.total)
+        self.check_every = self.next_check = math.ceil(self.steps_per_epoch / _CHECKS_PER_EPOCH)
+        self.steps_to_target = NAN
+        self.epochs: list[Epoch] = []
+        self.losses: list[float] = []
+        self.probed: list[int] = []  # at which steps
+        self.gradients: dict[str, list[float]] = {name: [] for name in learner.layers}
+        self.inputs: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in learner.layers}
+        # Training examples that every run is evaluated on.
+        sample = learner.permutation(len(data.x_train), 0)[: min(len(data.x_test), _TRAINING_SAMPLE)]
+        self.seen = data.x_train[sample], data.y_train[sample]
+
+    def run(self) -> Run:
+        """Trains to the end, or until the loss is no longer finite."""
+        task, data, size = self.task, self.data, self.task.batch_size
+        output = self.learner.predict(data.x_test[:2], by_batch=True)
+        shape, wanted = output if isinstance(output, str) else output.shape, (2, data.classes)
+        if shape != wanted:
+            raise ValueError(f"the network gives {shape} for two examples, not {wanted}")
+        # Copied: a slice would share, and count, the memory of the whole data set.
+        kept = self.learner.bytes_kept(data.x_train[:size].copy(), data.y_train[:size].copy())
+        finished = all(map(self._epoch, range(1, task.epochs + 1)))
+        self.report(self.total - self.step // _STEPS_PER_REPORT * _STEPS_PER_REPORT)
+        return Run(
+            network=display_name(task.network),
+            arm=task.arm,
+            learning_rate=task.learning_rate,
+            seed=task.seed,
+            status="finished" if finished else "diverged",
+            epochs=self.epochs,
+            step_loss=self.losses,
+            steps_per_epoch=self.steps_per_epoch,
+            batch_size=size,
+            target_accuracy=task.target_accuracy,
+            steps_to_target=self.steps_to_target,
+            target_checked_every=self.check_every,
+            parameters=self.learner.parameters,
+            bytes_kept_for_backward=NAN if kept is None else kept,
+            gradient_norm=Gradients(self.probed, self.gradients),
+            input_drift=Drift(self.probed, {name: Moments(*both) for name, both in self.inputs.items()}),
+            test_time_statistics=self._test_time_statistics() if finished else None,
+        )
+
+    def _epoch(self, number: int) -> bool:
+        """Trains for an epoch and evaluates; returns whether the losses stayed finite."""
+        data, size = self.data, self.task.batch_size
+        order = self.learner.permutation(len(data.x_train), 1_000_003 * self.task.seed + number)
+        for start in range(0, self.steps_per_epoch * size, size):
+            rows = order[start : start + size]
+            if not self._step(data.x_train[rows], data.y_train[rows]):
+                return False
+        losses = (*evaluate(self.learner, *self.seen), *evaluate(self.learner, data.x_test, data.y_test))
+        self.epochs.append(Epoch(number, *losses))
+        return math.isfinite(losses[0]) and math.isfinite(losses[2])
+
+    def _step(self, x: Array, y: Array) -> bool:
+        looks_inside = self.step in self.probe_at
+        # Before the update: of the weights that the step's loss and gradients are of.
+        spread = self.learner.input_spread(self.seen[0][:_PROBE_BATCH]) if looks_inside else {}
+        self.losses.append(self.learner.step(x, y))
+        if not math.isfinite(self.losses[-1]):
+            return False
+        if looks_inside:
+            self.probed.append(self.step)
+            for name, norm in zip(self.learner.layers, self.learner.gradient_norms(), strict=True):
+                mean, std = spread.get(name, (NAN, NAN))
+                self.gradients[name].append(norm)
+                self.inputs[name][0].append(mean)
+                self.inputs[name][1].append(std)
+        self.step += 1
+        if self.step % _STEPS_PER_REPORT == 0:
+            self.report(_STEPS_PER_REPORT)
+        if math.isnan(self.steps_to_target) and self.step >= self.next_check:
+            self._check_target()
+        return True
+
+    def _check_target(self) -> None:
+        """Looks up whether the target is reached; the next time is at most a tenth of the steps later."""
+        later = self.step + max(self.check_every, self.step // 10)
+        self.next_check = min(later, max(self.step + 1, self.total))
+        if reaches(self.learner, self.data.x_test, self.data.y_test, self.task.target_accuracy):
+            self.steps_to_target = self.step
+
+    def _test_time_statistics(self) -> AccuracyByStatistics | None:
+        if not self.learner.has_batch_norms:
+            return None
+        x, y = self.data.x_test, self.data.y_test
+        by_batch = _outputs(self.learner, x, y, self.task.batch_size, by_batch=True)
+        correct = sum(int((output.argmax(axis=1) == classes).sum()) for output, classes in by_batch)
+        self.learner.calibrate(self.data.x_train)  # the last thing that is done with the network
+        return AccuracyByStatistics(
+            batch=correct / len(x),
+            running=self.epochs[-1].test_accuracy,
+            calibrated=evaluate(self.learner, x, y)[1],
+        )
+
+
+def evaluate(learner: Learner, x: Array, y: Array) -> tuple[float, float]:
+    """Returns mean cross-entropy and accuracy, by running statistics and without dropout."""
+    loss, correct = 0.0, 0
+    for output, classes in _outputs(learner, x, y, EVALUATION_BATCH):
+        with np.errstate(invalid="ignore"):  # a diverged network's outputs are infinite, and its loss is NaN
+            shifted = output - output.max(axis=1, keepdims=True)
+            of_class = shifted[np.arange(len(classes)), classes]
+            loss += float(np.sum(np.log(np.exp(shifted).sum(axis=1)) - of_class))
+        correct += int((output.argmax(axis=1) == classes).sum())
+    return loss / len(x), correct / len(x)
+
+
+def reaches(learner: Learner, x: Array, y: Array, target: float) -> bool:
+    """Returns whether accuracy is at least `target`.
+
+    Stops as soon as the errors rule it out: a network far below the target costs a fraction of the examples.
+    """
+    wrong = 0
+    for output, classes in _outputs(learner, x, y, EVALUATION_BATCH):
+        wrong += int((output.argmax(axis=1) != classes).sum())
+        if len(x) - wrong < target * len(x):
+            return False
+    return True
+
+
+def _outputs(
+    learner: Learner, x: Array, y: Array, size: int, *, by_batch: bool = False
+) -> Iterator[tuple[Array, Array]]:
+    """Yields logits and classes in batches of nearly `size`: equal parts rather than a small last one."""
+    parts = math.ceil(len(x) / size)
+    for inputs, classes in zip(np.array_split(x, parts), np.array_split(y, parts), strict=True):
+        output = learner.predict(inputs, by_batch=by_batch)
+        assert not isinstance(output, str)  # checked before training
+        yield output, classes
+
+
+def time_steps(task: TimingTask, data: Dataset, make: MakeLearner) -> NetworkTiming:
+    """Times every arm of a network, block by block.
+
+    A step is forward, loss, backward and update, at the batch size of training. Arms take turns, so that
+    other work of the machine falls on all of them; a block counts with its median step.
+    """
+    x, y = data.x_train[: task.batch_size], data.y_train[: task.batch_size]
+    source = source_of(task.network)
+    learners: dict[str, Learner] = {}
+    counts: dict[str, int] = {}
+    for name in task.arms:
+        with naming_the_line(f"network {display_name(task.network)}, arm {name}", source):
+            learners[name] = make(task.network, parse_arm(name), data, 0, 1e-3, False)
+            slowest = _median_seconds(learners[name], x, y, _WARM_UP_STEPS)
+        counts[name] = max(3, min(_STEPS_PER_BLOCK, int(_SECONDS_PER_BLOCK / slowest)))
+    seconds: dict[str, list[float]] = {arm: [] for arm in task.arms}
+    for _ in range(_BLOCKS):
+        for name, learner in learners.items():
+            seconds[name].append(_median_seconds(learner, x, y, counts[name]))
+    return {name: ArmTiming(values) for name, values in seconds.items()}
+
+
+def _median_seconds(learner: Learner, x: Array, y: Array, steps: int) -> float:
+    def seconds() -> float:
+        start = time.perf_counter()
+        learner.step(x, y)
+        return time.perf_counter() - start
+
+    return statistics.median(seconds() for _ in range(steps))
