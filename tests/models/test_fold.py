@@ -111,6 +111,35 @@ def test_two_norms_in_a_row_go_into_one_layer_each_way() -> None:
     folded(model, x, x)
 
 
+def test_of_two_layers_that_could_the_one_before_takes_it() -> None:
+    model = ready(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)))
+    x = torch.randn(BATCHED[2], dtype=torch.float64)
+    for example in (x, None):
+        folded(model, x, example)
+        assert homes(model, example) == {"1": "0 (before)"}
+
+
+class Fanned(nn.Module):
+    """Two layers read a norm, one of them behind a dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+        self.drop = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x.relu())
+        return self.first(y).tanh() + self.second(self.drop(y))
+
+
+def test_a_norm_that_several_layers_read_goes_into_each() -> None:
+    model = ready(Fanned())
+    x = torch.randn(BATCHED[2], dtype=torch.float64)
+    for example in (x, None):
+        folded(model, x, example)
+        assert homes(model, example) == {"norm": "first, second (after)"}
+
+
 class Shapes(nn.Module):
     """Channels of a linear layer are on another axis than a norm's; shapes change in between."""
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import batchnorm
 from batchnorm.errors import OptionError
+from batchnorm.folding.plan import Neighbour
 from batchnorm.models.folding import plan as fold_plan
 from batchnorm.models.verify import AgreementError
 
@@ -417,7 +418,7 @@ def test_a_wrong_plan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 12: the copy's outputs are compared in float64, tightly: a model of float32 has no slack for it."""
     model = ready(Block(two_readers), torch.float32)
     x = torch.randn(X)
-    monkeypatch.setattr(fold_plan._Planner, "_source", lambda _self, call: (call.reads[0].maker, 1))
+    monkeypatch.setattr(fold_plan, "_read_elsewhere", lambda *_: "")
     assert "fold was taken back" in refuses(batchnorm.fold, model, x)
 
 
@@ -444,14 +445,14 @@ def test_a_model_of_float32_only_is_compared_in_it(monkeypatch: pytest.MonkeyPat
     model = ready(Block(of_float32_only), torch.float32)
     x = torch.randn(X)
     assert isinstance(batchnorm.fold(model, x).norm, nn.BatchNorm2d)
-    monkeypatch.setattr(
-        fold_plan._Planner, "_source", lambda planner, _: (planner.calls[_conv_of(planner)][0], 1)
-    )
+    monkeypatch.setattr(fold_plan, "_read_elsewhere", lambda *_: "")
+    monkeypatch.setattr(fold_plan.TorchPlanner, "_source", _the_conv)
     assert "fold was taken back" in refuses(batchnorm.fold, model, x)
 
 
-def _conv_of(planner: Any) -> nn.Module:
-    return next(module for module in planner.calls if type(module) is nn.Conv2d)
+def _the_conv(planner: Any, _norm: Any) -> Neighbour[nn.Module]:
+    conv = next(calls[0] for module, calls in planner.calls.items() if type(module) is nn.Conv2d)
+    return Neighbour(conv, "before", conv.gives[0], conv, 1)
 
 
 def test_weights_that_are_too_large_are_refused() -> None:

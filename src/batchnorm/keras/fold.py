@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import keras
 
 from batchnorm.errors import OptionError
+from batchnorm.folding.table import FoldTable
 
 from .folding.graph import check_model
 from .folding.plan import plan
 from .folding.rebuild import rebuild
-from .folding.table import FoldTable
 from .folding.verify import assert_agree
 
 Verbose = Literal["auto", 0, 1]
 
 
-def fold(model: Any, example: Any = None, *, verbose: Verbose = "auto") -> Any:
+def fold(model: keras.Model, example: object = None, *, verbose: Verbose = "auto") -> keras.Model:
     """Return a copy of `model` for inference, its batch normalizations folded into the layers next to them.
 
     A normalization at inference is y = s x + t per channel, s = gamma / sqrt(moving_variance + epsilon) and
@@ -62,7 +62,7 @@ def fold(model: Any, example: Any = None, *, verbose: Verbose = "auto") -> Any:
     check_model(model, "fold")
     decided = plan(model)
     copy = rebuild(model, decided)
-    layers = [call.layer for call in decided.graph.calls if isinstance(call.layer, keras.layers.Layer)]
+    layers = [call.module for call in decided.graph.calls if isinstance(call.module, keras.layers.Layer)]
     # A quantized layer rounds its inputs to 8 bits or fewer, which is bfloat16's coarseness.
     dtypes = {"bfloat16" if layer.quantization_mode else layer.compute_dtype for layer in layers}
     assert_agree(model, copy, example, dtypes)
@@ -71,7 +71,7 @@ def fold(model: Any, example: Any = None, *, verbose: Verbose = "auto") -> Any:
     return copy
 
 
-def fold_table(model: Any) -> FoldTable:
+def fold_table(model: keras.Model) -> FoldTable:
     """Return what `fold` would do with each batch normalization of `model`, and why not; nothing is copied.
 
     Args:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import OptionError
+from batchnorm.folding.plan import FoldPlan, Step
 from batchnorm.torch.contexts.domains import domain_of, keep_one
 from batchnorm.torch.layers import _Layer
 
@@ -26,13 +28,13 @@ from .folding.foldable_layers import (
     write_weights,
 )
 from .folding.folded import FOLDED, stand_in
-from .folding.plan import FoldPlan, Step, plan_on
+from .folding.plan import TorchPlanner
 from .fusion.plan import inner_first, is_block
 from .graph.blocks import NotTraceableError, traced
 from .graph.flow import Flow, joined
 from .graph.recorded import recorded_flow
 from .graph.traced import traced_flow
-from .norms.find import all_names, find_norms
+from .norms.find import Found, all_names, find_norms
 from .norms.kinds import is_ours
 from .revert import undo_fusion
 from .verb import verb
@@ -40,7 +42,7 @@ from .verify import AgreementError, assert_agree, observe, set_mode
 
 
 @verb(masked="a folded norm heeds no mask")
-def fold(model: nn.Module, example: Any = None) -> Any:
+def fold(model: nn.Module, example: object = None) -> nn.Module:
     """Return a copy of `model` for inference, its batch normalizations folded into the layers next to them.
 
     In evaluation a normalization is y = s x + t per channel, s = weight / sqrt(running_var + eps) and
@@ -100,7 +102,7 @@ def fold(model: nn.Module, example: Any = None) -> Any:
     return twin
 
 
-def twin_of(model: nn.Module, *, shares_tensors: bool = False) -> Any:
+def twin_of(model: nn.Module, *, shares_tensors: bool = False) -> nn.Module:
     """Return a copy in evaluation, with what `fuse` did undone.
 
     Args:
@@ -117,21 +119,23 @@ def twin_of(model: nn.Module, *, shares_tensors: bool = False) -> Any:
     if any(is_lazy(tensor) for tensor in tensors):
         raise OptionError("the model has layers that are not initialized: run it once")
     try:
-        twin = copied(model, {id(tensor): tensor for tensor in tensors} if shares_tensors else None)
+        twin: nn.Module = copied(
+            model, {id(tensor): tensor for tensor in tensors} if shares_tensors else None
+        )
     except Exception as error:
         raise OptionError(
             f"fold works on a copy, and {type(model).__name__} cannot be copied by copy.deepcopy "
             f"({type(error).__name__}: {error})"
         ) from error
     for own, copy in zip(model.modules(), twin.modules(), strict=True):
-        if isinstance(own, _Layer) and own.domains > 1:
+        if isinstance(own, _Layer) and isinstance(copy, _Layer) and own.domains > 1:
             keep_one(copy, domain_of(own))
     undo_fusion(twin, [found for found in find_norms(twin) if is_ours(found.module)])
     set_mode(twin, False)
     return twin
 
 
-def fold_plan(twin: nn.Module, example: Any) -> FoldPlan:
+def fold_plan(twin: nn.Module, example: object) -> FoldPlan[nn.Module]:
     """Decide what folds into what in a copy of a model."""
     norms = find_norms(twin)
     layers = [module for module in twin.modules() if absorber_of(module) is not None]
@@ -140,17 +144,11 @@ def fold_plan(twin: nn.Module, example: Any) -> FoldPlan:
     if example is not None:
         run, called = recorded_flow(twin, example, leaves)
         others = [f for module, f in flows.items() if module not in called and not _is_list(module, called)]
-        flow = joined([run, *others])
+        planner = TorchPlanner(joined([run, *others]), norms, {}, lambda _: "the example does not reach it")
     else:
-        flow = joined(flows.values())
-    decided = plan_on(flow, norms, _shared(twin, leaves) if example is None else {})
-    folded = {step.norm for step in decided.steps}
-    for found in norms:
-        if found.module not in folded and found.module not in decided.reasons:
-            decided.reasons[found.module] = (
-                _unseen(twin, found.name, untraceable) if example is None else "the example does not reach it"
-            )
-    return decided
+        unseen = partial(_unseen, twin, untraceable)
+        planner = TorchPlanner(joined(flows.values()), norms, _shared(twin, leaves), unseen)
+    return planner.plan(planner.norms)
 
 
 def _traced(twin: nn.Module) -> tuple[dict[nn.Module, Flow], dict[nn.Module, str]]:
@@ -176,8 +174,9 @@ def _shared(twin: nn.Module, leaves: set[nn.Module]) -> dict[nn.Module, str]:
     return {module: ", ".join(names[module]) for module in leaves if len(names[module]) > 1}
 
 
-def _unseen(twin: nn.Module, name: str, untraceable: dict[nn.Module, str]) -> str:
+def _unseen(twin: nn.Module, untraceable: dict[nn.Module, str], norm: Found) -> str:
     """Return why no forward that is a graph calls a norm."""
+    name = norm.name
     while name:
         name = name.rpartition(".")[0]
         block = twin.get_submodule(name)
@@ -186,7 +185,7 @@ def _unseen(twin: nn.Module, name: str, untraceable: dict[nn.Module, str]) -> st
     return "no forward is seen to call it: pass example="
 
 
-def _apply(twin: nn.Module, steps: list[Step]) -> None:
+def _apply(twin: nn.Module, steps: list[Step[nn.Module]]) -> None:
     """Fold, in place; every layer that computes its weight from constants gets it as a parameter."""
     weights = {
         module: read_weights(module)
@@ -194,13 +193,9 @@ def _apply(twin: nn.Module, steps: list[Step]) -> None:
         if absorber_of(module) is not None and not is_plain(module) and not why_not(module)
     }
     for step in steps:
-        found = affine(step.norm)
         change = scale_outputs if step.direction == "before" else scale_inputs
         for layer in step.into:
-            kind = absorber_of(layer)
-            assert kind is not None
-            now = weights[layer] if layer in weights else read_weights(layer)
-            weights[layer] = change(now, kind, int(getattr(layer, "groups", 1)), found)
+            weights[layer] = change(weights.get(layer) or read_weights(layer), layer, affine(step.norm))
     for layer, changed in weights.items():
         if not write_weights(layer, changed):
             name = next(name for name, module in twin.named_modules() if module is layer)
@@ -210,7 +205,9 @@ def _apply(twin: nn.Module, steps: list[Step]) -> None:
         vars(step.norm)[FOLDED] = True
 
 
-def _agrees_in_float64(model: nn.Module, twin: nn.Module, steps: list[Step], example: Any) -> bool:
+def _agrees_in_float64(
+    model: nn.Module, twin: nn.Module, steps: list[Step[nn.Module]], example: object
+) -> bool:
     """Raise AgreementError if the plan is wrong; return False if the model does not run in float64.
 
     In float32 a right plan may change an output by much, as a choice among nearly equal values does.
@@ -223,19 +220,16 @@ def _agrees_in_float64(model: nn.Module, twin: nn.Module, steps: list[Step], exa
         return False
     twins = dict(zip(twin.modules(), wide.modules(), strict=True))
     _apply(
-        wide,
-        [
-            Step(twins[s.norm], tuple(twins[layer] for layer in s.into), s.direction, s.adds, s.rank)
-            for s in steps
-        ],
+        wide, [replace(s, norm=twins[s.norm], into=tuple(twins[layer] for layer in s.into)) for s in steps]
     )
     assert_agree(before, wide, wide_example, "fold", training=False)
     return True
 
 
-def _widened(example: Any) -> Any:
-    def wide(leaf: Any) -> Any:
+def _widened(example: object) -> object:
+    def wide(leaf: object) -> object:
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     given = dict(example) if isinstance(example, Mapping) else example
-    return pytree.tree_map(wide, given)
+    widened: object = pytree.tree_map(wide, given)
+    return widened

@@ -12,7 +12,6 @@ from torch import nn
 from batchnorm.errors import OptionError
 
 from .fold import fold_plan, twin_of
-from .folding.plan import shown
 from .fusion.plan import plan
 from .norms.find import all_names
 from .norms.report import ModelReport, describe
@@ -77,6 +76,10 @@ def _folds(model: nn.Module, example: Any) -> dict[nn.Module, tuple[str | None, 
         return defaultdict(lambda: why)
     decided = fold_plan(twin, example)
     names = {module: places[0] for module, places in all_names(twin).items()}
-    into = {step.norm: shown(step, names) for step in decided.steps}
+    rows = decided.rows(names)
     modules = zip(model.modules(), twin.modules(), strict=True)
-    return {own: (into.get(copy), decided.reasons.get(copy, "")) for own, copy in modules}
+    return {
+        own: (f"{row.into} ({row.direction})" if row.into else None, row.reason)
+        for own, copy in modules
+        if (row := rows.get(copy))
+    }

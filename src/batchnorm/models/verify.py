@@ -6,7 +6,6 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class Behaviour:
 
 
 @contextlib.contextmanager
-def checked_change(model: nn.Module, example: Any, verb: str) -> Iterator[None]:
+def checked_change(model: nn.Module, example: object, verb: str) -> Iterator[None]:
     """Let the block change a model: taken back if it raises, or if an example then gives other outputs.
 
     Args:
@@ -70,7 +69,7 @@ def checked_change(model: nn.Module, example: Any, verb: str) -> Iterator[None]:
 
 
 def observe(
-    model: nn.Module, example: Any, names: dict[nn.Module, str] | None = None, *, training: bool = True
+    model: nn.Module, example: object, names: dict[nn.Module, str] | None = None, *, training: bool = True
 ) -> Behaviour:
     """Run a model on an example in evaluation and, with `training`, in training; leave it as it was.
 
@@ -112,7 +111,7 @@ def observe(
 
 
 def assert_agree(
-    before: Behaviour, model: nn.Module, example: Any, verb: str, *, training: bool = True
+    before: Behaviour, model: nn.Module, example: object, verb: str, *, training: bool = True
 ) -> None:
     """Raise AgreementError unless `model` still gives on the example what it gave before."""
     try:
@@ -147,7 +146,7 @@ def _scale(name: str, values: dict[str, Tensor]) -> float:
     return scale if var is None or not var.numel() else max(scale, var.max().clamp(min=0).sqrt().item())
 
 
-def call(model: nn.Module, example: Any) -> Any:
+def call(model: nn.Module, example: object) -> object:
     """Call a model on an example: a tensor, a tuple of arguments, or a dict of keyword arguments."""
     if isinstance(example, Mapping):
         return model(**example)
@@ -188,7 +187,7 @@ def _kept(model: nn.Module, names: dict[nn.Module, str]) -> Iterator[tuple[str, 
                 yield f"{names[module]}.{name}".lstrip("."), _values(tensor)
 
 
-def _tensors(outputs: Any) -> list[tuple[str, Tensor]]:
+def _tensors(outputs: object) -> list[tuple[str, Tensor]]:
     found = []
     for path, leaf in pytree.tree_flatten_with_path(outputs)[0]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():

@@ -8,15 +8,31 @@ window, so every value in the window must be data: no padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from batchnorm.folding.affine import Affine, Array
+from batchnorm.folding.affine import affine as map_of
+
+# What a layer's last kernel looks like; a separable one has two, depthwise and pointwise.
+Family = Literal["plain", "transposed", "depthwise", "separable"]
+_layers = keras.layers
+FAMILIES: dict[type, Family] = {
+    _layers.Dense: "plain",  # [C_in, C_out]
+    _layers.Conv1D: "plain",  # [*K, C_in / groups, C_out]
+    _layers.Conv2D: "plain",
+    _layers.Conv3D: "plain",
+    _layers.Conv1DTranspose: "transposed",  # [*K, C_out, C_in]
+    _layers.Conv2DTranspose: "transposed",
+    _layers.Conv3DTranspose: "transposed",
+    _layers.DepthwiseConv1D: "depthwise",  # [*K, C_in, M]: output channel c M + m
+    _layers.DepthwiseConv2D: "depthwise",
+    _layers.SeparableConv1D: "separable",
+    _layers.SeparableConv2D: "separable",
+}
 
 
 @dataclass(frozen=True)
@@ -25,122 +41,59 @@ class Weights:
 
     Attributes:
         kernels: as Keras shapes them; two for a separable convolution (depthwise, pointwise), one otherwise.
-        bias: `[C_out]`.
+        bias: `[C_out]`, or `[1]` where the layer has none.
     """
 
     kernels: tuple[Array, ...]
     bias: Array
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How one kind of layer takes an affine map.
-
-    Attributes:
-        kernels: names of the layer's kernel variables.
-        outputs: number of output channels, from the kernels' shapes.
-        scale_outputs: (weights, s, t) -> weights of s y + t.
-        scale_inputs: (weights, s, t) -> weights that take x where the old ones took s x + t; None where no
-            weights do so exactly.
-    """
-
-    kernels: tuple[str, ...]
-    outputs: Callable[[tuple[Any, ...]], int]
-    scale_outputs: Callable[[Weights, Array, Array], Weights]
-    scale_inputs: Callable[[Weights, Array, Array], Weights] | None
+def affine(norm: keras.layers.BatchNormalization) -> Affine:
+    """Return scale and shift of a built batch normalization at inference."""
+    return map_of(
+        float64(norm.moving_mean),
+        float64(norm.moving_variance),
+        norm.epsilon,
+        float64(norm.gamma) if norm.scale else None,
+        float64(norm.beta) if norm.center else None,
+    )
 
 
-def affine(norm: Any) -> tuple[Array, Array]:
-    """Return s and t, `[C]`, of a built batch normalization at inference."""
-    var = float64(norm.moving_variance)
-    with np.errstate(invalid="ignore", divide="ignore"):  # whoever reads this refuses NaN and inf
-        scale = 1 / np.sqrt(var + norm.epsilon)
-    if norm.scale:
-        scale = scale * float64(norm.gamma)
-    shift = -float64(norm.moving_mean) * scale
-    if norm.center:
-        shift = shift + float64(norm.beta)
-    return scale, shift
-
-
-def float64(variable: Any) -> Array:
+def float64(variable: keras.Variable) -> Array:
     """Return a variable's value as a NumPy array of float64."""
     return np.asarray(keras.ops.convert_to_numpy(variable.value)).astype(np.float64)
 
 
-def _outputs_last(weights: Weights, scale: Array, shift: Array) -> Weights:
-    """Dense and convolutions `[*K, C_in / groups, C_out]`; of a separable one, its pointwise kernel."""
-    *before, last = weights.kernels
-    return Weights((*before, last * scale), weights.bias * scale + shift)
+def kernel_names(layer: keras.layers.Layer) -> tuple[str, ...]:
+    """Return the names of a layer's kernel variables."""
+    is_separable = FAMILIES[type(layer)] == "separable"
+    return ("depthwise_kernel", "pointwise_kernel") if is_separable else ("kernel",)
 
 
-def _outputs_transposed(weights: Weights, scale: Array, shift: Array) -> Weights:
-    """Transposed convolutions, `[*K, C_out, C_in]`."""
-    return Weights((weights.kernels[0] * scale[:, None],), weights.bias * scale + shift)
+def read_weights(layer: keras.layers.Layer) -> Weights:
+    """Return the numbers of a built layer of one of FAMILIES."""
+    kernels = tuple(float64(getattr(layer, name)) for name in kernel_names(layer))
+    return Weights(kernels, float64(layer.bias) if layer.use_bias else np.zeros(1))
 
 
-def _outputs_depthwise(weights: Weights, scale: Array, shift: Array) -> Weights:
-    """Depthwise convolutions `[*K, C_in, M]`: output channel c M + m."""
-    kernel = weights.kernels[0]
-    return Weights((kernel * scale.reshape(kernel.shape[-2:]),), weights.bias * scale + shift)
+def scale_outputs(family: Family, weights: Weights, found: Affine) -> Weights:
+    """Return the weights that give scale y + shift where these give y."""
+    *others, kernel = weights.kernels
+    shape = {"transposed": (-1, 1), "depthwise": kernel.shape[-2:]}.get(family, (1, -1))
+    scaled = kernel * found.scale.reshape(shape)
+    return Weights((*others, scaled), weights.bias * found.scale + found.shift)
 
 
-def _inputs_grouped(weights: Weights, scale: Array, shift: Array) -> Weights:
-    """Dense and convolutions: output block g of `groups` reads input block g."""
-    kernel = weights.kernels[0]
-    *_, per_group, outputs = kernel.shape
-    groups = len(scale) // per_group
-    blocks = kernel.reshape(-1, per_group, groups, outputs // groups)
-    s, t = (values.reshape(groups, per_group) for values in (scale, shift))
-    scaled = np.einsum("kigo,gi->kigo", blocks, s).reshape(kernel.shape)
-    return Weights((scaled,), weights.bias + np.einsum("kigo,gi->go", blocks, t).reshape(-1))
-
-
-def _inputs_depthwise(weights: Weights, scale: Array, shift: Array) -> Weights:
-    kernel = weights.kernels[0]
-    constant = kernel.reshape(-1, *kernel.shape[-2:]).sum(0) * shift[:, None]
-    return Weights((kernel * scale[:, None],), weights.bias + constant.reshape(-1))
-
-
-def _inputs_separable(weights: Weights, scale: Array, shift: Array) -> Weights:
-    """The depthwise part takes the map; its constant goes through the pointwise part."""
-    depthwise, pointwise = weights.kernels
-    channels = int(np.prod(depthwise.shape[-2:]))
-    first = _inputs_depthwise(Weights((depthwise,), np.zeros(channels)), scale, shift)
-    constant = first.bias @ pointwise.reshape(channels, -1)
-    return replace(weights, kernels=(first.kernels[0], pointwise), bias=weights.bias + constant)
-
-
-def _last(shapes: tuple[Any, ...]) -> int:
-    return int(shapes[-1][-1])
-
-
-_PLAIN = Kind(("kernel",), _last, _outputs_last, _inputs_grouped)
-_TRANSPOSED = Kind(("kernel",), lambda shapes: int(shapes[0][-2]), _outputs_transposed, None)
-_DEPTHWISE = Kind(
-    ("kernel",), lambda shapes: int(np.prod(shapes[0][-2:])), _outputs_depthwise, _inputs_depthwise
-)
-_SEPARABLE = Kind(("depthwise_kernel", "pointwise_kernel"), _last, _outputs_last, _inputs_separable)
-
-_layers = keras.layers
-KINDS: dict[type, Kind] = {
-    _layers.Dense: _PLAIN,
-    _layers.Conv1D: _PLAIN,
-    _layers.Conv2D: _PLAIN,
-    _layers.Conv3D: _PLAIN,
-    _layers.Conv1DTranspose: _TRANSPOSED,
-    _layers.Conv2DTranspose: _TRANSPOSED,
-    _layers.Conv3DTranspose: _TRANSPOSED,
-    _layers.DepthwiseConv1D: _DEPTHWISE,
-    _layers.DepthwiseConv2D: _DEPTHWISE,
-    _layers.SeparableConv1D: _SEPARABLE,
-    _layers.SeparableConv2D: _SEPARABLE,
-}
-
-
-def read_weights(layer: Any) -> Weights:
-    """Return the numbers of a built layer of one of KINDS; without a bias of its own, zeros."""
-    kind = KINDS[type(layer)]
-    kernels = tuple(float64(getattr(layer, name)) for name in kind.kernels)
-    outputs = kind.outputs(tuple(kernel.shape for kernel in kernels))
-    return Weights(kernels, float64(layer.bias) if layer.use_bias else np.zeros(outputs))
+def scale_inputs(family: Family, weights: Weights, found: Affine) -> Weights:
+    """Return the weights that take x where these take scale x + shift; a transposed layer has none."""
+    kernel, *others = weights.kernels
+    if family == "plain":
+        groups = len(found.scale) // kernel.shape[-2]
+        blocks = kernel.reshape(-1, kernel.shape[-2], groups, kernel.shape[-1] // groups)
+        scale, shift = (values.reshape(groups, -1) for values in (found.scale, found.shift))
+        scaled = np.einsum("kigo,gi->kigo", blocks, scale).reshape(kernel.shape)
+        return Weights((scaled,), weights.bias + np.einsum("kigo,gi->go", blocks, shift).reshape(-1))
+    constant = (kernel.reshape(-1, *kernel.shape[-2:]).sum(0) * found.shift[:, None]).reshape(-1)
+    for pointwise in others:  # it takes the depthwise part's constant
+        constant = constant @ pointwise.reshape(len(constant), -1)
+    return Weights((kernel * found.scale[:, None], *others), weights.bias + constant)

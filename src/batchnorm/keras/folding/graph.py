@@ -8,62 +8,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 import keras
 
 from batchnorm.errors import OptionError
+from batchnorm.folding import flow
 
+if TYPE_CHECKING:
+    from keras.src.ops.node import Node
 
-class Value(NamedTuple):
-    """One tensor of the graph; the same number all along, into a nested model and out of it.
+Call: TypeAlias = flow.Call[keras.Operation]
+Value: TypeAlias = flow.Value[keras.Operation]
 
-    Attributes:
-        number: its identity.
-        rank: number of axes, batch included.
-        dtype: name.
-    """
-
-    number: int
-    rank: int
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a layer or of an operation.
-
-    Attributes:
-        layer: what is called.
-        name: qualified by the models around it, such as `backbone/conv_1`.
-        reads: the tensors among its arguments, the layer's input first.
-        gives: its outputs.
-        trains: it, or a model around it, is called with training=True in the graph.
-    """
-
-    layer: Any
-    name: str
-    reads: tuple[Value, ...]
-    gives: tuple[Value, ...]
-    trains: bool
+# They hand on their input as it is at inference, so a normalization may be folded through them.
+_IDENTITIES = (
+    keras.layers.ActivityRegularization,
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.Identity,
+    keras.layers.SpatialDropout1D,
+    keras.layers.SpatialDropout2D,
+    keras.layers.SpatialDropout3D,
+)
 
 
 @dataclass
-class Graph:
-    """All calls of a model, in an order in which they can run.
+class Graph(flow.Flow[keras.Operation]):
+    """All calls of a model, in an order in which they can run; `what` of each is its qualified name.
+
+    Nested models are replaced by what they call, once for every time that they are called.
 
     Attributes:
-        calls: nested models are replaced by what they call, once for every time that they are called.
-        outputs: of the model.
-        held: ids of the layers inside wrappers and other layers without a graph: called who knows how often.
+        training: those that the graph, of the model or of one around them, calls with training=True.
+        held: ids of the layers inside wrappers and others without a graph: their calls there are not seen.
     """
 
-    calls: list[Call] = field(default_factory=list)
-    outputs: list[Value] = field(default_factory=list)
+    training: set[Call] = field(default_factory=set)
     held: set[int] = field(default_factory=set)
 
 
-def has_graph(layer: Any) -> bool:
+def has_graph(layer: object) -> bool:
     """Whether `layer` is a built Sequential or functional model that runs as Keras runs those."""
     if not isinstance(layer, keras.Model):
         return False
@@ -75,12 +62,12 @@ def has_graph(layer: Any) -> bool:
     return type(layer).call is type(untrained(layer)).call
 
 
-def untrained(model: Any) -> Any:
+def untrained(model: keras.Model) -> keras.Model:
     """Return a functional model over the same layers that was never compiled."""
     return keras.Model(model.input, model.output, name=model.name)
 
 
-def check_model(model: Any, verb: str) -> None:
+def check_model(model: object, verb: str) -> None:
     """Raise unless `model` has a graph.
 
     Raises:
@@ -106,42 +93,40 @@ def check_model(model: Any, verb: str) -> None:
     )
 
 
-def graph(model: Any) -> Graph:
-    """Return the graph of a model that `check_model` let pass."""
+def graph(model: keras.Model) -> Graph:
+    """Return the graph of a model that `check_model` let pass; a call without a layer reads its outputs."""
     found = Graph()
-    inputs = {id(tensor): _fresh(tensor) for tensor in model.inputs}
-    found.outputs = _walk(found, model, inputs, "", trains=False)
+    inputs: dict[int, Value] = {
+        id(tensor): Value(None, tensor.shape, tensor.dtype) for tensor in model.inputs
+    }
+    outputs = _walk(found, model, inputs, "", trains=False)
     for call in found.calls:
-        if isinstance(call.layer, keras.layers.Layer):  # the others are operations: no layers in them
-            found.held |= {id(layer) for layer in call.layer._flatten_layers(include_self=False)}
+        if isinstance(call.module, keras.layers.Layer):  # the others are operations: no layers in them
+            found.held |= {id(layer) for layer in call.module._flatten_layers(include_self=False)}
+    Call("the model's output", None, outputs)
     return found
 
 
-_numbers = iter(range(2**62))
-
-
-def _fresh(tensor: Any) -> Value:
-    return Value(next(_numbers), len(tensor.shape), tensor.dtype)
-
-
-def _walk(found: Graph, model: Any, values: dict[int, Value], path: str, trains: bool) -> list[Value]:
+def _walk(found: Graph, model: keras.Model, values: dict[int, Value], path: str, trains: bool) -> list[Value]:
     """Add the calls of one model to `found`; `values`: what its inputs are. Return what its outputs are."""
     for node in _nodes(model.outputs, set(values)):
         name = f"{path}/{node.operation.name}" if path else node.operation.name
-        reads = tuple(values[id(tensor)] for tensor in node.input_tensors)
+        reads = [values[id(tensor)] for tensor in node.input_tensors]
         training = trains or _is_training(node)
-        gives = None
-        if has_graph(node.operation):
-            gives = _walk_nested(found, node, values, name, training)
+        gives = _walk_nested(found, node, values, name, training) if has_graph(node.operation) else None
         if gives is None:
-            gives = [_fresh(tensor) for tensor in node.outputs]
-            found.calls.append(Call(node.operation, name, reads, tuple(gives), training))
+            is_same = not training and len(reads) == 1 and _is_identity(node.operation)
+            call = Call(name, node.operation, reads, axes="same" if is_same else None)
+            gives = [call.give(tensor.shape, tensor.dtype) for tensor in node.outputs]
+            found.calls.append(call)
+            if training:
+                found.training.add(call)
         values.update(zip(map(id, node.outputs), gives, strict=True))
     return [values[id(tensor)] for tensor in model.outputs]
 
 
 def _walk_nested(
-    found: Graph, node: Any, values: dict[int, Value], path: str, trains: bool
+    found: Graph, node: Node, values: dict[int, Value], path: str, trains: bool
 ) -> list[Value] | None:
     """Add the calls inside a nested model; None, with nothing added, where its inputs cannot be matched."""
     model = node.operation
@@ -152,7 +137,7 @@ def _walk_nested(
     return _walk(found, model, inner, path, trains)
 
 
-def _in_order(given: Any, model: Any) -> list[Any]:
+def _in_order(given: object, model: keras.Model) -> list[keras.KerasTensor]:
     """The tensors that a nested model was called with, in the order of its inputs."""
     names = [tensor.name for tensor in model.inputs]
     takes_names = not isinstance(model, keras.Sequential) and isinstance(model.input, dict)
@@ -161,7 +146,7 @@ def _in_order(given: Any, model: Any) -> list[Any]:
     return [tensor for tensor in keras.tree.flatten(given) if isinstance(tensor, keras.KerasTensor)]
 
 
-def _nodes(outputs: Sequence[Any], known: set[int]) -> Iterator[Any]:
+def _nodes(outputs: Sequence[keras.KerasTensor], known: set[int]) -> Iterator[Node]:
     """Yield the calls that lead to `outputs`, each after those that it reads; depth first, on a stack."""
     done: set[int] = set()
     waiting = [(_origin(tensor), False) for tensor in reversed(outputs) if id(tensor) not in known]
@@ -179,17 +164,29 @@ def _nodes(outputs: Sequence[Any], known: set[int]) -> Iterator[Any]:
         ]
 
 
-def input_layer(tensor: Any) -> Any:
+def input_layer(tensor: keras.KerasTensor) -> keras.layers.InputLayer:
     """The InputLayer of one of a model's inputs: a Sequential does not list its own among its layers."""
     return _origin(tensor).operation
 
 
-def _origin(tensor: Any) -> Any:
+def _origin(tensor: keras.KerasTensor) -> Node:
     operation, number, _ = tensor._keras_history
     return operation._inbound_nodes[number]
 
 
-def _is_training(node: Any) -> bool:
+def _is_training(node: Node) -> bool:
     """Whether the graph itself says training=True, by name or as the second argument."""
     second = node.arguments.args[1] if len(node.arguments.args) > 1 else None
     return node.arguments.kwargs.get("training") is True or second is True
+
+
+def _is_identity(operation: keras.Operation) -> bool:
+    if type(operation) is keras.layers.Activation:
+        return activation_of(operation) is None
+    return type(operation) in _IDENTITIES
+
+
+def activation_of(layer: keras.Operation) -> object:
+    """Return a layer's own activation; None where it is linear, or has none as a stock normalization."""
+    activation: object = getattr(layer, "activation", None)
+    return None if activation is keras.activations.linear else activation

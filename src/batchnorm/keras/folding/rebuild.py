@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Any
 
 import keras
-import numpy as np
 
 from batchnorm.errors import DataError, OptionError
 
-from .arithmetic import KINDS, Weights, affine, read_weights
-from .graph import has_graph, input_layer, untrained
-from .plan import Plan, Step
+from .arithmetic import FAMILIES, Weights, affine, kernel_names, read_weights, scale_inputs, scale_outputs
+from .graph import activation_of, has_graph, input_layer, untrained
+from .plan import Plan
 
 
-def rebuild(model: Any, plan: Plan) -> Any:
+def rebuild(model: keras.Model, plan: Plan) -> keras.Model:
     """Return the copy: new layers and new weights under the old names, not compiled.
 
     Raises:
         OptionError: a layer cannot be copied.
         DataError: a normalization that folds has weights that give NaN or inf.
     """
-    weights = _folded_weights(plan.steps)
-    copier = _Copier(plan.steps)
+    weights = _folded_weights(plan)
+    copier = _Copier(plan)
     copy = copier.copy(model)
     for original, layer in copier.copies.values():
         if id(original) in weights:
@@ -37,17 +35,17 @@ def rebuild(model: Any, plan: Plan) -> Any:
 class _Copier:
     """Copies layers and models, each once, so that what is shared stays shared."""
 
-    def __init__(self, steps: tuple[Step, ...]) -> None:
-        self.gone = {id(step.norm) for step in steps}
-        self.takers = {id(step.layer) for step in steps}
+    def __init__(self, plan: Plan) -> None:
+        self.gone = {id(step.norm) for step in plan.steps}
+        self.takers = {id(step.into[0]) for step in plan.steps}
         self.activations = {
-            id(step.layer): step.norm.get_config()["activation"]
-            for step in steps
-            if getattr(step.norm, "activation", keras.activations.linear) is not keras.activations.linear
+            id(step.into[0]): step.norm.get_config()["activation"]
+            for step in plan.steps
+            if activation_of(step.norm) is not None
         }
-        self.copies: dict[int, tuple[Any, Any]] = {}  # id -> (original, copy)
+        self.copies: dict[int, tuple[keras.Operation, keras.Operation]] = {}  # id -> (original, copy)
 
-    def copy(self, layer: Any) -> Any:
+    def copy(self, layer: keras.Operation) -> keras.Operation:
         """Return the copy of a layer, a nested model or an operation; a normalization that goes, as it is."""
         if id(layer) in self.gone:
             return layer
@@ -61,14 +59,14 @@ class _Copier:
             self.copies[id(layer)] = (layer, made)
         return self.copies[id(layer)][1]
 
-    def _sequential(self, model: Any) -> Any:
+    def _sequential(self, model: keras.Sequential) -> keras.Sequential:
         layers = [self.copy(layer) for layer in model.layers if id(layer) not in self.gone]
         # Keras builds no Sequential without a layer.
         layers = layers or [keras.layers.Identity(name=model.layers[-1].name)]
         return keras.Sequential([_input_like(model.inputs[0]), *layers], name=model.name)
 
-    def _functional(self, model: Any) -> Any:
-        def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    def _functional(self, model: keras.Model) -> keras.Model:
+        def call(layer: keras.Operation, *args: object, **kwargs: object) -> object:
             if id(layer) in self.gone:
                 return args[0] if args else kwargs["inputs"]
             return layer(*args, **kwargs)
@@ -82,7 +80,7 @@ class _Copier:
             call_function=call,
         )
 
-    def _layer(self, layer: Any) -> Any:
+    def _layer(self, layer: keras.Operation) -> keras.Operation:
         try:
             config = layer.get_config()
             if id(layer) in self.takers:
@@ -104,7 +102,7 @@ class _Copier:
             ) from error
 
 
-def _input_like(tensor: Any) -> Any:
+def _input_like(tensor: keras.KerasTensor) -> keras.KerasTensor:
     layer = input_layer(tensor)
     return keras.Input(
         batch_shape=tensor.shape,
@@ -115,32 +113,31 @@ def _input_like(tensor: Any) -> Any:
     )
 
 
-def _folded_weights(steps: tuple[Step, ...]) -> dict[int, Weights]:
+def _folded_weights(plan: Plan) -> dict[int, Weights]:
     """Return the numbers of every layer that takes a normalization, by its id, in float64."""
     found: dict[int, Weights] = {}
-    for step in steps:
-        scale, shift = affine(step.norm)
-        if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+    for step in plan.steps:
+        norm, (layer,) = step.norm, step.into
+        map_ = affine(norm)
+        if not map_.is_finite:
             raise DataError(
                 "its weights or moving statistics give NaN or inf at inference: calibrate or train the model "
                 "anew before fold",
-                f"{step.name} ({type(step.norm).__name__})",
+                f"{plan.norms[norm]} ({type(norm).__name__})",
             )
-        kind = KINDS[type(step.layer)]
-        take = kind.scale_outputs if step.direction == "before" else kind.scale_inputs
-        assert take is not None
-        weights = found[id(step.layer)] if id(step.layer) in found else read_weights(step.layer)
-        found[id(step.layer)] = take(weights, scale, shift)
+        scale = scale_outputs if step.direction == "before" else scale_inputs
+        now = found.get(id(layer)) or read_weights(layer)
+        found[id(layer)] = scale(FAMILIES[type(layer)], now, map_)
     return found
 
 
-def _write(layer: Any, weights: Weights) -> None:
-    for name, kernel in zip(KINDS[type(layer)].kernels, weights.kernels, strict=True):
+def _write(layer: keras.layers.Layer, weights: Weights) -> None:
+    for name, kernel in zip(kernel_names(layer), weights.kernels, strict=True):
         getattr(layer, name).assign(kernel)
     layer.bias.assign(weights.bias)
 
 
-def _copy_other_weights(original: Any, copy: Any) -> None:
+def _copy_other_weights(original: keras.layers.Layer, copy: keras.layers.Layer) -> None:
     """Copy what a layer that takes a normalization has besides kernels and bias: an activation's weights."""
     old, new = (
         [weight for weight in layer.weights if id(weight) not in _taken(layer)] for layer in (original, copy)
@@ -149,11 +146,11 @@ def _copy_other_weights(original: Any, copy: Any) -> None:
         target.assign(_apart(source))
 
 
-def _taken(layer: Any) -> set[int]:
-    return {id(getattr(layer, name)) for name in (*KINDS[type(layer)].kernels, "bias")}
+def _taken(layer: keras.layers.Layer) -> set[int]:
+    return {id(getattr(layer, name)) for name in (*kernel_names(layer), "bias")}
 
 
-def _copy_state(original: Any, copy: Any) -> None:
+def _copy_state(original: keras.layers.Layer, copy: keras.layers.Layer) -> None:
     """Copy all that a layer knows besides its config: weights, and what it keeps in ways of its own."""
     shapes = [[tuple(weight.shape) for weight in layer.weights] for layer in (original, copy)]
     if shapes[0] != shapes[1]:
@@ -166,7 +163,7 @@ def _copy_state(original: Any, copy: Any) -> None:
     # As in saving to a file: some preprocessing layers compute from their variables when these are loaded.
     # (With LoRA, saving would merge the weights: those are copied above, as they are.)
     if not getattr(original, "lora_enabled", False):
-        store: dict[str, Any] = {}
+        store: dict[str, object] = {}
         original.save_own_variables(store)
         copy.load_own_variables({name: _apart(value) for name, value in store.items()})
     if hasattr(original, "save_assets"):  # a vocabulary
@@ -175,7 +172,7 @@ def _copy_state(original: Any, copy: Any) -> None:
             copy.load_assets(folder)
 
 
-def _apart(value: Any) -> Any:
+def _apart(value: object) -> object:
     """A tensor or variable's value in memory of its own.
 
     On JAX, `assign` takes an array as it is. Two models with one array between them lose it when either runs:

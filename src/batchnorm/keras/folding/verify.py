@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import keras
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from batchnorm.errors import BatchNormError, OptionError
 
-Array = NDArray[Any]
+Array = NDArray[np.number]
 
 # Largest |difference| of an output over its largest |value|, by the coarsest dtype that a layer computes in.
 # A folded layer rounds other numbers than the pair it replaces, so a deep network moves by some tens of its
@@ -30,7 +29,7 @@ class FoldError(BatchNormError, ArithmeticError):
     """A folded model does not give the outputs of the original."""
 
 
-def example_for(model: Any) -> Any:
+def example_for(model: keras.Model) -> object:
     """Return an input batch of the shapes that a model says it takes: normal values, integers 0 and 1.
 
     Raises:
@@ -38,7 +37,7 @@ def example_for(model: Any) -> Any:
     """
     random = np.random.default_rng(0)
 
-    def values(tensor: Any) -> Array:
+    def values(tensor: keras.KerasTensor) -> Array:
         dtype = keras.backend.standardize_dtype(tensor.dtype)
         if dtype == "string" or tensor.sparse:
             kind = "strings" if dtype == "string" else "a sparse tensor"
@@ -55,7 +54,7 @@ def example_for(model: Any) -> Any:
     return keras.tree.map_structure(values, inputs)
 
 
-def assert_agree(model: Any, folded: Any, example: Any, dtypes: Iterable[str]) -> None:
+def assert_agree(model: keras.Model, folded: keras.Model, example: object, dtypes: Iterable[str]) -> None:
     """Compare two models on an example at inference; neither changes.
 
     Args:
@@ -85,7 +84,7 @@ def assert_agree(model: Any, folded: Any, example: Any, dtypes: Iterable[str]) -
         _assert_close(model.name, name, old, new, tolerance)
 
 
-def _outputs(model: Any, example: Any) -> list[tuple[str, Array]]:
+def _outputs(model: keras.Model, example: object) -> list[tuple[str, Array]]:
     """Return the outputs by name; `stateless_call`, so that a layer that keeps a state keeps the old one."""
     state = (
         [v.value for v in variables]

@@ -1,13 +1,12 @@
-"""What a batch normalization does in evaluation: y = scale x + shift per channel, in float64."""
+"""What a batch normalization of torch does in evaluation, and why it is no affine map where it is none."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from batchnorm.folding.affine import Affine
+from batchnorm.folding.affine import affine as map_of
 from batchnorm.models.graph.hooks import is_forward_replaced
 from batchnorm.models.norms.find import Found
 from batchnorm.models.norms.kinds import is_layer, is_ours
@@ -18,26 +17,13 @@ from .foldable_layers import copied, listeners
 _FIXED_EPS = 1e-5  # of the copies of FrozenBatchNorm2d in transformers, which have it in their code
 
 
-@dataclass(frozen=True)
-class Affine:
-    """Scale and shift, `[C]` each, float64, on the CPU."""
-
-    scale: Tensor
-    shift: Tensor
-
-
 def affine(norm: nn.Module) -> Affine:
-    """Return scale = weight / sqrt(running_var + eps) and shift = bias - scale running_mean."""
-    tensors = {name: getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias")}
-    wide = {name: None if t is None else t.detach().cpu().double() for name, t in tensors.items()}
-    mean, var, weight, bias = wide["running_mean"], wide["running_var"], wide["weight"], wide["bias"]
+    """Return scale and shift of a norm that keeps running statistics."""
+    tensors = (getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias"))
+    mean, var, weight, bias = (None if t is None else t.detach().cpu().double().numpy() for t in tensors)
     assert mean is not None
     assert var is not None
-    scale = (var + getattr(norm, "eps", _FIXED_EPS)).rsqrt()
-    if weight is not None:
-        scale = scale * weight
-    shift = -scale * mean
-    return Affine(scale, shift if bias is None else shift + bias)
+    return map_of(mean, var, getattr(norm, "eps", _FIXED_EPS), weight, bias)
 
 
 def why_not_affine(found: Found) -> str:
@@ -57,7 +43,7 @@ def why_not_affine(found: Found) -> str:
     if mean.is_meta or var.is_meta:
         return "it is on the meta device: no values"
     found_affine = affine(norm)
-    if not (found_affine.scale.isfinite().all() and found_affine.shift.isfinite().all()):
+    if not found_affine.is_finite:
         return "its statistics or parameters give NaN or inf"
     if family == "frozen" and not _computes(norm, found_affine):
         return "its forward computes something else than its buffers say"
@@ -70,12 +56,12 @@ def _computes(norm: nn.Module, wanted: Affine) -> bool:
         2, len(wanted.scale), 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
     shape = (1, -1, 1, 1)
-    y = wanted.scale.view(shape) * x + wanted.shift.view(shape)
+    y = torch.from_numpy(wanted.scale.reshape(shape)) * x + torch.from_numpy(wanted.shift.reshape(shape))
     try:
         with torch.no_grad():
             given = copied(norm).cpu().double().eval()(x)
         return bool(torch.allclose(given, y, rtol=1e-10, atol=1e-10 * float(y.abs().max())))
-    except Exception:  # a forward that somebody else wrote may raise anything
+    except Exception:  # a forward of another library may raise anything
         return False
 
 
@@ -93,6 +79,6 @@ def own_activation(norm: nn.Module) -> nn.Module | str | None:
     return None
 
 
-def is_timm(norm: Any) -> bool:
+def is_timm(norm: nn.Module) -> bool:
     """Whether a norm has timm's `drop` and `act` inside."""
     return isinstance(norm, BatchNormAct2d) or (hasattr(norm, "drop") and hasattr(norm, "act"))

@@ -7,44 +7,54 @@ it must be data.
 
 from __future__ import annotations
 
-from typing import Any
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from torch import Tensor
+from batchnorm.folding.affine import Affine, Array
 
-from .affine import Affine
-from .foldable_layers import Absorber, Weights
+from .foldable_layers import Weights
 
 
-def scale_outputs(weights: Weights, kind: Absorber, groups: int, found: Affine) -> Weights:
+def scale_outputs(weights: Weights, layer: nn.Module, found: Affine) -> Weights:
     """Return the weights that give scale y + shift where these give y."""
-    weight, scale = weights.weight, found.scale
-    if kind.family == "transposed":  # [C_in, C_out / groups, *K]: group g of inputs makes group g of outputs
-        blocks = weight.view(groups, -1, *weight.shape[1:])
-        factors = scale.view(groups, 1, -1, *[1] * kind.axes)
-        scaled = (blocks * factors).flatten(0, 1)
-    else:  # [C_out, C_in / groups, *K]
-        scaled = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-    return Weights(scaled, weights.bias * scale + found.shift)
+    scaled = _times(weights.weight, layer, found.scale, 2 if is_transposed(layer) else 1)
+    scale, shift = torch.from_numpy(found.scale), torch.from_numpy(found.shift)
+    return Weights(scaled.flatten(0, 1), weights.bias * scale + shift)
 
 
-def scale_inputs(weights: Weights, kind: Absorber, groups: int, found: Affine) -> Weights:
+def scale_inputs(weights: Weights, layer: nn.Module, found: Affine) -> Weights:
     """Return the weights that take x where these take scale x + shift."""
-    weight = weights.weight
-    if kind.family == "transposed":  # [C_in, ...]; the shift is zero: each output sees another sum of W
-        scaled = weight * found.scale.view(-1, *[1] * (weight.dim() - 1))
-        return Weights(scaled, weights.bias)
-    blocks = weight.view(groups, -1, *weight.shape[1:])  # [groups, C_out / groups, C_in / groups, *K]
-    ones = [1] * kind.axes
-    scaled = (blocks * found.scale.view(groups, 1, -1, *ones)).flatten(0, 1)
-    constant = (blocks * found.shift.view(groups, 1, -1, *ones)).flatten(2).sum(2).flatten()
+    if is_transposed(layer):  # the shift is zero: each output sees another sum of W
+        return Weights(_times(weights.weight, layer, found.scale, 1).flatten(0, 1), weights.bias)
+    scaled = _times(weights.weight, layer, found.scale, 2).flatten(0, 1)
+    constant = _times(weights.weight, layer, found.shift, 2).flatten(2).sum(2).flatten()
     return Weights(scaled, weights.bias + constant)
 
 
-def why_not_inputs(module: Any, kind: Absorber, shift: Tensor) -> str:
+def _times(weight: Tensor, layer: nn.Module, values: Array, axis: int) -> Tensor:
+    """Return `[groups, C / groups, *]` of a weight `[C, *]`, times a value for each channel on an axis.
+
+    Of a weight `[C_out, C_in / groups, *K]`, outputs are on axis 1 and inputs on axis 2; of a transposed one,
+    `[C_in, C_out / groups, *K]`, the other way around.
+    """
+    groups = layer.groups if isinstance(layer, _ConvNd) else 1
+    blocks = weight.view(groups, -1, *weight.shape[1:])
+    shape = [groups, *[1] * (blocks.dim() - 1)]
+    shape[axis] = -1
+    return blocks * torch.from_numpy(values).view(shape)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer is a transposed convolution."""
+    return isinstance(layer, _ConvNd) and layer.transposed
+
+
+def why_not_inputs(module: nn.Module, shift: Array) -> str:
     """Return why a layer cannot take a map of its inputs; "" if it can."""
-    if kind.family == "linear" or not bool(shift.any()):
+    if not isinstance(module, _ConvNd) or not shift.any():
         return ""
-    if kind.family == "transposed":
+    if module.transposed:
         return "is a transposed convolution, in which the shift would not be the same everywhere"
     if module.padding_mode != "zeros" or module.padding == "valid":
         return ""  # other paddings repeat data, which has gone through the norm

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from batchnorm.models.graph.hooks import is_forward_replaced
 
+Module = TypeVar("Module", bound=nn.Module)
 Family = Literal["linear", "conv", "transposed"]
-_FUNCTIONS: dict[Any, type[nn.Module]] = {
+_FUNCTIONS: dict[Callable[..., Tensor], type[nn.Module]] = {
     torch.nn.functional.linear: nn.Linear,
     torch.nn.functional.conv1d: nn.Conv1d,
     torch.nn.functional.conv2d: nn.Conv2d,
@@ -97,7 +99,7 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) in _CLASSES and not module._forward_pre_hooks
 
 
-def _computes_weight(hook: Any) -> bool:
+def _computes_weight(hook: object) -> bool:
     return isinstance(hook, (WeightNorm, SpectralNorm))
 
 
@@ -114,7 +116,7 @@ def computed_weights(module: nn.Module) -> Weights | None:
     try:
         twin = copied(module).double().eval()
         found = [_probe(twin, absorber, seed) for seed in (0, 1)]
-    except Exception:  # a forward that somebody wrote may raise anything
+    except Exception:  # a user's forward may raise anything
         return None
     first, second = found
     if first is None or second is None or not torch.equal(first.weight, second.weight):
@@ -122,7 +124,7 @@ def computed_weights(module: nn.Module) -> Weights | None:
     return first if torch.equal(first.bias, second.bias) else None
 
 
-def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+def copied(module: Module, memo: dict[int, object] | None = None) -> Module:
     """Return a deep copy; a tensor that an operation has made, which deepcopy refuses, is copied by value.
 
     It may be a weight that a hook has computed, a buffer, or what a forward has kept in an attribute.
@@ -160,7 +162,7 @@ def _probe(module: Any, absorber: Absorber, seed: int) -> Weights | None:
     return Weights(weight, _zeros(module, weight) if bias is None else bias)
 
 
-def _is_same(given: Any, own: Any) -> bool:
+def _is_same(given: object, own: object) -> bool:
     """Whether a setting is the layer's own: (1, 1) may be written 1."""
     return bool(given == own or (isinstance(own, tuple) and given in (own[0],) and len(set(own)) == 1))
 
@@ -222,41 +224,32 @@ def become(module: nn.Module, other: nn.Module) -> None:
     module.__class__ = type(other)
 
 
-def _plain_twin(module: Any, absorber: Absorber) -> nn.Module:
-    has_bias = module.bias is not None
-    if absorber.family == "linear":
-        return nn.Linear(module.in_features, module.out_features, has_bias, device="meta")
-    more = {"output_padding": module.output_padding} if absorber.family == "transposed" else {}
-    return absorber.cls(
-        module.in_channels,
-        module.out_channels,
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        dilation=module.dilation,
-        groups=module.groups,
-        bias=has_bias,
-        padding_mode=module.padding_mode,
-        device="meta",
-        **more,
-    )
+def _plain_twin(module: nn.Module, absorber: Absorber) -> nn.Module:
+    """Return a layer of torch's own class with the settings of one of a subclass, still without weights."""
+    plain = absorber.cls(1, 1, 1, device="meta")
+    own = {name for name in vars(plain) if not name.startswith("_") or name.startswith("_reversed_padding")}
+    vars(plain).update({name: value for name, value in vars(module).items() if name in own})
+    plain.register_parameter("bias", None)
+    return plain
 
 
-def outputs_of(module: Any) -> int:
+def outputs_of(module: nn.Module) -> int:
     """Return the number of output channels."""
-    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+    assert isinstance(module, (nn.Linear, _ConvNd))
+    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
 
 
-def inputs_of(module: Any) -> int:
+def inputs_of(module: nn.Module) -> int:
     """Return the number of input channels."""
-    return int(module.in_features if isinstance(module, nn.Linear) else module.in_channels)
+    assert isinstance(module, (nn.Linear, _ConvNd))
+    return module.in_features if isinstance(module, nn.Linear) else module.in_channels
 
 
 def _zeros(module: nn.Module, weight: Tensor) -> Tensor:
     return torch.zeros(outputs_of(module), dtype=torch.float64, device=weight.device)
 
 
-def _wide(tensor: Any) -> Tensor:
+def _wide(tensor: object) -> Tensor:
     """On the CPU: some devices have no float64."""
     assert isinstance(tensor, Tensor)
     return tensor.detach().cpu().double()

@@ -1,104 +1,15 @@
-"""Represents which calls make and read each value of a model, from a traced forward or a recorded run."""
+"""The calls and values of a torch model: what a traced forward and a recorded run have in common."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import TypeAlias
 
-import torch
 from torch import nn
 
-Axes = tuple[int | None, ...] | Literal["same"] | None
+from batchnorm.folding import flow
+from batchnorm.folding.flow import Axes as Axes
+from batchnorm.folding.flow import joined as joined
 
-
-@dataclass(eq=False)
-class Value:
-    """A tensor at one point of a forward.
-
-    Attributes:
-        maker: the call that returned it; None for inputs, parameters and constants.
-        shape: on the example; None without one.
-        dtype: likewise.
-        readers: one entry for each time that a call reads it.
-        aliased: how often an operator returned it as it is, such as `detach`: gradients may differ.
-    """
-
-    maker: Call | None = None
-    shape: tuple[int, ...] | None = None
-    dtype: torch.dtype | None = None
-    readers: list[Call] = field(default_factory=list)
-    aliased: int = 0
-
-
-@dataclass(eq=False)
-class Call:
-    """A call of a module or of an operation.
-
-    Attributes:
-        what: its description in reasons.
-        module: the module; None for an operation.
-        reads: its inputs, that of a layer first.
-        gives: its outputs.
-        axes: for a call that only rearranges its first input: for each axis of the output the same axis of
-            the input, or None; "same" for a call that returns its first input; None for any other call.
-    """
-
-    what: str
-    module: nn.Module | None
-    reads: list[Value]
-    gives: list[Value] = field(default_factory=list)
-    axes: Axes = None
-
-    def __post_init__(self) -> None:
-        for value in self.reads:
-            value.readers.append(self)
-
-    def give(self, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> Value:
-        """Return a new output of this call."""
-        value = Value(self, shape, dtype)
-        self.gives.append(value)
-        return value
-
-    def axis_before(self, axis: int) -> int | None:
-        """Return the axis of the first input that becomes `axis` of the output."""
-        if self.axes is None or self.axes == "same":
-            return None if self.axes is None else axis
-        return self.axes[axis]
-
-    def axis_behind(self, axis: int) -> int | None:
-        """Return the axis of the output that `axis` of the first input becomes."""
-        if self.axes is None or self.axes == "same":
-            return None if self.axes is None else axis
-        return self.axes.index(axis) if axis in self.axes else None
-
-
-@dataclass
-class Flow:
-    """The calls of a model, or of some of its blocks.
-
-    Attributes:
-        calls: in the order of the forward.
-        read: ids of the parameters that a forward reads other than by calling their layer.
-    """
-
-    calls: list[Call] = field(default_factory=list)
-    read: set[int] = field(default_factory=set)
-
-    def by_module(self) -> dict[nn.Module, list[Call]]:
-        """Return the calls of each module."""
-        found: defaultdict[nn.Module, list[Call]] = defaultdict(list)
-        for call in self.calls:
-            if call.module is not None:
-                found[call.module].append(call)
-        return found
-
-
-def joined(flows: Iterable[Flow]) -> Flow:
-    """Return the calls of several flows as one."""
-    whole = Flow()
-    for flow in flows:
-        whole.calls += flow.calls
-        whole.read |= flow.read
-    return whole
+Call: TypeAlias = flow.Call[nn.Module]
+Flow: TypeAlias = flow.Flow[nn.Module]
+Value: TypeAlias = flow.Value[nn.Module]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from batchnorm.text_table import aligned
+
 Direction = Literal["before", "after"]
 
 
@@ -14,7 +16,7 @@ class FoldRow:
 
     Attributes:
         name: qualified by the models and layers around it, such as `backbone/bn_1`.
-        into: qualified name of the layer whose weights take it; None where it is left as it is.
+        into: qualified name of the layer whose weights take it, or of several; None where it is left.
         direction: whether that is the layer before the normalization or the one after it; None where left.
         reason: why it is left; "" where it is folded.
     """
@@ -47,9 +49,4 @@ class FoldTable:
             (row.name, f"{row.into}, {row.direction} it" if row.into else "-", row.reason)
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in cells
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *aligned(cells)])

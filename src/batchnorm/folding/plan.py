@@ -1,0 +1,258 @@
+"""Decides which batch normalizations fold into which layers, and why the others stay, on the flow of a model.
+
+A framework says what its layers can take and names its reasons, in the abstract methods of `Planner`. The
+order of attempts, the walk through the flow and the account of a layer's calls are here. Another way to fold
+is another attempt in `Planner._fold`, which returns a `Step`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic
+
+from .flow import Call, Flow, Layer, Value
+from .table import Direction, FoldRow
+
+
+@dataclass(frozen=True)
+class Step(Generic[Layer]):
+    """One norm that is folded.
+
+    Attributes:
+        norm: which.
+        into: the layers that take it; several where it is called behind several, or several read it.
+        direction: whether they are before or after it.
+        adds: it is called with a residual, which is still to be added.
+        rank: of its input, where the fold holds for that one only; None where the norm takes no other.
+    """
+
+    norm: Layer
+    into: tuple[Layer, ...]
+    direction: Direction
+    adds: bool = False
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Neighbour(Generic[Layer]):
+    """A call of a layer next to a call of a norm, which may take it.
+
+    Attributes:
+        call: of the layer.
+        direction: whether it is before or after the norm.
+        value: what it makes, or reads, of the norm.
+        reader: the call that reads this value: before a norm, itself or the first of what hands it on.
+        axis: of the value, the norm's channels.
+    """
+
+    call: Call[Layer]
+    direction: Direction
+    value: Value[Layer]
+    reader: Call[Layer]
+    axis: int
+
+    @property
+    def layer(self) -> Layer:
+        """What is called."""
+        assert self.call.module is not None
+        return self.call.module
+
+
+@dataclass
+class FoldPlan(Generic[Layer]):
+    """Decisions for a model.
+
+    Attributes:
+        steps: in this order; several may go into one layer, and compose in their order.
+        reasons: norm -> why it stays.
+    """
+
+    steps: list[Step[Layer]] = field(default_factory=list)
+    reasons: dict[Layer, str] = field(default_factory=dict)
+
+    def rows(self, names: Mapping[Layer, str]) -> dict[Layer, FoldRow]:
+        """Return what to say of each norm, given the names of all layers."""
+        left = {norm: FoldRow(names[norm], None, None, reason) for norm, reason in self.reasons.items()}
+        return left | {
+            step.norm: FoldRow(
+                names[step.norm], ", ".join(map(names.__getitem__, step.into)), step.direction, ""
+            )
+            for step in self.steps
+        }
+
+
+class _Impossible(Exception):  # noqa: N818 - a reason on its way to the table, not an error
+    """Why a norm does not fold in one direction."""
+
+
+class Planner(ABC, Generic[Layer]):
+    """Plans on a flow, which it changes: it is the flow as it is after the steps so far.
+
+    Args:
+        flow: of the model.
+    """
+
+    def __init__(self, flow: Flow[Layer]) -> None:
+        self.flow = flow
+        self.calls = flow.by_module()
+
+    @abstractmethod
+    def never(self, norm: Layer) -> str:
+        """Return why a norm folds in neither direction, whatever is around it; "" if it may."""
+
+    @abstractmethod
+    def takes(self, call: Call[Layer], direction: Direction) -> bool:
+        """Whether a call is one of a layer that can take the norm it is before or after."""
+
+    @abstractmethod
+    def axis(self, norm: Call[Layer]) -> int:
+        """Return the channel axis of a norm's input."""
+
+    @abstractmethod
+    def blocks(self, value: Value[Layer], call: Call[Layer], *, leads_on: bool) -> str:
+        """Return why no layer before `call`, which reads `value`, can change that; "" if one may.
+
+        Args:
+            value: on the way from a norm to a layer before it, which has not made it.
+            call: the norm, or what hands on the value to it.
+            leads_on: whether the value is only handed on, too; otherwise there is a reason.
+        """
+
+    @abstractmethod
+    def not_after(self, norm: Layer) -> str:
+        """Return what keeps a norm from any layer after it; "" if nothing does."""
+
+    @abstractmethod
+    def why_not(self, norm: Layer, beside: Neighbour[Layer]) -> str:
+        """Return why a layer that `takes` norms cannot take the one that it is next to; "" if it can."""
+
+    @abstractmethod
+    def folded(self, step: Step[Layer]) -> bool:
+        """Take note of a step; return whether it leaves nothing where the norm was."""
+
+    def described(self, call: Call[Layer]) -> str:
+        """Return a call in words."""
+        return call.what
+
+    def rank(self, _norm: Layer, _beside: Neighbour[Layer]) -> int | None:
+        """Return the rank of input for which alone a norm may go into a layer; None for any that runs."""
+        return None
+
+    def read_by_several(self, _value: Value[Layer]) -> str:
+        """Return why the layers that read a value cannot each take the norm before it; "" if they can."""
+        return ""
+
+    def plan(self, norms: Iterable[Layer]) -> FoldPlan[Layer]:
+        """Decide for every norm: into what is before all of its calls, else into what is after them.
+
+        A norm that is folded makes room for the next: of two in a row both may go into one layer. So passes
+        over those that are left go on until one folds nothing.
+        """
+        decided: FoldPlan[Layer] = FoldPlan(reasons={norm: self.never(norm) for norm in norms})
+        waiting = [norm for norm, reason in decided.reasons.items() if not reason]
+        progress = True
+        while progress:
+            left = [norm for norm in waiting if not self._fold(norm, decided)]
+            progress, waiting = len(left) < len(waiting), left
+        return decided
+
+    def changes_dtype(self, norm: Layer) -> str:
+        """Return which dtype a norm turns into which other, as a reason; "" if none."""
+        for call in self.calls[norm]:
+            if call.reads and call.reads[0].dtype != call.gives[0].dtype:
+                return f"it turns {call.reads[0].dtype} into {call.gives[0].dtype}"
+        return ""
+
+    def _fold(self, norm: Layer, decided: FoldPlan[Layer]) -> bool:
+        """Add a step for a norm, or note why there is none."""
+        reasons = []
+        for attempt in (self._before, self._after):
+            try:
+                step = attempt(norm)
+            except _Impossible as why:
+                reasons.append(str(why))
+                continue
+            decided.steps.append(step)
+            del decided.reasons[norm]
+            if self.folded(step):
+                for call in self.calls[norm]:
+                    call.axes = "same"
+            return True
+        decided.reasons[norm] = "; ".join(reasons)
+        return False
+
+    def _before(self, norm: Layer) -> Step[Layer]:
+        """Return the step into the layers before a norm, or say why not."""
+        found = []
+        for call in self.calls[norm]:
+            found.append(self._source(call))
+            _refuse(self.why_not(norm, found[-1]))
+        return self._step(norm, found, "for this norm")
+
+    def _source(self, call: Call[Layer]) -> Neighbour[Layer]:
+        """Return the layer whose output a norm reads, past what only hands it on."""
+        value, axis = _input(call), self.axis(call)
+        while (maker := value.maker) is None or not self.takes(maker, "before"):
+            before = None if maker is None else maker.axis_before(axis)
+            _refuse(self.blocks(value, call, leads_on=before is not None))
+            assert maker is not None
+            assert before is not None
+            value, axis, call = _input(maker), before, maker
+        return Neighbour(maker, "before", value, call, axis)
+
+    def _after(self, norm: Layer) -> Step[Layer]:
+        """Return the step into the layers after a norm, or say why not."""
+        _refuse(self.not_after(norm))
+        found = []
+        for call in self.calls[norm]:
+            consumers = self._consumers(call.gives[0], self.axis(call))
+            for consumer in consumers:
+                _refuse(self.why_not(norm, consumer))
+            found += consumers
+        if not found:
+            raise _Impossible("nothing reads its output")
+        return self._step(norm, found, "on this norm's output")
+
+    def _consumers(self, value: Value[Layer], axis: int) -> list[Neighbour[Layer]]:
+        """Return the layers that read a value, past what only hands it on."""
+        _refuse(self.read_by_several(value))
+        found = []
+        for reader in value.readers:
+            if self.takes(reader, "after"):
+                found.append(Neighbour(reader, "after", value, reader, axis))
+                continue
+            behind = reader.axis_behind(axis)
+            if behind is None or reader.reads[0] is not value:
+                raise _Impossible(f"after it is {self.described(reader)}")
+            found += self._consumers(reader.gives[0], behind)
+        return found
+
+    def _step(self, norm: Layer, found: list[Neighbour[Layer]], how: str) -> Step[Layer]:
+        """Return the step into the layers next to a norm if each of their calls is next to it."""
+        direction = found[0].direction
+        times = Counter(beside.layer for beside in found)
+        for layer, count in times.items():
+            calls = self.calls[layer]
+            if count != len(calls):
+                raise _Impossible(
+                    f"{direction} it, {calls[0].what} is called {len(calls)} times, {count} of them {how}"
+                )
+        ranks = {self.rank(norm, beside) for beside in found}
+        if len(ranks) != 1:
+            raise _Impossible(f"{direction} it are layers for inputs of several ranks")
+        adds = any(len(call.reads) > 1 for call in self.calls[norm])
+        return Step(norm, tuple(times), direction, adds, ranks.pop())
+
+
+def _refuse(reason: str) -> None:
+    if reason:
+        raise _Impossible(reason)
+
+
+def _input(call: Call[Layer]) -> Value[Layer]:
+    if not call.reads:
+        raise _Impossible(f"what {call.what} reads is not known")
+    return call.reads[0]
