@@ -85,7 +85,7 @@ _FULL = """
 import json, resource, signal, sys
 from pathlib import Path
 from typer.testing import CliRunner
-from batchnorm.cli import app
+from batchnorm.cli.commands import app
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))

@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from batchnorm.cli import app
+from batchnorm.cli.commands import app
 
 _OWN = """
 import os, sys

@@ -1,12 +1,14 @@
-"""README and docs: code runs, figures are those of the result files, names and imports those of the code."""
+"""README, docs and docstrings: code runs, figures are those of the result files, names those of the code."""
 
 from __future__ import annotations
 
+import doctest
 import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import batchnorm
 from benchmarks import page
@@ -37,6 +39,22 @@ def test_examples_are_shown_as_they_are() -> None:
     for name, code in EXAMPLES.items():
         assert code in programs, f"{name} is not equal to any of {sorted(programs.values())}"
     assert set(EXAMPLES.values()) == set(programs)
+
+
+# Every public name that is called, but for one that changes its process for good: see test_memory.py.
+PUBLIC = sorted(name for name, (_, attribute) in batchnorm._HOMES.items() if attribute)
+PUBLIC.remove("reuse_memory")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_in_docstrings_run(name: str) -> None:
+    given = {"batchnorm": batchnorm, "torch": torch, "nn": torch.nn}
+    docstring = getattr(batchnorm, name).__doc__
+    example = doctest.DocTestParser().get_doctest(docstring, given, name, None, None)
+    assert example.examples, f"the docstring of batchnorm.{name} has no example"
+    said: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=said.append)
+    assert not said, "".join(said)
 
 
 @pytest.mark.parametrize("path", page.PAGES, ids=lambda path: path.name)

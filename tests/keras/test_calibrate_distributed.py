@@ -10,8 +10,7 @@ import pytest
 from keras import layers
 
 from batchnorm.keras import BatchNormalization
-from batchnorm.keras.calibrate import calibrate
-from batchnorm.keras.callback import Calibrate
+from batchnorm.keras.calibrate import Calibrate, calibrate
 
 from .calibrated import assert_statistics, numbers, value
 

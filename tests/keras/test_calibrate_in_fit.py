@@ -13,8 +13,7 @@ from keras import layers, ops
 
 from batchnorm.errors import OptionError
 from batchnorm.keras import BatchNormalization
-from batchnorm.keras.calibrate import calibrate
-from batchnorm.keras.callback import Calibrate
+from batchnorm.keras.calibrate import Calibrate, calibrate
 
 from .calibrated import Array, assert_same_state, assert_statistics, numbers, state, value
 

@@ -147,7 +147,7 @@ def test_a_study_goes_on_and_is_not_mixed_with_one_in_torch(
     again = Counting()
     assert run_study(options(own), again).results["runs"] == study[0].results["runs"]
     assert again.started is None
-    with pytest.raises(DataError, match=r"framework 'keras' \(now 'torch'\).*--out"):
+    with pytest.raises(DataError, match=r"'framework' 'keras' \(now None\).*--out"):
         run_study(options(own, framework="torch"))
 
 

@@ -66,10 +66,8 @@ _KERAS_LAYERS = _in(
     "synced_policies",
 )  # fmt: skip
 # Which backends run what of the layer: on torch our kernels do most of it.
-_KERAS_BY_TORCH = ("keras/layers.py", "keras/policies.py", "keras/torch_backend.py", "keras/moments.py",
-                   "keras/norms.py")  # fmt: skip
-_KERAS_BY_OTHERS = ("keras/layers.py", "keras/ops_path.py", "keras/groups.py", "keras/moments.py",
-                    "keras/synchronized.py")  # fmt: skip
+_KERAS_BY_TORCH = ("keras/layers.py", "keras/torch_backend.py", "keras/moments.py", "keras/norms.py")
+_KERAS_BY_OTHERS = ("keras/layers.py", "keras/ops_path.py", "keras/moments.py", "keras/synchronized.py")
 _KERAS_VERBS = _in(
     "keras", "fold", "fold_left", "fold_copy", "calibrate", "calibrate_data", "calibrate_in_fit", "freeze",
     "calibrate_distributed",
@@ -79,13 +77,13 @@ ROOMS = (
     Room(
         "masks",
         ("torch/contexts/masks.py", "torch/contexts/checkpointing.py", "torch/contexts/domains.py",
-         "models/mask.py", "models/domain.py", "models/contexts.py", "keras/masks.py"),
+         "models/mask.py", "models/domain.py", "models/contexts.py", "keras/batch_layout.py"),
         (
             Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint", "checkpoint_contexts"),
                  *_in("models", "calibrate_masked")), only=("torch/*", "models/*")),
             Run(_in("models", "arguments"), choice="mask or lengths or other_functions", only=("models/*",)),
-            Run(_in("keras", "masks"), backend="torch", only=("keras/*",)),
-            Run(_in("keras", "masks"), backend="tensorflow", only=("keras/*",)),  # of unknown shapes, too
+            Run(_in("keras", "masks", "policy_options"), backend="torch", only=("keras/*",)),
+            Run(_in("keras", "masks", "policies"), backend="tensorflow", only=("keras/*",)),  # unknown shapes
         ),
     ),
     Room(
@@ -186,8 +184,8 @@ ROOMS = (
     ),
     Room(
         "Keras layers",
-        ("keras/layers.py", "keras/ops_path.py", "keras/moments.py", "keras/groups.py", "keras/policies.py",
-         "keras/synchronized.py", "keras/torch_backend.py", "keras/norms.py"),
+        ("keras/layers.py", "keras/ops_path.py", "keras/moments.py", "keras/synchronized.py",
+         "keras/torch_backend.py", "keras/norms.py"),
         (
             Run(_KERAS_LAYERS, backend="torch", only=_KERAS_BY_TORCH),
             Run(_in("keras", "numbers", "masks", "policy_options", "policies"), backend="jax",
@@ -198,7 +196,7 @@ ROOMS = (
     ),
     Room(
         "Keras verbs",
-        ("keras/*.py",),
+        ("keras/*.py", "keras/calibration/*.py"),
         (Run(_KERAS_VERBS, backend="torch"),
          Run(_in("keras", "fold", "calibrate", "calibrate_distributed"), backend="tensorflow"),
          Run(_in("keras", "fold", "calibrate", "calibrate_distributed"), backend="jax")),

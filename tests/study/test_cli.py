@@ -235,6 +235,7 @@ def test_version_and_help() -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys\nfrom batchnorm.cli import app\napp(['study', '--help'], standalone_mode=False)\n"
-    done = run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], Path())
+    code = "from batchnorm.cli.commands import app\napp(['study', '--help'], standalone_mode=False)\n"
+    code = f"import sys\n{code}sys.exit('torch' in sys.modules)"
+    done = run([sys.executable, "-c", code], Path())
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from click.testing import Result
 from torch import nn
 from typer.testing import CliRunner
 
-from batchnorm.cli import app
+from batchnorm.cli.commands import app
 
 # A user's file, with models and data.
 OWN = """

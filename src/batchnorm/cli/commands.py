@@ -1,4 +1,4 @@
-"""What the `batchnorm` command can be asked: its commands and options, for Typer."""
+"""Defines the `batchnorm` command: its version, `batchnorm study`, and the verbs on a model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 import batchnorm
+from batchnorm.errors import OptionError
 
-from . import models
-from .study import study
+from . import models, options
+from .one_line import one_clear_line
 
 app = typer.Typer(
     help="Batch normalization for PyTorch and Keras.",
@@ -17,9 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(study)
-for command in models.COMMANDS:
-    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -35,3 +33,61 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+@app.command()
+def study(
+    network: options.Networks = "mlp,deep",
+    data: options.StudyData = "digits",
+    data_dir: options.DataDir = None,
+    framework: options.Framework = "torch",
+    arms: options.Arms = "none,batchnorm,dropout,l1,l2,layernorm,batchnorm+dropout",
+    learning_rate: options.LearningRates = "1e-4,1e-3,1e-2",
+    seeds: options.Seeds = 3,
+    epochs: options.Epochs = 10,
+    batch_size: options.StepSize = 32,
+    target_accuracy: options.TargetAccuracy = 0.85,
+    jobs: options.Jobs = "auto",
+    out: options.StudyOut = None,
+    debug: options.Debug = False,
+) -> None:
+    """What does batch normalization buy this network on this data?
+
+    Trains each network in each arm, at each learning rate, with each seed, and writes report.html,
+    results.json and curves.csv. Ctrl-C keeps every finished run; the same command goes on from there.
+    """
+    with one_clear_line(debug, "every finished run is kept"):
+        from batchnorm.study import StudyOptions, run_study
+        from batchnorm.study.options import parse_rates, split_list
+        from batchnorm.study.terminal import TerminalDisplay, print_results
+
+        chosen = StudyOptions(
+            networks=split_list(network),
+            data=data,
+            data_dir=data_dir,
+            framework=framework,
+            arms=split_list(arms),
+            learning_rates=parse_rates(split_list(learning_rate)),
+            seeds=seeds,
+            epochs=epochs,
+            batch_size=batch_size,
+            target_accuracy=target_accuracy,
+            jobs=_parse_jobs(jobs),
+            out=out,
+        )
+        with TerminalDisplay() as display:
+            result = run_study(chosen, display)
+        print_results(result.results)
+        typer.echo(f"report: {result.report}")
+
+
+def _parse_jobs(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise OptionError(f"--jobs {text!r} is neither a number nor auto")
+    return int(text)
+
+
+for command in (models.inspect, models.convert, models.calibrate, models.fold):
+    app.command()(command)

@@ -1,4 +1,4 @@
-"""Ctrl-C outside of a command's work, while its code is imported or it ends: one line, and no traceback."""
+"""Ends the process on Ctrl-C with one line, and no traceback, while a command's code is imported or ends."""
 
 from __future__ import annotations
 
@@ -12,25 +12,23 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def stop_at_once() -> None:
-    """From now on, Ctrl-C ends the process with one line: nothing has begun that could be left half done."""
+    """Let Ctrl-C end the process with one line from now on: no work has begun that could stay half done."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup, for one, has it ignored
         signal.signal(signal.SIGINT, _stop)
 
 
 @contextlib.contextmanager
 def raising_interrupts() -> Iterator[None]:
-    """Within this context, Ctrl-C is a KeyboardInterrupt again."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not _stop
-    ):
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let Ctrl-C raise KeyboardInterrupt again, within this context."""
+    is_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    is_ours = is_main and signal.getsignal(signal.SIGINT) is _stop
+    if is_ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, _stop)
+        if is_ours:
+            signal.signal(signal.SIGINT, _stop)
 
 
 def _stop(*_: object) -> None:

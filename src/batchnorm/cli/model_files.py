@@ -1,4 +1,4 @@
-"""What the verbs of the command line read and write: a model, its weights, data, and the result."""
+"""Reads and writes the files of the verbs: a model, its weights, data, and the result."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Run:
         return None
 
     def verb(self, verb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a verb on the model; what the model's own code raises becomes a line that names its line."""
+        """Call a verb on the model; an error of the model's own code names its line of code."""
         with naming_the_line(f"running {self.spec}", source_of(self.spec), kept=BatchNormError):
             return verb(self.model, *args, **kwargs)
 
@@ -116,7 +116,7 @@ def _build(spec: str) -> nn.Module:
 
 
 def check_out(out: Path, suffixes: tuple[str, ...], force: bool, option: str = "--out") -> None:
-    """Raise OptionError for a file of another kind, or one that is there, unless forced.
+    """Raise OptionError for a file with another suffix, or one that exists, unless forced.
 
     Raises:
         FileError: it cannot be written.
@@ -129,7 +129,7 @@ def check_out(out: Path, suffixes: tuple[str, ...], force: bool, option: str = "
 
 
 def check_progress(resume: Path, *others: Path | None) -> None:
-    """Raise OptionError where the progress file, which is deleted in the end, is another file of the command.
+    """Raise OptionError if the progress file, which is deleted at the end, is another file of the command.
 
     Raises:
         FileError: it cannot be written.
@@ -146,12 +146,12 @@ def check_exporter(suffix: str) -> None:
         raise OptionError(f"an .onnx file needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
-# Files are made in memory: on a full disk, torch's writer ends the process, and that of safetensors raises
-# errors of its own.
+# The content of a file is made in memory: on a full disk, torch's writer ends the process, and the writer of
+# safetensors raises errors of its own.
 
 
 def _state_of(model: nn.Module, spec: str) -> bytes:
-    """Return a state as `safetensors.torch.save_model` writes it: of tensors that share memory, one."""
+    """Return a state as `safetensors.torch.save_model` writes it: of tensors that share memory, one each."""
     state, notes = model.state_dict(), {"format": "pt"}
     try:
         for kept, others in _remove_duplicate_names(state).items():
@@ -164,7 +164,7 @@ def _state_of(model: nn.Module, spec: str) -> bytes:
 
 
 def _exported(model: nn.Module, example: Tensor, suffix: str) -> bytes:
-    """Return a program of torch.export, or the same as ONNX; the number of examples stays open if it can."""
+    """Return a program of torch.export, or the same as ONNX, with an open batch size where that works."""
     open_batch = ({0: torch.export.Dim.AUTO},)
     program = torch.export.export(model.eval(), (example,), dynamic_shapes=open_batch)
     if suffix == ".pt2":
@@ -188,7 +188,7 @@ def _parse_shape(text: str) -> tuple[int, ...]:
 
 
 def _memory() -> int:
-    """Return how many bytes of memory this machine has; where it does not tell, a number that none has."""
+    """Return this machine's memory in bytes; where the system does not tell, more than any machine has."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

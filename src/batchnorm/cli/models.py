@@ -1,52 +1,26 @@
-"""`batchnorm inspect`, `convert`, `calibrate` and `fold`: verbs on a model that a function builds."""
+"""Defines `batchnorm inspect`, `convert`, `calibrate` and `fold`, on a model that a function builds."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Iterator
 
 import typer
 
 import batchnorm
 
+from . import options
 from .one_line import one_clear_line, warnings_as_lines
-
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="file.py:function or package.module:function; it returns a module."),
-]
-Weights = Annotated[
-    Path | None, typer.Option(help="Loaded into it: safetensors, or a torch checkpoint without code in it.")
-]
-Data = Annotated[
-    str | None, typer.Option(help="digits, mnist, or your own as file.py:function, as for `study`.")
-]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Folder with MNIST's IDX files or mnist.npz, or a cache of them.")
-]
-Samples = Annotated[int | None, typer.Option(help="How many of the training examples; all, unless given.")]
-BatchSize = Annotated[int, typer.Option(help="Examples per batch.")]
-Input = Annotated[
-    str | None, typer.Option(help="Shape of an input, such as 1x3x224x224; examples of the data take it too.")
-]
-Out = Annotated[Path, typer.Option(help="File to write: .safetensors.")]
-FoldOut = Annotated[
-    Path, typer.Option(help="File to write: .onnx or .pt2 to run it, .safetensors its weights.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 
 
 def inspect(
-    model: Model,
-    weights: Weights = None,
-    data: Data = None,
-    data_dir: DataDir = None,
-    batch_size: BatchSize = 16,
-    input: Input = None,
-    debug: Debug = False,
+    model: options.Model,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    data_dir: options.DataDir = None,
+    batch_size: options.BatchSize = 16,
+    input: options.Input = None,
+    debug: options.Debug = False,
 ) -> None:
     """The batch normalizations of a model: what they are, how they are, what they fuse with.
 
@@ -60,15 +34,15 @@ def inspect(
 
 
 def convert(
-    model: Model,
-    out: Out,
-    weights: Weights = None,
-    data: Data = None,
-    data_dir: DataDir = None,
-    batch_size: BatchSize = 16,
-    input: Input = None,
-    force: Force = False,
-    debug: Debug = False,
+    model: options.Model,
+    out: options.Out,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    data_dir: options.DataDir = None,
+    batch_size: options.BatchSize = 16,
+    input: options.Input = None,
+    force: options.Force = False,
+    debug: options.Debug = False,
 ) -> None:
     """Make stock layers ours, compare on an example, and write the state.
 
@@ -90,27 +64,19 @@ def convert(
 
 
 def calibrate(
-    model: Model,
-    data: Annotated[str, typer.Option(help="digits, mnist, or your own as file.py:function.")],
-    out: Out,
-    weights: Weights = None,
-    data_dir: DataDir = None,
-    samples: Samples = None,
-    batch_size: BatchSize = 256,
-    input: Input = None,
-    method: Annotated[
-        str,
-        typer.Option(help="batch: one pass, as in training; layerwise: of the network as deployed, in more."),
-    ] = "batch",
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Where to note how far it has come; the same command goes on from there."),
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="SVG to draw: how far off each layer's statistics were.")
-    ] = None,
-    force: Force = False,
-    debug: Debug = False,
+    model: options.Model,
+    data: options.CalibrationData,
+    out: options.Out,
+    weights: options.Weights = None,
+    data_dir: options.DataDir = None,
+    samples: options.Samples = None,
+    batch_size: options.BatchSize = 256,
+    input: options.Input = None,
+    method: options.Method = "batch",
+    resume: options.Resume = None,
+    picture: options.Picture = None,
+    force: options.Force = False,
+    debug: options.Debug = False,
 ) -> None:
     """Set running statistics to those of all training data, say how far off they were, write the state."""
     with _clearly(debug):
@@ -122,9 +88,9 @@ def calibrate(
         if resume is not None:
             check_progress(resume, out, picture, weights)
         run = Run(model, weights, data, data_dir, samples, batch_size, input)
-        options = {"progress": True, "method": method, "progress_file": resume}
-        options["keep_progress"] = resume is not None  # until all is written
-        report = run.verb(batchnorm.calibrate, run.batches(), **options)
+        kept = resume is not None  # until all is written
+        given = {"progress": True, "method": method, "progress_file": resume, "keep_progress": kept}
+        report = run.verb(batchnorm.calibrate, run.batches(), **given)
         typer.echo(str(report))
         run.write(run.model, out, force)
         if picture is not None:
@@ -138,15 +104,15 @@ def calibrate(
 
 
 def fold(
-    model: Model,
-    out: FoldOut,
-    weights: Weights = None,
-    data: Data = None,
-    data_dir: DataDir = None,
-    batch_size: BatchSize = 16,
-    input: Input = None,
-    force: Force = False,
-    debug: Debug = False,
+    model: options.Model,
+    out: options.FoldOut,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    data_dir: options.DataDir = None,
+    batch_size: options.BatchSize = 16,
+    input: options.Input = None,
+    force: options.Force = False,
+    debug: options.Debug = False,
 ) -> None:
     """Fold norms into the weights before or after them, compare on an example, and write a model to run.
 
@@ -162,11 +128,9 @@ def fold(
         example = run.example(needed=out.suffix != ".safetensors")
         run.model.eval()
         folded = run.verb(batchnorm.fold, example)
-        typer.echo(f"{_count(run.model) - _count(folded)} of {_count(run.model)} batch normalizations folded")
+        before, after = (len(batchnorm.inspect(model).rows) for model in (run.model, folded))
+        typer.echo(f"{before - after} of {before} batch normalizations folded")
         run.write(folded, out, force, example)
-
-
-COMMANDS: tuple[Callable[..., None], ...] = (inspect, convert, calibrate, fold)
 
 
 @contextlib.contextmanager
@@ -175,11 +139,7 @@ def _clearly(debug: bool) -> Iterator[None]:
         yield
 
 
-def _count(model: Any) -> int:
-    return len(batchnorm.inspect(model).rows)
-
-
-def _show(report: Any) -> None:
+def _show(report: object) -> None:
     """Print a report: coloured in a terminal, whole lines to a file or another program."""
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""What a user can cause is one line on stderr and an exit code; a traceback on request only."""
+"""Turns errors that a user can cause into one line on stderr and an exit code; tracebacks on request only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def one_clear_line(debug: bool, kept: str = "") -> Iterator[None]:
 
     Args:
         debug: show the traceback too.
-        kept: what an error of a file leaves behind, in words.
+        kept: says, behind an error of a file, which results are safe.
     """
     try:
         with raising_interrupts():

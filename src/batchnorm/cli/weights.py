@@ -1,4 +1,4 @@
-"""Weights from a file that is not trusted: no code in it runs, and whatever is wrong with it is one line."""
+"""Reads weights from an untrusted file: no code in it runs, and any damage is an error of one line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"{path} is not read: it is damaged or no plain checkpoint, and reading it might run code; where "
             "you trust it, save its state_dict by torch.save, or as safetensors"
         ) from error
-    except Exception as error:  # readers raise what they come across: of any type, for damaged files
+    except Exception as error:  # readers raise errors of any type for damaged files
         raise DataError(f"{path} is not read, as damaged or of another format: {in_short(error)}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
@@ -52,20 +52,20 @@ def _checkpoint(content: bytes) -> Any:
     if content.startswith(_ZIP):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             members = archive.infolist()
-        # torch.save compresses nothing: what is larger than the file would fill the memory.
+        # torch.save compresses nothing: a member larger than the file would fill the memory.
         if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
             sum(member.file_size for member in members) > len(content)
         ):
             raise ValueError("its members are compressed")
-    if b"bytearray" in content:  # torch lets it be made, of any size: no state has one
+    if b"bytearray" in content:  # torch allows one, of any size, and no state has one
         raise ValueError("it makes a bytearray")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of how it rebuilds what it has written itself
+        warnings.simplefilter("ignore")  # torch warns of its own way to rebuild tensors
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _check(state: Any, own: Mapping[str, Any]) -> None:
-    """Raise DataError for what is no state, or cannot be one of a model whose state is `own`."""
+    """Raise DataError for an object that is no state, or no state of a model whose own is `own`."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError("it holds no state: a dict of tensors, or one under the key state_dict")
     for name, value in state.items():
@@ -82,7 +82,7 @@ def _check(state: Any, own: Mapping[str, Any]) -> None:
 
 
 def _with_ties(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return a state with every name of tensors that the model shares: safetensors hold one of them."""
+    """Return the state with all names of the tensors that the model shares: safetensors hold one name."""
     for kept, others in _remove_duplicate_names(model.state_dict(), preferred_names=list(state)).items():
         for name in others:
             if kept in state and name not in state:

@@ -7,8 +7,7 @@ from batchnorm.errors import naming_the_extra
 with naming_the_extra("batchnorm.keras"):
     import keras as _keras  # noqa: F401
 
-from .calibrate import calibrate
-from .callback import Calibrate
+from .calibrate import Calibrate, calibrate
 from .fold import fold, fold_table
 from .folding.verify import FoldError
 from .freeze import freeze, unfreeze

@@ -1,12 +1,11 @@
-"""Moving statistics := statistics of a whole data set."""
+"""Sets moving statistics to those of a whole data set: as a function, and as a callback of `fit`."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from numbers import Integral
-from typing import Any, Literal
+from typing import Literal
 
 import keras
 import numpy as np
@@ -18,18 +17,17 @@ from batchnorm.statistics.calibration import CalibrationReport, LayerChange
 from batchnorm.statistics.moments import PooledMoments, merge
 
 from .calibration.batch_moments import BatchMoments
-from .calibration.batches import batches, samples
-from .norms import norms_within
-from .policies import is_frozen
+from .calibration.batches import Data, Inputs, batches, samples
+from .norms import Norm, Norms, is_frozen, norms_within
 
-Layer = Any
 Verbose = Literal["auto", 0, 1, 2]
+When = Literal["end", "validation"]
 Array = NDArray[np.float64]
 
 
 def calibrate(
     model: keras.Model,
-    data: Any,
+    data: Data,
     *,
     batch_size: int = 32,
     steps: int | None = None,
@@ -38,30 +36,24 @@ def calibrate(
     """Set the moving statistics of every batch normalization to the statistics of all of `data`.
 
     One pass over `data`: normalizations use the statistics of each batch, everything else (dropout, for one)
-    runs as in inference. With n_b, mean_b, m2_b of what a layer received in batch b:
+    runs as in inference. With n_b, mean_b, m2_b of what a layer received in batch b, masked values left out:
 
         moving_mean     = Σ n_b mean_b / Σ n_b
         moving_variance = m2 / n,    n and m2 of all batches merged by Chan's formula, in float64
 
-    so that batches of unequal size weigh by their size, and masked values do not count. The variance is the
-    biased one, ÷ n, as in Keras's own moving variance. With renorm=True, moving_stddev = sqrt(moving_variance
-    + epsilon), and what training corrects by (renorm_mean, renorm_stddev) stays.
+    With renorm=True, moving_stddev = sqrt(moving_variance + epsilon); renorm_mean and renorm_stddev stay.
 
-    A layer with no normalization before it gets the same statistics however the data is split; a deeper one
-    receives inputs that were normalized batch by batch, so its statistics depend on the split (the report
-    marks it): larger batches come closer. A frozen layer (`trainable=False`, or `statistics=Running()`)
-    uses and keeps its own moving statistics. To keep those of layers that the model calls with
-    training=False, as in transfer learning, freeze them. What else `statistics` may be, it is calibrated by
-    whole batches.
+    A layer after another normalization receives inputs that were normalized batch by batch, so its statistics
+    depend on the split into batches: the report marks it, and larger batches come closer. Frozen layers
+    (`trainable=False`, `statistics=Running()`) use and keep theirs: freeze what the model calls with
+    training=False, as in transfer learning. An exception or an interruption leaves the model as it was.
 
     Args:
-        model: of any kind, with layers of Keras's or of this library at any nesting. One that has never been
-            built is built by the first batch.
-        data: samples of training, in eval form: an array or tensor, or a dict or list of them, one per input;
-            a tuple (x, y) or (x, y, sample_weight) of such; `tf.data.Dataset`, `keras.utils.PyDataset`,
-            torch's `DataLoader`, or any other iterable of batches: x, (x, y) or (x, y, sample_weight).
-            Targets and weights are not used. A list of batches whose batches are bare arrays goes in as
-            iter(batches).
+        model: any, with layers of Keras's or ours at any nesting; the first batch builds one that is not.
+        data: training samples, preprocessed as for inference: an array or tensor, or a dict or list of them,
+            one per input; a tuple (x, y) or (x, y, sample_weight) of such; `tf.data.Dataset`,
+            `keras.utils.PyDataset`, torch's `DataLoader`, or any other iterable of batches: x, (x, y) or
+            (x, y, sample_weight). y and weights are not used. Of a list of bare arrays, pass iter(batches).
         batch_size: samples per batch, for arrays.
         steps: at most this many batches; None = all.
         verbose: "auto" or 1 = a progress bar, 2 = one line, 0 = nothing.
@@ -70,54 +62,108 @@ def calibrate(
         A report: layers, samples, and how far each layer's statistics moved, in standard deviations.
 
     Raises:
-        OptionError: (a ValueError) no model of Keras, or one without batch normalization or with frozen ones
-            only.
+        OptionError: (a ValueError) no Keras model, none or only frozen normalizations, an option's value.
         DataError: (a ValueError) no batch, data of unknown form, or a layer that received NaN or inf, no
             valid value, one value per channel in all, or constants from a normalization over single values.
+        InputShapeError: (a ValueError) a mask that does not fit.
 
     Warns:
         UserWarning: names the layers that no sample reached; they are left as before.
 
-    An exception or an interruption, at any point, leaves the model exactly as it was.
+    Example:
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+        >>> batchnorm.keras.calibrate(model, numpy.random.rand(256, 3), verbose=0).batches
+        8
 
     Differs from torch: `batchnorm.calibrate` sets the unbiased variance, ÷ (n - 1), as torch does.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2; Wu & Johnson 2021, arXiv:2105.07576, sec. 3.
     """
-    calibration = Calibration(batch_size, steps, verbose)
-    report = calibration.run(model, data)
-    if report.unreached:
-        warnings.warn(unreached_message(report), UserWarning, stacklevel=2)
+    report = Calibration(batch_size, steps, verbose).run(model, data)
+    report.warn_of_unreached(stacklevel=2)
     return report
 
 
-def unreached_message(report: CalibrationReport) -> str:
-    return f"calibrate: no sample reached {', '.join(report.unreached)}; left as before"
+class Calibrate(keras.callbacks.Callback):
+    """Calibrates the model at the end of `fit`, or before each validation: see `batchnorm.keras.calibrate`.
 
+    The order of the callbacks counts. List it after those that change weights at the end of training or
+    before a validation: `EarlyStopping(restore_best_weights=True)`, which restores the moving statistics too,
+    and `SwapEMAWeights`. `ModelCheckpoint` saves at the end of an epoch, before the end of `fit`: what it
+    saves is calibrated with when="validation" only.
 
-def is_built(model: Layer) -> bool:
-    """Whether every layer of the model has its weights."""
-    # Private, but the only list that has the layers inside wrappers and users' own layers too.
-    return all(layer.built for layer in model._flatten_layers())
+    Args:
+        data: as `calibrate` takes it; training samples.
+        batch_size: samples per batch, for arrays.
+        steps: at most this many batches per calibration; None = all.
+        when: "end" = once, after training. "validation" = before each validation as well, in `fit` and in
+            `evaluate` (if it is given the callback): validation then judges the weights by statistics of
+            their own, and training goes on from the calibrated statistics.
+        verbose: as in `calibrate`.
 
-
-def live_norms(model: Layer) -> list[tuple[str, Layer]]:
-    """Return (name, layer) of the normalizations that are not frozen.
+    Attributes:
+        report: of the last calibration; None before the first.
 
     Raises:
-        OptionError: there is none.
+        OptionError: (a ValueError) options out of range; data is an iterator, which would serve one
+            calibration only, and when="validation"; at the start of training, a model without batch
+            normalization; when it calibrates, as `calibrate`, and its DataError.
+
+    Warns:
+        UserWarning: names the layers that no sample reached; they are left as before.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+        >>> model.compile("sgd", "mse")
+        >>> x = numpy.random.rand(64, 3)
+        >>> callback = batchnorm.keras.Calibrate(x)
+        >>> history = model.fit(x, x, epochs=2, verbose=0, callbacks=[callback])
+        >>> callback.report.samples
+        64
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 2.
     """
-    every = list(norms_within(model))
-    live = [(name, layer) for name, layer in every if not is_frozen(layer)]
-    if not every:
-        raise OptionError(f"{type(model).__name__} has no batch normalization to calibrate")
-    if not live:
-        raise OptionError(
-            f"every batch normalization of {type(model).__name__} is frozen (trainable=False, or "
-            "statistics=Running()), "
-            f"{every[0][0]} for one: set trainable=True, or statistics=Batch(), on those to calibrate"
-        )
-    return live
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        batch_size: int = 32,
+        steps: int | None = None,
+        when: When = "end",
+        verbose: Verbose = 0,
+    ) -> None:
+        super().__init__()
+        if when not in ("end", "validation"):
+            raise OptionError(f'when is "end" or "validation"; got {when!r}')
+        if when == "validation" and isinstance(data, Iterator):
+            raise OptionError(
+                f'a {type(data).__name__} is used up by one calibration, and when="validation" makes '
+                "several: pass arrays or a data set"
+            )
+        self.data = data
+        self.when = when
+        self.report: CalibrationReport | None = None
+        self._calibration = Calibration(batch_size, steps, verbose)
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
+        """Refuse at once what would be refused after hours of training."""
+        if _is_built(self.model):
+            _live_norms(self.model)
+
+    def on_test_begin(self, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
+        """Calibrate before a validation."""
+        if self.when == "validation":
+            self._calibrate()
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
+        """Calibrate the trained model."""
+        self._calibrate()
+        self._calibration.forget()
+
+    def _calibrate(self) -> None:
+        self.report = self._calibration.run(self.model, self.data)
+        self.report.warn_of_unreached(stacklevel=3)
 
 
 class Calibration:
@@ -138,7 +184,7 @@ class Calibration:
         self.verbose = 1 if verbose == "auto" else int(verbose)
         self._forward: BatchMoments | None = None
 
-    def run(self, model: Layer, data: Any) -> CalibrationReport:
+    def run(self, model: keras.Model, data: Data) -> CalibrationReport:
         """Calibrate the model; see `calibrate`, but for the warning."""
         if not isinstance(model, keras.layers.Layer):
             kind = type(model)
@@ -150,39 +196,63 @@ class Calibration:
             model.jax_state_sync()
         found, total = batches(model, data, self.batch_size, self.steps)
         bar = keras.utils.Progbar(total, verbose=self.verbose)
-        tally = _Tally()
+        accumulator = _Accumulator()
         for x in found:
-            if tally.batches == 0:
+            if accumulator.batches == 0:
                 self._forward = self._prepared(model, x)
             assert self._forward is not None
-            tally.add(self._forward(x), samples(x))
-            bar.update(tally.batches, finalize=False)
-        if self._forward is None or tally.batches == 0:
+            accumulator.add(self._forward(x), samples(x))
+            bar.update(accumulator.batches, finalize=False)
+        if self._forward is None or accumulator.batches == 0:
             raise DataError(
                 "calibrate received no batch: data is empty, or an iterator that was used up before"
             )
-        bar.target = tally.batches
-        bar.update(tally.batches, finalize=True)
-        return _finish(model, self._forward.norms, tally)
+        bar.target = accumulator.batches
+        bar.update(accumulator.batches, finalize=True)
+        return _finish(model, self._forward.norms, accumulator)
 
     def forget(self) -> None:
         """Release the compiled forward."""
         self._forward = None
 
-    def _prepared(self, model: Layer, x: Any) -> BatchMoments:
-        if not is_built(model):
+    def _prepared(self, model: keras.Model, x: Inputs) -> BatchMoments:
+        if not _is_built(model):
             model(x, training=False)
-        live = live_norms(model)
-        before = self._forward
+        live, before = _live_norms(model), self._forward
         return before if before is not None and before.serves(model, live) else BatchMoments(model, live)
 
 
-class _Tally:
-    """Merges what each layer received, by the layer's number.
+def _is_built(model: keras.Model) -> bool:
+    """Whether every layer of the model has its weights."""
+    # Private, but the only list that has the layers inside wrappers and users' own layers too.
+    return all(layer.built for layer in model._flatten_layers())
+
+
+def _live_norms(model: keras.Model) -> Norms:
+    """Return (name, layer) of the normalizations that are not frozen.
+
+    Raises:
+        OptionError: there is none.
+    """
+    every = list(norms_within(model))
+    live = [(name, layer) for name, layer in every if not is_frozen(layer)]
+    if not every:
+        raise OptionError(f"{type(model).__name__} has no batch normalization to calibrate")
+    if not live:
+        raise OptionError(
+            f"every batch normalization of {type(model).__name__} is frozen (trainable=False, or "
+            "statistics=Running()), "
+            f"{every[0][0]} for one: set trainable=True, or statistics=Batch(), on those to calibrate"
+        )
+    return live
+
+
+class _Accumulator:
+    """Merges what each layer received, by the number of the layer, as names may repeat.
 
     Attributes:
         pooled: the moments of all batches.
-        inexact: layers that another normalization ran before.
+        preceded: layers that another normalization ran before.
         followed: layers that another normalization ran after.
         most: the largest number of values per channel in one batch.
     """
@@ -190,11 +260,12 @@ class _Tally:
     def __init__(self) -> None:
         self.samples = self.batches = 0
         self.pooled: dict[int, PooledMoments] = {}
-        self.inexact: set[int] = set()
+        self.preceded: set[int] = set()
         self.followed: set[int] = set()
         self.most: dict[int, float] = {}
 
     def add(self, received: list[tuple[int, PooledMoments]], count: int) -> None:
+        """Add a batch of `count` samples."""
         self.samples += count
         self.batches += 1
         with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf are refused at the end, by name
@@ -202,37 +273,46 @@ class _Tally:
                 self.pooled[layer] = merge(self.pooled[layer], found) if layer in self.pooled else found
                 self.most[layer] = max(self.most.get(layer, 0.0), float(found.count.max(initial=0.0)))
         order = [layer for layer, _ in received]
-        self.inexact.update(order[1:])
+        self.preceded.update(order[1:])
         self.followed.update(order[:-1])
 
-    def most_before_another(self, layer: int) -> float:
-        """Return `most` of a layer that another one ran after; infinity for others."""
-        return self.most[layer] if layer in self.followed else math.inf
 
-
-def _finish(model: Layer, live: Sequence[tuple[str, Layer]], tally: _Tally) -> CalibrationReport:
+def _finish(model: keras.Model, live: Norms, accumulator: _Accumulator) -> CalibrationReport:
     """Check everything, then write everything."""
     changes: list[LayerChange] = []
-    writes: list[tuple[Any, Array]] = []
+    writes: list[tuple[keras.Variable, Array]] = []
+    pooled = accumulator.pooled
     for number, (name, layer) in enumerate(live):
-        if number in tally.pooled:
-            mean, var = _statistics(name, layer, tally.pooled[number], tally.most_before_another(number))
-            values = int(np.max(tally.pooled[number].count))
-            changes.append(_change(name, layer, values, mean, var, number not in tally.inexact))
+        if number in pooled:
+            most = accumulator.most[number] if number in accumulator.followed else math.inf
+            old = (_float64(layer.moving_mean), _float64(layer.moving_variance))
+            mean, var = new = _statistics(name, layer, pooled[number], most, old)
+            values, exact = int(np.max(pooled[number].count)), number not in accumulator.preceded
+            changes.append(LayerChange.between(name, values, old, new, layer.epsilon, exact))
             writes += [(layer.moving_mean, mean), (layer.moving_variance, var)]
             if layer.renorm:
                 writes.append((layer.moving_stddev, np.sqrt(var + layer.epsilon)))
     frozen = tuple(name for name, layer in norms_within(model) if is_frozen(layer))
-    unreached = tuple(name for number, (name, _) in enumerate(live) if number not in tally.pooled)
+    unreached = tuple(name for number, (name, _) in enumerate(live) if number not in pooled)
     _write(writes)
-    return CalibrationReport(tally.samples, tally.batches, tuple(changes), unreached, frozen)
+    return CalibrationReport(accumulator.samples, accumulator.batches, tuple(changes), unreached, frozen)
 
 
-def _statistics(name: str, layer: Layer, found: PooledMoments, most: float) -> tuple[Array, Array]:
+def _statistics(
+    name: str,
+    layer: Norm,
+    found: PooledMoments,
+    most: float,
+    old: tuple[Array, Array],
+) -> tuple[Array, Array]:
     """Return the new moving mean and variance, `[C]`; a channel that got no value keeps the old.
 
     Args:
+        name: of the layer, in errors.
+        layer: whose statistics they are.
+        found: moments of all that it received.
         most: the largest number of values per channel in a batch; infinity if no normalization ran after it.
+        old: its moving mean and variance.
     """
     unchanged = "the model is unchanged"
     if not np.any(found.count > 0):
@@ -246,8 +326,8 @@ def _statistics(name: str, layer: Layer, found: PooledMoments, most: float) -> t
             name,
         )
     empty = found.count == 0
-    mean = np.where(empty, _value(layer.moving_mean), found.mean)
-    var = np.where(empty, _value(layer.moving_variance), found.m2 / np.where(empty, 1, found.count))
+    mean = np.where(empty, old[0], found.mean)
+    var = np.where(empty, old[1], found.m2 / np.where(empty, 1, found.count))
     dtype = keras.backend.standardize_dtype(layer.moving_variance.dtype)
     with np.errstate(over="ignore"):
         held = [values.astype("float32" if dtype == "bfloat16" else dtype) for values in (mean, var)]
@@ -256,20 +336,15 @@ def _statistics(name: str, layer: Layer, found: PooledMoments, most: float) -> t
     return mean, var
 
 
-def _change(name: str, layer: Layer, values: int, mean: Array, var: Array, exact: bool) -> LayerChange:
-    old = (_value(layer.moving_mean), _value(layer.moving_variance))
-    return LayerChange.between(name, values, old, (mean, var), layer.epsilon, exact)
-
-
-def _value(variable: Any) -> Array:
-    """Return a copy of a variable's value, float64."""
+def _float64(variable: keras.Variable) -> Array:
+    """Return a copy of a variable's value."""
     values: Array = ops.convert_to_numpy(variable.value).astype(np.float64)
     return values
 
 
-def _write(writes: list[tuple[Any, Array]]) -> None:
+def _write(writes: list[tuple[keras.Variable, Array]]) -> None:
     """Assign each value to its variable; on an interruption midway, put all of them back."""
-    before = [_value(variable) for variable, _ in writes]
+    before = [_float64(variable) for variable, _ in writes]
     try:
         for variable, value in writes:
             variable.assign(value)

@@ -1,4 +1,4 @@
-"""`BatchNormalization` for Keras 3: the stock layer's drop-in, on every backend."""
+"""Defines `BatchNormalization` for Keras 3, a drop-in for the stock layer on every backend."""
 
 from __future__ import annotations
 
@@ -7,29 +7,42 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import ops
 
 from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.statistics.batch import Batch
+from batchnorm.statistics.policies import check_policy, from_config
 from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.synced import Synced
 
-from . import ops_path, policies
-from .groups import fewest
-from .masks import valid_values
+from . import ops_path
+from .batch_layout import fewest, valid_values
+from .protocols import Tensor
 
-Tensor = Any
-Activation = str | dict[str, Any] | Callable[[Tensor], Tensor] | None
+# A function of Keras's: by its name, as the config of an object, or itself.
+Function = str | dict[str, Any] | Callable[..., Tensor]
+# Option -> its values, and why "raise", which the torch layers have, is none of them.
+_CHOICES = {
+    "nonfinite": (
+        ("propagate", "skip"),
+        'nonfinite="raise" would have to wait for the device in every step, which a compiled one cannot: '
+        'use nonfinite="skip" and look at layer.skipped, or keras.callbacks.TerminateOnNaN',
+    ),
+    "small_batch": (
+        ("allow", "running"),
+        'small_batch="raise" would need the size of the batch, which a compiled step does not have on '
+        'every backend: use small_batch="running", or leave it out',
+    ),
+}
 
 
 @keras.saving.register_keras_serializable(package="batchnorm")
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Batch normalization; drop-in for `keras.layers.BatchNormalization`.
+    """Normalizes each channel of its inputs; drop-in for `keras.layers.BatchNormalization`.
 
         y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
 
     In training (`training=True` and `trainable`), mean and var (biased, ÷ n) are the batch's over all axes
-    but `axis`, and the moving statistics move, both towards the batch's:
+    but `axis`, and both moving statistics move towards them:
 
         moving = momentum * moving + (1 - momentum) * batch
 
@@ -39,49 +52,55 @@ class BatchNormalization(keras.layers.BatchNormalization):
         axis: the channel axis: -1, or 1 for channels-first data.
         momentum: fraction 0..1 of the moving statistics that stays. torch's momentum is 1 - this.
         epsilon: added to var.
-        center: learn beta.
-        scale: learn gamma.
+        center: learn beta, `[C]`.
+        scale: learn gamma, `[C]`.
         beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer,
             beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as in Keras.
         renorm: batch renormalization (Ioffe 2017): training uses ((x - mean) / std * r + d) * gamma + beta,
             with r = std / renorm_stddev and d = (mean - renorm_mean) / renorm_stddev as constants.
         renorm_clipping: bounds `rmin` and `rmax` of r, and `dmax` of |d|.
-        renorm_momentum: as momentum, of renorm_mean and renorm_stddev.
-        synchronized: take the statistics over all replicas, by their numbers of valid values: in TensorFlow's
-            strategies, over torch.distributed's default group, and on JAX, where a batch is global anyway.
-        activation: applied to the output (keyword only): what every Keras layer takes. On the torch backend
-            it runs in the same pass where batchnorm's kernels have it.
-        frozen: `trainable` stays False whatever it is set to (keyword only).
-        statistics: which mean and var (keyword only): `batchnorm.Batch()`, as above, `Ghost(size)`,
-            `Renorm()`, `Running()`, `Adapted()` or `Synced(over=...)`, the objects of the torch layers; or
-            such a one's config. An attribute of the layer; it can be set, and `compile` called again.
-        nonfinite: what a batch with inf or NaN does to the moving statistics (keyword only): "propagate", as
-            in Keras, or "skip": they stay, and `skipped`, a weight, counts it.
-        small_batch: what a batch, or ghost batch, of one value per channel is normalized by (keyword only):
-            "allow", as in Keras, by itself, which makes it beta; "running": by the moving statistics, which
-            stay.
+        renorm_momentum: momentum of renorm_mean and renorm_stddev.
+        synchronized: take the statistics over all replicas, which weigh by their numbers of valid values: in
+            TensorFlow's strategies, over torch.distributed's default group, and on JAX, where a batch is
+            global anyway.
+        activation: function of the output, as Keras's layers take it (keyword only). On the torch backend it
+            runs in the same pass where batchnorm's kernels have it.
+        frozen: keeps `trainable` False whatever it is set to (keyword only).
+        statistics: policy that chooses mean and var (keyword only): `batchnorm.Batch()`, as above,
+            `Ghost(size)`, `Renorm()`, `Running()`, `Adapted()` or `Synced(over=...)`, as of the torch layers,
+            or its config. To change it later, set the attribute and `compile` the model again.
+        nonfinite: effect of a batch with inf or NaN on the moving statistics (keyword only): "propagate", as
+            in Keras, or "skip": they stay, and the weight `skipped` counts the batch.
+        small_batch: statistics for a batch, or ghost batch, of one value per channel (keyword only): "allow",
+            as in Keras: its own, so that the output is beta; "running": the moving ones, which stay.
         **kwargs: of `keras.layers.Layer`: name, dtype, trainable.
 
     Call arguments:
-        inputs: floating, any rank from 2 on.
-        training: use the batch's statistics, and move the moving ones. A layer that was told False wherever
-            a functional model was made of it never does; the stock layer does inside `fit`.
+        inputs: floating, `[N, *S, C]`, or `[N, C, *S]` with axis=1.
+        training: use the batch's statistics, and move the moving ones. A layer that was called with False
+            wherever a functional model was made of it does neither inside `fit`; the stock layer does both.
         mask: `[N, *S]`, the inputs' shape without the channel axis, True = the value counts in the
-            statistics. Masked positions are normalized with the rest. A mask of Keras's own, of the inputs'
-            shape without the last axis, serves too where the two cannot be confused.
+            statistics. Masked positions are normalized with the rest. Keras's own masks, of the inputs' shape
+            without the last axis, serve too where the two shapes cannot be confused.
 
     Raises:
         InputShapeError: (a ValueError) a mask that does not fit.
-        OptionError: (a ValueError) a policy or option that Keras cannot keep to, or two that contradict.
-        RankError: (a RuntimeError) on torch.distributed, a rank did not come to a layer that shares
-            statistics, or came to another one; ranks know the layer by its name.
+        OptionError: (a ValueError) an option or policy that is unknown or that Keras cannot carry out, or two
+            that contradict each other.
+        RankError: (a RuntimeError) on torch.distributed, a rank did not reach a layer that shares statistics,
+            or reached another one; ranks identify the layer by its name.
         ValueError: as the stock layer, for wrong options.
 
-    Differs from Keras: moving statistics of 16-bit layers are float32; accurate for |mean|/std up to 1e6,
-    where the stock layer loses float32 to cancellation; masks are right for channels-first data and for one
-    channel; a batch with no valid value leaves the moving statistics alone; `synchronized` works on every
-    backend and counts masked values right; `frozen`; `statistics`, `nonfinite` and `small_batch`. A `Renorm`
-    whose bounds open with time has one weight more, `batches`.
+    Example:
+        >>> layer = batchnorm.keras.BatchNormalization(activation="relu", statistics=batchnorm.Ghost(32))
+        >>> tuple(layer(numpy.random.rand(64, 28, 28, 3), training=True).shape)
+        (64, 28, 28, 3)
+
+    Differs from Keras: moving statistics of 16-bit layers are float32; float32 is accurate for |mean|/std up
+    to 1e6, where cancellation costs the stock layer its digits; masks are right for channels-first data and
+    for one channel; a batch with no valid value leaves the moving statistics alone; `synchronized` works on
+    every backend and counts masked values right; `activation`, `frozen`, `statistics`, `nonfinite` and
+    `small_batch` are new. A `Renorm` whose bounds open with time has one weight more, `batches`.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; Ioffe 2017, arXiv:1702.03275.
     """
@@ -93,20 +112,20 @@ class BatchNormalization(keras.layers.BatchNormalization):
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
-        beta_initializer: Any = "zeros",
-        gamma_initializer: Any = "ones",
-        moving_mean_initializer: Any = "zeros",
-        moving_variance_initializer: Any = "ones",
-        beta_regularizer: Any = None,
-        gamma_regularizer: Any = None,
-        beta_constraint: Any = None,
-        gamma_constraint: Any = None,
+        beta_initializer: Function = "zeros",
+        gamma_initializer: Function = "ones",
+        moving_mean_initializer: Function = "zeros",
+        moving_variance_initializer: Function = "ones",
+        beta_regularizer: Function | None = None,
+        gamma_regularizer: Function | None = None,
+        beta_constraint: Function | None = None,
+        gamma_constraint: Function | None = None,
         renorm: bool = False,
         renorm_clipping: dict[str, float] | None = None,
         renorm_momentum: float = 0.99,
         synchronized: bool = False,
         *,
-        activation: Activation = None,
+        activation: Function | None = None,
         frozen: bool = False,
         statistics: Policy | dict[str, Any] = Batch(),  # noqa: B008 -- frozen
         nonfinite: str = "propagate",
@@ -114,7 +133,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         **kwargs: Any,
     ) -> None:
         self._frozen = False  # read by `trainable`, which the base class sets
-        self._infers_in_graphs: bool | None = None  # told so in all functional models; None: in none
+        self._infers_in_graphs: bool | None = None  # training=False in all functional models; None: in none
         super().__init__(
             axis=axis,
             momentum=momentum,
@@ -137,24 +156,21 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.synchronized = synchronized  # the stock layer refuses it on all backends but one
         self.activation = keras.activations.get(activation)
         self.frozen = frozen
-        self.batches: Any = None
-        self.skipped: Any = None
+        self.batches: keras.Variable | None = None
+        self.skipped: keras.Variable | None = None
         self.statistics = statistics
-        try:
-            self.nonfinite = policies.checked_nonfinite(nonfinite)
-            self.small_batch = policies.checked_small_batch(small_batch)
-        except BatchNormError as error:
-            raise error.at(self._label) from None
+        self.nonfinite = self._checked("nonfinite", nonfinite)
+        self.small_batch = self._checked("small_batch", small_batch)
 
     @property
     def statistics(self) -> Policy:
-        """Which statistics the layer normalizes by; set it to change that, and compile the model again."""
+        """The policy that chooses the statistics; after setting it, compile the model again."""
         return self._statistics
 
     @statistics.setter
     def statistics(self, policy: Policy | dict[str, Any]) -> None:
         try:
-            found = policies.checked_policy(policy, renorm=self.renorm, synchronized=self.synchronized)
+            found = _checked_policy(policy, renorm=self.renorm, synchronized=self.synchronized)
             if self.built and found.counts_batches != (self.batches is not None):
                 raise OptionError(
                     f"statistics={found} {'needs a' if self.batches is None else 'has no'} count of "
@@ -172,8 +188,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     @frozen.setter
     def frozen(self, value: bool) -> None:
-        # Only a change moves `trainable`: trainable=False, from the constructor or a file, is no business of
-        # frozen=False. (On TensorFlow, Keras skips the assignment of an equal value itself.)
+        # Only a change moves `trainable`: frozen=False keeps trainable=False from the constructor or a file.
+        # (On TensorFlow, Keras skips the assignment of an equal value itself.)
         if bool(value) != self._frozen:
             self._frozen = bool(value)
             self.trainable = not self._frozen
@@ -188,7 +204,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         keras.layers.BatchNormalization.trainable.fset(self, bool(value) and not self._frozen)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Create the weights; an activation's too, where it is a layer, before a compiled step needs them."""
+        """Create the weights, also of an activation that is a layer, before a compiled step needs them."""
         super().build(input_shape)
         if self.statistics.counts_batches:
             self.batches = self._counter("batches")
@@ -198,7 +214,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             self.activation.build(input_shape)
 
     def add_weight(self, *args: Any, trainable: bool = True, **kwargs: Any) -> keras.Variable:
-        """As every layer's; but what does not learn are statistics, which stay float32 in a 16-bit layer."""
+        """Add a weight; one that does not learn is a statistic, which stays float32 in a 16-bit layer."""
         if not trainable and self.variable_dtype in ("float16", "bfloat16"):
             kwargs.setdefault("dtype", "float32")
         return super().add_weight(*args, trainable=trainable, **kwargs)
@@ -213,15 +229,25 @@ class BatchNormalization(keras.layers.BatchNormalization):
             aggregation="only_first_replica",
         )
 
+    def _checked(self, option: str, value: str) -> str:
+        known, why_not_raise = _CHOICES[option]
+        if value == "raise":
+            raise OptionError(why_not_raise, self._label)
+        if value not in known:
+            raise OptionError(
+                f"{option} must be one of {', '.join(map(repr, known))}; got {value!r}", self._label
+            )
+        return value
+
     @property
     def _label(self) -> str:
         return f"{self.name} ({type(self).__name__})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer; and note what the making of functional models says: to heed `training=False`.
+        """Call the layer, and note `training=False` where the call builds a functional model.
 
-        Inside `fit` such a model (Keras 3.15) calls its layers with its own `training`, whatever they were
-        told: https://github.com/keras-team/keras/issues/20285.
+        Inside `fit` such a model (Keras 3.15) calls its layers with its own `training` instead:
+        https://github.com/keras-team/keras/issues/20285.
         """
         if any(isinstance(value, keras.KerasTensor) for value in (*args, *kwargs.values())):
             says_inference = kwargs.get("training") is False
@@ -232,11 +258,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """Return the normalized inputs; see the class."""
         x = inputs
         axis = self.axis % len(x.shape)
-        try:
-            valid = None if mask is None else valid_values(mask, x, axis)
-        except BatchNormError as error:
-            # In the message itself: Keras raises it anew, with the call's arguments behind it.
-            raise type(error)(f"{self._label}: {error.message}") from None
+        valid = valid_values(mask, x, axis, self._label)
         by_batch = bool(training) and self.trainable and not self._infers_in_graphs
         if self._runs_on_kernels(x, axis, valid, by_batch):
             from .torch_backend import call
@@ -259,22 +281,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             and not (may_be_small and fewest(x, axis, policy.groups(by_batch)) < 2)
         )
 
-    def _renormalization(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Return r and d, `[C]`, by Keras's equations; constants to the gradient."""
-        old_mean = ops.cast(self.renorm_mean, mean.dtype)
-        old_std = ops.maximum(ops.cast(self.renorm_stddev, mean.dtype), self.epsilon**0.5)
-        bounds = self.renorm_clipping
-        r, d = ops.sqrt(var + self.epsilon) / old_std, (mean - old_mean) / old_std
-        if bounds.get("rmin") is not None:
-            r = ops.maximum(r, bounds["rmin"])
-        if bounds.get("rmax") is not None:
-            r = ops.minimum(r, bounds["rmax"])
-        if bounds.get("dmax") is not None:
-            d = ops.clip(d, -bounds["dmax"], bounds["dmax"])
-        return ops.stop_gradient(r), ops.stop_gradient(d)
-
     def get_config(self) -> dict[str, Any]:
-        """As the stock layer's, with what else there is, as plain data."""
+        """Return the stock layer's config with our options, as plain data."""
         config: dict[str, Any] = super().get_config()
         return {
             **config,
@@ -285,3 +293,37 @@ class BatchNormalization(keras.layers.BatchNormalization):
             "nonfinite": self.nonfinite,
             "small_batch": self.small_batch,
         }
+
+
+def _checked_policy(policy: object, *, renorm: bool, synchronized: bool) -> Policy:
+    """Return the policy that `statistics` says.
+
+    Args:
+        policy: a policy, or its config.
+        renorm, synchronized: the layer's options.
+
+    Raises:
+        OptionError: no policy, one that Keras cannot keep to, or one that contradicts the layer's options.
+    """
+    policy = check_policy(from_config(policy) if isinstance(policy, dict) else policy)
+    if renorm and policy != Batch():
+        raise OptionError(
+            f"renorm=True and statistics={policy} are two policies: leave one of them out; "
+            "statistics=batchnorm.Renorm(...) renormalizes by the moving statistics"
+        )
+    if not isinstance(policy, Synced):
+        return policy
+    if synchronized:
+        raise OptionError(
+            f"synchronized=True and statistics={policy} say the same thing twice: leave one out"
+        )
+    if policy.group is not None:
+        raise OptionError(
+            f"Synced: group={policy.group} is for torch layers; in Keras all replicas share: leave group out"
+        )
+    if policy.timeout != Synced().timeout:
+        raise OptionError(
+            f"Synced: timeout={policy.timeout:g} is for torch layers; in Keras the backend's strategy or "
+            "process group has its own: leave timeout out"
+        )
+    return policy

@@ -1,7 +1,7 @@
-"""Moments of a batch on `keras.ops`: float32, accurate for any |mean|/std, differentiable to any order.
+"""Computes moments by `keras.ops`: float32, accurate for any |mean|/std, differentiable to any order.
 
-The mean travels as a pair: `shift`, the mean rounded to the dtype, and `delta`, what that left over. Then
-x - shift is exact to its own last bit, and |delta| is far below std, so that
+The mean is a pair: `shift`, the mean rounded to the dtype, and `delta`, the rest. Then x - shift is exact to
+its own last bit, and |delta| is far below std, so that
 
     mean = shift + delta        delta = E[x - shift]        var = E[(x - shift)²] - delta²
     y    = (x - shift) * scale + (bias - delta * scale),    scale = weight / sqrt(var + eps)
@@ -13,15 +13,15 @@ the gradient: mean and var do not depend on it. That takes as many passes over x
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import keras
 from keras import ops
 
-Tensor = Any
+from .protocols import Tensor
 
-# TensorFlow adds up an axis one value after the other (XLA's CPU code too, where JAX's adds in a tree):
-# 200,000 values are off by 1e-5 of their sum. Axis by axis no sum is longer than the longest axis.
+# TensorFlow adds up an axis one value after the other, also in XLA's CPU code, where JAX adds in a tree: the
+# sum of 200,000 values is off by 1e-5 of itself. Axis by axis no sum is longer than the longest axis.
 _ADDS_IN_ORDER = keras.backend.backend() == "tensorflow"
 
 
@@ -58,9 +58,9 @@ def moments(x: Tensor, axes: tuple[int, ...], valid: Tensor | None = None) -> Mo
 
     Args:
         x: floating tensor.
-        axes: what is reduced, in rising order; one or more.
-        valid: bool, broadcasts against x, True = the value counts; None = all count. What is not valid enters
-            nothing, be it NaN.
+        axes: the axes to reduce, in rising order; one or more.
+        valid: bool, broadcasts against x, True = the value counts; None = all count. Other values have no
+            effect, NaN included.
     """
     size = ops.cast(math.prod(ops.shape(x)[axis] for axis in axes), x.dtype)
     count: Tensor = size
@@ -110,8 +110,8 @@ def normalize(x: Tensor, found: Moments, scale: Tensor, bias: Tensor, axes: tupl
 def spread(values: Tensor, x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Return `values`, which have length 1 on `axes`, ready to broadcast against x.
 
-    Its gradient is a sum over `axes`, which is to be as accurate as a mean: one axis at a time. The factors ½
-    and 2 change no bit, and keep XLA from merging those sums into one.
+    The gradient is a sum over `axes`, which goes one axis at a time, to be as accurate as a mean. The factors
+    ½ and 2 change no bit, and keep XLA from merging those sums into one.
     """
     if not _ADDS_IN_ORDER:
         return values
@@ -125,10 +125,10 @@ def spread(values: Tensor, x: Tensor, axes: tuple[int, ...]) -> Tensor:
 def _mean(x: Tensor, axes: tuple[int, ...], share: Tensor) -> Tensor:
     """Return the mean over `axes`, which keep length 1, divided by `share`.
 
-    The last step divides first and adds then. A compiler may compute a quotient anew wherever it is used, and
-    round it differently there (by a fused multiply-add, say); a sum is computed once. Two uses of a `shift`
-    that differ in its last bit would cost all that it is for. A sum of one value is none, so it is over an
-    axis that has more: a batch may be one sample.
+    The last step divides first and then adds. A compiler may compute a quotient again at each use, and round
+    it differently there (by a fused multiply-add, say); it computes a sum once. `shift` serves its purpose
+    only if all its uses agree in the last bit. A sum of one value is no sum to a compiler, so the last axis
+    is one with more values: a batch may be one sample.
     """
     first = next((axis for axis in axes if x.shape[axis] != 1), axes[0])
     others = [axis for axis in axes if axis != first]
@@ -143,7 +143,7 @@ def _mean(x: Tensor, axes: tuple[int, ...], share: Tensor) -> Tensor:
 
 
 def _start(x: Tensor, axes: tuple[int, ...], valid: Tensor | None, count: Tensor) -> Tensor | None:
-    """Return a value of each channel, near which there is less to round, where one long axis is added up."""
+    """Return a value of each channel to subtract before a long axis is added up in order; None elsewhere."""
     if not _ADDS_IN_ORDER or len(axes) > 1:
         return None
     if valid is None:

@@ -1,29 +1,26 @@
-"""How the moving statistics of a layer move: towards the batch's, in Keras's direction, biased."""
+"""Moves the moving statistics of a layer, and renormalizes by them."""
 
 from __future__ import annotations
 
-from typing import Any
-
+import keras
 from keras import ops
 
 from batchnorm.statistics.batch import running_update
 
-from .layer_protocol import KerasLayer
 from .moments import Moments, union
-
-Tensor = Any
+from .protocols import KerasLayer, Tensor
 
 
 def move(layer: KerasLayer, groups: Moments) -> None:
-    """Move the moving statistics, and what counts batches.
+    """Move the moving statistics, and count the batch.
 
         moving = momentum * moving + (1 - momentum) * batch
 
     Args:
         layer: built, in training.
-        groups: moments of each group of samples, `[G, C]`. All together are the batch, unless the policy
-            makes of each a batch of its own. A channel without a value (or with one, for a layer whose
-            `small_batch` is "running") stays as it is, and so do all for a batch that is skipped.
+        groups: moments of each group of samples, `[G, C]`. Together they are the batch, unless the policy
+            makes each a batch of its own. A channel without a value (or with one, for a layer whose
+            `small_batch` is "running") stays as it is, and so do all channels for a skipped batch.
     """
     is_one = groups.count.shape[0] == 1
     in_turn = layer.statistics.is_sequential and not is_one
@@ -36,7 +33,7 @@ def move(layer: KerasLayer, groups: Moments) -> None:
             layer.skipped.assign(layer.skipped + ops.cast(ops.logical_not(fine), layer.skipped.dtype))
     moved = _in_turn if in_turn else _at_once
 
-    def assign(moving: Any, values: Tensor, momentum: float) -> Tensor:
+    def assign(moving: keras.Variable, values: Tensor, momentum: float) -> Tensor:
         new = moved(ops.cast(moving, values.dtype), values, counted, momentum)
         moving.assign(new)
         return new
@@ -67,8 +64,32 @@ def _in_turn(old: Tensor, values: Tensor, counted: Tensor, momentum: float) -> T
         moving = momentum^k moving + Σ_g momentum^(number of those after g) (1 - momentum) group_g
     """
     one = ops.cast(counted, old.dtype)
-    # On torch, Keras's `cumsum` makes float32 of float64; what it counts is exact in either.
+    # On torch, Keras's `cumsum` makes float32 of float64; these counts are exact in either.
     after = ops.sum(one, axis=0) - ops.cast(ops.cumsum(one, axis=0), old.dtype)
     weight = one * (1 - momentum) * ops.power(momentum * ops.ones_like(after), after)
     kept = ops.power(momentum * ops.ones_like(old), ops.sum(one, axis=0))
     return kept * old + ops.sum(weight * ops.where(counted, values, ops.zeros_like(values)), axis=0)
+
+
+def renormalization(layer: KerasLayer, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Return r and d of Keras's `renorm`, `[C]`; constants to the gradient.
+
+        r = sqrt(var + epsilon) / renorm_stddev,    d = (mean - renorm_mean) / renorm_stddev,    both clipped
+
+    Args:
+        layer: built with `renorm`.
+        mean, var: of the batch, `[C]`.
+
+    Source: Ioffe 2017, arXiv:1702.03275, algorithm 1.
+    """
+    old_mean = ops.cast(layer.renorm_mean, mean.dtype)
+    old_std = ops.maximum(ops.cast(layer.renorm_stddev, mean.dtype), layer.epsilon**0.5)
+    bounds = layer.renorm_clipping
+    r, d = ops.sqrt(var + layer.epsilon) / old_std, (mean - old_mean) / old_std
+    if bounds.get("rmin") is not None:
+        r = ops.maximum(r, bounds["rmin"])
+    if bounds.get("rmax") is not None:
+        r = ops.minimum(r, bounds["rmax"])
+    if bounds.get("dmax") is not None:
+        d = ops.clip(d, -bounds["dmax"], bounds["dmax"])
+    return ops.stop_gradient(r), ops.stop_gradient(d)

@@ -1,8 +1,6 @@
-"""The layer's call by `keras.ops`: any backend, policy and mask."""
+"""Runs the layer's call by `keras.ops`: on any backend, with any policy and mask."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from keras import ops
 
@@ -10,17 +8,26 @@ from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Chosen, Known
 from batchnorm.statistics.synced import Synced
 
-from .groups import Parts, split
-from .layer_protocol import KerasLayer
+from .batch_layout import Parts, split
 from .moments import Moments, moments, normalize, wide
-from .moving_statistics import move
+from .moving_statistics import move, renormalization
+from .protocols import KerasLayer, Tensor
 from .synchronized import pooled
-
-Tensor = Any
 
 
 def call(layer: KerasLayer, inputs: Tensor, axis: int, by_batch: bool, valid: Tensor | None) -> Tensor:
-    """Return the layer's output; `by_batch`: in training, with all that follows from it."""
+    """Return the layer's output, and move its statistics.
+
+    Args:
+        layer: built.
+        inputs: `[N, C, *S]`, with channels on `axis`, 0 or above.
+        axis: the channel axis.
+        by_batch: the layer is in training.
+        valid: bool, broadcasts against `inputs`, True = the value counts; None = all do.
+
+    Raises:
+        RankError: (a RuntimeError, on torch) as `synchronized.pooled`.
+    """
     x = wide(inputs)
     policy = layer.statistics
     if not policy.measures(by_batch):
@@ -39,7 +46,7 @@ def call(layer: KerasLayer, inputs: Tensor, axis: int, by_batch: bool, valid: Te
     beta = parts.per_channel(layer.beta) if layer.center else ops.zeros_like(found.var)
     if by_batch and layer.renorm:
         mean, var = (ops.reshape(value, (-1,)) for value in (found.mean, found.var))
-        r, d = (parts.per_channel(value) for value in layer._renormalization(mean, var))
+        r, d = (parts.per_channel(value) for value in renormalization(layer, mean, var))
         gamma, beta = gamma * r, gamma * d + beta
     if policy.moves(by_batch):
         channels = layer.moving_mean.shape[0]
@@ -49,10 +56,10 @@ def call(layer: KerasLayer, inputs: Tensor, axis: int, by_batch: bool, valid: Te
 
 
 def _chosen(layer: KerasLayer, parts: Parts, found: Moments, by_batch: bool) -> Chosen:
-    """Return what the policy chooses, its mean as the distance from `found.shift`.
+    """Return the statistics that the policy chooses, its mean as the distance from `found.shift`.
 
-    A policy mixes and compares means, so where they are counted from is all the same to it, but not to
-    float32: next to the batch's mean they keep their digits. Its moments are per value here, count 1.
+    A policy mixes and compares means, so their origin makes no difference to it, but it does to float32:
+    relative to the batch's mean they keep their digits. The policy's moments are per value here: count 1.
     """
     policy, batch = layer.statistics, PooledMoments(1.0, found.delta, found.var)
     is_lenient = by_batch and layer.small_batch == "running"
@@ -76,7 +83,7 @@ def _chosen(layer: KerasLayer, parts: Parts, found: Moments, by_batch: bool) -> 
 
 
 def _samples(parts: Parts) -> Tensor:
-    """Return the number of samples with a value that counts, which may differ between channels."""
+    """Return the number of samples with a valid value, which may differ between channels."""
     samples, *others = parts.axes
     if parts.valid is None:
         return ops.cast(ops.shape(parts.x)[samples], parts.x.dtype)

@@ -5,27 +5,24 @@ On JAX a batch is global already (`keras.distribution` shards it, and XLA reduce
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 from keras import ops
 
 from batchnorm.errors import RankError
 
 from .moments import Moments, union
-
-Tensor = Any
+from .protocols import Tensor
 
 
 def pooled(local: Moments, label: str) -> Moments:
     """Return the moments of the union of all replicas' values; differentiable, one collective each way.
 
-    A replica may have any count, 0 included. Of groups of samples, group g of all replicas is one, so all
-    replicas must have the same number of groups.
+    A replica may have any count, 0 included. Group g of samples is the union of group g of all replicas, so
+    all replicas must have the same number of groups.
 
     Args:
         local: moments of this replica.
-        label: names the layer: on torch, the same on all ranks, whose errors show it.
+        label: names the layer in errors; on torch, the same on all ranks.
 
     Raises:
         RankError: (a RuntimeError, on torch) a rank did not come to this layer in time, or came to another.
@@ -53,7 +50,7 @@ def _gathered_by_strategy(values: Tensor) -> Tensor | None:
     replica = tf.distribute.get_replica_context()
     if replica is None or replica.num_replicas_in_sync == 1:
         return None
-    # A sum over rows that are zero but for one's own: its gradient is a sum too, and XLA compiles it.
+    # A sum of tables, each zero but for its replica's row: the gradient is a sum too, and XLA compiles it.
     own = tf.range(replica.num_replicas_in_sync) == replica.replica_id_in_sync_group
     own = tf.reshape(own, [-1] + [1] * len(values.shape))
     rows = tf.where(own, values[None], tf.zeros_like(values)[None])

@@ -1,4 +1,4 @@
-"""The layer's call on the torch backend, by batchnorm's own kernels."""
+"""Runs the layer's call by batchnorm's own kernels, on the torch backend."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ import keras
 import torch
 from keras import ops
 
+from batchnorm.conventions import ACTIVATIONS
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.torch import functional
 
-from .layer_protocol import KerasLayer
 from .moments import Moments
-from .moving_statistics import move
+from .moving_statistics import move, renormalization
+from .protocols import KerasLayer
 
-# Keras's activation, with its defaults -> the same function fused into the kernel.
-_FUSED = {
-    keras.activations.relu: "relu",
-    keras.activations.relu6: "relu6",
-    keras.activations.silu: "silu",
-    keras.activations.gelu: "gelu",
-    keras.activations.hard_silu: "hardswish",
-    keras.activations.sigmoid: "sigmoid",
-    keras.activations.tanh: "tanh",
-    keras.activations.elu: "elu",
-}
+# Keras's activation, with its defaults -> name of the same function fused into the kernels.
+_FUSED = {getattr(keras.activations, theirs): ours for ours, theirs in ACTIVATIONS.items()}
 _HALVES = (torch.float16, torch.bfloat16)
 
 
 def call(layer: KerasLayer, inputs: torch.Tensor, axis: int, by_batch: bool) -> torch.Tensor:
-    """Return the layer's output; `by_batch`: in training, with all that follows from it."""
+    """Return the layer's output, and move its statistics.
+
+    Args:
+        layer: built.
+        inputs: `[N, C, *S]`, with channels on `axis`, 0 or above.
+        axis: the channel axis.
+        by_batch: the layer is in training.
+    """
     x = inputs.movedim(axis, 1) if inputs.dim() > 1 else inputs.unsqueeze(0)
-    if x.dtype not in _HALVES:  # those go in as they are: kernels compute in a wide dtype
+    if x.dtype not in _HALVES:  # 16-bit inputs stay: kernels compute in a wide dtype
         x = x.to(torch.promote_types(x.dtype, torch.float32))
     weight = _parameter(layer.gamma, x) if layer.scale else None
     bias = _parameter(layer.beta, x) if layer.center else None
@@ -72,7 +71,7 @@ def _of_groups(found: PooledMoments) -> Moments:
 
 
 def _parameter(variable: keras.Variable, x: torch.Tensor) -> torch.Tensor:
-    """The value of gamma or beta in a dtype that goes with x; float32 serves 16-bit inputs as it is."""
+    """Return the value of gamma or beta in a dtype that goes with x; 16-bit inputs take float32 as it is."""
     value: torch.Tensor = variable.value
     fits = x.dtype in _HALVES and value.dtype == torch.float32
     return value if fits else value.to(x.dtype)
@@ -84,7 +83,8 @@ def _renormalized(
     """Return weight and bias with r and d in them: (x̂ r + d) weight + bias."""
     found = functional.moments(x)
     narrow = torch.float32 if x.dtype in _HALVES else x.dtype
-    r, d = (v.to(narrow) for v in layer._renormalization(found.mean, found.m2 / found.count.clamp(min=1)))
+    corrections = renormalization(layer, found.mean, found.m2 / found.count.clamp(min=1))
+    r, d = (ops.cast(value, narrow) for value in corrections)
     if weight is not None:
         r, d = r * weight, d * weight
     return r, d if bias is None else d + bias

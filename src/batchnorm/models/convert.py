@@ -38,38 +38,33 @@ def convert(
 ) -> nn.Module:
     """Turn the batch normalizations of `model` into layers of this library, in place.
 
-    Each layer stays the same module and changes its class: parameters, buffers, hooks, device, dtype, modes
-    and requires_grad are the same objects and values, so that optimizers, shared modules, DDP and
-    parametrizations keep working. It computes the same function, more accurately.
+    A layer stays the same module and changes its class: optimizers, hooks, shared modules, DDP and
+    parametrizations go on working. It computes the same, more accurately. If it raises, nothing has changed.
 
     Args:
-        model: with `torch.nn.BatchNorm1d`, 2d, 3d, their lazy forms, `timm.layers.BatchNormAct2d` (its
-            activation moves into the layer if it is one that the layer has), `torch.nn.SyncBatchNorm`, or
-            frozen layers of torchvision, timm and transformers (their buffers become ours, weight and bias
-            parameters that do not learn); or such a layer itself.
-        statistics: the policy of every layer that is converted or of this library already, such as
-            `batchnorm.Synced()`; None = what each does: `Running()` for frozen ones, `Synced()` of its
-            process group for a SyncBatchNorm, and no change for the others.
-        domains: number of running statistics of every layer (`batchnorm.domain`), each a copy of the present
-            ones; None = no change.
-        nonfinite: of every layer, as of `batchnorm.BatchNorm2d`; None = no change.
-        small_batch: likewise.
-        example: what the model takes: a tensor, a tuple of arguments or a dict of keyword arguments. If
-            given, the model's outputs on it are compared before and after, in evaluation and in training.
+        model: with, or itself, `torch.nn.BatchNorm1d`, 2d, 3d, their lazy forms, `torch.nn.SyncBatchNorm`,
+            `timm.layers.BatchNormAct2d`, or a frozen layer of torchvision, timm or transformers.
+        statistics: the policy of every layer, such as `batchnorm.Synced()`; None = `Running()` for frozen
+            ones, `Synced()` of its process group for a SyncBatchNorm, no change for the others.
+        domains: number of running statistics of every layer (`batchnorm.domain`); None = no change.
+        nonfinite, small_batch: as of `batchnorm.BatchNorm2d`, of every layer; None = no change.
+        example: arguments of the model: a tensor, a tuple or a dict of keyword arguments. The outputs on it
+            are compared before and after, in evaluation and in training. None = no comparison.
 
     Returns:
         `model` itself.
 
     Raises:
-        OptionError: (a ValueError) by qualified name, a subclass of a stock layer, which may compute
-            something else, a layer with a replaced `forward`, or one that cannot have `statistics`,
-            `domains`, `nonfinite` or `small_batch`; a scripted model; `domains` within `batchnorm.domain`.
+        OptionError: (a ValueError) by name, a subclass of a stock layer, a layer with a replaced `forward`,
+            or one that the options do not fit; a scripted model; `domains` within `batchnorm.domain`.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:
-        UserWarning: the model cannot run in training on the example, so that only evaluation was compared.
+        UserWarning: the model cannot run in training on the example: only evaluation was compared.
 
-    If it raises, or is interrupted, the model is as it was.
+    Example:
+        >>> batchnorm.convert(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))[1].statistics
+        Batch()
 
     Differs from torch: running statistics of 16 bits become float32. `torch.nn.SyncBatchNorm.
     convert_sync_batchnorm` takes our layers for stock ones: activation and policy would be lost.

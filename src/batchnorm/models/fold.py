@@ -60,10 +60,7 @@ def fold(model: nn.Module, example: object = None) -> nn.Module:
     What is next to a norm is read off the forward of each block, symbolically: that holds for every input.
     With an example, one run of the model on it, in evaluation, tells instead, whatever its control flow.
 
-    Layers with `statistics=Adapted()` stay, as they adapt to each batch; all others have the running
-    statistics in evaluation, whatever their policy. What is folded heeds no mask: it has no statistics, and
-    does not set to zero what a mask leaves out.
-
+    Layers with `statistics=Adapted()` stay, as they adapt to each batch. A folded norm heeds no mask.
     The arithmetic is float64, rounded once to each weight's dtype. With an example the outputs of the copy
     are compared with the model's, in float64, or in the model's dtype where it does not run in that.
 
@@ -81,6 +78,10 @@ def fold(model: nn.Module, example: object = None) -> nn.Module:
             copied, or an example on which nothing can be compared.
         AgreementError: (an ArithmeticError) the outputs on the example differ by more than rounding, or a
             weight would be too large for its dtype.
+
+    Example:
+        >>> batchnorm.fold(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1]
+        Identity()
 
     Differs from `torch.fx.experimental.optimization.fuse`: for models that cannot be traced, with every call
     of a layer checked, and more kinds of layers.

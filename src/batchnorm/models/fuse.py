@@ -50,6 +50,11 @@ def fuse(model: nn.Module, example: Any = None) -> nn.Module:
 
     If it raises, or is interrupted, the model is as it was.
 
+    Example:
+        >>> model = batchnorm.fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+        >>> model[1].activation
+        'relu'
+
     Differs from `torch.fx.experimental.optimization.fuse`: in place, for training too, and for models that
     cannot be traced as a whole.
     """

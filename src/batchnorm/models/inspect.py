@@ -36,6 +36,11 @@ def inspect(model: nn.Module, example: Any = None) -> ModelReport:
     Raises:
         OptionError: (a ValueError) an example, and the model is not initialized.
         Exception: what the model itself raises on the example.
+
+    Example:
+        >>> report = batchnorm.inspect(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        >>> [row.name for row in report.rows]
+        ['1']
     """
     if isinstance(model, torch.jit.ScriptModule):
         return ModelReport(f"{type(model).__name__}: scripted, its layers cannot be told", ())

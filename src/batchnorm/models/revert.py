@@ -63,6 +63,11 @@ def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
 
     If it raises, or is interrupted, the model is as it was.
 
+    Example:
+        >>> model = batchnorm.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        >>> type(batchnorm.revert(model)[1])
+        <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
+
     Differs from torch: running statistics that `convert` widened become 16-bit again where the weight is.
     """
     check_scripted(model, "revert")

@@ -131,8 +131,8 @@ class CalibrationReport:
             warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
     def __str__(self) -> str:
-        header = ("layer", "values per channel", "mean moved by", "median", "std became", "median")
-        rows = [
+        rows = [("layer", "values per channel", "mean moved by", "median", "std became", "median")]
+        rows += [
             (
                 layer.name + ("" if layer.exact else " *"),
                 f"{layer.values:,}",
@@ -146,7 +146,7 @@ class CalibrationReport:
         done = f"{self.samples:,} samples in {self.batches:,} batches"
         done += f", {self.passes} passes" if self.passes > 1 else ""
         done += f", {self.ranks} ranks" if self.ranks > 1 else ""
-        lines = [f"Calibrated {len(self.layers)} layers on {done}.", *aligned((header, *rows))]
+        lines = [f"Calibrated {len(self.layers)} layers on {done}.", *aligned(rows)]
         if any(not layer.exact for layer in self.layers):
             lines.append(
                 "* normalized inputs: depends on how the data was split into batches; larger is closer."

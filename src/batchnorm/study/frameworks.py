@@ -38,7 +38,7 @@ class Framework:
 
     def settings(self) -> dict[str, object]:
         """Returns the settings of a stored run that tell it from another framework's."""
-        return {**self.describe(), **dict(self.versions)}
+        return {**({} if self.backend is None else self.describe()), **dict(self.versions)}
 
     def describe(self) -> dict[str, object]:
         """Returns its name, for the provenance of results."""

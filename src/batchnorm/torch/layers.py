@@ -329,6 +329,10 @@ _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
             several domains for a layer without running statistics.
         NonFiniteError: (a FloatingPointError) inf or NaN in training with nonfinite="raise".
 
+    Example:
+        >>> norm = batchnorm.{name}(8, activation="relu")
+        >>> y = norm(torch.randn({size}))
+
     Differs from torch: accurate for any |mean|/std, in every layout; running statistics stay float32 under
     `.half()` and `.bfloat16()`; an empty batch counts, but leaves them alone; an error counts nothing.
 
@@ -337,17 +341,17 @@ _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
 
 
 class BatchNorm1d(_Layer, nn.BatchNorm1d):
-    __doc__ = _DOC.format(name="BatchNorm1d", shapes="`[N, C]` or `[N, C, L]`")
+    __doc__ = _DOC.format(name="BatchNorm1d", shapes="`[N, C]` or `[N, C, L]`", size="16, 8")
     _ranks = (2, 3)
 
 
 class BatchNorm2d(_Layer, nn.BatchNorm2d):
-    __doc__ = _DOC.format(name="BatchNorm2d", shapes="`[N, C, H, W]`")
+    __doc__ = _DOC.format(name="BatchNorm2d", shapes="`[N, C, H, W]`", size="16, 8, 5, 5")
     _ranks = (4,)
 
 
 class BatchNorm3d(_Layer, nn.BatchNorm3d):
-    __doc__ = _DOC.format(name="BatchNorm3d", shapes="`[N, C, D, H, W]`")
+    __doc__ = _DOC.format(name="BatchNorm3d", shapes="`[N, C, D, H, W]`", size="16, 8, 5, 5, 5")
     _ranks = (5,)
 
 

@@ -72,6 +72,13 @@ def lean() -> Iterator[None]:
     Raises:
         RuntimeError: (in the backward) a saved tensor was written to in place; the same as torch's own error.
 
+    Example:
+        >>> norm = batchnorm.BatchNorm1d(8, activation="relu")
+        >>> model = nn.Sequential(nn.Linear(4, 8), norm, nn.Linear(8, 1))
+        >>> with batchnorm.lean():
+        ...     y = model(torch.randn(16, 4))
+        >>> y.sum().backward()
+
     Differs from torch: writing to an output after an operator has saved it is an error there; here the
     backward has the value that the operator read. Writes that torch does not count (`.data`, NumPy) go
     unnoticed. Of nested `saved_tensors_hooks`, torch calls the innermost pair only, and this context is one.

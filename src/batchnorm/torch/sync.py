@@ -45,6 +45,10 @@ class SyncBatchNorm(_Layer):
         InputShapeError: (a ValueError and RuntimeError) less than two dimensions, or wrong channels.
         RankError: (a RuntimeError) another rank did not come to this layer in time, or came to another one.
 
+    Example:
+        >>> norm = batchnorm.SyncBatchNorm(8)
+        >>> y = norm(torch.randn(16, 8, 5, 5))  # without torch.distributed, this process is the only rank
+
     Differs from torch: it runs on CPUs (Gloo) and on GPUs (NCCL); it takes one collective each way; counts
     are exact for masks and uneven batches; ranks exchange float64; it does not subclass torch's
     SyncBatchNorm, which DDP refuses on a CPU.

@@ -1,54 +1,58 @@
-"""What every batch normalization of a model receives from one batch: its moments, per channel."""
+"""Measures what every batch normalization of a model receives from one batch: its moments, per channel."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
 
 import keras
 import numpy as np
 from keras import ops
 
-from batchnorm.errors import BatchNormError
-from batchnorm.keras.masks import valid_values
+from batchnorm.keras.batch_layout import split, valid_values
 from batchnorm.keras.moments import moments, wide
+from batchnorm.keras.norms import Norm, Norms
+from batchnorm.keras.protocols import Tensor
 from batchnorm.statistics.moments import PooledMoments
 
-Tensor = Any
-Layer = Any
+from .batches import Inputs
+
+# Of each call of a layer: its number, and count, shift, delta and var of what it received, `[4, C]`.
 Found = list[tuple[int, Tensor]]
+Forward = Callable[[Inputs], Found]
 
 
 class BatchMoments:
     """Runs a model as in inference, but for some of its normalizations, which normalize by the batch.
 
-    Nothing of the model changes: the forward runs in a `keras.StatelessScope`, where what a layer assigns to
-    a variable (the batch's statistics, by us; a recurrent state, a random seed) lives until the forward ends.
-    It is compiled once per shape of input where the backend compiles and the model is not `run_eagerly`.
+    Nothing of the model changes: the forward runs in a `keras.StatelessScope`, where a value that a layer
+    assigns to a variable (the batch's statistics; a recurrent state, a random seed) lives until the forward
+    ends. It is compiled once per shape of input where the backend compiles and the model is not
+    `run_eagerly`.
 
     Args:
         model: built.
         norms: (name, layer) of those to measure.
     """
 
-    def __init__(self, model: Layer, norms: Sequence[tuple[str, Layer]]) -> None:
+    def __init__(self, model: keras.Model, norms: Norms) -> None:
         self.model = model
         self.norms = tuple(norms)
         self._run = _compiled(model, self._forward)
 
-    def __call__(self, x: Any) -> list[tuple[int, PooledMoments]]:
+    def __call__(self, x: Inputs) -> list[tuple[int, PooledMoments]]:
         """Return, for each call of a layer, in their order, its number in `norms` and what it received.
 
         Moments are NumPy float64, `[C]`.
         """
         return [(int(number), _wide(packed)) for number, packed in self._run(x)]
 
-    def serves(self, model: Layer, norms: Sequence[tuple[str, Layer]]) -> bool:
+    def serves(self, model: keras.Model, norms: Norms) -> bool:
         """Whether this is what a new one for these would be."""
         return self.model is model and self.norms == tuple(norms)
 
-    def _forward(self, x: Any) -> Found:
+    def _forward(self, x: Inputs) -> Found:
         found: Found = []
         with _measured(self.norms, found):
             self.model(x, training=False)
@@ -57,21 +61,21 @@ class BatchMoments:
 
 def _wide(packed: Tensor) -> PooledMoments:
     count, shift, delta, var = ops.convert_to_numpy(packed).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # inf - inf, where sums overflow: whoever reads this refuses NaN
+    with np.errstate(invalid="ignore"):  # inf - inf, where sums overflow: the caller refuses NaN
         return PooledMoments(count, shift + delta, var * count)
 
 
 @contextlib.contextmanager
-def _measured(norms: Sequence[tuple[str, Layer]], found: Found) -> Iterator[None]:
-    """For the duration, each layer appends what it receives to `found`, and normalizes by it.
+def _measured(norms: Norms, found: Found) -> Iterator[None]:
+    """Let each layer append what it receives to `found`, and normalize by it, within this context.
 
-    A layer's `call` is shadowed on the layer itself, past Keras's attribute tracking: stock layers have no
-    hook.
+    Stock layers have no hook, so an attribute `call` of the layer shadows its method, past Keras's tracking.
     """
     before = [(layer, layer.__dict__.get("call")) for _, layer in norms]
     try:
         for number, (name, layer) in enumerate(norms):
-            layer.__dict__["call"] = _measuring(name, layer, number, found)
+            label, call = f"{name} ({type(layer).__name__})", layer.call
+            layer.__dict__["call"] = functools.partial(_measure, layer, label, call, number, found)
         yield
     finally:
         for layer, call in before:
@@ -81,41 +85,43 @@ def _measured(norms: Sequence[tuple[str, Layer]], found: Found) -> Iterator[None
                 layer.__dict__["call"] = call
 
 
-def _measuring(name: str, layer: Layer, number: int, found: Found) -> Callable[..., Tensor]:
-    call = layer.call
+def _measure(
+    layer: Norm,
+    label: str,
+    call: Callable[..., Tensor],
+    number: int,
+    found: Found,
+    inputs: Tensor,
+    training: bool | None = None,  # noqa: ARG001 -- as in inference, whatever the model says
+    mask: Tensor | None = None,
+    **kwargs: object,
+) -> Tensor:
+    """Return what `call`, the layer's own, gives with the moments of its inputs as moving statistics.
 
-    def measuring(
-        inputs: Tensor, training: bool | None = None, mask: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        del training
-        batch = _received(name, layer, inputs, mask)
-        _, shift, delta, var = ops.unstack(batch, 4)
-        layer.moving_mean.assign(shift + delta)
-        layer.moving_variance.assign(var)
-        found.append((number, batch))
-        if mask is not None:
-            kwargs["mask"] = mask
-        return call(inputs, training=False, **kwargs)  # inference, by the statistics just assigned
-
-    return measuring
-
-
-def _received(name: str, layer: Layer, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return count, shift, delta and var (see `moments`), `[4, C]`."""
+    Args:
+        layer: as it is in the model.
+        label: its name in errors.
+        call: its `call`, without `training`.
+        number: of the layer, in `found`.
+        found: takes the moments.
+        inputs, training, mask, **kwargs: arguments of a call of the layer.
+    """
     axis = layer.axis % len(inputs.shape)
-    try:
-        valid = None if mask is None else valid_values(mask, inputs, axis)
-    except BatchNormError as error:  # Keras raises it anew with its message alone, so the name goes in there
-        raise type(error)(f"{name} ({type(layer).__name__}): {error.message}") from None
-    x = wide(inputs)
-    axes = tuple(dim for dim in range(len(x.shape)) if dim != axis)
-    return ops.stack([ops.reshape(value, (-1,)) for value in moments(x, axes, valid)])
+    batch = split(wide(inputs), valid_values(mask, inputs, axis, label), axis, size=None)
+    received = ops.stack([ops.reshape(value, (-1,)) for value in moments(batch.x, batch.axes, batch.valid)])
+    _, shift, delta, var = ops.unstack(received, 4)
+    layer.moving_mean.assign(shift + delta)
+    layer.moving_variance.assign(var)
+    found.append((number, received))
+    if mask is not None:
+        kwargs["mask"] = mask
+    return call(inputs, training=False, **kwargs)
 
 
-def _compiled(model: Layer, forward: Callable[[Any], Found]) -> Callable[[Any], Found]:
+def _compiled(model: keras.Model, forward: Forward) -> Forward:
     """Return `forward` as the backend runs it best, without gradients and without effect on any variable."""
 
-    def stateless(x: Any) -> Found:
+    def stateless(x: Inputs) -> Found:
         with keras.StatelessScope():
             return forward(x)
 
@@ -127,13 +133,13 @@ def _compiled(model: Layer, forward: Callable[[Any], Found]) -> Callable[[Any], 
     if backend == "tensorflow" and not eager:
         import tensorflow as tf
 
-        compiled: Callable[[Any], Found] = tf.function(stateless, autograph=False, reduce_retracing=True)
+        compiled: Forward = tf.function(stateless, autograph=False, reduce_retracing=True)
         return compiled
     return stateless
 
 
-def _in_evaluation(model: Layer, forward: Callable[[Any], Found], x: Any) -> Found:
-    """Torch modules inside a Keras model read their own mode; it is as before afterwards."""
+def _in_evaluation(model: keras.Model, forward: Forward, x: Inputs) -> Found:
+    """Run a forward of torch, for the time of which the modules inside the model are in evaluation mode."""
     import torch
 
     modes = [(module, module.training) for module in model.modules()]
@@ -147,13 +153,16 @@ def _in_evaluation(model: Layer, forward: Callable[[Any], Found], x: Any) -> Fou
             module.training = training
 
 
-def _jitted(model: Layer, forward: Callable[[Any], Found]) -> Callable[[Any], Found]:
-    """Weights are arguments: as constants they would be compiled in. They are not donated: an interruption
-    between a donation and the return of the new values, as `predict_on_batch` does it, would lose them."""
+def _jitted(model: keras.Model, forward: Forward) -> Forward:
+    """Return a forward that JAX compiles, with the weights as arguments, not as constants.
+
+    They are not donated, as `predict_on_batch` does it: an interruption before the new values return would
+    lose them.
+    """
     import jax
 
     @jax.jit
-    def run(values: list[Tensor], x: Any) -> Found:
+    def run(values: list[Tensor], x: Inputs) -> Found:
         with keras.StatelessScope(state_mapping=list(zip(model.variables, values, strict=True))):
             return forward(x)
 

@@ -1,30 +1,35 @@
-"""The model's inputs, batch by batch, from everything that Keras trains on."""
+"""Reads a model's inputs, batch by batch, from everything that Keras trains on."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
 from batchnorm.errors import DataError
+from batchnorm.keras.protocols import Tensor
 
-Inputs = Any  # a tensor or array, or a dict, list or tuple of them
+# What a model takes; None = an optional input that is left out.
+Inputs: TypeAlias = "Tensor | NDArray[Any] | dict[str, Inputs] | list[Inputs] | tuple[Inputs, ...] | None"
+# What `fit` takes as x, as (x, y) or as (x, y, sample_weight), or an iterable of such batches.
+Data: TypeAlias = "Inputs | Iterable[Inputs]"
+_BATCH = "a batch is x, (x, y) or (x, y, sample_weight)"
+_AS_ITERATOR = "a list holds one array per input; hand over batches as an iterator, iter(batches)"
 
 
 def batches(
-    model: keras.Model, data: Any, batch_size: int, steps: int | None
+    model: keras.Model, data: Data, batch_size: int, steps: int | None
 ) -> tuple[Iterator[Inputs], int | None]:
     """Return an iterator over the inputs of each batch, and the number of batches where it is known.
 
     Args:
-        model: that the inputs are for.
-        data: an array or tensor, or a dict or list of them, one per input of the model; a tuple (x, y) or
-            (x, y, sample_weight) of such; `tf.data.Dataset`, `keras.utils.PyDataset`, torch's `DataLoader`,
-            or any other iterable of batches, where a batch is x, (x, y) or (x, y, sample_weight).
+        model: takes the inputs.
+        data: as `calibrate` takes it.
         batch_size: samples per batch, where the data is arrays.
         steps: the largest number of batches; None = all.
 
@@ -52,11 +57,11 @@ def samples(x: Inputs) -> int:
     return int(next(leaf.shape[0] for leaf in keras.tree.flatten(x) if leaf is not None))
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> bool:
     return hasattr(value, "__getitem__") and len(getattr(value, "shape", ())) > 0
 
 
-def _is_arrays(data: Any) -> bool:
+def _is_arrays(data: Data) -> bool:
     """Whether data is arrays to be cut into batches; a list of (x, y) is one of batches."""
     if isinstance(data, list):
         return bool(data) and all(_is_array(part) for part in data)
@@ -65,13 +70,12 @@ def _is_arrays(data: Any) -> bool:
     return _is_array(data)
 
 
-def _check_number(model: keras.Model, arrays: list[Any]) -> None:
-    """Refuse a list of batches, of which a sequential model would take the first array, and drop the rest."""
+def _check_number(model: keras.Model, arrays: list[Inputs]) -> None:
+    """Refuse a list of batches: a sequential model would take its first array, and drop the rest."""
     inputs = getattr(model, "inputs", None)  # a model that is subclassed, or not built, does not say
     if inputs is not None and len(inputs) != len(arrays):
         raise DataError(
-            f"got a list of {len(arrays)} arrays for a model of {len(inputs)} inputs: a list holds one array "
-            "per input; hand over batches as an iterator, iter(batches)"
+            f"got a list of {len(arrays)} arrays for a model of {len(inputs)} inputs: {_AS_ITERATOR}"
         )
 
 
@@ -79,10 +83,8 @@ def _slices(x: Inputs, batch_size: int) -> tuple[Iterator[Inputs], float]:
     leaves = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
     lengths = {int(leaf.shape[0]) for leaf in leaves}
     if len(lengths) != 1:
-        raise DataError(
-            f"the arrays of data differ in length: {', '.join(map(str, sorted(lengths)))}; a list holds one "
-            "array per input; hand over batches as an iterator, iter(batches)"
-        )
+        differing = ", ".join(map(str, sorted(lengths)))
+        raise DataError(f"the arrays of data differ in length: {differing}; {_AS_ITERATOR}")
     (length,) = lengths
 
     def cut(start: int) -> Inputs:
@@ -92,7 +94,7 @@ def _slices(x: Inputs, batch_size: int) -> tuple[Iterator[Inputs], float]:
     return (cut(start) for start in range(0, length, batch_size)), math.ceil(length / batch_size)
 
 
-def _given(data: Any) -> tuple[Iterator[Any], float | None]:
+def _given(data: object) -> tuple[Iterator[Inputs], float | None]:
     """Return the batches of data that is batched already, and their number; infinity where it has no end."""
     if isinstance(data, keras.utils.PyDataset):
         number = data.num_batches
@@ -103,27 +105,25 @@ def _given(data: Any) -> tuple[Iterator[Any], float | None]:
         return iter(data), math.inf
     try:
         return iter(data), len(data)  # type: ignore[arg-type]
-    except TypeError:  # what tf.data and torch raise where they do not know it, and Python for an iterator
+    except TypeError:  # raised by tf.data and torch where they do not know it, and by Python for an iterator
         return iter(data), None
 
 
-def _x(batch: Any) -> Inputs:
+def _x(batch: Inputs) -> Inputs:
     try:
         return keras.utils.unpack_x_y_sample_weight(batch)[0]
     except ValueError:
-        raise DataError(
-            f"a batch is x, (x, y) or (x, y, sample_weight); got a {type(batch).__name__} of {len(batch)}"
-        ) from None
+        raise DataError(f"{_BATCH}; got a {type(batch).__name__} of {len(batch)}") from None  # type: ignore[arg-type]
 
 
 def _tensors(x: Inputs) -> Inputs:
-    """Return the inputs as the backend takes them, which another framework's tensors are not."""
+    """Return the inputs as the backend takes them: tensors of other frameworks as arrays."""
     if not any(leaf is not None for leaf in keras.tree.flatten(x)):
-        raise DataError(f"a batch is x, (x, y) or (x, y, sample_weight); got a {type(x).__name__} without x")
+        raise DataError(f"{_BATCH}; got a {type(x).__name__} without x")
     return keras.tree.map_structure(_tensor, x)
 
 
-def _tensor(leaf: Any) -> Any:
+def _tensor(leaf: Inputs) -> Inputs:
     # Under `keras.distribution` a tensor is bound to one device, and the weights to several: NumPy is free.
     if leaf is None or (keras.ops.is_tensor(leaf) and keras.distribution.distribution() is None):
         return leaf

@@ -10,8 +10,7 @@ import keras
 from batchnorm.folding.plan import Neighbour, Planner, Step
 from batchnorm.folding.table import Direction, FoldTable
 from batchnorm.keras.layers import BatchNormalization
-from batchnorm.keras.norms import norms_within
-from batchnorm.keras.policies import measures
+from batchnorm.keras.norms import measures, norms_within
 
 from .arithmetic import FAMILIES
 from .graph import Call, Graph, Value, activation_of, graph

@@ -16,11 +16,11 @@ _DECIDING = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output
 
 
 class Dependence(DispatchObserver):  # type: ignore[no-untyped-call]
-    """Marks what is computed from marked tensors, within `following`.
+    """Marks what is computed from marked tensors, while it observes.
 
-    By storage, so that views and writes in place are seen. Where a marked value decides what Python does
-    next (`if x.max() > 1`), or leaves torch (`x.numpy()`), all that is computed from then on is marked: too
-    much rather than too little.
+    It marks storages, so that views and writes in place are covered. Where a marked value decides what Python
+    does next (`if x.max() > 1`), or leaves torch (`x.numpy()`), everything that is computed afterwards is
+    marked: rather too much than too little.
     """
 
     def __init__(self) -> None:
@@ -28,12 +28,12 @@ class Dependence(DispatchObserver):  # type: ignore[no-untyped-call]
         self.clear()
 
     def clear(self) -> None:
-        """Forget all marks, before the next forward."""
+        """Remove all marks, before the next forward."""
         self._marked: set[StorageWeakRef] = set()  # weak, yet no other storage gets the same address
         self._everything = False
         self.is_paused = False
 
-    def mark(self, values: Any) -> None:
+    def mark(self, values: object) -> None:
         """Mark every tensor in `values`, of any nesting."""
         for tensor in tensors_in(values):
             storage = _storage(tensor)
@@ -42,7 +42,7 @@ class Dependence(DispatchObserver):  # type: ignore[no-untyped-call]
             else:
                 self._marked.add(storage)
 
-    def is_marked(self, values: Any) -> bool:
+    def is_marked(self, values: object) -> bool:
         """Whether any tensor in `values` is marked."""
         if self._everything:
             return True
@@ -51,18 +51,16 @@ class Dependence(DispatchObserver):  # type: ignore[no-untyped-call]
         )
 
     def on_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator; mark its result if an argument is marked."""
+        """Run an operator, and mark its results if an argument is marked."""
         marked = self.is_marked((args, kwargs))
         result = func(*args, **kwargs)
         if marked:
-            self.mark(result)
-            self.mark(written(func, args, kwargs))
-            if not _DECIDING.isdisjoint(getattr(func, "tags", ())):
-                self._everything = True
+            self.mark((result, written(func, args, kwargs)))
+            self._everything |= not _DECIDING.isdisjoint(getattr(func, "tags", ()))
         return result
 
     def on_function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run our own function, whose kernels are no operators, or a way out of torch."""
+        """Run a function of ours, or a way out of torch, and mark what follows if an argument is marked."""
         if not self.is_marked((args, kwargs)):
             return func(*args, **kwargs)
         self.is_paused = True  # our kernels take addresses too

@@ -1,0 +1,75 @@
+"""Declares the arguments and options of the commands, for Typer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with MNIST's IDX files or mnist.npz, or a cache of them.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+
+# Of the study.
+Networks = Annotated[
+    str, typer.Option(help="Comma-separated: mlp, deep, cnn, or your own as file.py:function.")
+]
+StudyData = Annotated[
+    str, typer.Option(help="digits (comes with the package), mnist, or your own as file.py:function.")
+]
+Framework = Annotated[
+    str, typer.Option(help="torch, or keras on the backend that KERAS_BACKEND or Keras's settings name.")
+]
+Arms = Annotated[
+    str,
+    typer.Option(
+        help="Comma-separated: none, batchnorm, layernorm, dropout, l1, l2, or several joined by +."
+    ),
+]
+LearningRates = Annotated[str, typer.Option(help="Comma-separated learning rates of Adam.")]
+Seeds = Annotated[int, typer.Option(help="Runs with different initial weights and orders.")]
+Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
+StepSize = Annotated[int, typer.Option(help="Examples per training step.")]
+TargetAccuracy = Annotated[
+    float, typer.Option(help="Held-out accuracy, 0 to 1, that 'steps to target' counts up to.")
+]
+Jobs = Annotated[str, typer.Option(help="Training runs at a time; auto is one per core.")]
+StudyOut = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of results; a second call goes on there.",
+        show_default="runs/study-DATA-NETWORKS, study-keras-BACKEND-... with keras",
+    ),
+]
+
+# Of the verbs on a model.
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="file.py:function or package.module:function; it returns a module."),
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="Loaded into it: safetensors, or a torch checkpoint without code in it.")
+]
+Data = Annotated[
+    str | None, typer.Option(help="digits, mnist, or your own as file.py:function, as for `study`.")
+]
+CalibrationData = Annotated[str, typer.Option(help="digits, mnist, or your own as file.py:function.")]
+Samples = Annotated[int | None, typer.Option(help="How many of the training examples; all, unless given.")]
+BatchSize = Annotated[int, typer.Option(help="Examples per batch.")]
+Input = Annotated[
+    str | None, typer.Option(help="Shape of an input, such as 1x3x224x224; examples of the data take it too.")
+]
+Method = Annotated[
+    str, typer.Option(help="batch: one pass, as in training; layerwise: of the network as deployed, in more.")
+]
+Resume = Annotated[
+    Path | None, typer.Option(help="Where to note how far it has come; the same command goes on from there.")
+]
+Picture = Annotated[Path | None, typer.Option(help="SVG to draw: how far off each layer's statistics were.")]
+Out = Annotated[Path, typer.Option(help="File to write: .safetensors.")]
+FoldOut = Annotated[
+    Path, typer.Option(help="File to write: .onnx or .pt2 to run it, .safetensors its weights.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
