@@ -42,12 +42,24 @@ def test_the_split_is_shuffled_and_never_moves(digits: Dataset) -> None:
     assert digits.fingerprint() == load_digits().fingerprint() == "ef1e27a2c61db105"
 
 
-def test_packaged_file_is_small_and_its_origin_is_told() -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "author"), [("digits", 1_500_000, "LeCun"), ("icons", 900_000, "Noto Emoji")]
+)
+def test_packaged_file_is_small_and_its_origin_is_told(name: str, size: int, author: str) -> None:
     import batchnorm.study
 
     folder = Path(batchnorm.study.__file__).parent
-    assert (folder / "digits.npz").stat().st_size < 1_500_000
-    assert "LeCun" in (folder / "digits.md").read_text(encoding="utf-8")
+    assert (folder / f"{name}.npz").stat().st_size < size
+    assert author in (folder / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_icons_have_their_colours_where_the_framework_has_them() -> None:
+    first, last = load_data("icons"), load_data("icons", channels_last=True)
+    assert (first.x_train.shape, len(first.x_test)) == ((1270, 3, 16, 16), 636)
+    np.testing.assert_array_equal(first.x_train, np.moveaxis(last.x_train, -1, 1))
+    held_out = np.bincount(first.y_test) / (np.bincount(first.y_train) + np.bincount(first.y_test))
+    np.testing.assert_allclose(held_out, 1 / 3, atol=0.01)
+    assert first.fingerprint() == "d96bc0a1d5551699"
 
 
 def test_own_data_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -158,7 +170,7 @@ def test_own_data_that_raises_names_its_line(tmp_path: Path) -> None:
 
 
 def test_unknown_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="known are digits, mnist"):
+    with pytest.raises(DataError, match="known are digits, mnist, icons"):
         load_data("numbers")
     with pytest.raises(OptionError, match="there is no file"):
         load_data(f"{tmp_path}/none.py:data")

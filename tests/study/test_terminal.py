@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from batchnorm.study.terminal import TerminalDisplay, print_results
+from batchnorm.study.arms import KNOWN
+from batchnorm.study.data import SOURCES
+from batchnorm.study.networks import NETWORKS
+from batchnorm.study.terminal import TerminalDisplay, print_choices, print_results
 from tests.study.test_summary import summary
 
 NAME = "[red]x.py:f[/] :warning: [link=file:///etc]y[/link]"
@@ -34,3 +37,14 @@ def test_two_rates_are_two_in_the_table(capsys: pytest.CaptureFixture[str]) -> N
     results["networks"]["mlp"]["none"]["best_learning_rate"] = 1.0000001e-3
     print_results(results)
     assert "0.0010000001" in capsys.readouterr().out
+
+
+def test_choices_have_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    print_choices()
+    *lines, _ = capsys.readouterr().out.splitlines()
+    assert {tuple(line.split()[:2]) for line in lines} == {
+        *(("--data", name) for name in SOURCES),
+        *(("--network", name) for name in NETWORKS),
+        *(("--arms", name) for name in KNOWN),
+    }
+    assert all(len(line.split()) > 3 for line in lines)

@@ -37,7 +37,7 @@ def _root(
 
 @app.command()
 def study(
-    network: options.Networks = "mlp,deep",
+    network: options.Networks = "auto",
     data: options.StudyData = "digits",
     data_dir: options.DataDir = None,
     framework: options.Framework = "torch",
@@ -49,6 +49,7 @@ def study(
     target_accuracy: options.TargetAccuracy = 0.85,
     jobs: options.Jobs = "auto",
     out: options.StudyOut = None,
+    list_choices: options.ListChoices = False,
     debug: options.Debug = False,
 ) -> None:
     """What does batch normalization buy this network on this data?
@@ -59,8 +60,11 @@ def study(
     with one_clear_line(debug, "every finished run is kept"):
         from batchnorm.study import StudyOptions, run_study
         from batchnorm.study.options import parse_rates, split_list
-        from batchnorm.study.terminal import TerminalDisplay, print_results
+        from batchnorm.study.terminal import TerminalDisplay, print_choices, print_results
 
+        if list_choices:
+            print_choices()
+            return
         chosen = StudyOptions(
             networks=split_list(network),
             data=data,

@@ -14,11 +14,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.
 
 # Of the study.
 Networks = Annotated[
-    str, typer.Option(help="Comma-separated: mlp, deep, cnn, or your own as file.py:function.")
+    str,
+    typer.Option(help="Comma-separated: mlp, deep, cnn, or your own as file.py:function; auto: by the data."),
 ]
 StudyData = Annotated[
-    str, typer.Option(help="digits (comes with the package), mnist, or your own as file.py:function.")
+    str, typer.Option(help="digits, icons (come with the package), mnist, or your own as file.py:function.")
 ]
+ListChoices = Annotated[bool, typer.Option("--list", help="List the data, networks and arms, and stop.")]
 Framework = Annotated[
     str, typer.Option(help="torch, or keras on the backend that KERAS_BACKEND or Keras's settings name.")
 ]
@@ -53,9 +55,9 @@ Weights = Annotated[
     Path | None, typer.Option(help="Loaded into it: safetensors, or a torch checkpoint without code in it.")
 ]
 Data = Annotated[
-    str | None, typer.Option(help="digits, mnist, or your own as file.py:function, as for `study`.")
+    str | None, typer.Option(help="digits, icons, mnist, or your own as file.py:function, as for `study`.")
 ]
-CalibrationData = Annotated[str, typer.Option(help="digits, mnist, or your own as file.py:function.")]
+CalibrationData = Annotated[str, typer.Option(help="digits, icons, mnist, or your own as file.py:function.")]
 Samples = Annotated[int | None, typer.Option(help="How many of the training examples; all, unless given.")]
 BatchSize = Annotated[int, typer.Option(help="Examples per batch.")]
 Input = Annotated[

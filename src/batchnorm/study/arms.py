@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from batchnorm.errors import OptionError
 
 NORMS = ("batchnorm", "layernorm")
-ADDITIONS = ("dropout", "l1", "l2")
-KNOWN = ("none", *NORMS, *ADDITIONS)
+# What each puts into a network.
+KNOWN = {
+    "none": "the plain network",
+    "batchnorm": "batch normalization, of this library",
+    "layernorm": "layer normalization, of the framework",
+    "dropout": "drops units, or whole channels of images, in training",
+    "l1": "adds l1 times the sum of absolute weights to the loss",
+    "l2": "adds l2 times the sum of squared weights to the loss",
+}
 
 # Of the powers of ten from 1e-5 to 1e-2, the largest that cost the mlp no held-out accuracy on digits.
 L1_STRENGTH = 1e-4

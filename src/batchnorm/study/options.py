@@ -14,6 +14,7 @@ from pathlib import Path
 from batchnorm.errors import OptionError
 
 from .arms import parse_arm
+from .data import default_networks
 from .frameworks import FRAMEWORKS, keras_backend
 from .networks import NETWORKS
 from .user_code import is_user_code
@@ -26,8 +27,9 @@ class StudyOptions:
     """The options of `batchnorm study`.
 
     Attributes:
-        networks: `mlp`, `deep`, `cnn`, or the user's own as `file.py:function`.
-        data: `digits`, `mnist`, or the user's own as `file.py:function`.
+        networks: of `networks.NETWORKS`, or the user's own as `file.py:function`; `auto` alone is those of
+            the data.
+        data: of `data.SOURCES`, or the user's own as `file.py:function`.
         data_dir: where `mnist` is looked for.
         arms: see `arms.parse_arm`.
         learning_rates: Adam's, each above 0.
@@ -44,7 +46,7 @@ class StudyOptions:
         OptionError: a value outside its range, or an unknown name.
     """
 
-    networks: tuple[str, ...] = ("mlp", "deep")
+    networks: tuple[str, ...] = ("auto",)
     data: str = "digits"
     data_dir: Path | None = None
     arms: tuple[str, ...] = ARMS
@@ -58,6 +60,8 @@ class StudyOptions:
     framework: str = "torch"
 
     def __post_init__(self) -> None:
+        if self.networks == ("auto",):
+            object.__setattr__(self, "networks", default_networks(self.data))
         for field, what in (("networks", "network"), ("arms", "arm"), ("learning_rates", "learning rate")):
             values = tuple(dict.fromkeys(getattr(self, field)))
             object.__setattr__(self, field, values)

@@ -61,7 +61,7 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
     """
     framework = find_framework(options.framework)
     display = display or Display()
-    data = load_data(options.data, options.data_dir)
+    data = load_data(options.data, options.data_dir, channels_last=options.framework == "keras")
     if options.batch_size > len(data.x_train):
         raise OptionError(
             f"--batch-size {options.batch_size} is more than the {len(data.x_train)} training examples"

@@ -12,8 +12,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from batchnorm.errors import in_one_line
+from batchnorm.text_table import aligned
 
+from .arms import KNOWN
+from .data import SOURCES
 from .frameworks import framework_in_words
+from .networks import NETWORKS
 from .options import shown_number
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -100,6 +104,21 @@ class TerminalDisplay(Display):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def print_choices() -> None:
+    """Prints a line for each data set, network and arm that a study knows by name."""
+    networks = {name: build.__doc__ or "" for name, build in NETWORKS.items()}
+    choices = {
+        "data": {name: source.description for name, source in SOURCES.items()},
+        "network": {name: text.partition("\n")[0] for name, text in networks.items()},
+        "arms": KNOWN,
+    }
+    rows = [(f"--{option}", *entry) for option, entries in choices.items() for entry in entries.items()]
+    console = _plain_console(soft_wrap=True)
+    for line in aligned(rows):
+        console.print(line)
+    console.print("Data and networks of your own: file.py:function. Arms are joined by +.")
 
 
 def print_results(results: dict[str, Any]) -> None:
