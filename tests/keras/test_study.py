@@ -23,11 +23,13 @@ from batchnorm.study.errors import StudyError
 from batchnorm.study.learner_keras import KerasLearner, make_learner, session
 from batchnorm.study.networks_keras import NormFactory, build_network
 from batchnorm.study.optimizer_keras import make_adam
+from batchnorm.study.records import Movement
 from batchnorm.study.tasks import RunTask
 from batchnorm.study.terminal import Display
 from batchnorm.study.training import probe_steps
 from batchnorm.study.verdicts import judge, read
 from tests.keras.study_code import write_own_code
+from tests.study.test_padding import sequences
 
 pytestmark = pytest.mark.xdist_group("study in Keras")  # a study is run once
 
@@ -439,6 +441,7 @@ def test_arms_of_a_seed_start_from_the_same_weights(network: str, shapes: list[t
         ("batchnorm", 0, ["BatchNormalization"]),
         ("batchnorm+l2", 3, ["BatchNormalization"]),
         ("layernorm", 0, ["LayerNormalization"]),
+        ("layernorm", 1, ["LayerNormalization"]),
         ("layernorm", 2, ["GroupNormalization"]),
         ("dropout", 0, ["Dropout"]),
         ("dropout", 1, ["SpatialDropout1D"]),
@@ -476,3 +479,17 @@ def test_cnn_takes_images_with_and_without_channels() -> None:
     assert (model.input_shape, model.output_shape) == ((None, 16, 20, 3), (None, 4))
     with pytest.raises(DataError, match=r"cnn needs images .* shape \(4,\)"):
         build_network("cnn", parse_arm("none"), (4,), 3, 0)
+
+
+def test_the_mask_keeps_padding_out_of_a_prediction() -> None:
+    moved = {}
+    for arm in ("batchnorm", "batchnorm:unmasked"):
+        with session():
+            run = training.train(
+                RunTask("conv1d", arm, 1e-2, 0, 1, 10, 0.9), sequences(), make_learner, lambda _: None
+            )
+        assert run.movements is not None
+        assert run.movements.running == Movement(0, 0)
+        moved[arm] = run.movements.batch
+    assert moved["batchnorm"].by_padding == 0 < moved["batchnorm"].by_mates
+    assert moved["batchnorm:unmasked"].by_padding > 0.001

@@ -43,7 +43,13 @@ def test_the_split_is_shuffled_and_never_moves(digits: Dataset) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "author"), [("digits", 1_500_000, "LeCun"), ("icons", 900_000, "Noto Emoji")]
+    ("name", "size", "author"),
+    [
+        ("digits", 1_500_000, "LeCun"),
+        ("icons", 900_000, "Noto Emoji"),
+        ("vowels", 400_000, "Kudo"),
+        ("languages", 300_000, "Titus Wormer"),
+    ],
 )
 def test_packaged_file_is_small_and_its_origin_is_told(name: str, size: int, author: str) -> None:
     import batchnorm.study

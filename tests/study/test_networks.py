@@ -11,7 +11,7 @@ from batchnorm.errors import DataError, OptionError
 from batchnorm.study.arms import parse_arm
 from batchnorm.study.errors import StudyError
 from batchnorm.study.learner_torch import weight_layers
-from batchnorm.study.networks_torch import NormFactory, build_network
+from batchnorm.study.networks_torch import NormFactory, PositionNorm, build_network
 from batchnorm.study.options import ARMS
 
 from .own_code import write_own_code
@@ -40,6 +40,7 @@ def test_normalization_comes_before_the_activation_and_dropout_after_it() -> Non
         ("batchnorm", 2, BatchNorm2d),
         ("batchnorm+l2", 3, BatchNorm3d),
         ("layernorm", 0, nn.LayerNorm),
+        ("layernorm", 1, PositionNorm),
         ("layernorm", 2, nn.GroupNorm),
         ("dropout", 0, nn.Dropout),
         ("dropout", 1, nn.Dropout1d),

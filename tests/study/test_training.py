@@ -255,20 +255,21 @@ def test_input_spread_is_taken_per_unit_under_batch_statistics() -> None:
     model[1].running_mean.fill_(50.0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = torch.tensor([[0.0], [4.0]]).expand(2, 12) + torch.arange(12.0)
-    spread = input_spread(model, x)
+    spread = input_spread(model, lambda: model(x))
     assert spread["0"] == (pytest.approx(2 + 5.5), pytest.approx(2.0))
     with torch.no_grad():
         hidden = model[:3].train()(x)
     assert spread["4"][0] == pytest.approx(hidden.mean().item(), rel=1e-5)
     model.load_state_dict(before)
-    input_spread(model, x)
+    input_spread(model, lambda: model(x))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_input_spread_of_a_convolution_is_per_channel() -> None:
     x = torch.zeros(4, 2, 3, 3)
     x[:, 1] = torch.tensor([0.0, 2.0, 0.0, 2.0]).reshape(4, 1, 1)
-    assert input_spread(nn.Sequential(nn.Conv2d(2, 1, 3)), x) == {"0": (0.5, 0.5)}
+    model = nn.Sequential(nn.Conv2d(2, 1, 3))
+    assert input_spread(model, lambda: model(x)) == {"0": (0.5, 0.5)}
 
 
 def test_batch_statistics_are_undone_after_an_error() -> None:

@@ -41,7 +41,7 @@ def study(
     data: options.StudyData = "digits",
     data_dir: options.DataDir = None,
     framework: options.Framework = "torch",
-    arms: options.Arms = "none,batchnorm,dropout,l1,l2,layernorm,batchnorm+dropout",
+    arms: options.Arms = "auto",
     learning_rate: options.LearningRates = "1e-4,1e-3,1e-2",
     seeds: options.Seeds = 3,
     epochs: options.Epochs = 10,

@@ -58,7 +58,10 @@ class Run:
         self._inputs = None if data is None else self._load(data, data_dir, samples)
 
     def _load(self, data: str, data_dir: Path | None, samples: int | None) -> Tensor:
-        inputs = torch.from_numpy(load_data(data, data_dir).x_train)
+        loaded = load_data(data, data_dir)
+        if loaded.lengths_train is not None:
+            raise OptionError(f"--data {data} has padding, which this command cannot mask")
+        inputs = torch.from_numpy(loaded.x_train)
         inputs = inputs[: min(samples or len(inputs), len(inputs))]
         if self._shape is None:
             return inputs

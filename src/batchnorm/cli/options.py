@@ -15,10 +15,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.
 # Of the study.
 Networks = Annotated[
     str,
-    typer.Option(help="Comma-separated: mlp, deep, cnn, or your own as file.py:function; auto: by the data."),
+    typer.Option(help="Comma-separated: those of --list, or your own as file.py:function; auto: the data's."),
 ]
 StudyData = Annotated[
-    str, typer.Option(help="digits, icons (come with the package), mnist, or your own as file.py:function.")
+    str, typer.Option(help="One of those that --list names, or your own as file.py:function.")
 ]
 ListChoices = Annotated[bool, typer.Option("--list", help="List the data, networks and arms, and stop.")]
 Framework = Annotated[
@@ -26,9 +26,7 @@ Framework = Annotated[
 ]
 Arms = Annotated[
     str,
-    typer.Option(
-        help="Comma-separated: none, batchnorm, layernorm, dropout, l1, l2, or several joined by +."
-    ),
+    typer.Option(help="Comma-separated, joined by + if wanted; --list names them; auto: by the data."),
 ]
 LearningRates = Annotated[str, typer.Option(help="Comma-separated learning rates of Adam.")]
 Seeds = Annotated[int, typer.Option(help="Runs with different initial weights and orders.")]

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from batchnorm.errors import OptionError
 
-NORMS = ("batchnorm", "layernorm")
+UNMASKED = "batchnorm:unmasked"
+NORMS = ("batchnorm", UNMASKED, "layernorm")
 # What each puts into a network.
 KNOWN = {
     "none": "the plain network",
-    "batchnorm": "batch normalization, of this library",
+    "batchnorm": "batch normalization, of this library; padding enters no statistics",
+    UNMASKED: "the same with padding in its statistics, as the layers of torch and Keras have it",
     "layernorm": "layer normalization, of the framework",
     "dropout": "drops units, or whole channels of images, in training",
     "l1": "adds l1 times the sum of absolute weights to the loss",
@@ -29,6 +31,7 @@ class Arm:
     Attributes:
         name: as the user wrote it, such as `batchnorm+dropout`.
         norm: `batchnorm`, `layernorm` or None.
+        is_masked: whether a batch normalization leaves padding out of its statistics.
         dropout: whether units are dropped after each normalized activation.
         l1: strength of the penalty `l1 · Σ|w|` on the weights of linear and convolution layers.
         l2: strength of the penalty `l2 · Σw²` on the same weights.
@@ -36,6 +39,7 @@ class Arm:
 
     name: str
     norm: str | None = None
+    is_masked: bool = True
     dropout: bool = False
     l1: float = 0.0
     l2: float = 0.0
@@ -58,7 +62,8 @@ def parse_arm(name: str) -> Arm:
         )
     return Arm(
         name=name,
-        norm=norms[0] if norms else None,
+        norm=norms[0].partition(":")[0] if norms else None,
+        is_masked=UNMASKED not in parts,
         dropout="dropout" in parts,
         l1=L1_STRENGTH if "l1" in parts else 0.0,
         l2=L2_STRENGTH if "l2" in parts else 0.0,

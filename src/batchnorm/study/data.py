@@ -16,9 +16,8 @@ from batchnorm.errors import DataError
 
 from . import packaged
 from .mnist import load_mnist
+from .padding import Array, Examples, Padded
 from .user_code import is_user_code, load_function, naming_the_line, source_of
-
-Array = npt.NDArray[Any]
 
 # Labels beyond this, and beyond the number of examples, count no classes: each would get an output.
 _CLASSES_OF_FEW_EXAMPLES = 1000
@@ -34,6 +33,7 @@ class Dataset:
         source: where the examples come from, in one sentence.
         x_train, x_test: float32 `[N, ...]`; pixels of images are scaled from 0..255 to 0..1.
         y_train, y_test: int64 `[N]`, classes counted from 0.
+        lengths_train, lengths_test: of the sequences padded in x, int64 `[N]`; None without padding.
     """
 
     name: str
@@ -42,6 +42,18 @@ class Dataset:
     y_train: npt.NDArray[np.int64]
     x_test: npt.NDArray[np.float32]
     y_test: npt.NDArray[np.int64]
+    lengths_train: npt.NDArray[np.int64] | None = None
+    lengths_test: npt.NDArray[np.int64] | None = None
+
+    @property
+    def train(self) -> Examples:
+        """Training examples, with their lengths where they have some."""
+        return self.x_train if self.lengths_train is None else Padded(self.x_train, self.lengths_train)
+
+    @property
+    def held_out(self) -> Examples:
+        """Held-out examples, with their lengths where they have some."""
+        return self.x_test if self.lengths_test is None else Padded(self.x_test, self.lengths_test)
 
     @property
     def classes(self) -> int:
@@ -55,9 +67,11 @@ class Dataset:
     def fingerprint(self) -> str:
         """Returns a digest of every value, so that runs on other data are told apart."""
         digest = hashlib.sha256()
-        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
-            digest.update(f"{array.shape}{array.dtype}".encode())
-            digest.update(np.ascontiguousarray(array).data)
+        of_sequences = (self.lengths_train, self.lengths_test)
+        for array in (self.x_train, self.y_train, self.x_test, self.y_test, *of_sequences):
+            if array is not None:
+                digest.update(f"{array.shape}{array.dtype}".encode())
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
     def describe(self) -> dict[str, object]:
@@ -69,7 +83,15 @@ class Dataset:
             "held_out": len(self.x_test),
             "classes": self.classes,
             "input_shape": list(self.input_shape),
+            **self._describe_lengths(),
         }
+
+    def _describe_lengths(self) -> dict[str, object]:
+        if self.lengths_train is None or self.lengths_test is None:
+            return {}
+        lengths = np.concatenate([self.lengths_train, self.lengths_test])
+        padding = 1 - lengths.mean() / self.input_shape[0]
+        return {"lengths": f"{lengths.min()} to {lengths.max()}", "padding": f"{padding:.0%} of positions"}
 
 
 @dataclass(frozen=True)
@@ -77,23 +99,36 @@ class DataSource:
     """A data set that a study knows by name.
 
     Attributes:
-        load: returns x and y to train, x and y held out, as images in bytes, and where they come from;
-            it takes the folder of `--data-dir`.
+        load: returns x and y to train, x and y held out, and where they come from; x is images in bytes, or
+            sequences; it takes the folder of `--data-dir`.
         description: what it is, in one line.
         networks: those that a study takes unless it is told.
+        is_padded: whether x is sequences of several lengths.
     """
 
-    load: Callable[[Path | None], tuple[Sequence[Array], str]]
+    load: Callable[[Path | None], tuple[Sequence[Examples], str]]
     description: str
-    networks: tuple[str, ...]
+    networks: tuple[str, ...] = ("mlp", "deep")
+    is_padded: bool = False
 
 
+OWN = DataSource(lambda _: ((), ""), "your own, as file.py:function")
 SOURCES = {
-    "digits": DataSource(
-        lambda _: packaged.digits(), "5,000 handwritten digits, 28 x 28 grey", ("mlp", "deep")
-    ),
-    "mnist": DataSource(load_mnist, "all 70,000 of them, from files that you have", ("mlp", "deep")),
+    "digits": DataSource(lambda _: packaged.digits(), "5,000 handwritten digits, 28 x 28 grey"),
+    "mnist": DataSource(load_mnist, "all 70,000 of them, from files that you have"),
     "icons": DataSource(lambda _: packaged.icons(), "1,906 emoji, 16 x 16 in colour, in 9 groups", ("cnn",)),
+    "vowels": DataSource(
+        lambda _: packaged.vowels(),
+        "640 utterances of 7 to 29 frames; which of 9 speakers is it?",
+        ("conv1d",),
+        is_padded=True,
+    ),
+    "languages": DataSource(
+        lambda _: packaged.languages(),
+        "12,000 fragments of 5 to 80 characters; which of 60 languages is it?",
+        ("characters",),
+        is_padded=True,
+    ),
 }
 
 
@@ -113,9 +148,12 @@ def load_data(name: str, data_dir: Path | None = None, *, channels_last: bool = 
         StudyError: the user's function raised.
     """
     if name in SOURCES:
-        arrays, source = SOURCES[name].load(data_dir)
-        x_train, x_test = (_scaled(images, channels_last) for images in arrays[::2])
-        y_train, y_test = (labels.astype(np.int64) for labels in arrays[1::2])
+        (x_train, train, x_test, test), source = SOURCES[name].load(data_dir)
+        y_train, y_test = np.asarray(train, np.int64), np.asarray(test, np.int64)
+        if isinstance(x_train, Padded) and isinstance(x_test, Padded):
+            lengths = x_train.lengths, x_test.lengths
+            return Dataset(name, source, x_train.values, y_train, x_test.values, y_test, *lengths)
+        x_train, x_test = (_scaled(np.asarray(images), channels_last) for images in (x_train, x_test))
         return Dataset(name, source, x_train, y_train, x_test, y_test)
     if is_user_code(name):
         return _load_own(name)
@@ -127,9 +165,9 @@ def load_digits() -> Dataset:
     return load_data("digits")
 
 
-def default_networks(name: str) -> tuple[str, ...]:
-    """Returns the networks that a study of this data takes unless it is told."""
-    return SOURCES[name if name in SOURCES else "digits"].networks
+def source_named(name: str) -> DataSource:
+    """Returns what a study knows of this data, the user's own too."""
+    return SOURCES.get(name, OWN)
 
 
 def _scaled(images: Array, channels_last: bool) -> npt.NDArray[np.float32]:

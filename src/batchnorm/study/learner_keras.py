@@ -16,7 +16,8 @@ from .arms import Arm
 from .data import Dataset
 from .networks_keras import build_network
 from .optimizer_keras import make_adam
-from .training import EVALUATION_BATCH, Array
+from .padding import Array, Examples, Padded
+from .training import EVALUATION_BATCH
 
 
 @contextlib.contextmanager
@@ -30,10 +31,14 @@ def make_learner(
     network: str, arm: Arm, data: Dataset, seed: int, learning_rate: float, is_watched: bool
 ) -> KerasLearner:
     """Builds a network and its optimizer; see `training.MakeLearner`. Keras's random state is left seeded."""
-    model = build_network(network, arm, data.input_shape, data.classes, seed)
+    model = build_network(
+        network, arm, data.input_shape, data.classes, seed, padded=data.lengths_train is not None
+    )
     keras.utils.set_random_seed(seed)
     with probes.batch_statistics(model):
-        model(data.x_test[:2], training=False)  # so that a network without an Input has its weights
+        model(
+            _inputs(data.held_out[:2]), training=False
+        )  # so that a network without an Input has its weights
     return KerasLearner(model, arm, learning_rate, is_watched)
 
 
@@ -53,42 +58,48 @@ class KerasLearner:
         cross_entropy = keras.metrics.SparseCategoricalCrossentropy("cross_entropy", from_logits=True)
         model.compile(self._optimizer, self._loss, metrics=[cross_entropy])
 
-    def step(self, x: Array, y: Array) -> float:
-        return float(self.model.train_on_batch(x, _classes(y), return_dict=True)["cross_entropy"])
+    def step(self, x: Examples, y: Array) -> float:
+        return float(self.model.train_on_batch(_inputs(x), _classes(y), return_dict=True)["cross_entropy"])
 
     def gradient_norms(self) -> Sequence[float]:
         return list(map(float, keras.ops.convert_to_numpy(self._optimizer.gradient_norms)))
 
-    def predict(self, x: Array, *, by_batch: bool = False) -> Array | str:
+    def predict(self, x: Examples, *, by_batch: bool = False) -> Array | str:
         with probes.batch_statistics(self.model) if by_batch else contextlib.nullcontext():
-            output = self.model(x, training=False)
+            output = self.model(_inputs(x), training=False)
         is_tensor = keras.ops.is_tensor(output)
         return (
             np.asarray(keras.ops.convert_to_numpy(output), np.float64) if is_tensor else type(output).__name__
         )
 
-    def input_spread(self, x: Array) -> dict[str, tuple[float, float]]:
-        return probes.input_spread(self.model, x)
+    def input_spread(self, x: Examples) -> dict[str, tuple[float, float]]:
+        return probes.input_spread(self.model, _inputs(x))
 
-    def bytes_kept(self, x: Array, y: Array) -> int | None:
+    def bytes_kept(self, x: Examples, y: Array) -> int | None:
         # TensorFlow and JAX compile forward and backward into one program, whose buffers have no owner.
         if keras.config.backend() != "torch":
             return None
         from .learner_torch import saved_bytes
 
-        inputs, classes = map(keras.ops.convert_to_tensor, (x, _classes(y)))
+        inputs = keras.tree.map_structure(keras.ops.convert_to_tensor, _inputs(x))
+        classes = keras.ops.convert_to_tensor(_classes(y))
         with probes.state_kept(self.model):
             return saved_bytes(
                 lambda: self._loss(classes, self.model(inputs, training=True)),
                 [variable.value for variable in self.model.variables],
             )
 
-    def calibrate(self, x: Array) -> None:
-        calibrate(self.model, x, batch_size=EVALUATION_BATCH, verbose=0)
+    def calibrate(self, x: Examples) -> None:
+        calibrate(self.model, _inputs(x), batch_size=EVALUATION_BATCH, verbose=0)
 
     def permutation(self, length: int, seed: int) -> Array:
         # RandomState, because NumPy promises its stream for good.
         return np.random.RandomState(seed).permutation(length)
+
+
+def _inputs(x: Examples) -> Array | list[Array]:
+    """Returns what a model takes: an array, or values and lengths."""
+    return [x.values, x.lengths.astype(np.float32)] if isinstance(x, Padded) else x
 
 
 def _classes(y: Array) -> Array:

@@ -14,11 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.models.calibrate import calibrate
+from batchnorm.models.mask import mask
 
 from .arms import Arm
 from .data import Dataset
 from .networks_torch import build_network
-from .training import EVALUATION_BATCH, Array
+from .padding import Array, Examples, Padded
+from .training import EVALUATION_BATCH
 
 
 @contextlib.contextmanager
@@ -51,9 +53,9 @@ class TorchLearner:
         # Fused: a third less time per step of these small networks on a CPU.
         self._optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
 
-    def step(self, x: Array, y: Array) -> float:
+    def step(self, x: Examples, y: Array) -> float:
         self._optimizer.zero_grad()
-        loss = cross_entropy(self.model(torch.from_numpy(x)), torch.from_numpy(y))
+        loss = cross_entropy(self._output(x), torch.from_numpy(y))
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [weight.grad for weight in self._weights]
         with torch.no_grad():
@@ -70,22 +72,34 @@ class TorchLearner:
     def gradient_norms(self) -> Sequence[float]:
         return [float("nan") if norm is None else float(norm) for norm in self._norms]
 
-    def predict(self, x: Array, *, by_batch: bool = False) -> Array | str:
+    def predict(self, x: Examples, *, by_batch: bool = False) -> Array | str:
         with evaluation(self.model, by_batch=by_batch):
-            output = self.model(torch.from_numpy(x))
+            output = self._output(x)
         is_tensor = isinstance(output, Tensor)
         return output.numpy().astype(np.float64) if is_tensor else type(output).__name__
 
-    def input_spread(self, x: Array) -> dict[str, tuple[float, float]]:
-        return input_spread(self.model, torch.from_numpy(x))
+    def input_spread(self, x: Examples) -> dict[str, tuple[float, float]]:
+        return input_spread(self.model, lambda: self._output(x))
 
-    def bytes_kept(self, x: Array, y: Array) -> int:
-        inputs, classes = torch.from_numpy(x), torch.from_numpy(y)
+    def bytes_kept(self, x: Examples, y: Array) -> int:
         with _state_kept(self.model):
-            return saved_bytes(lambda: cross_entropy(self.model(inputs), classes), self.model.parameters())
+            return saved_bytes(
+                lambda: cross_entropy(self._output(x), torch.from_numpy(y)), self.model.parameters()
+            )
 
-    def calibrate(self, x: Array) -> None:
-        calibrate(self.model, torch.split(torch.from_numpy(x), EVALUATION_BATCH))
+    def calibrate(self, x: Examples) -> None:
+        batches = [x[start : start + EVALUATION_BATCH] for start in range(0, len(x), EVALUATION_BATCH)]
+        calibrate(self.model, batches, forward=lambda _, batch: self._output(batch))
+
+    def _output(self, x: Examples) -> Any:  # of a user's network; checked before training
+        """Returns what the model makes of a batch, which is masked by its lengths if the arm says so."""
+        if not isinstance(x, Padded):
+            return self.model(torch.from_numpy(x))
+        values, lengths = torch.from_numpy(x.values), torch.from_numpy(x.lengths)
+        masked = _batch_norms(self.model) and self._arm.is_masked
+        size = values.shape[1]
+        with mask(self.model, lengths=lengths, size=size) if masked else contextlib.nullcontext():
+            return self.model(values, lengths)
 
     def permutation(self, length: int, seed: int) -> Array:
         return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).numpy()
@@ -133,7 +147,7 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def input_spread(model: nn.Module, x: Tensor) -> dict[str, tuple[float, float]]:
+def input_spread(model: nn.Module, forward: Callable[[], object]) -> dict[str, tuple[float, float]]:
     """Returns the moments of each layer's input; see `training.Learner.input_spread`."""
     spread: dict[str, tuple[float, float]] = {}
 
@@ -150,7 +164,7 @@ def input_spread(model: nn.Module, x: Tensor) -> dict[str, tuple[float, float]]:
             handle = layer.register_forward_pre_hook(look(name, -1 if isinstance(layer, nn.Linear) else 1))
             hooks.callback(handle.remove)
         with evaluation(model, by_batch=True):
-            model(x)
+            forward()
     return spread
 
 

@@ -23,11 +23,23 @@ class Layer:
         kind: a key of each framework's table of layers. `glorot` is a dense layer that starts from Glorot's
             uniform distribution, with a bias of 0; `dense` and `conv` start from PyTorch's.
         name: within the network.
-        sizes: the arguments of its kind: inputs and outputs of `dense`, `glorot` and `conv`, the shape
-            `(height, width, channels)` for `image`.
+        sizes: the arguments of its kind: inputs and outputs of `dense`, `glorot`, `conv`, `conv1d` (whose
+            third is its width) and `embedding`, the shape `(height, width, channels)` for `image`.
     """
 
-    kind: Literal["flatten", "image", "dense", "glorot", "conv", "pool", "relu"]
+    kind: Literal[
+        "flatten",
+        "image",
+        "dense",
+        "glorot",
+        "conv",
+        "pool",
+        "relu",
+        "frames",
+        "embedding",
+        "conv1d",
+        "pool1d",
+    ]
     name: str
     sizes: tuple[int, ...] = ()
 
@@ -96,11 +108,38 @@ def _cnn(input_shape: tuple[int, ...], classes: int, channels_last: bool) -> Lay
     return [*layers, Layer("flatten", "flatten"), outputs]
 
 
+def _conv1d(input_shape: tuple[int, ...], classes: int, channels_last: bool) -> Layers:
+    """Two convolutions over 3 frames, each with norm and ReLU; mean and maximum over valid frames; dense."""
+    del channels_last
+    if len(input_shape) != 2:
+        raise DataError(f"network conv1d needs frames [L, C], and one example has shape {input_shape}")
+    return [Layer("frames", "frames"), *_over_positions(input_shape[1], (64, 64), (3, 3), classes)]
+
+
+def _characters(input_shape: tuple[int, ...], classes: int, channels_last: bool) -> Layers:
+    """Embedding of bytes, convolutions over 5 and 3 of them, and the rest as conv1d."""
+    del channels_last
+    if len(input_shape) != 1:
+        raise DataError(f"network characters needs bytes [L], and one example has shape {input_shape}")
+    return [Layer("embedding", "embedding", (256, 32)), *_over_positions(32, (64, 64), (5, 3), classes)]
+
+
+def _over_positions(channels: int, filters: tuple[int, ...], widths: tuple[int, ...], classes: int) -> Layers:
+    layers: Layers = []
+    for number, (outputs, width) in enumerate(zip(filters, widths, strict=True), start=1):
+        layers.append(Layer("conv1d", f"conv{number}", (channels, outputs, width)))
+        layers.append(Norm(f"relu{number}", outputs, spatial_dims=1, activation="relu"))
+        channels = outputs
+    return [*layers, Layer("pool1d", "pool"), Layer("dense", "linear", (2 * channels, classes))]
+
+
 # Each from the shape of an example, the number of classes, and whether channels come last.
 NETWORKS: dict[str, Callable[[tuple[int, ...], int, bool], Layers]] = {
     "mlp": _mlp,
     "deep": _deep,
     "cnn": _cnn,
+    "conv1d": _conv1d,
+    "characters": _characters,
 }
 
 

@@ -17,7 +17,7 @@ from .networks import NETWORKS, Layers, Norm, dropout_rate, own_network
 _NORMS: dict[str, Callable[[int], keras.layers.Layer]] = {
     "batchnorm": lambda _: BatchNormalization(),
     "layernorm": lambda spatial_dims: (
-        keras.layers.GroupNormalization(1) if spatial_dims else keras.layers.LayerNormalization()
+        keras.layers.GroupNormalization(1) if spatial_dims > 1 else keras.layers.LayerNormalization()
     ),
 }
 _LAST = {"data_format": "channels_last"}  # whatever the user's Keras is set to
@@ -54,9 +54,9 @@ class NormFactory:
             with it.
 
     Batch normalization is `batchnorm.keras.BatchNormalization` with its defaults, which are Keras's. Layer
-    normalization is `keras.layers.LayerNormalization`, and over channels and `S` together
-    (`keras.layers.GroupNormalization(1)`) where there is an `S`. Dropout draws from seeds of its own, so that
-    the arms of one seed start from the same weights.
+    normalization is `keras.layers.LayerNormalization`, at each position of a sequence, and over channels and
+    `S` together (`keras.layers.GroupNormalization(1)`) of images and volumes. Dropout draws from seeds of its
+    own, so that the arms of one seed start from the same weights.
     """
 
     def __init__(self, arm: Arm, seed: int = 0) -> None:
@@ -87,7 +87,9 @@ class NormFactory:
         return parts[0] if parts else keras.layers.Identity()
 
 
-def build_network(name: str, arm: Arm, input_shape: tuple[int, ...], classes: int, seed: int) -> keras.Model:
+def build_network(
+    name: str, arm: Arm, input_shape: tuple[int, ...], classes: int, seed: int, *, padded: bool = False
+) -> keras.Model:
     """Builds a network for an arm.
 
     The arms of one seed start from the same weights. The process's random state is left seeded: a study
@@ -100,6 +102,7 @@ def build_network(name: str, arm: Arm, input_shape: tuple[int, ...], classes: in
         input_shape: shape of one example.
         classes: how many outputs are wanted.
         seed: of the initial weights.
+        padded: whether the network has a second input, the lengths `[N]` of sequences.
 
     Raises:
         StudyError: the user's function raised, or returned something else than a model.
@@ -109,7 +112,22 @@ def build_network(name: str, arm: Arm, input_shape: tuple[int, ...], classes: in
     if name not in NETWORKS:
         return own_network(name, arm, norm, keras.Model, "keras.Model")
     layers = NETWORKS[name](input_shape, classes, True)
-    return keras.Sequential([keras.Input(input_shape), *_made(layers, norm)], name=name)
+    if not padded:
+        return keras.Sequential([keras.Input(input_shape), *_made(layers, norm)], name=name)
+    # As long as a batch is: the same examples are served with more padding, too.
+    inputs, lengths = keras.Input((None, *input_shape[1:])), keras.Input(())
+    ones = keras.ops.ones_like(inputs if len(input_shape) == 1 else inputs[:, :, 0])
+    valid = keras.ops.cumsum(ones, axis=1) <= keras.ops.expand_dims(lengths, 1)  # [N, L]
+    x = inputs
+    for made in _made(layers, norm):
+        for part in made.layers if isinstance(made, keras.Sequential) else [made]:
+            if isinstance(part, _ValidConv1D | _ValidPool):
+                x = part(x, valid)
+            elif isinstance(part, BatchNormalization) and arm.is_masked and x.ndim == 3:
+                x = part(x, mask=valid)
+            else:
+                x = part(x)
+    return keras.Model([inputs, lengths], x, name=name)
 
 
 def _uniform(fan_in: int) -> dict[str, keras.Initializer]:
@@ -119,6 +137,36 @@ def _uniform(fan_in: int) -> dict[str, keras.Initializer]:
         name: keras.initializers.RandomUniform(-limit, limit)
         for name in ("kernel_initializer", "bias_initializer")
     }
+
+
+class _ValidConv1D(keras.layers.Conv1D):
+    """A convolution that reads zeros where there is padding, as beyond the ends."""
+
+    def __init__(self, channels: int, filters: int, width: int, name: str) -> None:
+        super().__init__(filters, width, padding="same", name=name, **_LAST, **_uniform(width * channels))
+
+    def call(self, inputs: Any, valid: Any = None) -> Any:
+        if valid is not None:
+            inputs = inputs * keras.ops.cast(keras.ops.expand_dims(valid, -1), inputs.dtype)
+        return super().call(inputs)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        """Ends the mask of the norm before it: this layer has its own."""
+
+
+class _ValidPool(keras.layers.Layer):
+    """The mean and the maximum over valid positions."""
+
+    def call(self, inputs: Any, valid: Any = None) -> Any:
+        ops = keras.ops
+        valid = ops.expand_dims(ops.ones_like(inputs[:, :, 0], dtype="bool") if valid is None else valid, -1)
+        counts = ops.cast(valid, inputs.dtype)
+        mean = ops.sum(inputs * counts, axis=1) / ops.sum(counts, axis=1)
+        # Lower than any value, and finite: gradients of where() make NaN of infinities on some backends.
+        return ops.concatenate([mean, ops.max(ops.where(valid, inputs, -1e30), axis=1)], axis=-1)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        """Ends the mask of the norm before it: there are no positions any more."""
 
 
 _LAYERS: dict[str, Callable[..., keras.layers.Layer]] = {
@@ -131,6 +179,13 @@ _LAYERS: dict[str, Callable[..., keras.layers.Layer]] = {
     ),
     "pool": lambda name: keras.layers.MaxPooling2D(2, name=name, **_LAST),
     "relu": lambda name: keras.layers.ReLU(name=name),
+    "frames": lambda name: keras.layers.Identity(name=name),
+    # From torch's distribution, as the other layers.
+    "embedding": lambda tokens, channels, name: keras.layers.Embedding(
+        tokens, channels, embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0), name=name
+    ),
+    "conv1d": _ValidConv1D,
+    "pool1d": lambda name: _ValidPool(name=name),
 }
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from batchnorm.errors import OptionError
 
-from .arms import parse_arm
-from .data import default_networks
+from .arms import UNMASKED, parse_arm
+from .data import source_named
 from .frameworks import FRAMEWORKS, keras_backend
 from .networks import NETWORKS
 from .user_code import is_user_code
 
 ARMS = ("none", "batchnorm", "dropout", "l1", "l2", "layernorm", "batchnorm+dropout")
+ARMS_WITH_PADDING = ("none", "batchnorm", UNMASKED, "dropout", "l2", "layernorm", "batchnorm+dropout")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class StudyOptions:
             the data.
         data: of `data.SOURCES`, or the user's own as `file.py:function`.
         data_dir: where `mnist` is looked for.
-        arms: see `arms.parse_arm`.
+        arms: see `arms.parse_arm`; `auto` alone is those of the data.
         learning_rates: Adam's, each above 0.
         seeds: how many; they are 0, 1, 2, ...
         epochs: passes over the training data.
@@ -49,7 +50,7 @@ class StudyOptions:
     networks: tuple[str, ...] = ("auto",)
     data: str = "digits"
     data_dir: Path | None = None
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = ("auto",)
     learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     seeds: int = 3
     epochs: int = 10
@@ -61,7 +62,9 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         if self.networks == ("auto",):
-            object.__setattr__(self, "networks", default_networks(self.data))
+            object.__setattr__(self, "networks", source_named(self.data).networks)
+        if self.arms == ("auto",):
+            object.__setattr__(self, "arms", ARMS_WITH_PADDING if source_named(self.data).is_padded else ARMS)
         for field, what in (("networks", "network"), ("arms", "arm"), ("learning_rates", "learning rate")):
             values = tuple(dict.fromkeys(getattr(self, field)))
             object.__setattr__(self, field, values)
@@ -156,7 +159,7 @@ def shown_number(value: float) -> str:
 
 def run_name(network: str, arm: str, rate: float, seed: int) -> str:
     """Returns the name of a run's file, without its ending."""
-    return f"{slug(display_name(network))}-{arm}-{shown_number(rate)}-{seed}"
+    return f"{slug(display_name(network))}-{slug(arm)}-{shown_number(rate)}-{seed}"
 
 
 def slug(name: str) -> str:

@@ -66,6 +66,30 @@ class AccuracyByStatistics:
 
 
 @dataclass(frozen=True)
+class Movement:
+    """How far predictions move when the same examples are served otherwise.
+
+    Half the sum of absolute differences of an example's probabilities (total variation, 0..1), averaged over
+    held-out examples.
+
+    Attributes:
+        by_mates: with other examples in the batch.
+        by_padding: with more padding.
+    """
+
+    by_mates: Number = NAN
+    by_padding: Number = NAN
+
+
+@dataclass(frozen=True)
+class Movements:
+    """Movement of predictions by running statistics, and by those of each batch, as in training."""
+
+    running: Movement
+    batch: Movement
+
+
+@dataclass(frozen=True)
 class Run:
     """One training run: an arm of a network at one learning rate with one seed."""
 
@@ -86,6 +110,7 @@ class Run:
     gradient_norm: Gradients = field(default_factory=Gradients)
     input_drift: Drift = field(default_factory=Drift)
     test_time_statistics: AccuracyByStatistics | None = None
+    movements: Movements | None = None  # of data with padding
 
     @property
     def diverged(self) -> bool:

@@ -24,6 +24,7 @@ _TOPICS = {
     "speed": ("How training went", "steps to the target"),
     "rates": ("Accuracy by learning rate", "the learning rates it bears"),
     "accuracy": ("Held-out accuracy", "held-out accuracy"),
+    "padding": ("Padding", "accuracy by masking padding"),
     "gradients": ("Gradients", "how even gradients are"),
     "drift": ("Inputs of layers", "how far inputs of layers move"),
     "statistics": ("Statistics at test time", "accuracy with calibrated statistics"),
@@ -137,9 +138,9 @@ def _section(network: Network, anchor: str) -> Section:
     claims = {key: judged[key] for key in _TOPICS if key in judged}
     pictures = illustrate(network, anchor)
     topics = [
-        Topic(claims[key].question if key in claims else heading, claims.get(key), pictures[key])
+        Topic(claims[key].question if key in claims else heading, claims.get(key), pictures.get(key, ()))
         for key, (heading, _) in _TOPICS.items()
-        if key in claims or pictures[key]
+        if key in claims or pictures.get(key)
     ]
     return Section(network.name, anchor, _summary(claims), claims, tuple(topics), _table(network))
 

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from batchnorm.errors import OptionError
 from batchnorm.files import naming, write_whole
 
+from .arms import UNMASKED, parse_arm
 from .data import Dataset, load_data
 from .errors import StudyError, StudyInterrupted
 from .frameworks import Framework, find_framework
@@ -66,6 +67,8 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
         raise OptionError(
             f"--batch-size {options.batch_size} is more than the {len(data.x_train)} training examples"
         )
+    if data.lengths_train is None and any(not parse_arm(arm).is_masked for arm in options.arms):
+        raise OptionError(f"arm {UNMASKED} is for data with padding; {options.data} has none: use batchnorm")
     with _alone_in(options.folder):
         study = _Study(options, data, framework, display)
         runs, timing = study.measure()

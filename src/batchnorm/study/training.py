@@ -6,14 +6,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from .arms import Arm, parse_arm
 from .data import Dataset
 from .options import display_name
+from .padding import Array, Examples, Padded
 from .records import (
     NAN,
     AccuracyByStatistics,
@@ -22,13 +22,13 @@ from .records import (
     Epoch,
     Gradients,
     Moments,
+    Movement,
+    Movements,
     NetworkTiming,
     Run,
 )
 from .tasks import RunTask, TimingTask
 from .user_code import naming_the_line, source_of
-
-Array = npt.NDArray[Any]
 
 EVALUATION_BATCH = 250
 _TRAINING_SAMPLE = (
@@ -38,6 +38,10 @@ _PROBE_BATCH = 128
 _PROBES_PER_RUN = 24
 _CHECKS_PER_EPOCH = 10
 _STEPS_PER_REPORT = 25
+
+MORE_PADDING = 0.2  # of the padded length
+_MOVEMENT_BATCHES = 10  # a mean over some hundred examples needs no more
+_RESOLVED = 1e-4  # sums over other lengths and batches round differently
 
 _BLOCKS = 9
 _STEPS_PER_BLOCK = 10
@@ -62,19 +66,19 @@ class Learner(Protocol):
     parameters: int
     has_batch_norms: bool
 
-    def step(self, x: Array, y: Array) -> float:
+    def step(self, x: Examples, y: Array) -> float:
         """Takes a training step on a batch, and return its mean cross-entropy before the step."""
 
     def gradient_norms(self) -> Sequence[float]:
         """Returns the norm of each layer's gradient in the last step, without penalties; NaN for none."""
 
-    def predict(self, x: Array, *, by_batch: bool = False) -> Array | str:
+    def predict(self, x: Examples, *, by_batch: bool = False) -> Array | str:
         """Returns float64 logits `[N, classes]`, without dropout; or the name of the type that is no tensor.
 
         Batch normalizations use their running statistics, or with `by_batch` those of this batch.
         """
 
-    def input_spread(self, x: Array) -> Mapping[str, tuple[float, float]]:
+    def input_spread(self, x: Examples) -> Mapping[str, tuple[float, float]]:
         """Returns the mean and standard deviation of each layer's input over a batch.
 
         They are taken per unit (or channel) over the batch and positions, then averaged over units. Batch
@@ -82,13 +86,13 @@ class Learner(Protocol):
         as before.
         """
 
-    def bytes_kept(self, x: Array, y: Array) -> int | None:
+    def bytes_kept(self, x: Examples, y: Array) -> int | None:
         """Returns the bytes held between the forward and the backward of a step; None where none can tell.
 
         The input batch is counted, parameters are not. The network is as before.
         """
 
-    def calibrate(self, x: Array) -> None:
+    def calibrate(self, x: Examples) -> None:
         """Sets the running statistics to those of all of `x`."""
 
     def permutation(self, length: int, seed: int) -> Array:
@@ -139,18 +143,19 @@ class _Training:
         self.inputs: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in learner.layers}
         # Training examples that every run is evaluated on.
         sample = learner.permutation(len(data.x_train), 0)[: min(len(data.x_test), _TRAINING_SAMPLE)]
-        self.seen = data.x_train[sample], data.y_train[sample]
+        self.seen = data.train[sample], data.y_train[sample]
 
     def run(self) -> Run:
         """Trains to the end, or until the loss is no longer finite."""
         task, data, size = self.task, self.data, self.task.batch_size
-        output = self.learner.predict(data.x_test[:2], by_batch=True)
+        output = self.learner.predict(data.held_out[:2], by_batch=True)
         shape, wanted = output if isinstance(output, str) else output.shape, (2, data.classes)
         if shape != wanted:
             raise ValueError(f"the network gives {shape} for two examples, not {wanted}")
-        # Copied: a slice would share, and count, the memory of the whole data set.
-        kept = self.learner.bytes_kept(data.x_train[:size].copy(), data.y_train[:size].copy())
+        first = np.arange(size)  # copies: a slice would share, and count, the memory of the whole data set
+        kept = self.learner.bytes_kept(data.train[first], data.y_train[first])
         finished = all(map(self._epoch, range(1, task.epochs + 1)))
+        movements = self._movements() if finished else None
         self.report(self.total - self.step // _STEPS_PER_REPORT * _STEPS_PER_REPORT)
         return Run(
             network=display_name(task.network),
@@ -169,6 +174,7 @@ class _Training:
             bytes_kept_for_backward=NAN if kept is None else kept,
             gradient_norm=Gradients(self.probed, self.gradients),
             input_drift=Drift(self.probed, {name: Moments(*both) for name, both in self.inputs.items()}),
+            movements=movements,
             test_time_statistics=self._test_time_statistics() if finished else None,
         )
 
@@ -178,13 +184,13 @@ class _Training:
         order = self.learner.permutation(len(data.x_train), 1_000_003 * self.task.seed + number)
         for start in range(0, self.steps_per_epoch * size, size):
             rows = order[start : start + size]
-            if not self._step(data.x_train[rows], data.y_train[rows]):
+            if not self._step(data.train[rows], data.y_train[rows]):
                 return False
-        losses = (*evaluate(self.learner, *self.seen), *evaluate(self.learner, data.x_test, data.y_test))
+        losses = (*evaluate(self.learner, *self.seen), *evaluate(self.learner, data.held_out, data.y_test))
         self.epochs.append(Epoch(number, *losses))
         return math.isfinite(losses[0]) and math.isfinite(losses[2])
 
-    def _step(self, x: Array, y: Array) -> bool:
+    def _step(self, x: Examples, y: Array) -> bool:
         looks_inside = self.step in self.probe_at
         # Before the update: of the weights that the step's loss and gradients are of.
         spread = self.learner.input_spread(self.seen[0][:_PROBE_BATCH]) if looks_inside else {}
@@ -209,16 +215,38 @@ class _Training:
         """Looks up whether the target is reached; the next time is at most a tenth of the steps later."""
         later = self.step + max(self.check_every, self.step // 10)
         self.next_check = min(later, max(self.step + 1, self.total))
-        if reaches(self.learner, self.data.x_test, self.data.y_test, self.task.target_accuracy):
+        if reaches(self.learner, self.data.held_out, self.data.y_test, self.task.target_accuracy):
             self.steps_to_target = self.step
+
+    def _movements(self) -> Movements | None:
+        """Serves held-out examples again, with other batch-mates and with more padding."""
+        x, size = self.data.held_out, self.task.batch_size
+        if not isinstance(x, Padded):
+            return None
+        x = x[self.learner.permutation(len(x), 1)[: _MOVEMENT_BATCHES * size]]
+        order = self.learner.permutation(len(x), 2)
+
+        def movement(*, by_batch: bool) -> Movement:
+            def probabilities(x: Examples) -> Array:
+                outputs = _outputs(self.learner, x, np.zeros(len(x)), size, by_batch=by_batch)
+                logits = np.concatenate([output for output, _ in outputs])
+                exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+                shares: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
+                return shares
+
+            before = probabilities(x)
+            others, longer = probabilities(x[order]), probabilities(x.longer(MORE_PADDING))
+            return Movement(_moved(before[order], others), _moved(before, longer))
+
+        return Movements(running=movement(by_batch=False), batch=movement(by_batch=True))
 
     def _test_time_statistics(self) -> AccuracyByStatistics | None:
         if not self.learner.has_batch_norms:
             return None
-        x, y = self.data.x_test, self.data.y_test
+        x, y = self.data.held_out, self.data.y_test
         by_batch = _outputs(self.learner, x, y, self.task.batch_size, by_batch=True)
         correct = sum(int((output.argmax(axis=1) == classes).sum()) for output, classes in by_batch)
-        self.learner.calibrate(self.data.x_train)  # the last thing that is done with the network
+        self.learner.calibrate(self.data.train)  # the last thing that is done with the network
         return AccuracyByStatistics(
             batch=correct / len(x),
             running=self.epochs[-1].test_accuracy,
@@ -226,7 +254,13 @@ class _Training:
         )
 
 
-def evaluate(learner: Learner, x: Array, y: Array) -> tuple[float, float]:
+def _moved(before: Array, after: Array) -> float:
+    """Returns the mean total variation of probabilities; below what float32 resolves it is 0."""
+    moved = float(np.abs(before - after).sum(axis=1).mean() / 2)
+    return 0.0 if moved < _RESOLVED else moved
+
+
+def evaluate(learner: Learner, x: Examples, y: Array) -> tuple[float, float]:
     """Returns mean cross-entropy and accuracy, by running statistics and without dropout."""
     loss, correct = 0.0, 0
     for output, classes in _outputs(learner, x, y, EVALUATION_BATCH):
@@ -238,7 +272,7 @@ def evaluate(learner: Learner, x: Array, y: Array) -> tuple[float, float]:
     return loss / len(x), correct / len(x)
 
 
-def reaches(learner: Learner, x: Array, y: Array, target: float) -> bool:
+def reaches(learner: Learner, x: Examples, y: Array, target: float) -> bool:
     """Returns whether accuracy is at least `target`.
 
     Stops as soon as the errors rule it out: a network far below the target costs a fraction of the examples.
@@ -252,14 +286,13 @@ def reaches(learner: Learner, x: Array, y: Array, target: float) -> bool:
 
 
 def _outputs(
-    learner: Learner, x: Array, y: Array, size: int, *, by_batch: bool = False
+    learner: Learner, x: Examples, y: Array, size: int, *, by_batch: bool = False
 ) -> Iterator[tuple[Array, Array]]:
     """Yields logits and classes in batches of nearly `size`: equal parts rather than a small last one."""
-    parts = math.ceil(len(x) / size)
-    for inputs, classes in zip(np.array_split(x, parts), np.array_split(y, parts), strict=True):
-        output = learner.predict(inputs, by_batch=by_batch)
+    for rows in np.array_split(np.arange(len(x)), math.ceil(len(x) / size)):
+        output = learner.predict(x[rows], by_batch=by_batch)
         assert not isinstance(output, str)  # checked before training
-        yield output, classes
+        yield output, y[rows]
 
 
 def time_steps(task: TimingTask, data: Dataset, make: MakeLearner) -> NetworkTiming:
@@ -268,7 +301,7 @@ def time_steps(task: TimingTask, data: Dataset, make: MakeLearner) -> NetworkTim
     A step is forward, loss, backward and update, at the batch size of training. Arms take turns, so that
     other work of the machine falls on all of them; a block counts with its median step.
     """
-    x, y = data.x_train[: task.batch_size], data.y_train[: task.batch_size]
+    x, y = data.train[: task.batch_size], data.y_train[: task.batch_size]
     source = source_of(task.network)
     learners: dict[str, Learner] = {}
     counts: dict[str, int] = {}
@@ -284,7 +317,7 @@ def time_steps(task: TimingTask, data: Dataset, make: MakeLearner) -> NetworkTim
     return {name: ArmTiming(values) for name, values in seconds.items()}
 
 
-def _median_seconds(learner: Learner, x: Array, y: Array, steps: int) -> float:
+def _median_seconds(learner: Learner, x: Examples, y: Array, steps: int) -> float:
     def seconds() -> float:
         start = time.perf_counter()
         learner.step(x, y)

@@ -2,7 +2,7 @@
 
 from .internals import drift, gradients
 from .results import Network, Study, read
-from .serving import cost, statistics_at_test_time
+from .serving import cost, padding, statistics_at_test_time
 from .significance import RULE, Claim, Comparison, Grade
 from .training import faster, generalizes, larger_rates
 
@@ -10,7 +10,7 @@ __all__ = ["RULE", "Claim", "Comparison", "Grade", "Network", "Study", "judge", 
 
 # Those of batch normalization against the plain network take the runs of both, each at its best rate.
 _OF_PAIR = (faster, larger_rates, gradients, drift, cost)
-_ALONE = (generalizes, statistics_at_test_time)
+_ALONE = (generalizes, padding, statistics_at_test_time)
 
 
 def judge(network: Network) -> tuple[Claim, ...]:

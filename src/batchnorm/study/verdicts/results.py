@@ -18,6 +18,8 @@ KINDS_OF_TEST_STATISTICS = ("batch", "running", "calibrated")
 # The arm that the claims are about, and the one that it is held against.
 SUBJECT = "batchnorm"
 BASELINE = "none"
+# The subject without the mask of padding.
+UNMASKED = "batchnorm:unmasked"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Network:
 
 def is_normalized(arm: str) -> bool:
     """Returns whether the arm has batch normalization in it, alone or with something else."""
-    return arm == SUBJECT or arm.startswith(f"{SUBJECT}+")
+    return arm == SUBJECT or arm.startswith((f"{SUBJECT}+", f"{SUBJECT}:"))
 
 
 def sample(runs: Runs, name: str) -> Sample:

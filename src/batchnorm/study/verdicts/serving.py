@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from . import formatting as q
-from .results import BASELINE, KINDS_OF_TEST_STATISTICS, SUBJECT, Network, Runs, Sample, sample
+from .results import BASELINE, KINDS_OF_TEST_STATISTICS, SUBJECT, UNMASKED, Network, Runs, Sample, sample
 from .significance import MINIMAL_ACCURACY, Claim, Comparison, Grade
-from .training import reached
+from .training import accuracy_against, reached
 
 # A block of steps that takes this many times the median says that the machine had other work.
 DISTURBED = 3.0
@@ -50,6 +50,61 @@ def statistics_at_test_time(network: Network) -> Claim | None:
         answer=answer,
         details=(detail,),
     )
+
+
+def padding(network: Network) -> Claim | None:
+    """Compares the masked with the unmasked norm, and tells how far predictions of each arm move."""
+    if SUBJECT not in network.arms or UNMASKED not in network.arms:
+        return None
+    found = accuracy_against(network, UNMASKED)
+    if not found.n:
+        return None
+    ours, theirs = (
+        q.spread(sample(network.at_best(arm), "accuracy"), q.percent) for arm in (SUBJECT, UNMASKED)
+    )
+    word = found.leans("better", "worse", "no clear difference")
+    gain = f"{q.points(found.mean)} ({found.basis(q.points)})"
+    return Claim(
+        key="padding",
+        label="Gains by masking padding",
+        question="Padding: is the norm better that leaves it out of its statistics?",
+        grade=found.grade,
+        figure=q.points(found.mean),
+        phrase=found.leans(
+            "gains by leaving out padding",
+            "loses by leaving out padding",
+            "is about as accurate with padding in its statistics as without",
+        ),
+        answer=f"Held-out accuracy is {ours} with padding left out of the statistics (batchnorm) and "
+        f"{theirs} with padding in them ({UNMASKED}): {gain}, {word}.",
+        details=_movements(network),
+    )
+
+
+def _movements(network: Network) -> tuple[str, ...]:
+    """Returns a sentence per kind of statistics, with a number per arm."""
+    means = "The share of an example's probability that moves, averaged over held-out examples"
+    served = {
+        "running": f"Served with the running statistics, as deployed. {means}",
+        "batch": "Served with the statistics of each batch, as in training",
+    }
+    sentences = []
+    for kind, how in served.items():
+        for cause, what in (("by_mates", "in other batches"), ("by_padding", "with 20 % more padding")):
+            moved = {
+                arm: Sample(
+                    tuple(
+                        getattr(getattr(run.movements, kind), cause)
+                        for run in network.at_best(arm).values()
+                        if run.movements is not None
+                    )
+                )
+                for arm in network.arms
+            }
+            numbers = [f"{arm} {q.percent(one.mean)}" for arm, one in moved.items() if one.finite]
+            if numbers:
+                sentences.append(f"{how}, {what}: {', '.join(numbers)}.")
+    return tuple(sentences)
 
 
 def accuracies_at_test_time(runs: Runs) -> dict[str, list[float]]:
