@@ -104,30 +104,49 @@ class DataSource:
         description: what it is, in one line.
         networks: those that a study takes unless it is told.
         is_padded: whether x is sequences of several lengths.
+        baselines: plain models of scikit-learn, with their held-out accuracy by `scripts/baselines.py`.
     """
 
     load: Callable[[Path | None], tuple[Sequence[Examples], str]]
     description: str
     networks: tuple[str, ...] = ("mlp", "deep")
     is_padded: bool = False
+    baselines: tuple[tuple[str, float], ...] = ()
 
 
 OWN = DataSource(lambda _: ((), ""), "your own, as file.py:function")
 SOURCES = {
-    "digits": DataSource(lambda _: packaged.digits(), "5,000 handwritten digits, 28 x 28 grey"),
+    "digits": DataSource(
+        lambda _: packaged.digits(),
+        "5,000 handwritten digits, 28 x 28 grey",
+        baselines=(
+            ("logistic regression on pixels", 0.8920),
+            ("a support vector machine on pixels (RBF, C=1)", 0.9404),
+        ),
+    ),
     "mnist": DataSource(load_mnist, "all 70,000 of them, from files that you have"),
-    "icons": DataSource(lambda _: packaged.icons(), "1,906 emoji, 16 x 16 in colour, in 9 groups", ("cnn",)),
+    "icons": DataSource(
+        lambda _: packaged.icons(),
+        "1,906 emoji, 16 x 16 in colour, in 9 groups",
+        ("cnn",),
+        baselines=(("a support vector machine on pixels (RBF, C=10)", 0.6792),),
+    ),
     "vowels": DataSource(
         lambda _: packaged.vowels(),
         "640 utterances of 7 to 29 frames; which of 9 speakers is it?",
         ("conv1d",),
         is_padded=True,
+        baselines=(("logistic regression on mean, deviation, first and last frame", 0.9838),),
     ),
     "languages": DataSource(
         lambda _: packaged.languages(),
         "12,000 fragments of 5 to 80 characters; which of 60 languages is it?",
         ("characters",),
         is_padded=True,
+        baselines=(
+            ("logistic regression on a bag of characters", 0.6840),
+            ("naive Bayes on 1- to 3-grams of characters (multinomial, alpha 0.1)", 0.8883),
+        ),
     ),
 }
 

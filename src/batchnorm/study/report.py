@@ -24,7 +24,7 @@ _TOPICS = {
     "speed": ("How training went", "steps to the target"),
     "rates": ("Accuracy by learning rate", "the learning rates it bears"),
     "accuracy": ("Held-out accuracy", "held-out accuracy"),
-    "padding": ("Padding", "accuracy by masking padding"),
+    "padding": ("Padding", "accuracy with padding masked"),
     "gradients": ("Gradients", "how even gradients are"),
     "drift": ("Inputs of layers", "how far inputs of layers move"),
     "statistics": ("Statistics at test time", "accuracy with calibrated statistics"),
@@ -123,6 +123,7 @@ def render(study: Study) -> str:
     return environment.get_template("report.html.j2").render(
         data=name if isinstance(name, str) and name else "this data",
         facts=_facts(study),
+        baselines=_baselines(study.provenance),
         sections=sections,
         labels={key: labels[key] for key in _TOPICS if key in labels},
         badges=_BADGES,
@@ -205,6 +206,15 @@ def _data(provenance: Mapping[str, object]) -> Mapping[str, object]:
     return data if isinstance(data, dict) else {"name": data}
 
 
+def _baselines(provenance: Mapping[str, object]) -> str:
+    """Returns the sentence on plain models of scikit-learn, empty where none was recorded."""
+    found = provenance.get("baselines")
+    if not isinstance(found, Mapping):
+        return ""
+    models = [f"{name} {q.percent(share)}" for name, share in found.items() if isinstance(share, float)]
+    return f"For comparison, on the same examples: {q.listed(models)} (scikit-learn)." if models else ""
+
+
 def _facts(study: Study) -> str:
     runs = [run for network in study.networks for run in network.runs]
     diverged = sum(run.diverged for run in runs)
@@ -249,7 +259,9 @@ def _caveats(study: Study) -> list[str]:
 
 def _method(provenance: Mapping[str, object]) -> list[tuple[str, str]]:
     keys = [key for key in _METHOD if key in provenance]
-    keys += [key for key in provenance if key not in _METHOD and key not in ("command", "backend")]
+    keys += [
+        key for key in provenance if key not in _METHOD and key not in ("command", "backend", "baselines")
+    ]
     named = {**provenance, "framework": framework_in_words(provenance)}
     return [(_METHOD.get(key, key.replace("_", " ").capitalize()), _in_words(named[key])) for key in keys]
 

@@ -17,7 +17,7 @@ import batchnorm
 from batchnorm.errors import in_one_line
 
 from .arms import L1_STRENGTH, L2_STRENGTH
-from .data import Dataset
+from .data import Dataset, source_named
 from .frameworks import Framework
 from .json_files import json_safe
 from .options import StudyOptions, display_name, usable_cores
@@ -124,6 +124,7 @@ def _provenance(options: StudyOptions, data: Dataset, framework: Framework) -> d
         "threads": {"training": 1, "timing": 1},
         "workers": options.workers,
         "data": data.describe(),
+        "baselines": dict(source_named(options.data).baselines),
         "networks": [display_name(network) for network in options.networks],
         "arms": list(options.arms),
         "learning_rates": list(options.learning_rates),

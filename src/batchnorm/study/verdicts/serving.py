@@ -83,10 +83,9 @@ def padding(network: Network) -> Claim | None:
 
 def _movements(network: Network) -> tuple[str, ...]:
     """Returns a sentence per kind of statistics, with a number per arm."""
-    means = "The share of an example's probability that moves, averaged over held-out examples"
     served = {
-        "running": f"Served with the running statistics, as deployed. {means}",
-        "batch": "Served with the statistics of each batch, as in training",
+        "running": "With the running statistics, as deployed",
+        "batch": "With the statistics of each batch, as in training",
     }
     sentences = []
     for kind, how in served.items():
@@ -104,7 +103,11 @@ def _movements(network: Network) -> tuple[str, ...]:
             numbers = [f"{arm} {q.percent(one.mean)}" for arm, one in moved.items() if one.finite]
             if numbers:
                 sentences.append(f"{how}, {what}: {', '.join(numbers)}.")
-    return tuple(sentences)
+    meaning = (
+        "How far a prediction moves: the share of its probability that goes to other classes, averaged over "
+        "held-out examples that are served twice."
+    )
+    return (meaning, *sentences) if sentences else ()
 
 
 def accuracies_at_test_time(runs: Runs) -> dict[str, list[float]]:
