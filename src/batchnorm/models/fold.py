@@ -30,14 +30,14 @@ from .folding.foldable_layers import (
 from .folding.folded import FOLDED, stand_in
 from .folding.plan import TorchPlanner
 from .fusion.plan import inner_first, is_block
-from .graph.blocks import NotTraceableError, traced
 from .graph.flow import Flow, joined
+from .graph.module_graph import NotTraceableError, traced
 from .graph.recorded import recorded_flow
 from .graph.traced import traced_flow
 from .norms.find import Found, all_names, find_norms
 from .norms.kinds import is_ours
+from .preconditions import verb
 from .revert import undo_fusion
-from .verb import verb
 from .verify import AgreementError, assert_agree, observe, set_mode
 
 
