@@ -186,8 +186,11 @@ class Alternating(nn.Module):
 
 
 def test_a_forward_that_takes_another_way_the_second_time_is_refused() -> None:
-    found = refuses(_spilled, Alternating(), images(12).split(4))  # three batches: each meets the other way
-    assert "spill: a forward took another way the second time, aten.tanh.default for aten.sin.default" in found
+    three = images(12).split(4)  # of an odd number of batches, each meets the other way
+    found = refuses(_spilled, Alternating(), three)
+    assert (
+        "spill: a forward took another way the second time, aten.tanh.default for aten.sin.default" in found
+    )
     assert "leave spill out" in found
 
 
