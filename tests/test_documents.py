@@ -41,7 +41,7 @@ def test_examples_are_shown_as_they_are() -> None:
     assert set(EXAMPLES.values()) == set(programs)
 
 
-# Every public name that is called, but for one that changes its process for good: see test_memory.py.
+# Every public name that is called, but for one that changes its process for good: see test_allocator.py.
 PUBLIC = sorted(name for name, (_, attribute) in batchnorm._HOMES.items() if attribute)
 PUBLIC.remove("reuse_memory")
 

@@ -38,7 +38,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "kernels": ("batchnorm.kernels", None),
     "lean": ("batchnorm.torch.lean", "lean"),
     "mask": ("batchnorm.models.mask", "mask"),
-    "reuse_memory": ("batchnorm.memory", "reuse_memory"),
+    "reuse_memory": ("batchnorm.allocator", "reuse_memory"),
     "revert": ("batchnorm.models.revert", "revert"),
     "unfreeze": ("batchnorm.models.freeze", "unfreeze"),
 }
@@ -77,7 +77,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import conventions, errors, functional, keras, kernels
-    from .memory import reuse_memory
+    from .allocator import reuse_memory
     from .models.accumulate import accumulate
     from .models.calibrate import calibrate
     from .models.convert import convert

@@ -54,8 +54,10 @@ def test_every_form_has_the_norms_that_it_says(name: str) -> None:
         norms = [one for one in model.modules() if isinstance(one, kinds) and not hasattr(one, "bn")]
         ours = [one for one in norms if isinstance(one, batchnorm.BatchNorm1d | batchnorm.BatchNorm2d)]
         assert len(norms) == (0 if form == "no norm" else NORMS[name])
-        assert len(ours) == (NORMS[name] if form in ("drop-in", "fused") else 0)
-        assert [one for one in ours if one.activation is None] == (ours if form == "drop-in" else [])
+        assert len(ours) == (NORMS[name] if form in ("drop-in", "fused", "unchecked") else 0)
+        assert [one for one in ours if one.activation is None] == (
+            ours if form in ("drop-in", "unchecked") else []
+        )
 
 
 HANDWRITTEN = {
@@ -104,8 +106,10 @@ def test_a_row_has_every_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     row = small_steps.measured("critic", 1, quick=True)
     assert torch.get_num_threads() == threads
-    assert row["seconds"].keys() == {"stock", "drop-in", "fused", "no norm"}
-    assert row["ratios"].keys() == {"stock / drop-in", "stock / fused", "stock / no norm"}
+    assert row["seconds"].keys() == {"stock", "drop-in", "fused", "unchecked", "no norm"}
+    assert row["ratios"].keys() == {
+        f"stock / {form}" for form in ("drop-in", "fused", "unchecked", "no norm")
+    }
     assert "| critic | 256 | 1 |" in small_steps.small_step_table([row])
     assert "one thread: stock ÷ fused | ≥ 1 |" in small_steps.goals_table([row])
 

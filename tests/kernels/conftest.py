@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from batchnorm.kernels import eager
-from batchnorm.kernels.cpu import partition, prepared
+from batchnorm.kernels.cpu import partition
+from batchnorm.kernels.cpu import prepared_launch as prepared
 from batchnorm.kernels.gpu import partition as gpu_partition
 
 

@@ -51,7 +51,7 @@ IN_TRITON = re.findall(
         pytest.param(sorted(IN_TRITON)[::2], id="GPU engine"),
         pytest.param(sorted(IN_TRITON)[1::2], id="GPU engine, derivatives"),
         pytest.param(FUNCTIONS, id="fuse"),
-        pytest.param([*conventions._ACTIVATIONS, "leaky_relu"], id="Keras but leaky_relu, of another slope"),
+        pytest.param([*conventions.ACTIVATIONS, "leaky_relu"], id="Keras but leaky_relu, of another slope"),
     ],
 )
 def test_every_table_has_the_same_names(names: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ import batchnorm
 from batchnorm.kernels.cpu import engine as cpu
 from batchnorm.kernels.cpu import huge_pages, jit, parallel
 from batchnorm.kernels.cpu.partition import partition
-from batchnorm.kernels.cpu.prepared import prepare
+from batchnorm.kernels.cpu.prepared_launch import prepare
 from tests.support.cases import Case
 from tests.support.compare import assert_close, reference_results
 from tests.support.primitives import Primitives

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from batchnorm.kernels.cpu import partition, prepared
+from batchnorm.kernels.cpu import partition
+from batchnorm.kernels.cpu import prepared_launch as prepared
 from tests.kernels import test_engines
 from tests.support.cases import CASES, Case
 

@@ -262,5 +262,7 @@ def test_momentum_and_counters_are_as_before() -> None:
 def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     batchnorm.calibrate(batchnorm.BatchNorm1d(3), [_data(8, 3)] * 2, progress=True)
     assert "Calibrating" in capsys.readouterr().out
+    batchnorm.calibrate(batchnorm.BatchNorm1d(3), iter([_data(8, 3)] * 2), progress=True)  # of no length
+    assert "Calibrating" in capsys.readouterr().out
     batchnorm.calibrate(batchnorm.BatchNorm1d(3), [_data(8, 3)] * 2)
     assert capsys.readouterr().out == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import os
 import weakref
 from pathlib import Path
@@ -169,6 +170,28 @@ class Random(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x) + torch.rand_like(x))
+
+
+class Alternating(nn.Module):
+    """Computes something else in every other forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.forwards = itertools.count()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x.tanh() if next(self.forwards) % 2 else x.sin())
+
+
+def test_a_forward_that_takes_another_way_the_second_time_is_refused() -> None:
+    three = images(12).split(4)  # of an odd number of batches, each meets the other way
+    found = refuses(_spilled, Alternating(), three)
+    assert (
+        "spill: a forward took another way the second time, aten.tanh.default for aten.sin.default" in found
+    )
+    assert "leave spill out" in found
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ _KERAS_LAYERS = _in(
 )  # fmt: skip
 # Which backends run what of the layer: on torch our kernels do most of it.
 _KERAS_BY_TORCH = ("keras/layers.py", "keras/torch_backend.py", "keras/moments.py", "keras/norms.py")
-_KERAS_BY_OTHERS = ("keras/layers.py", "keras/ops_path.py", "keras/moments.py", "keras/synchronized.py")
+_KERAS_BY_OTHERS = ("keras/layers.py", "keras/ops_backend.py", "keras/moments.py", "keras/synchronized.py")
 _KERAS_VERBS = _in(
     "keras", "fold", "fold_left", "fold_copy", "calibrate", "calibrate_data", "calibrate_in_fit", "freeze",
     "calibrate_distributed",
@@ -184,7 +184,7 @@ ROOMS = (
     ),
     Room(
         "Keras layers",
-        ("keras/layers.py", "keras/ops_path.py", "keras/moments.py", "keras/synchronized.py",
+        ("keras/layers.py", "keras/ops_backend.py", "keras/moments.py", "keras/synchronized.py",
          "keras/torch_backend.py", "keras/norms.py"),
         (
             Run(_KERAS_LAYERS, backend="torch", only=_KERAS_BY_TORCH),

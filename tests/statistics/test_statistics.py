@@ -18,8 +18,8 @@ from batchnorm.statistics.adapted import Adapted
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.ghost import Ghost
 from batchnorm.statistics.moments import PooledMoments, merge, pooled
-from batchnorm.statistics.policies import from_config, from_text
 from batchnorm.statistics.policy import Known, Policy, gradient_coefficients
+from batchnorm.statistics.policy_config import from_config, from_text
 from batchnorm.statistics.renorm import Renorm
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced

@@ -200,7 +200,7 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_no_part_of_it(own:
 
 FIRST_MOMENTS = {
     "typer": "study",
-    "batchnorm.cli.one_line": "study",
+    "batchnorm.cli.errors": "study",
     "numpy": "study",
     "filelock": "study",
     "rich.progress": "study",

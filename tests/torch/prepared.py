@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm
-from batchnorm.kernels.cpu import prepared
+from batchnorm.kernels.cpu import prepared_launch as prepared
 from tests.support.compare import assert_close
 from tests.torch.twins import STATISTICS, scramble, step
 

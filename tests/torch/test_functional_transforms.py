@@ -241,3 +241,16 @@ def test_vectorized_backward_is_a_loop_of_backwards(activation: str | None, trai
     found = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
     loop = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
     torch.testing.assert_close(found, tuple(map(torch.stack, zip(*loop, strict=True))), **ROW_30)
+
+
+def test_the_tangent_of_one_value_per_channel_is_that_of_the_running_statistics() -> None:
+    torch.manual_seed(0)
+    layer = batchnorm.BatchNorm1d(3, small_batch="running")
+    layer(torch.randn(8, 3) * 2 + 1)
+    x, tangent = torch.randn(2, 1, 3)
+    rstd = 1 / torch.sqrt(layer.running_var + layer.eps)
+    expected = (x - layer.running_mean) * rstd
+    with forward_ad.dual_level():
+        y, found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(found, tangent * rstd)

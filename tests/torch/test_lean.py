@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import batchnorm
 from batchnorm.kernels import use
-from batchnorm.torch.output_recipes import SEGMENT
+from batchnorm.torch.output_recompute import SEGMENT
 from tests.support.cases import ACTIVATIONS
 from tests.torch.lean_nets import NETS, Residual, Watch, conv, gradients, norm, small_net
 from tests.torch.twins import assert_identical, relaid, scramble, state

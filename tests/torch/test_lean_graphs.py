@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
-from batchnorm.torch import output_recipes
+from batchnorm.torch import output_recompute
 from tests.torch.lean_nets import Around, Residual, Watch, conv, gradients, norm, small_net
 from tests.torch.twins import assert_identical, scramble
 
@@ -130,7 +130,7 @@ def test_row_23_nothing_stays_after_an_error_or_without_a_backward() -> None:
     y = model(torch.randn(X))
     assert watch.alive() == (3, 3), "hooks are there after an error within"
     del y
-    assert (len(output_recipes._RECIPES), len(output_recipes._SAVED)) == (0, 0)
+    assert (len(output_recompute._RECIPES), len(output_recompute._SAVED)) == (0, 0)
 
 
 def test_row_23_another_graph_keeps_the_output_for_longer() -> None:
@@ -262,7 +262,7 @@ def test_row_23_nested_hooks(order: Callable[[Around], object], hooks: Around) -
     is_lean = order is lean_within or hooks is batchnorm.lean
     assert (watch.alive()[1] == 0) == (is_lean or hooks is doubling)
     loss.backward()
-    assert (len(output_recipes._RECIPES), len(output_recipes._SAVED)) == (0, 0)
+    assert (len(output_recompute._RECIPES), len(output_recompute._SAVED)) == (0, 0)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -387,4 +387,4 @@ def test_row_23_without_gradients_it_is_nothing() -> None:
     model.requires_grad_(False)
     with batchnorm.lean():
         assert model(x).grad_fn is None
-    assert (len(output_recipes._RECIPES), len(output_recipes._SAVED)) == (0, 0)
+    assert (len(output_recompute._RECIPES), len(output_recompute._SAVED)) == (0, 0)

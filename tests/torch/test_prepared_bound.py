@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm import functional
-from batchnorm.kernels.cpu import engine, prepared
+from batchnorm.kernels.cpu import engine
+from batchnorm.kernels.cpu import prepared_launch as prepared
 from tests.support.compare import assert_close
 
 

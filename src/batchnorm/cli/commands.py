@@ -10,7 +10,7 @@ import batchnorm
 from batchnorm.errors import OptionError
 
 from . import models, options
-from .one_line import one_clear_line
+from .errors import one_clear_line
 
 app = typer.Typer(
     help="Batch normalization for PyTorch and Keras.",

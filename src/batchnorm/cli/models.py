@@ -10,7 +10,7 @@ import typer
 import batchnorm
 
 from . import options
-from .one_line import one_clear_line, warnings_as_lines
+from .errors import one_clear_line, warnings_as_lines
 
 
 def inspect(

@@ -10,11 +10,11 @@ import keras
 
 from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.statistics.batch import Batch
-from batchnorm.statistics.policies import check_policy, from_config
 from batchnorm.statistics.policy import Policy
+from batchnorm.statistics.policy_config import check_policy, from_config
 from batchnorm.statistics.synced import Synced
 
-from . import ops_path
+from . import ops_backend
 from .batch_layout import fewest, valid_values
 from .protocols import Tensor
 
@@ -264,7 +264,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             from .torch_backend import call
 
             return call(self, x, axis, by_batch)
-        return ops_path.call(self, x, axis, by_batch, valid)
+        return ops_backend.call(self, x, axis, by_batch, valid)
 
     def _runs_on_kernels(self, x: Tensor, axis: int, valid: Tensor | None, by_batch: bool) -> bool:
         """Whether batchnorm's own kernels, which take torch tensors, do all of this call."""

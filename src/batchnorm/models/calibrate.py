@@ -33,8 +33,8 @@ from .calibration.passes import Method, Options, Passes
 from .calibration.ranks import Ranks
 from .norms.find import split_frozen, tracking_norms
 from .norms.kinds import BatchNormBase
+from .preconditions import verb
 from .rollback import as_before_on_error
-from .verb import verb
 
 
 @verb()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from batchnorm.errors import OptionError
-from batchnorm.statistics.policies import check_policy
 from batchnorm.statistics.policy import Policy
+from batchnorm.statistics.policy_config import check_policy
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import check_nonfinite, check_small_batch
@@ -18,11 +18,11 @@ from batchnorm.torch.contexts.domains import check_domains
 from batchnorm.torch.stored_state import counter
 from batchnorm.torch.sync import ranks_of
 
-from .graph.hooks import is_forward_replaced
+from .graph.module_hooks import is_forward_replaced
 from .norms.find import Found, find_norms
 from .norms.kinds import Layer, is_layer, is_ours, rebased
 from .norms.timm import BatchNormAct2d, inner_activation
-from .verb import verb
+from .preconditions import verb
 from .verify import checked_change
 
 

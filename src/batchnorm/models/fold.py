@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 from batchnorm.errors import OptionError
 from batchnorm.folding.plan import FoldPlan, Step
 from batchnorm.torch.contexts.domains import domain_of, keep_one
-from batchnorm.torch.layers import _Layer
 
 from .convert import check_scripted
 from .folding.affine import affine, own_activation
@@ -30,14 +29,14 @@ from .folding.foldable_layers import (
 from .folding.folded import FOLDED, stand_in
 from .folding.plan import TorchPlanner
 from .fusion.plan import inner_first, is_block
-from .graph.blocks import NotTraceableError, traced
 from .graph.flow import Flow, joined
+from .graph.module_graph import NotTraceableError, traced
 from .graph.recorded import recorded_flow
 from .graph.traced import traced_flow
 from .norms.find import Found, all_names, find_norms
-from .norms.kinds import is_ours
+from .norms.kinds import Layer, is_ours
+from .preconditions import verb
 from .revert import undo_fusion
-from .verb import verb
 from .verify import AgreementError, assert_agree, observe, set_mode
 
 
@@ -128,7 +127,7 @@ def twin_of(model: nn.Module, *, shares_tensors: bool = False) -> nn.Module:
             f"({type(error).__name__}: {error})"
         ) from error
     for own, copy in zip(model.modules(), twin.modules(), strict=True):
-        if isinstance(own, _Layer) and isinstance(copy, _Layer) and own.domains > 1:
+        if isinstance(own, Layer) and isinstance(copy, Layer) and own.domains > 1:
             keep_one(copy, domain_of(own))
     undo_fusion(twin, [found for found in find_norms(twin) if is_ours(found.module)])
     set_mode(twin, False)

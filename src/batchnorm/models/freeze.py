@@ -12,8 +12,8 @@ from .contexts import norms_of
 from .convert import become_ours, check, check_options
 from .norms.find import Found
 from .norms.kinds import is_layer
+from .preconditions import verb
 from .rollback import untouched_on_error
-from .verb import verb
 
 
 @verb()

@@ -14,7 +14,7 @@ from .fusion.plan import Plan, plan
 from .fusion.rewrite import Rewrite, fused_class
 from .norms.activations import module_activation
 from .norms.kinds import is_ours
-from .verb import verb
+from .preconditions import verb
 from .verify import checked_change
 
 

@@ -15,7 +15,7 @@ from .fold import fold_plan, twin_of
 from .fusion.plan import plan
 from .norms.find import all_names
 from .norms.report import ModelReport, describe
-from .verb import verb
+from .preconditions import verb
 
 
 @verb()

@@ -23,8 +23,8 @@ from .norms.activations import module_for
 from .norms.find import Found, all_names, find_norms
 from .norms.kinds import STOCK, TIMM, is_layer, is_synchronized, origin, rebased
 from .norms.timm import BatchNormAct2d, inner_activation
+from .preconditions import verb
 from .synchronized import plain_classes
-from .verb import verb
 from .verify import checked_change
 
 

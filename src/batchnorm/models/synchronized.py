@@ -13,7 +13,7 @@ from batchnorm.errors import OptionError
 from batchnorm.torch.sync import SyncBatchNorm
 
 from .fusion.rewrite import calls_of
-from .graph.blocks import called
+from .graph.module_graph import called
 from .graph.recorded import recorded_flow
 from .norms.activations import call_activation, module_activation
 from .norms.find import Found

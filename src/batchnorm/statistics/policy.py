@@ -81,7 +81,7 @@ class Policy:
         object.__setattr__(self, "text", json.dumps(self.config()))
 
     def config(self) -> dict[str, Any]:
-        """Return plain data: `{"policy": "Ghost", "size": 32, "sequential": False}`; see `policies.py`."""
+        """Return plain data: `{"policy": "Ghost", "size": 32, "sequential": False}`, for `policy_config`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         plain = {n: v.config() if isinstance(v, Policy) else v for n, v in values.items()}
         return {"policy": type(self).__name__, **plain}

@@ -21,9 +21,9 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Self
 
 from .data import Dataset
+from .display import Display
 from .errors import StudyError
 from .frameworks import Framework
-from .terminal import Display
 from .worker import Task, serve
 
 _SECONDS_TO_END = 0.5
@@ -63,7 +63,7 @@ class WorkerPool:
             self._members.clear()
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
-        """Does tasks in any order, and yield each with its result; the display hears of steps and deaths.
+        """Does tasks in any order, and yield each with its result; the display receives steps and deaths.
 
         A task whose worker dies is tried once more.
 

@@ -15,6 +15,7 @@ from batchnorm.files import naming, write_whole
 
 from .arms import UNMASKED, parse_arm
 from .data import Dataset, load_data
+from .display import Display
 from .errors import StudyError, StudyInterrupted
 from .frameworks import Framework, find_framework
 from .json_files import json_safe, read_stored, settings_at, write_json
@@ -23,7 +24,6 @@ from .pool import WorkerPool
 from .records import Run, Timing
 from .summary import curves_csv, summarize
 from .tasks import RunTask, TimingTask, plan, settings_of
-from .terminal import Display
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from batchnorm.text_table import aligned
 
 from .arms import KNOWN
 from .data import SOURCES
+from .display import Display
 from .frameworks import framework_in_words
 from .networks import NETWORKS
 from .options import shown_number
@@ -23,25 +24,6 @@ from .options import shown_number
 _SECONDS_BETWEEN_LINES = 30.0
 # Brackets and colons may be part of a name.
 _plain_console = functools.partial(Console, highlight=False, markup=False, emoji=False)
-
-
-class Display:
-    """Hears what a study is doing, and shows nothing."""
-
-    def stage(self, text: str) -> None:
-        """A part of the study begins."""
-
-    def training(self, runs: int, finished: int, steps: int, workers: int) -> None:
-        """Training begins: `finished` of `runs` are there already, `steps` are left to take."""
-
-    def advance(self, steps: int) -> None:
-        """Steps were taken; a negative number of steps has to be taken again."""
-
-    def run_ended(self, name: str, diverged: bool) -> None:
-        """A run is finished and stored."""
-
-    def notice(self, text: str) -> None:
-        """Something that the user should know."""
 
 
 class TerminalDisplay(Display):

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 
-from batchnorm.memory import reuse_memory
+from batchnorm.allocator import reuse_memory
 
 from . import training
 from .data import Dataset

@@ -25,7 +25,7 @@ from batchnorm.kernels.interface import Engine, RunningState
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Chosen
 
-from . import composite, output_recipes
+from . import composite, output_recompute
 from .call import Call, Gradients, Normalized, cast
 from .moments import check_finite, of_groups
 from .policy_step import PolicyStep
@@ -82,7 +82,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
         if hasattr(ctx, "recipe"):
-            output_recipes.release(ctx)
+            output_recompute.release(ctx)
         if dy is None:
             return (None,) * 6
         x, weight, bias, residual, mask, activation_mask, *statistics = ctx.saved_tensors
@@ -119,7 +119,7 @@ class _PlainBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
         if hasattr(ctx, "recipe"):
-            output_recipes.release(ctx)
+            output_recompute.release(ctx)
         if dy is None:
             return (None,) * 6
         x, weight, bias, residual, statistics = ctx.saved_tensors
@@ -175,7 +175,7 @@ class _PolicyBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
         if hasattr(ctx, "recipe"):
-            output_recipes.release(ctx)
+            output_recompute.release(ctx)
         if dy is None:
             return (None,) * 9
         x, weight, bias, residual, mask, count, mean, m2, *found = ctx.saved_tensors
@@ -239,7 +239,7 @@ def normalize_by_policy(call: Call, step: PolicyStep, *, strict: bool) -> Normal
         return Normalized(chosen_engine.normalize(call, chosen[:2]), batch)
     tensors = (call.x, call.weight, call.bias, call.residual)
     y = _PolicyBatchNorm.apply(*tensors, call, chosen_engine, step, batch, chosen)  # type: ignore[no-untyped-call]
-    output_recipes.record(y, chosen_engine, call, chosen[:2])
+    output_recompute.record(y, chosen_engine, call, chosen[:2])
     return Normalized(y, batch)
 
 
@@ -257,7 +257,7 @@ def normalize_plain(plain: PlainCall, x: Tensor, residual: Tensor | None) -> Ten
     y: Tensor = _apply(x, weight, bias, residual, plain, found)
     if found is not None:
         call = Call(x, weight, bias, residual, None, plain.activation, plain.eps)
-        output_recipes.record(y, load("cpu"), call, tuple(found))
+        output_recompute.record(y, load("cpu"), call, tuple(found))
     return y
 
 
@@ -288,7 +288,7 @@ def normalize(
     y = _BatchNorm.apply(call.x, call.weight, call.bias, call.residual, call, launch)  # type: ignore[no-untyped-call]
     statistics = tuple(found)
     batch = None if constant or running is not None else _batch(chosen, call, statistics, strict=strict)
-    output_recipes.record(y, chosen, call, statistics, activation_mask is None)
+    output_recompute.record(y, chosen, call, statistics, activation_mask is None)
     return Normalized(y, batch, moved=running is not None)
 
 

@@ -14,8 +14,8 @@ from batchnorm.errors import RecomputeError
 from batchnorm.kernels import choose
 from batchnorm.kernels.interface import wide_dtype
 from batchnorm.statistics.moments import PooledMoments
-from batchnorm.statistics.policies import from_text
 from batchnorm.statistics.policy import Chosen, Known, Policy
+from batchnorm.statistics.policy_config import from_text
 from batchnorm.statistics.synced import Synced
 
 from .call import Call, Normalized, cast

@@ -24,7 +24,7 @@ from batchnorm.kernels.eager import constants
 from batchnorm.kernels.interface import RunningState, wide_dtype
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.moments import PooledMoments
-from batchnorm.statistics.policies import check_policy
+from batchnorm.statistics.policy_config import check_policy
 from batchnorm.statistics.synced import Synced
 
 from . import autograd, checks, compiled, compiled_policy, composite

@@ -10,8 +10,8 @@ from batchnorm.kernels.choose import engine
 from batchnorm.kernels.interface import RunningState, wide_dtype
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.moments import PooledMoments
-from batchnorm.statistics.policies import check_policy
 from batchnorm.statistics.policy import Policy
+from batchnorm.statistics.policy_config import check_policy
 
 from . import checks, dispatch
 from .call import Call

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from batchnorm.kernels.activations import ACTIVATIONS
 
-from . import autograd, output_recipes
+from . import autograd, output_recompute
 from .tracing import is_transforming
 
 # Max pooling saves the position of each maximum in its plane as int64; int16 is enough up to 181 x 181.
@@ -48,7 +48,7 @@ class _NarrowIntegers:
         return self.values.to(torch.int64)
 
 
-Packed = output_recipes.SavedTensor | output_recipes.RecomputedOutput | _NarrowIntegers
+Packed = output_recompute.SavedTensor | output_recompute.RecomputedOutput | _NarrowIntegers
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def lean() -> Iterator[None]:
     saved = _Savings()
 
     def pack(tensor: Tensor) -> Packed:
-        recipe = output_recipes.find(tensor)
+        recipe = output_recompute.find(tensor)
         saved.note(tensor, is_spared=recipe is not None)
         return _saved(tensor) if recipe is None else recipe.placeholder(tensor)
 
@@ -106,8 +106,8 @@ def lean() -> Iterator[None]:
 def _saved(tensor: Tensor) -> Packed:
     """Save a tensor that has no recipe."""
     if tensor.dtype == torch.int64 and tensor.dim() >= _PLANES and tensor.numel() >= _FEW:
-        return _narrowed(tensor) or output_recipes.save(tensor)
-    return output_recipes.save(tensor)
+        return _narrowed(tensor) or output_recompute.save(tensor)
+    return output_recompute.save(tensor)
 
 
 def _unpack(packed: Packed) -> Tensor:

@@ -17,8 +17,8 @@ from torch._compile import _disable_dynamo
 
 from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.statistics.batch import Batch
-from batchnorm.statistics.policies import check_policy
 from batchnorm.statistics.policy import Policy
+from batchnorm.statistics.policy_config import check_policy
 
 from .call import HALVES
 from .checks import check_nonfinite, check_small_batch

@@ -19,7 +19,7 @@ from . import huge_pages
 from .jit import kernel
 from .kernel_args import KernelArgs
 from .parallel import FEW, run
-from .prepared import EMPTY, Pass, Prepared, copied, increment_version, prepare
+from .prepared_launch import EMPTY, Pass, Prepared, copied, increment_version, prepare
 from .statistics import CHANNELS
 
 _WIDE = torch.float64

@@ -16,8 +16,8 @@ from numba.core import event
 
 from . import groups, planes, rows, running, statistics
 from .access import finished, number_finished, take_number
+from .compile_cache import Kept
 from .kernel_args import FINISHED, NEXT, locate_moments, locate_sums, read
-from .on_disk import Kept
 from .vector import FULL, SIMPLE, Variant, function, part_of_one
 
 _log = logging.getLogger("batchnorm")
@@ -25,7 +25,7 @@ _WORK = types.void(types.intp)
 
 # Files in which nothing is compiled.
 _PLAIN_PYTHON = frozenset(
-    {"engine", "huge_pages", "on_disk", "parallel", "partition", "plain_call", "prepared"}
+    {"engine", "huge_pages", "compile_cache", "parallel", "partition", "plain_call", "prepared_launch"}
 )
 
 # dtype of a tensor -> NumPy type of its values in memory (access.py), and the dtype of the arithmetic.

@@ -16,7 +16,7 @@ from torch import Tensor
 from batchnorm.kernels.layout import shows_values
 
 from . import huge_pages
-from .prepared import EMPTY, copied, increment_version, prepare
+from .prepared_launch import EMPTY, copied, increment_version, prepare
 
 _empty_like = torch.empty_like
 _strided = torch.strided

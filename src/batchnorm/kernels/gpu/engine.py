@@ -18,8 +18,8 @@ from . import forward as outputs
 from . import moments as measures
 from . import running as moving
 from . import sums
+from .launcher import IS_INTERPRETED, launch
 from .launches import Launches
-from .launching import IS_INTERPRETED, launch
 from .partition import partition, power
 
 __all__ = [

@@ -13,7 +13,7 @@ from batchnorm.kernels.activations import TINY
 from batchnorm.kernels.interface import Call
 from batchnorm.kernels.layout import in_memory, is_alike, laid_out_as, shows_values
 
-from .launching import launch, stored
+from .launcher import launch, stored
 from .partition import merging, partition, power
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, DataError
-from batchnorm.models.graph.hooks import is_forward_replaced
+from batchnorm.models.graph.module_hooks import is_forward_replaced
 from batchnorm.models.norms.kinds import BatchNormBase, Layer, is_ours, kind_of
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.calibration import Accumulator

@@ -7,7 +7,7 @@ from torch import nn
 
 from batchnorm.folding.affine import Affine
 from batchnorm.folding.affine import affine as map_of
-from batchnorm.models.graph.hooks import is_forward_replaced
+from batchnorm.models.graph.module_hooks import is_forward_replaced
 from batchnorm.models.norms.find import Found
 from batchnorm.models.norms.kinds import is_layer, is_ours
 from batchnorm.models.norms.timm import BatchNormAct2d

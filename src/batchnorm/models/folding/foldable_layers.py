@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from batchnorm.models.graph.hooks import is_forward_replaced
+from batchnorm.models.graph.module_hooks import is_forward_replaced
 
 Module = TypeVar("Module", bound=nn.Module)
 Family = Literal["linear", "conv", "transposed"]

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.folding.plan import Neighbour, Planner, Step
 from batchnorm.folding.table import Direction
 from batchnorm.models.graph.flow import Call, Flow, Value
 from batchnorm.models.norms.find import Found
+from batchnorm.models.norms.kinds import BatchNormBase
 
 from .affine import affine, own_activation, why_not_affine
 from .arithmetic import why_not_inputs
@@ -96,7 +96,7 @@ class TorchPlanner(Planner[nn.Module]):
             return "has a weight that something else reads"
         if layer in self.shared:
             return f"is shared ({self.shared[layer]}): pass example="
-        if not isinstance(norm, _BatchNorm) and _dtype(layer) != _dtype(norm):
+        if not isinstance(norm, BatchNormBase) and _dtype(layer) != _dtype(norm):
             return f"computes in {_dtype(layer)}, the norm in {_dtype(norm)}"
         return why_not(layer)
 

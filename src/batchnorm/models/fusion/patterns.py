@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from batchnorm.models.graph.blocks import called, described
-from batchnorm.models.graph.hooks import has_hooks
+from batchnorm.models.graph.module_graph import called, described
+from batchnorm.models.graph.module_hooks import has_hooks
 from batchnorm.models.norms.activations import call_activation, module_activation
 
 _ADDS = (operator.add, torch.add)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from batchnorm.models.graph.blocks import Block, NotTraceableError, called, traced
 from batchnorm.models.graph.flow import Call
-from batchnorm.models.graph.hooks import is_forward_replaced, sees_output
+from batchnorm.models.graph.module_graph import Block, NotTraceableError, called, traced
+from batchnorm.models.graph.module_hooks import is_forward_replaced, sees_output
 from batchnorm.models.graph.recorded import recorded_flow
 from batchnorm.models.norms.activations import module_activation
 from batchnorm.models.norms.find import Found, all_names, find_norms

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from batchnorm.errors import OptionError
-from batchnorm.models.graph.blocks import Block, NotTraceableError, called, traced
-from batchnorm.models.graph.hooks import has_hooks, sees_output
+from batchnorm.models.graph.module_graph import Block, NotTraceableError, called, traced
+from batchnorm.models.graph.module_hooks import has_hooks, sees_output
 from batchnorm.models.norms.activations import FUNCTIONS
 from batchnorm.models.norms.kinds import is_ours
 from batchnorm.torch.symbolic import is_symbolic

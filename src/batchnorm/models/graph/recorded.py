@@ -19,7 +19,7 @@ from batchnorm.models.verify import restored, set_mode
 
 from .dispatch_observer import DispatchObserver, tensors_in, written
 from .flow import Axes, Call, Flow, Value
-from .hooks import sees_output
+from .module_hooks import sees_output
 
 _RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias", "aten::unsqueeze", "aten::squeeze")
 _Key = tuple[Any, ...]

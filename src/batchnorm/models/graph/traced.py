@@ -10,9 +10,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from .blocks import Block, called, described
 from .flow import Call, Flow, Value
-from .hooks import has_hooks
+from .module_graph import Block, called, described
+from .module_hooks import has_hooks
 
 # In evaluation they return their input.
 IDENTITIES = (

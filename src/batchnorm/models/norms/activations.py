@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from batchnorm.models.graph.hooks import has_hooks, is_forward_replaced
+from batchnorm.models.graph.module_hooks import has_hooks, is_forward_replaced
 
 
 class _InTorch(NamedTuple):

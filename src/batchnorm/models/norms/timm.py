@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from batchnorm.models.graph.hooks import has_hooks
+from batchnorm.models.graph.module_hooks import has_hooks
 from batchnorm.torch.call import cleared
 from batchnorm.torch.layers import BatchNorm2d
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
-from .hooks import has_hooks, is_forward_replaced
+from .module_hooks import has_hooks, is_forward_replaced
 
 
 class NotTraceableError(Exception):
