@@ -17,6 +17,7 @@ from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.models import fuse as fuse_module
 from batchnorm.models.fusion.fused_activation import FusedActivation
 from batchnorm.models.fusion.rewrite import FusedForward
+from batchnorm.models.graph import recorded
 from batchnorm.models.norms import activations
 from batchnorm.models.norms.kinds import is_ours
 from batchnorm.models.verify import AgreementError
@@ -631,3 +632,11 @@ def test_a_fused_activation_shows_its_former_class() -> None:
     batchnorm.fuse(model)
     assert isinstance(model[1], FusedActivation)
     assert "Hardswish, applied by the layer before it" in repr(model)
+
+
+def test_what_holds_itself_is_searched_for_tensors_once_per_level() -> None:
+    x, holder = torch.ones(1), []
+    holder += [x, holder]
+    found = recorded._tensors(holder)
+    assert len(found) == 6
+    assert all(tensor is x for tensor in found)
