@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.choose import engine
+from batchnorm.kernels.cpu import huge_pages
 from batchnorm.torch.call import Call
 
 from .interleaved import clocked, interleave, medians
@@ -17,7 +18,15 @@ from .layer_rivals import steps, tensors
 from .progress import progress
 from .tables import Rows, table_of
 
-SHAPES = ((32, 64), (256, 512), (4, 1024, 7, 7), (32, 512, 7, 7), (4096, 1024), (32, 64, 56, 56))
+SHAPES = (
+    (32, 64),
+    (256, 512),
+    (4, 1024, 7, 7),
+    (32, 512, 7, 7),
+    (4096, 1024),
+    (32, 64, 56, 56),
+    (32, 256, 56, 56),
+)
 _ROUNDS, _ROUNDS_OF_LARGE, _QUICK_ROUNDS = 301, 61, 15
 
 
@@ -26,7 +35,7 @@ def measure(quick: bool = False) -> Rows:
     cases = [Case("norm-relu", shape, layout) for shape in SHAPES for layout in layouts(shape)]
     found = []
     for case in progress(cases[:2] if quick else cases, "where the time goes"):
-        parts = {**steps(case), "function": _function(case), "kernels": _kernels(case)}
+        parts = {**steps(case), "function": _function(case), "kernels": _kernels(case), **_written(case)}
         rounds = _ROUNDS_OF_LARGE if case.values > LARGE else _ROUNDS
         times = interleave(
             {name: clocked(step) for name, step in parts.items()}, _QUICK_ROUNDS if quick else rounds
@@ -73,6 +82,21 @@ def _kernels(case: Case) -> Callable[[], object]:
     return step
 
 
+def _written(case: Case) -> dict[str, Callable[[], object]]:
+    """Return what writes y and dx once: into new memory, as our kernels take it, and into old."""
+    x = tensors(case).x
+    old = [torch.zeros_like(x), torch.zeros_like(x)]
+
+    def write(outputs: list[Tensor]) -> None:
+        for output in outputs:
+            output.zero_()
+
+    return {
+        "new": lambda: write([huge_pages.empty_like(x), huge_pages.empty_like(x)]),
+        "old": lambda: write(old),
+    }
+
+
 def _parameters(case: Case) -> tuple[Tensor, Tensor]:
     channels = case.shape[1]
     return torch.ones(channels, requires_grad=True), torch.zeros(channels, requires_grad=True)
@@ -84,6 +108,8 @@ _PARTS = {
     "function": "empty Function",
     "kernels": "kernels",
     "copy": "a copy",
+    "new": "y and dx zeroed, new memory",
+    "old": "the same, old memory",
 }
 
 

@@ -21,6 +21,7 @@ from .progress import progress
 from .small_networks import ActorCritic, Norm, TabNet
 from .step_time import losses_differ
 from .tables import Row, Rows, table_of
+from .unchecked import Unchecked
 
 Step = Callable[[], float]  # returns its loss
 Train = Callable[[nn.Module, int], Step]  # takes a network and a batch size
@@ -149,7 +150,7 @@ NETWORKS = {
         ActorCritic, 256, _train_actor_critic, BatchRenorm1d, _RENORM, fuses=False
     ),
 }
-FORMS = ("stock", "drop-in", "fused", "no norm")
+FORMS = ("stock", "drop-in", "fused", "unchecked", "no norm")
 
 
 def measure(quick: bool = False) -> Rows:
@@ -187,7 +188,9 @@ def training_steps(network: Network) -> dict[str, Step]:
     """Return the training step of each form of a network, from the same weights and on the same numbers."""
     found = {}
     for form in FORMS:
-        if form == "fused" and not network.fuses:
+        if (form == "fused" and not network.fuses) or (
+            form == "unchecked" and network.stock is not _NORM_1D[0]
+        ):
             continue
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -202,7 +205,7 @@ def training_steps(network: Network) -> dict[str, Step]:
 def _norm(network: Network, form: str) -> Norm:
     if form == "no norm":
         return lambda _: None
-    return network.stock if form == "stock" else network.ours
+    return {"stock": network.stock, "unchecked": Unchecked}.get(form, network.ours)
 
 
 @contextlib.contextmanager
