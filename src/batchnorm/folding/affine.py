@@ -1,4 +1,4 @@
-"""What a batch normalization does in evaluation: y = scale x + shift per channel, in float64."""
+"""The affine map of a batch normalization in evaluation, y = scale x + shift per channel, in float64."""
 
 from __future__ import annotations
 

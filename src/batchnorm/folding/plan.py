@@ -56,7 +56,7 @@ class Neighbour(Generic[Layer]):
 
     @property
     def layer(self) -> Layer:
-        """What is called."""
+        """The layer that is called."""
         assert self.call.module is not None
         return self.call.module
 

@@ -1,4 +1,4 @@
-"""What `fold` does with each batch normalization of a model, and why not: the table that it prints."""
+"""The table that `fold` prints: where each batch normalization of a model goes, or why it stays."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FoldRow:
 
 @dataclass(frozen=True)
 class FoldTable:
-    """What `fold` does with each batch normalization; `print` shows it.
+    """The decision of `fold` for each batch normalization; `print` shows it.
 
     Attributes:
         model: name of the model.

@@ -28,7 +28,7 @@ class AgreementError(BatchNormError, ArithmeticError):
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a model gives on an example.
+    """The outputs of a model on an example.
 
     Attributes:
         values: outputs in evaluation, outputs in training, and after training what modules keep and do not

@@ -1,1 +1,1 @@
-"""Which mean and variance to use, and how the running ones move: per-channel mathematics, no framework."""
+"""Policies, per channel and without a framework: which mean and variance normalize, how the running ones move."""

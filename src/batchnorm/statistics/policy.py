@@ -20,7 +20,7 @@ class Namespace(Protocol):
 
 
 class Known(NamedTuple):
-    """What a policy may know, besides the moments of the batch, when it chooses.
+    """The values that a policy chooses by, besides the moments of the batch.
 
     Attributes:
         mean, var: the running statistics, `[C]`; None where a layer tracks none.

@@ -110,7 +110,7 @@ class StudyOptions:
 
     @property
     def folder(self) -> Path:
-        """Where the study's files go: the same for the same framework, data and networks, to go on there."""
+        """The folder of the files: one for each framework, data and networks, where a study resumes."""
         if self.out is not None:
             return self.out
         names = [slug(display_name(name)) for name in (self.data, *self.networks)]

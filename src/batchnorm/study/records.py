@@ -67,7 +67,7 @@ class AccuracyByStatistics:
 
 @dataclass(frozen=True)
 class Movement:
-    """How far predictions move when the same examples are served otherwise.
+    """The distances by which predictions move when the same examples are served in another way.
 
     Half the sum of absolute differences of an example's probabilities (total variation, 0..1), averaged over
     held-out examples.

@@ -21,7 +21,7 @@ from .call import Call, Normalized, cleared
 
 
 class Step(Protocol):
-    """What a policy does between moments and normalization, of `policy_step.PolicyStep`."""
+    """The part of `policy_step.PolicyStep` that runs between moments and normalization."""
 
     def share(
         self, batch: PooledMoments, *, differentiable: bool = False

@@ -107,7 +107,7 @@ def _of_mkldnn(call: Call) -> Tensor:
 
 
 class Mode(NamedTuple):
-    """What a call does with its batch.
+    """The use that a call makes of its batch.
 
     Attributes:
         measures: whether it takes moments; if not, it normalizes by the running statistics.

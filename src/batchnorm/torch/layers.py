@@ -38,7 +38,7 @@ _BATCH = Batch()
 
 
 class _Layer(StoredState):
-    """What the three layers share; each also subclasses its stock namesake, so `isinstance` holds."""
+    """Base of the three layers; each also subclasses its stock namesake, so that `isinstance` holds."""
 
     _ranks: ClassVar[tuple[int, ...]]
     _memory: Memory | None = None

@@ -11,7 +11,7 @@ from .stored_state import StoredState
 
 
 class _Lazy(StoredState):
-    """What the three lazy layers share: they store the options of the layer that they become."""
+    """Base of the three lazy layers: it stores the options of the layer that they become."""
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """Create the tensors, and set the number of channels.

@@ -126,7 +126,7 @@ class SharedResidual:
 
 
 class Recipe:
-    """What recomputes the output `y` of a norm with the same kernels, bit for bit.
+    """Recomputes the output `y` of a norm with the same kernels, bit for bit.
 
     Args:
         y: the output.

@@ -24,7 +24,7 @@ _REMEDIES = {
 
 
 class ScriptableLayer(Protocol):
-    """What `stock_twin` reads of a layer besides the attributes that it copies."""
+    """The attributes of a layer that `stock_twin` reads and does not copy."""
 
     _buffers: dict[str, Tensor | None]
     _accumulator: Accumulator | None

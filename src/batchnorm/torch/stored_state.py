@@ -47,7 +47,7 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
 
     @property
     def statistics(self) -> Policy:
-        """Which statistics the layer normalizes by; set it to change that."""
+        """The policy that chooses the statistics; it can be set."""
         return self._statistics
 
     @statistics.setter
@@ -65,7 +65,7 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
 
     @property
     def nonfinite(self) -> str:
-        """What a batch with inf or NaN does to the running statistics: "propagate", "skip" or "raise"."""
+        """The effect of a batch with inf or NaN on the running statistics: "propagate", "skip" or "raise"."""
         return self._nonfinite
 
     @nonfinite.setter
@@ -83,7 +83,7 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
 
     @property
     def small_batch(self) -> str:
-        """What one value per channel does in training: "raise", or "running": by the running statistics."""
+        """The treatment of one value per channel in training: "raise", or "running" (by these statistics)."""
         return self._small_batch
 
     @small_batch.setter
@@ -95,7 +95,7 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
 
     @property
     def skipped(self) -> Tensor | None:
-        """How many batches with inf or NaN were skipped, an integer tensor; None where none are."""
+        """Number of batches with inf or NaN that were skipped, an integer tensor; None where none are."""
         return self._buffers.get("skipped")
 
     def _is_tracked(self) -> bool:

@@ -20,7 +20,7 @@ _NORMS = (keras.layers.BatchNormalization, BatchNormalization)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, in this order, and what is told of it.
+    """The steps of a fold, in their order, and the table that reports them.
 
     Attributes:
         steps: several may fold into one layer; they compose in their order.

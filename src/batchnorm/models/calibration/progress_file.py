@@ -30,7 +30,7 @@ _REMEDY = "delete it to start over"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a calibration has come.
+    """The state of a calibration that is not finished.
 
     Attributes:
         number: number of finished passes over the data.

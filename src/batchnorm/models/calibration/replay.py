@@ -62,7 +62,7 @@ class _Argument:
 
 @dataclass(frozen=True)
 class _Step:
-    """What an operator returned; None where the operator has to run again (a view of a parameter)."""
+    """The result of an operator; None where the operator has to run again (a view of a parameter)."""
 
     name: str
     leaves: tuple[Any, ...] | None

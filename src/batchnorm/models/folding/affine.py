@@ -1,4 +1,4 @@
-"""What a batch normalization of torch does in evaluation, and why it is no affine map where it is none."""
+"""The affine map of a torch batch normalization in evaluation, or the reason why it has none."""
 
 from __future__ import annotations
 

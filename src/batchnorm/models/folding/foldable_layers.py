@@ -47,7 +47,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Absorber:
-    """How a layer takes an affine map per channel.
+    """The weights of a layer that take an affine map per channel.
 
     Attributes:
         cls: the plain class of torch that computes the same, given the weights.

@@ -1,4 +1,4 @@
-"""What stands where a norm was that is in the weights next to it now."""
+"""Placeholder for a norm that has been folded into the weights of another layer."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from .patterns import Site, site_of
 
 @dataclass(frozen=True)
 class Spec:
-    """What to rewrite in a block, by names, so that a copy or file can rewrite it again.
+    """The changes to a block, by names, so that a copy or a file can make them again.
 
     Attributes:
         inlined: paths of the children whose own calls are in the rewritten forward.

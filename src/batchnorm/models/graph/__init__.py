@@ -1,1 +1,1 @@
-"""Who makes and who reads each value of a model's forward."""
+"""The flow of values in a model's forward: which call makes each, and which calls read it."""

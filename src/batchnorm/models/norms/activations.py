@@ -14,7 +14,7 @@ from batchnorm.models.graph.module_hooks import has_hooks, is_forward_replaced
 
 
 class _InTorch(NamedTuple):
-    """How torch offers an activation.
+    """The forms in which torch offers an activation.
 
     Attributes:
         module: its class.

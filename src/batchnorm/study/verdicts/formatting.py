@@ -15,7 +15,7 @@ SPACE = "\N{NO-BREAK SPACE}"
 
 
 class Show(Protocol):
-    """How a kind of quantity is written; `like` makes it match another value's unit and decimals."""
+    """The text of a quantity; `like` makes it match another value's unit and decimals."""
 
     def __call__(self, value: float, like: float | None = None, /) -> str:
         """Returns the value in words, or a dash."""
