@@ -1,1 +1,1 @@
-"""Policies, per channel and without a framework: which mean and variance normalize, how the running ones move."""
+"""Policies, free of any framework: which mean and variance normalize, how the running ones move."""
