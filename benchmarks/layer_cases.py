@@ -98,7 +98,7 @@ class Case:
 
     @property
     def inference(self) -> bool:
-        """That forward is under `torch.inference_mode()`; else evaluation is under `no_grad`."""
+        """Whether the forward runs under `torch.inference_mode()`; else evaluation is under `no_grad`."""
         return self.operation in INFERENCE
 
     @property

@@ -1,4 +1,4 @@
-"""What the tests of calibration share: data, a network, its state, and NumPy's own statistics."""
+"""Shared by the tests of calibration: data, a network, its state, and statistics by NumPy."""
 
 from __future__ import annotations
 
@@ -77,6 +77,6 @@ def assert_statistics(norm: Any, received: Array, axis: int = -1) -> None:
 
 
 def normalized(norm: Any, x: Array) -> Array:
-    """What training's formula makes of a batch, in float64."""
+    """Return the moving statistics that training's formula gives for a batch, in float64."""
     found = (x - x.mean(0)) / np.sqrt(x.var(0) + norm.epsilon)
     return found * wide(norm.gamma) + wide(norm.beta)

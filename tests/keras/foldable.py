@@ -58,7 +58,7 @@ def draw(shape: tuple[int, ...], seed: int = 3) -> Array:
 
 
 def outputs(model: Any, x: Any) -> list[Array]:
-    """What a model gives at inference, flat."""
+    """Return the outputs of a model at inference, flat."""
     return [
         keras.ops.convert_to_numpy(value).astype(np.float64)
         for value in keras.tree.flatten(model(x, training=False))

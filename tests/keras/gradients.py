@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 class Results(NamedTuple):
-    """What a layer gives for an input and a cotangent; `[C]` for the parameters' gradients."""
+    """The outputs and gradients of a layer for an input and a cotangent; `[C]` for the parameters'."""
 
     y: Array
     dx: Array

@@ -1,4 +1,4 @@
-"""What Keras's layer means, in float64: an independent formula that torch differentiates."""
+"""The formula of Keras's layer in float64, written independently; torch differentiates it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the reference says of a layer with a statistics policy, in Keras's conventions."""
+"""The reference's answer for a layer with a statistics policy, in Keras's conventions."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Expected(NamedTuple):
 
 
 def shown(policy: Policy) -> Policy:
-    """What the policy is within one process."""
+    """Return the policy that means the same within one process."""
     return policy.over if isinstance(policy, batchnorm.Synced) else policy
 
 

@@ -1,4 +1,4 @@
-"""What a mask leaves out is out of the statistics, in every layout; row 2 of the user pains."""
+"""Values that a mask leaves out are in no statistic, in every layout; row 2 of the user pains."""
 
 from __future__ import annotations
 

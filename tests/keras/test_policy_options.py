@@ -1,4 +1,4 @@
-"""What stands around the policies: configs, files, small and broken batches, and the verbs on models."""
+"""Policies in use: configs, files, small and damaged batches, and the verbs on models."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def inputs(masked: bool) -> tuple[list[Array], list[Array], list[Array] | None]:
 
 
 def one_process(policy: Any, parts: Any, weights: list[Array]) -> Expected:
-    """What one process makes of all samples, whose ghost batches are twice as large."""
+    """Return the answer of one process for all samples, with ghost batches twice as large."""
     over = policy.over
     if isinstance(over, batchnorm.Ghost):
         over = batchnorm.Ghost(2 * over.size, over.sequential)

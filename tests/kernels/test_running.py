@@ -135,7 +135,7 @@ def test_a_batch_that_is_not_finite_is_skipped_as_a_whole(
 
 @every_engine
 def test_they_move_along_the_way_as_in_a_launch_of_their_own(name: str) -> None:
-    """That a batch could be skipped changes no bit, of one that is not."""
+    """`nonfinite="skip"` changes no bit of a batch that is not skipped."""
     for case in ODD:
         inputs = trimmed(name, case).make()
         moved = [buffers(inputs.x.shape[1], case.dtype)]

@@ -1,4 +1,4 @@
-"""What the tests of `fold` share: networks with nothing trivial in them, and the comparison."""
+"""Shared by the tests of `fold`: networks without trivial values, and the comparison."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Found = list[dict[str, Any]]
 
 @pytest.fixture(scope="module", params=[2, 3])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each rank found in each scenario."""
+    """The results of each rank in each scenario."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     return found_by_ranks(calibrate_rank, request.param, folder, request.param, "scenarios")
 

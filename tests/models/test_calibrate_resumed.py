@@ -27,7 +27,7 @@ METHODS = ("batch", "layerwise")
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the progress file goes."""
+    """The path of the progress file."""
     return tmp_path / "progress.safetensors"
 
 

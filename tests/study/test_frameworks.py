@@ -1,4 +1,4 @@
-"""Which framework a study takes, and what it says where that is not there."""
+"""The framework that a study takes, and its message where that is not installed."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_it_stands_by_itself_with_a_row_per_layer(tmp_path: Path) -> None:
 
 
 def _lengths(drawn: str) -> list[float]:
-    """How long each horizontal line is: of each layer, over all channels and over the middle half."""
+    """Return the lengths of each layer's horizontal lines: over all channels, and over the middle half."""
     root = ElementTree.fromstring(drawn)
     found = []
     for path in root.iter("path"):

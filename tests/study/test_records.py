@@ -59,7 +59,7 @@ def found_timing(path: Path) -> object:
 
 
 def places(value: object, *before: object) -> Iterator[tuple[Any, ...]]:
-    """Where every value below one is: a path of keys and positions."""
+    """Return the place of every value below one, as a path of keys and positions."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*before, key)

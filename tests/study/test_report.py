@@ -21,7 +21,7 @@ ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
 
 
 class Page(HTMLParser):
-    """What a page holds: its tags, ids, headings and text."""
+    """The content of a page: its tags, ids, headings and text."""
 
     def __init__(self, source: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How far a result may be from the reference, by the dtype that it is stored in, and why.
+"""Tolerances: the distance of a result from the reference, by the dtype that it is stored in, with reasons.
 
 A value passes if
 

@@ -213,7 +213,7 @@ def _forked(process: Process) -> None:
 
 
 def works(process: Process) -> None:
-    """What must work, twice: the second time in other process groups."""
+    """Run all that must work, twice: the second time in other process groups."""
     with process.together():
         _values(process)
         if process.size == 3:
@@ -295,7 +295,7 @@ def _late(process: Process) -> None:
 
 
 def fails(process: Process) -> None:
-    """What must fail on every rank, and not for long."""
+    """Run all that must fail on every rank, and soon."""
     scenarios: dict[str, Callable[[], None]] = {
         "same length": lambda: _skips(process, 5),
         "shorter": lambda: _skips(process, 2),

@@ -47,7 +47,7 @@ def _launch(node: torch.fx.Node) -> dict[str, Any]:
 
 
 def told(kernel: Any, programs: int, warps: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What a launch says, tensors apart."""
+    """Return the arguments of a launch but its tensors."""
     numbers = {name: str(value) for name, value in arguments.items() if not isinstance(value, Tensor)}
     return {"kernel": kernel.__name__, "programs": programs, "warps": warps, "numbers": numbers}
 
@@ -86,7 +86,7 @@ def seen(layer: nn.Module, x: Tensor, *more: Tensor, dynamic: bool = False, **op
 
 
 def eager_launches(layer: nn.Module, x: Tensor, residual: Tensor | None = None, **options: Any) -> Launches:
-    """What the engine launches for the same step, without a compiler."""
+    """Return the launches of the engine for the same step, without a compiler."""
     found: Launches = []
 
     def keep(kernel: Any, programs: int, warps: int, on: Tensor, arguments: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What is normalized over ranks, and what one process makes of all of it."""
+"""The cases that ranks normalize together, and the answer of one process for all of their values."""
 
 from __future__ import annotations
 

@@ -31,13 +31,13 @@ pytestmark = pytest.mark.xdist_group("collectives")
 
 @pytest.fixture(scope="module")
 def worked(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What three ranks found of all that must work."""
+    """The results of three ranks for all that must work."""
     return found_by_ranks(collectives_rank, 3, tmp_path_factory.mktemp("works"), 3, "works")
 
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What three ranks found of all that must fail."""
+    """The errors of three ranks for all that must fail."""
     return found_by_ranks(collectives_rank, 3, tmp_path_factory.mktemp("fails"), 3, "fails")
 
 

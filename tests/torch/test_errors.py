@@ -1,4 +1,4 @@
-"""What users are told: the type, what was received, which layer, the remedy; and nothing has changed."""
+"""Errors: the type, the value received, the layer, the remedy; and that nothing has changed."""
 
 from __future__ import annotations
 

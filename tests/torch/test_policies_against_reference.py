@@ -29,7 +29,7 @@ KINDS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
 
 
 class Found(NamedTuple):
-    """What a layer made of a call."""
+    """The results of a layer's call."""
 
     y: Tensor
     dx: Tensor

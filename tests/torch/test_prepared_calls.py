@@ -58,7 +58,7 @@ CHANGES: dict[str, Change] = {
 @MODES
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_value_changed_between_two_calls_is_seen_by_the_second(change: str, training: bool) -> None:
-    """Where autograd sees no change, too: by `.data`, and by an optimizer."""
+    """Changes that autograd does not see count too: by `.data`, and by an optimizer."""
     layer, (x, dy) = norm().train(training), batch()
     for mode in (not training, training):
         assert_exact(layer.train(mode), x, dy)

@@ -1,4 +1,4 @@
-"""How running statistics and their counter move, in which dtype, and when they do not."""
+"""Updates of running statistics and their counter: the values, the dtypes, and calls without an update."""
 
 from __future__ import annotations
 

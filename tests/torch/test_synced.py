@@ -114,7 +114,7 @@ def test_row_9_two_forwards_before_a_backward(of_two: list[Any]) -> None:
 
 
 def test_a_second_derivative_over_ranks(of_two: list[Any]) -> None:
-    """That of the stock layer over all of the data."""
+    """The result of the stock layer over all of the data."""
     layer = CASES[0].layer().double()
     stock = nn.BatchNorm2d(CHANNELS).double()
     stock.load_state_dict(layer.state_dict())
