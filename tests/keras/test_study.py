@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from batchnorm.study.data import Dataset, load_data
 from batchnorm.study.errors import StudyError
 from batchnorm.study.learner_keras import KerasLearner, make_learner, session
 from batchnorm.study.networks_keras import NormFactory, build_network
-from batchnorm.study.optimizer_keras import make_adam
+from batchnorm.study.optimizer_keras import make_optimizer
 from batchnorm.study.records import Movement
+from batchnorm.study.settings import Recipe
 from batchnorm.study.tasks import RunTask
 from batchnorm.study.terminal import Display
 from batchnorm.study.training import probe_steps
 from batchnorm.study.verdicts import judge, read
 from tests.keras.study_code import write_own_code
+from tests.study.tasks import run_task
 from tests.study.test_padding import sequences
 
 pytestmark = pytest.mark.xdist_group("study in Keras")  # a study is run once
@@ -65,7 +67,7 @@ def data(own: Path) -> Dataset:
 
 
 def task(network: str, arm: str = "batchnorm", *, rate: float = 1e-2, epochs: int = 2) -> RunTask:
-    return RunTask(network, arm, rate, 1, epochs, BATCH, 0.9)
+    return run_task(network, arm, rate=rate, seed=1, epochs=epochs, batch_size=BATCH)
 
 
 def run_of(run: RunTask, data: Dataset, report: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
@@ -88,12 +90,12 @@ def options(own: Path, **changes: Any) -> StudyOptions:
     settings: dict[str, Any] = {
         "framework": "keras",
         "networks": (f"{own}:four_layers",),
-        "data": f"{own}:data",
+        "data": (f"{own}:data",),
         "arms": ("none", "batchnorm"),
         "learning_rates": (1e-2,),
         "seeds": 1,
         "epochs": 2,
-        "batch_size": BATCH,
+        "batch_sizes": (BATCH,),
         "jobs": 1,
         "out": own.parent / "out",
     }
@@ -113,7 +115,7 @@ def test_a_study_leaves_what_one_in_torch_leaves(study: tuple[StudyResult, Count
     result, display = study
     assert (display.started, display.left) == ((2, 0), 0)
     names = {path.name for path in result.folder.iterdir()}
-    assert names == {".lock", "runs", "timing.json", "results.json", "curves.csv", "report.html"}
+    assert names == {".lock", "runs", "timing", "results.json", "curves.csv", "report.html"}
     provenance = result.results["provenance"]
     assert (provenance["framework"], provenance["backend"]) == ("keras", backend)
     assert provenance["versions"]["keras"] == keras.__version__
@@ -158,7 +160,9 @@ def test_a_study_goes_on_and_is_not_mixed_with_one_in_torch(
 
 def test_losses_gradients_and_inputs_are_those_of_the_mathematics(own: Path, data: Dataset) -> None:
     """At a rate of next to nothing every step has the weights of the first: NumPy can follow."""
-    run = replace(task(f"{own}:net", "l1+l2", rate=1e-12), target_accuracy=0.01)
+    run = run_task(
+        f"{own}:net", "l1+l2", rate=1e-12, seed=1, epochs=2, batch_size=BATCH, target_accuracy=0.01
+    )
     record = run_of(run, data)
     model = build_network(f"{own}:net", parse_arm("l1+l2"), (4,), 3, seed=1)
     model(data.x_test[:1])
@@ -204,7 +208,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_curve(own: Path, d
 
 def test_a_run_learns_and_repeats_itself(own: Path, data: Dataset) -> None:
     # More steps than are looked into: the target is looked up after every one.
-    run = replace(task(f"{own}:net", "batchnorm+dropout", epochs=9), target_accuracy=1.0)
+    run = run_task(f"{own}:net", "batchnorm+dropout", seed=1, epochs=9, batch_size=BATCH, target_accuracy=1.0)
     reported: list[int] = []
     record = run_of(run, data, reported.append)
     assert reported == [25, 2]
@@ -263,7 +267,7 @@ def test_the_optimizer_adds_the_penalties_of_kernels_and_notes_gradients_without
     variables = [keras.Variable(value, dtype="float32") for value in values]
     unused = keras.Variable(np.ones((2, 2)), dtype="float32", trainable=False)
     kernels = [[variables[0]], [variables[2], variables[3]], []]
-    optimizer = make_adam(0.1, arm, kernels, noting=True)
+    optimizer = make_optimizer(Recipe(), 0.1, arm, kernels, noting=True)
     optimizer.build(variables)
     assert not any(variable is unused for variable in optimizer.variables)
     first = [np.zeros_like(value) for value in values]
@@ -288,7 +292,7 @@ def test_the_optimizer_adds_the_penalties_of_kernels_and_notes_gradients_without
 
 def test_norms_of_gradients_that_all_but_vanished_are_no_zeros() -> None:
     variable = keras.Variable(np.zeros(4), dtype="float32")
-    optimizer = make_adam(1e-3, parse_arm("none"), [[variable]], noting=True)
+    optimizer = make_optimizer(Recipe(), 1e-3, parse_arm("none"), [[variable]], noting=True)
     optimizer.build([variable])
     for scale, expected in ((1e-30, 2e-30), (0.0, 0.0), (1e30, 2e30)):
         optimizer.apply([keras.ops.convert_to_tensor(np.full(4, scale), "float32")], [variable])
@@ -486,7 +490,7 @@ def test_the_mask_keeps_padding_out_of_a_prediction() -> None:
     for arm in ("batchnorm", "batchnorm:unmasked"):
         with session():
             run = training.train(
-                RunTask("conv1d", arm, 1e-2, 0, 1, 10, 0.9), sequences(), make_learner, lambda _: None
+                run_task("conv1d", arm, batch_size=10), sequences(), make_learner, lambda _: None
             )
         assert run.movements is not None
         assert run.movements.running == Movement(0, 0)
