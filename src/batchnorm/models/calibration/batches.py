@@ -17,28 +17,26 @@ from batchnorm.errors import DataError
 Forward = Callable[[nn.Module, Any], object]
 
 
-def run(model: nn.Module, batch: object, forward: Forward | None) -> None:
-    """Run the model on one batch.
+def run(model: nn.Module, batch: object, forward: Forward | None) -> object:
+    """Run the model on one batch, and return its output.
 
     Raises:
         DataError: a batch of unknown form, without a `forward` that takes it.
     """
     if forward is not None:
-        forward(model, batch)
-        return
+        return forward(model, batch)
     if isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 2 and isinstance(batch[0], Tensor):
         batch = batch[0]
     parameter = next(model.parameters(), None)
     device = None if parameter is None else parameter.device
     if isinstance(batch, Tensor):
-        model(batch.to(device))
-    elif isinstance(batch, Mapping):
-        model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-    else:
-        raise DataError(
-            "calibrate takes tensors, (x, y) pairs and dicts of keyword arguments; "
-            f"got a {type(batch).__name__}: pass forward=lambda model, batch: model(...)"
-        )
+        return model(batch.to(device))
+    if isinstance(batch, Mapping):
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    raise DataError(
+        "calibrate takes tensors, (x, y) pairs and dicts of keyword arguments; "
+        f"got a {type(batch).__name__}: pass forward=lambda model, batch: model(...)"
+    )
 
 
 def samples_in(batch: object) -> int:
