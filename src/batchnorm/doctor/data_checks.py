@@ -18,7 +18,9 @@ def check_data(model: ModelState, measured: Measured) -> tuple[list[Finding], tu
     """Return what is wrong on the samples, and the comparison of each layer."""
     remedies = remedies_of(model.framework)
     norms = {norm.name: norm for norm in model.norms}
-    layers = tuple(_layer(norms[name], of, measured) for name, of in measured.received.items() if name in norms)
+    layers = tuple(
+        _layer(norms[name], of, measured) for name, of in measured.received.items() if name in norms
+    )
     found = [*_gap(model, measured, layers, remedies), *_whole(model, measured, remedies)]
     for layer in layers:
         found += _off(norms[layer.layer], layer, measured, remedies)
@@ -97,13 +99,20 @@ def _gap_severity(measured: Measured) -> Severity | None:
         return "note" if not before.value < t.GAP_OUTPUT else None
     if before.correct is None or after.correct is None:
         return "likely" if not before.value <= (1 + t.GAP_LOSS) * after.value else None
-    gained = int((after.correct & ~before.correct).sum())
-    lost = int((before.correct & ~after.correct).sum())
-    z = (gained - lost) / math.sqrt(max(gained + lost, 1))
+    z = _standard_errors(before, after)
     gain = after.value - before.value
     if gain < t.GAP_LIKELY or z < t.GAP_Z:
         return None
     return "serious" if gain >= t.GAP_SERIOUS and z >= t.GAP_Z + 1 else "likely"
+
+
+def _standard_errors(before: Score, after: Score) -> float:
+    """Return McNemar's statistic: how many more predictions became right than wrong, in standard errors."""
+    if before.correct is None or after.correct is None:
+        return 0.0
+    gained = int((after.correct & ~before.correct).sum())
+    lost = int((before.correct & ~after.correct).sum())
+    return (gained - lost) / math.sqrt(max(gained + lost, 1))
 
 
 def _shown(value: float, measured: Measured) -> str:
@@ -113,10 +122,13 @@ def _shown(value: float, measured: Measured) -> str:
 def _off(norm: NormState, layer: LayerGap, measured: Measured, remedies: Remedies) -> Iterator[Finding]:
     is_far = not (layer.mean_off < t.OFF_MEAN and layer.std_ratio < t.OFF_STD)
     costs = layer.cost is not None and measured.measure == "accuracy" and layer.cost >= t.GAP_LIKELY
+    if costs and not is_far:
+        costs = _standard_errors(measured.scores["running"], measured.alone[norm.name]) >= t.GAP_Z
     if norm.mean is None or norm.is_initial or not (is_far or costs):
         return
     told = (
-        f"its running mean is {layer.mean_off:.2g} standard deviations off, its running standard deviation by a "
+        f"its running mean is {layer.mean_off:.2g} standard deviations off, its running standard deviation "
+        "by a "
         f"factor of {layer.std_ratio:.3g}"
     )
     if layer.cost is not None:
@@ -146,7 +158,8 @@ def _magnitudes(norm: NormState, received: Received, remedies: Remedies) -> Iter
             "offset",
             norm.name,
             f"a channel has a mean of {ratio:.3g} standard deviations: {digits:.1f} of its 7 digits are lost",
-            "Numbers that differ in their last digits only are normalized mostly by their rounding; stock layers "
+            "Numbers that differ in their last digits only are normalized mostly by their rounding; stock "
+            "layers "
             "lose more in their sums.",
             remedies.widen(),
             {"mean_over_std": ratio, "digits_lost": digits},
@@ -157,7 +170,8 @@ def _magnitudes(norm: NormState, received: Received, remedies: Remedies) -> Iter
             "half-overflow",
             norm.name,
             f"it receives values up to {received.peak:.3g}, and float16 ends at 65504",
-            "Under autocast in float16 such a value becomes inf, and one inf destroys the running statistics.",
+            "Under autocast in float16 such a value becomes inf, and one inf destroys the running "
+            "statistics.",
             remedies.first_not_finite(),
             {"peak": received.peak},
         )
@@ -210,9 +224,11 @@ def _batches(
                 "likely",
                 "ordered-batches",
                 worst,
-                f"the means of {batches} batches vary {ratios[worst]:.3g} times as much as those of batches drawn "
+                f"the means of {batches} batches vary {ratios[worst]:.3g} times as much as those of "
+                "batches drawn "
                 "at random would",
-                "Trained on in this order, each batch is normalized by the statistics of its own class or domain, "
+                "Trained on in this order, each batch is normalized by the statistics of its own class or "
+                "domain, "
                 "and the running statistics are those of the last ones.",
                 f"{remedies.shuffle()}\n{remedies.renorm()}  # where the order must stay",
                 {"f": ratios[worst], "sigmas": sigmas, "batches": batches},
@@ -226,7 +242,8 @@ def _batches(
             layer.layer,
             f"in {len(noisy)} of {len(layers)} layers; most here: batch means vary by {noise:.2g} standard "
             f"deviations, with {layer.values:.0f} values per channel",
-            f"Training on batches of this size normalizes by noise. Synced over 8 processes: {noise / 8**0.5:.2g}; "
+            "Training on batches of this size normalizes by noise. Synced over 8 processes: "
+            f"{noise / 8**0.5:.2g}; "
             "Renorm and Running: by running statistics; accumulate: quieter running statistics only; Ghost: "
             "noisier; group normalization: no batch at all, but another function.",
             remedies.renorm(),
@@ -235,7 +252,7 @@ def _batches(
 
 
 def _whole(model: ModelState, measured: Measured, remedies: Remedies) -> Iterator[Finding]:
-    if measured.broken is not None:
+    if measured.broken is not None or measured.is_data_broken:
         yield Finding(
             "serious",
             "nonfinite-output",
@@ -253,9 +270,13 @@ def _whole(model: ModelState, measured: Measured, remedies: Remedies) -> Iterato
             "note" if adapts else "likely" if model.training else "serious",
             "batch-mates",
             layer,
-            f"a prediction changes by {change:.2g} of the spread of predictions when other samples of its batch do; "
-            "the first layer that mixes them is this one" + (", which adapts by its policy" if adapts else ""),
-            "The model is in training mode." if model.training else "In evaluation no sample should see another.",
+            f"a prediction changes by {change:.2g} of the spread of predictions when other samples of its "
+            "batch do; "
+            "the first layer that mixes them is this one"
+            + (", which adapts by its policy" if adapts else ""),
+            "The model is in training mode."
+            if model.training
+            else "In evaluation no sample should see another.",
             remedies.evaluate(),
             {"change": change},
         )
@@ -268,7 +289,8 @@ def _whole(model: ModelState, measured: Measured, remedies: Remedies) -> Iterato
             f"a prediction changes by {change:.2g} of the spread of predictions with more padding"
             + ("" if is_given else " (zeros at the end of each sample, taken for padding)")
             + "; the first layer that reads it is this one",
-            "Norms count padding in training, and turn its zeros into other values, which the next layer reads.",
+            "Norms count padding in training, and turn its zeros into other values, which the next layer "
+            "reads.",
             remedies.mask(),
             {"change": change},
         )

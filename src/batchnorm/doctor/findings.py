@@ -57,7 +57,7 @@ class Finding:
     """Reports one defect, or one fact to know, of a model or of one of its norms.
 
     Attributes:
-        severity: "serious": outputs are wrong, or will be; "likely": probably costs accuracy; "note": to know.
+        severity: "serious" = outputs are wrong, or will be; "likely" = probably costs accuracy; "note".
         check: name of the check, such as "never-updated".
         layer: qualified name; None for the whole model.
         message: what was found, with its numbers.
@@ -133,7 +133,7 @@ class Diagnosis:
         model: the model's class.
         norms: number of its batch normalizations.
         findings: what was found: the most severe first, then in the order of `CHECKS`.
-        scores: accuracy or loss by "running", "batch", "population" and "adapted" statistics; {} without data.
+        scores: by "running", "batch", "population" and "adapted" statistics; {} without data.
         measure: what the scores are: "accuracy", "loss" or "difference of outputs".
         layers: a comparison per norm; () without data.
         cost: what the diagnosis has cost.
@@ -158,7 +158,9 @@ class Diagnosis:
     def title(self) -> str:
         """The result in one line."""
         count = {s: sum(f.severity == s for f in self.findings) for s in SEVERITIES}
-        told = [f"{count[s]} {word}" for s, word in zip(SEVERITIES, ("serious", "likely", "to know"), strict=True)]
+        told = [
+            f"{count[s]} {word}" for s, word in zip(SEVERITIES, ("serious", "likely", "to know"), strict=True)
+        ]
         return f"{self.model}: {self.norms} batch normalizations, {', '.join(told)} ({self.cost})"
 
     def groups(self) -> list[tuple[Finding, list[Finding]]]:

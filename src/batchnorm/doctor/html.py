@@ -26,7 +26,10 @@ def fragment(diagnosis: Diagnosis) -> str:
 
 def _row(first: Finding, others: list[Finding]) -> str:
     layers = listed([found.layer for found in (first, *others) if found.layer])
-    left, style = "text-align: left; vertical-align: top", f"color: {_COLORS[first.severity]}; font-weight: 600"
+    left, style = (
+        "text-align: left; vertical-align: top",
+        f"color: {_COLORS[first.severity]}; font-weight: 600",
+    )
     return (
         f'<tr><td style="{left}"><span style="{style}">{first.severity}</span><br>{_safe(first.check)}</td>'
         f'<td style="{left}">{_safe(layers)}</td><td style="{left}">{_safe(first.message)} {_safe(first.why)}'

@@ -61,15 +61,17 @@ class Received:
     def noise(self, eps: float) -> tuple[float, float] | None:
         """Return the noise of batch means, standard deviations, and F of batches against samples.
 
-        F is the variance of batch means over that which samples drawn at random would give; None where batches
-        are few, or a batch has one sample only.
+        F is the variance of batch means over that which samples drawn at random would give; NaN where every
+        batch is one sample. None where batches are few.
         """
         sizes = np.array([len(part) for part in self.sample_means], float)
         if len(sizes) < 4 or sizes.min() < 1:
             return None
         kept = sizes == sizes[0]  # a ragged last batch has another noise
         means = np.stack([part.mean for part, keep in zip(self.batches, kept, strict=True) if keep])
-        noise = float(np.sqrt(np.mean(means.var(0, ddof=1) / (self.var() + eps)))) if len(means) > 1 else math.nan
+        noise = (
+            float(np.sqrt(np.mean(means.var(0, ddof=1) / (self.var() + eps)))) if len(means) > 1 else math.nan
+        )
         samples = np.concatenate(self.sample_means)
         group = np.stack([part.mean(0) for part in self.sample_means])
         between = (sizes[:, None] * (group - samples.mean(0)) ** 2).sum(0) / (len(sizes) - 1)
@@ -103,15 +105,22 @@ def scored(outputs: Array, labels: NDArray[np.generic] | None, reference: Array 
         labels: classes `[N, ...]`, or targets of the outputs' shape; None = none.
         reference: outputs to compare with where labels do not fit.
     """
-    if labels is not None and labels.dtype.kind in "iu" and labels.shape == outputs.shape[:1] + outputs.shape[2:]:
-        if outputs.ndim > 1 and outputs.shape[1] > 1 and labels.min() >= 0 and labels.max() < outputs.shape[1]:
-            correct = outputs.argmax(1) == labels
-            return "accuracy", Score(float(correct.mean()), correct.reshape(-1))
+    if labels is not None and _are_classes(labels, outputs):
+        correct = outputs.argmax(1) == labels
+        return "accuracy", Score(float(correct.mean()), correct.reshape(-1))
     if labels is not None and labels.dtype.kind == "f" and labels.shape == outputs.shape:
-        return "loss", Score(float(np.mean((outputs - labels) ** 2)))
+        return "loss", Score(float(np.mean((outputs - labels.astype(np.float64)) ** 2)))
     if reference is None:
         return "difference of outputs", Score(0.0)
     return "difference of outputs", Score(difference(outputs, reference))
+
+
+def _are_classes(labels: NDArray[np.generic], outputs: Array) -> bool:
+    """Whether labels number the second axis of the outputs."""
+    if outputs.ndim < 2 or outputs.shape[1] < 2 or labels.dtype.kind not in "iu" or not labels.size:
+        return False
+    is_alike = labels.shape == outputs.shape[:1] + outputs.shape[2:]
+    return is_alike and int(labels.min()) >= 0 and int(labels.max()) < outputs.shape[1]
 
 
 def difference(outputs: Array, reference: Array) -> float:

@@ -30,14 +30,21 @@ def check_model(model: ModelState) -> list[Finding]:
 
 def _frozen(model: ModelState, norm: NormState, remedies: Remedies) -> Iterator[Finding]:
     has_parameters = norm.weight is not None or norm.bias is not None
-    if norm.is_tracked and norm.moves and has_parameters and not norm.learns and (model.learns or norm.training):
+    if (
+        norm.is_tracked
+        and norm.moves
+        and has_parameters
+        and not norm.learns
+        and (model.learns or norm.training)
+    ):
         yield Finding(
             "serious" if norm.training else "likely",
             "frozen-parameters",
             norm.name,
             "its weight and bias do not learn, but its running statistics move"
             + (" now" if norm.training else " in training"),
-            "requires_grad holds parameters only: every batch in training changes what a frozen layer computes.",
+            "requires_grad holds parameters only: every batch in training changes what a frozen layer "
+            "computes.",
             remedies.freeze(norm.name),
             {"training": norm.training},
             "frozen, but its statistics move",
@@ -116,7 +123,8 @@ def _place(norm: NormState, place: Place, remedies: Remedies) -> Iterator[Findin
             "dropout-before",
             norm.name,
             f"{place.dropout}" + ("" if rate is None else f" (p = {rate:g})") + " is right before it",
-            "Dropout multiplies the variance by up to 1 / (1 − p) in training only, so that running statistics "
+            "Dropout multiplies the variance by up to 1 / (1 − p) in training only, so that running "
+            "statistics "
             "are not those of evaluation.",
             remedies.calibrate(),
             {} if rate is None else {"rate": rate, "std_in_evaluation": (1 - rate) ** 0.5},
@@ -163,7 +171,8 @@ def _whole(model: ModelState, remedies: Remedies) -> Iterator[Finding]:
             "training-mode",
             None,
             "the model is in training mode",
-            "Predictions depend on their batch, and torch.export, ONNX and CoreML would fix that, or refuse it.",
+            "Predictions depend on their batch, and torch.export, ONNX and CoreML would fix that, or "
+            "refuse it.",
             remedies.evaluate(),
         )
     for group in model.decayed:
@@ -173,7 +182,8 @@ def _whole(model: ModelState, remedies: Remedies) -> Iterator[Finding]:
             None,
             f"weight decay of {group.weight_decay:g} is on weight or bias of {len(group.norms)} norms "
             f"({group.norms[0]} is the first)",
-            "The scale of a normalized layer is in these numbers alone: decay pulls outputs towards 0, and does "
+            "The scale of a normalized layer is in these numbers alone: decay pulls outputs towards 0, "
+            "and does "
             "not regularize.",
             remedies.parameter_groups(),
             {"weight_decay": group.weight_decay, "norms": len(group.norms)},

@@ -60,7 +60,9 @@ class NormState:
     def is_initial(self) -> bool:
         """Whether the running statistics are exactly 0 and 1."""
         return (
-            self.mean is not None and self.var is not None and bool((self.mean == 0).all() and (self.var == 1).all())
+            self.mean is not None
+            and self.var is not None
+            and bool((self.mean == 0).all() and (self.var == 1).all())
         )
 
     @property

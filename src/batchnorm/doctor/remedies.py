@@ -1,6 +1,6 @@
 """Writes remedies as code to paste, in the words of each framework.
 
-In that code `model`, `data` and `optimizer` are what `diagnose` was given, and `batchnorm`, `torch` or `keras`
+In that code `model`, `data` and `optimizer` are what `diagnose` was given; `batchnorm` and `torch` or `keras`
 are imported.
 """
 

@@ -33,7 +33,11 @@ def selected(
         is_refuted = finding.check == "prior" and finding.layer in fine
         is_ignored = {finding.check, f"{finding.check}:{finding.layer}"} & ignored
         # one layer may remove the biases of several, or have NaN in weight and bias
-        told = finding.message if finding.check in ("bias-before", "nonfinite-parameters", "weight-decay") else ""
+        told = (
+            finding.message
+            if finding.check in ("bias-before", "nonfinite-parameters", "weight-decay")
+            else ""
+        )
         if not is_refuted and not is_ignored:
             kept.setdefault((finding.check, finding.layer, told), finding)
     return tuple(kept.values())

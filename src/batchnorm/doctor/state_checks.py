@@ -40,7 +40,13 @@ def _statistics(norm: NormState, remedies: Remedies, is_trained: bool) -> Iterat
         return
     unusable = ~(np.isfinite(mean) & np.isfinite(var))
     channels: tuple[tuple[Severity, str, str, NDArray[np.bool_], str], ...] = (
-        ("serious", "nonfinite-statistics", "NaN or inf", unusable, "Every output in evaluation is NaN there."),
+        (
+            "serious",
+            "nonfinite-statistics",
+            "NaN or inf",
+            unusable,
+            "Every output in evaluation is NaN there.",
+        ),
         (
             "serious",
             "negative-variance",
@@ -53,7 +59,8 @@ def _statistics(norm: NormState, remedies: Remedies, is_trained: bool) -> Iterat
             "zero-variance",
             "zero variance",
             var == 0,
-            f"What was constant in training is multiplied by 1 / sqrt(eps) = {norm.eps**-0.5:.3g} once it is not."
+            f"What was constant in training is multiplied by 1 / sqrt(eps) = {norm.eps**-0.5:.3g} once it "
+            "is not."
             if norm.eps > 0
             else "What was constant in training is divided by 0.",
         ),
@@ -74,7 +81,8 @@ def _statistics(norm: NormState, remedies: Remedies, is_trained: bool) -> Iterat
             "half-statistics",
             norm.name,
             f"its running statistics are {norm.dtype}",
-            "An update smaller than half a unit in the last place is lost, and a variance above 65504 is inf in "
+            "An update smaller than half a unit in the last place is lost, and a variance above 65504 is "
+            "inf in "
             "float16.",
             remedies.widen(),
             {"dtype": norm.dtype},
@@ -123,13 +131,14 @@ def _updates(norm: NormState, remedies: Remedies) -> Iterator[Finding]:
     if not norm.batches or norm.var is None:
         return
     share = (1 - momentum) ** norm.batches
-    # A batch adds to the variance: one below the share of the initial 1 has come from elsewhere, as calibrate's.
+    # Batches add to the variance: one below the share of the initial 1 has come from elsewhere.
     if share > t.PRIOR_NOTE and bool((norm.var >= share).all()):
         yield Finding(
             "likely" if share > t.PRIOR_LIKELY else "note",
             "prior",
             norm.name,
-            f"after {norm.batches} updates, {100 * share:.2g} % of its running statistics are the initial 0 and 1",
+            f"after {norm.batches} updates, {100 * share:.2g} % of its running statistics are the initial "
+            "0 and 1",
             "Averages that begin at 0 and 1 are biased towards them until enough batches have come.",
             remedies.calibrate(),
             {"share": share, "updates": norm.batches},
@@ -164,7 +173,8 @@ def _dead(norm: NormState, dead: NDArray[np.bool_], remedies: Remedies) -> Findi
         "dead-channels",
         norm.name,
         told,
-        "Such a channel tells the next layer nothing of its input, costs what all channels cost, and a weight "
+        "Such a channel tells the next layer nothing of its input, costs what all channels cost, and a "
+        "weight "
         "of 0 gives NaN in quantization-aware training; folded, it is a constant in the next bias.",
         remedies.fold(),
         {"dead": int(dead.sum()), "channels": dead.size, "share": share, "with_bias": alive},
@@ -185,5 +195,3 @@ def _counted(
     short = f"{what} ({int(wrong.sum())} of {wrong.size})"
     told = f"{what} in {int(wrong.sum())} of {wrong.size} channels"
     return Finding(severity, check, norm.name, told, why, remedy, evidence, short)
-
-

@@ -131,7 +131,8 @@ ORDERED_SIGMAS = Threshold(
     6.0,
     "ordered-batches",
     "(F − 1) / sqrt(2 / (batches − 1)), F of batch means against means of samples, above: likely",
-    "F of shuffled batches is 1 with that standard deviation; 6 of them leave room for the largest of all layers",
+    "F of shuffled batches is 1 with that standard deviation; 6 of them leave room for the largest of all "
+    "layers",
 )
 FEWEST_BATCHES = Threshold(
     4,

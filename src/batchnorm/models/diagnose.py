@@ -11,7 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from batchnorm.doctor.data_checks import check_data
-from batchnorm.doctor.findings import Cost, Diagnosis
+from batchnorm.doctor.findings import Cost, Diagnosis, LayerGap
 from batchnorm.doctor.measurements import Measured
 from batchnorm.doctor.model_checks import check_model
 from batchnorm.doctor.selection import check_ignored, selected
@@ -19,7 +19,7 @@ from batchnorm.errors import ArgumentTypeError, OptionError
 from batchnorm.torch.checks import shown_type
 
 from .calibration.batches import Forward, _cut, samples_in
-from .diagnosis.passes import Samples, measure, take
+from .diagnosis.passes import Samples, measure, random_numbers_kept, take
 from .diagnosis.perturbation import perturb
 from .diagnosis.structure import model_state
 from .preconditions import verb
@@ -57,8 +57,8 @@ def diagnose(
         progress: show a progress bar (needs rich).
 
     Returns:
-        A report: `findings`, each with severity, layer, numbers, reason and remedy, and `layers`, `scores` and
-        `cost`. `print` shows it, notebooks show it as HTML, `to_json()` gives it to programs.
+        A report: `findings`, each with severity, layer, numbers, reason and remedy; `layers`, `scores`, `cost`.
+        `print` shows it, notebooks show it as HTML, `to_json()` gives it to programs.
 
     Raises:
         OptionError: (a ValueError) an option's value, or an unknown check in `ignore`.
@@ -74,21 +74,23 @@ def diagnose(
     ignored = check_ignored(ignore)
     _check_options(samples, optimizer)
     model = _inner(model)
-    taken = None if data is None else take(data, samples, forward, progress)
-    is_lazy_model = any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers()))
-    if taken is not None and is_lazy_model:
+    is_ready = not any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    if data is not None and not is_ready:
         raise OptionError("the model has layers that are not initialized: run it once, or pass no data")
-    measured = Measured() if taken is None else measure(model, taken)
-    if taken is not None:
-        perturb(model, taken, measured)
-    if example is None and taken is not None:
-        example = _example(taken)
-    state, unchecked = model_state(model, None if is_lazy_model else example, optimizer)
-    found = check_model(state)
-    layers = ()
-    if taken is not None:
-        more, layers = check_data(state, measured)
-        found += more
+    measured = Measured()
+    layers: tuple[LayerGap, ...] = ()
+    with random_numbers_kept(model):
+        if data is None:
+            state, unchecked = model_state(model, example if is_ready else None, optimizer)
+            found = check_model(state)
+        else:
+            taken = take(data, samples, forward, progress)
+            measured = measure(model, taken)
+            perturb(model, taken, measured)
+            state, unchecked = model_state(model, _example(taken) if example is None else example, optimizer)
+            more, layers = check_data(state, measured)
+            # Whether a batch has one value per channel, the data shows.
+            found = [of for of in check_model(state) if of.check != "one-value"] + more
     return Diagnosis(
         model=state.name,
         norms=len(state.norms),

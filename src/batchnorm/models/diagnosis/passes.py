@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from batchnorm.doctor.measurements import Array, Measured, Received, Score, scored
 from batchnorm.errors import BatchNormError, DataError, MissingExtraError
@@ -52,7 +54,9 @@ class Samples:
     def __post_init__(self) -> None:
         self.count = sum(map(samples_in, self.batches))
         if not self.batches or not self.count:
-            raise DataError("diagnose received no sample: data is empty, or an iterator that was used up before")
+            raise DataError(
+                "diagnose received no sample: data is empty, or an iterator that was used up before"
+            )
 
     def labels(self) -> NDArray[np.generic] | None:
         """Return the second parts of (x, y) batches as one array; None where there are none."""
@@ -68,7 +72,9 @@ class Samples:
         """Return the first floating tensor of the output on each batch."""
         found = []
         for batch in self._shown(description):
-            tensors = [t for t in tensors_in(run(model, batch, self.forward)) if t.is_floating_point()]
+            tensors = [
+                t for t in tensors_in(run(model, copied(batch), self.forward)) if t.is_floating_point()
+            ]
             if tensors:
                 found.append(tensors[0].detach().cpu().double().numpy())
         return found
@@ -83,10 +89,45 @@ class Samples:
         return track(self.batches, description=description)
 
 
+@contextlib.contextmanager
+def random_numbers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore after the block the random numbers of torch, NumPy and Python, which data and model may "
+    "draw."""
+    tensors = (*model.parameters(), *model.buffers())
+    devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.is_cuda})
+    before, before_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(before_numpy)
+
+
+def copied(batch: object) -> object:
+    """Return a batch with tensors of its own: a forward may write into its input, which comes again."""
+    found: object = pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, batch
+    )
+    return found
+
+
 def take(data: Iterable[object], samples: int, forward: Forward | None, progress: bool) -> Samples:
-    """Return the first samples of the data."""
-    batch = data if isinstance(data, Tensor) else None
-    return Samples(list(limited([batch] if batch is not None else data, samples)), forward, progress)
+    """Return the first batches of the data, of `samples` samples together at most; only the first may be cut.
+
+    A batch that was cut would look like one of a few samples.
+    """
+    batches: list[object] = []
+    count = 0
+    for batch in limited([data] if isinstance(data, Tensor) else data, samples):
+        count += samples_in(batch)
+        batches.append(batch)
+        if count >= samples:
+            break
+    # `limited` has cut the last one where the data goes on in it
+    if len(batches) > 1 and count == samples and samples_in(batches[-1]) < samples_in(batches[0]):
+        batches.pop()
+    return Samples(batches, forward, progress)
 
 
 def measure(model: nn.Module, samples: Samples) -> Measured:
@@ -275,10 +316,9 @@ def _adapting(norm: BatchNormBase) -> Any:
     def forward(input: Tensor, residual: Tensor | None = None, **_: Any) -> Tensor:
         y, _found = normalize_batch(
             input, norm.weight, norm.bias, norm.eps, residual=residual, activation=activation,
-            statistics=Adapted(), training=False, running_mean=norm.running_mean, running_var=norm.running_var,
+            statistics=Adapted(), training=False, running_mean=norm.running_mean,
+            running_var=norm.running_var,
         )  # fmt: skip
         return y
 
     return forward
-
-

@@ -18,7 +18,7 @@ from batchnorm.models.norms.find import find_norms
 from batchnorm.models.norms.kinds import is_synchronized
 from batchnorm.models.verify import restored
 
-from .passes import Samples
+from .passes import Samples, copied
 
 _SAMPLES = 8  # of the batch that is perturbed; half of them are looked at
 _MASKS = ("attention_mask", "mask", "padding_mask", "pixel_mask")
@@ -27,7 +27,8 @@ View = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def perturb(model: nn.Module, samples: Samples, measured: Measured) -> None:
-    """Add to `measured` how predictions depend on neighbours, in the mode that the model is in, and on padding."""
+    """Add to `measured` how predictions depend on neighbours, in the mode that the model is in, and on "
+    "padding."""
     batch = next((b for b in samples.batches if samples_in(b) >= 2), None)
     if batch is None:
         measured.unchecked.append("neighbours in a batch: every batch has one sample")
@@ -133,7 +134,9 @@ def _lengths(batch: object, x: Tensor) -> tuple[list[int], int, bool] | None:
 def _input(batch: object) -> Tensor | None:
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if isinstance(first, Mapping):
-        tensors = [t for name, t in first.items() if isinstance(t, Tensor) and name not in (*_MASKS, "lengths")]
+        tensors = [
+            t for name, t in first.items() if isinstance(t, Tensor) and name not in (*_MASKS, "lengths")
+        ]
         return next((t for t in tensors if t.dim() > 1), None)
     return first if isinstance(first, Tensor) and first.dim() > 1 else None
 
@@ -152,7 +155,8 @@ def _changed(batch: object, size: int, change: Callable[[Tensor], Tensor]) -> ob
 def _difference(
     model: nn.Module, batch: object, other: object, forward: Forward | None, view: View
 ) -> tuple[float, str | None]:
-    """Return the largest change of an output over the spread of outputs, and the first layer that makes it."""
+    """Return the largest change of an output over the spread of outputs, and the first layer that makes "
+    "it."""
     first, second = _Trace(model), _Trace(model)
     outputs = [_traced(model, given, forward, trace) for given, trace in ((batch, first), (other, second))]
     change = 0.0
@@ -175,7 +179,7 @@ def _traced(model: nn.Module, batch: object, forward: Forward | None, trace: _Tr
                 local = by_batch(found.name, found.module, lambda *_: None, strict=False)  # type: ignore[arg-type]
                 stack.enter_context(local)
         stack.enter_context(trace.attached())
-        outputs = tensors_in(run(model, batch, forward))
+        outputs = tensors_in(run(model, copied(batch), forward))
         for module, training in modes:
             module.training = training
         return [t.detach().float().clone() for t in outputs if t.is_floating_point()]
@@ -226,5 +230,3 @@ def _is_same(first: list[Tensor], second: list[Tensor], view: View) -> bool:
             if float((kept_a.float() - kept_b.float()).abs().max()) > 1e-4 * scale:
                 return False
     return True
-
-

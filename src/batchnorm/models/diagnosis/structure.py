@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +73,9 @@ def _places(
     else:
         flow, unread = _traced(model, norms)
         if unread:
-            unchecked = (f"what surrounds {unread} norms, whose forwards are no graphs: pass example= or data",)
+            unchecked = (
+                f"what surrounds {unread} norms, whose forwards are no graphs: pass example= or data",
+            )
     calls = flow.by_module()
     places = {
         found.name: _place(found, calls[found.module], calls, names)
@@ -133,9 +136,13 @@ def _dropout(maker: Call | None, names: dict[nn.Module, str]) -> tuple[str | Non
     """Return the dropout that made a value and its rate; (None, None) for any other call."""
     if maker is None:
         return None, None
-    if isinstance(maker.module, _DROPOUTS):
-        return f"{names.get(maker.module, '')} ({type(maker.module).__name__})", float(maker.module.p)
-    is_function = maker.module is None and maker.what.endswith(("dropout", "dropout1d", "dropout2d", "dropout3d"))
+    module = maker.module
+    if module is not None and isinstance(module, _DROPOUTS):
+        rate: Any = vars(module)["p"]
+        return f"{names.get(module, '')} ({type(module).__name__})", float(rate)
+    is_function = maker.module is None and maker.what.endswith(
+        ("dropout", "dropout1d", "dropout2d", "dropout3d")
+    )
     return (maker.what, None) if is_function else (None, None)
 
 
