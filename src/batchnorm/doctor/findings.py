@@ -187,7 +187,7 @@ class Diagnosis:
                 lines.append(f"  also: {listed([other.layer or 'the model' for other in others])}")
             lines.append(f"  {first.page}")
         lines += [f"\nnot looked at: {why}" for why in self.unchecked]
-        return "\n".join("\n".join(in_one_line(part) for part in line.split("\n")) for line in lines)
+        return printable("\n".join(lines))
 
     def _repr_html_(self) -> str:
         from .html import fragment
@@ -217,6 +217,11 @@ def listed(names: list[str], most: int = 6) -> str:
     """Return names with commas, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def printable(text: str) -> str:
+    """Return text of several lines as a terminal or a page only shows it, whatever a name put into it."""
+    return "\n".join(map(in_one_line, text.split("\n")))
 
 
 def _score(value: float, measure: str) -> str:

@@ -6,7 +6,7 @@ from html import escape
 
 from batchnorm.errors import in_one_line
 
-from .findings import Diagnosis, Finding, listed
+from .findings import Diagnosis, Finding, listed, printable
 
 _COLORS = {"serious": "#a33f00", "likely": "#5b5200", "note": "#57606a"}
 _MONO = "font-family: ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap"
@@ -33,7 +33,7 @@ def _row(first: Finding, others: list[Finding]) -> str:
     return (
         f'<tr><td style="{left}"><span style="{style}">{first.severity}</span><br>{_safe(first.check)}</td>'
         f'<td style="{left}">{_safe(layers)}</td><td style="{left}">{_safe(first.message)} {_safe(first.why)}'
-        f'<pre style="{_MONO}; margin: .3em 0">{escape(first.remedy)}</pre></td></tr>'
+        f'<pre style="{_MONO}; margin: .3em 0">{escape(printable(first.remedy))}</pre></td></tr>'
     )
 
 

@@ -6,6 +6,7 @@ are imported.
 
 from __future__ import annotations
 
+import json
 from typing import Protocol
 
 from .records import Framework
@@ -220,9 +221,9 @@ def remedies_of(framework: Framework) -> Remedies:
 
 
 def _module(name: str) -> str:
-    return f'model.get_submodule("{name}")' if name else "model"
+    return f"model.get_submodule({json.dumps(name)})" if name else "model"  # a name may hold a quote
 
 
 def _layer(name: str) -> str:
     """Return an expression for a layer of Keras by its path, `backbone/block_1`."""
-    return "model" + "".join(f'.get_layer("{part}")' for part in name.split("/"))
+    return "model" + "".join(f".get_layer({json.dumps(part)})" for part in name.split("/"))

@@ -57,8 +57,8 @@ def diagnose(
         progress: show a progress bar (needs rich).
 
     Returns:
-        A report: `findings`, each with severity, layer, numbers, reason and remedy; `layers`, `scores`, `cost`.
-        `print` shows it, notebooks show it as HTML, `to_json()` gives it to programs.
+        A report: `findings`, each with severity, layer, numbers, reason and remedy; `layers`, `scores`,
+        `cost`. `print` shows it, notebooks show it as HTML, `to_json()` gives it to programs.
 
     Raises:
         OptionError: (a ValueError) an option's value, or an unknown check in `ignore`.
