@@ -85,6 +85,10 @@ def test_faults_of_a_state_are_found(plant: Plant, severity: str, check: str) ->
     assert {finding.layer for finding in found.findings} == {"4"}
     assert found.is_serious == (severity == "serious")
     assert only(found, check).short in batchnorm.inspect(model).rows[1].health
+    applied(only(found, check), model=model, data=[x for x, _ in batches()])
+    if check != "dead-channels":  # those stay, in a copy without norms
+        data = batches() if check == "prior" else None  # that its statistics are the data's, the data shows
+        assert check not in {of.check for of in batchnorm.diagnose(model, data).findings}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Defines the verbs as commands on a model that a function builds: `batchnorm inspect`, `doctor` and others."""
+"""Defines the verbs as commands on a model that a function builds: `inspect`, `doctor` and others."""
 
 from __future__ import annotations
 

@@ -18,17 +18,18 @@ def check_data(model: ModelState, measured: Measured) -> tuple[list[Finding], tu
     """Return what is wrong on the samples, and the comparison of each layer."""
     remedies = remedies_of(model.framework)
     norms = {norm.name: norm for norm in model.norms}
-    layers = tuple(
-        _layer(norms[name], of, measured) for name, of in measured.received.items() if name in norms
-    )
-    found = [*_gap(model, measured, layers, remedies), *_whole(model, measured, remedies)]
-    for layer in layers:
-        found += _off(norms[layer.layer], layer, measured, remedies)
-        found += _magnitudes(norms[layer.layer], measured.received[layer.layer], remedies)
-        found += _calls(norms[layer.layer], measured.received[layer.layer], remedies)
-        if min(part.count for part in measured.received[layer.layer].batches) < 2:
-            found.append(_one_value(layer.layer, remedies))
-    found += _batches(layers, measured, norms, remedies)
+    with np.errstate(all="ignore"):  # of what is not finite, every number is NaN
+        layers = tuple(
+            _layer(norms[name], of, measured) for name, of in measured.received.items() if name in norms
+        )
+        found = [*_gap(model, measured, layers, remedies), *_whole(model, measured, remedies)]
+        for layer in layers:
+            found += _off(norms[layer.layer], layer, measured, remedies)
+            found += _magnitudes(norms[layer.layer], measured.received[layer.layer], remedies)
+            found += _calls(norms[layer.layer], measured.received[layer.layer], remedies)
+            if min(part.count for part in measured.received[layer.layer].batches) < 2:
+                found.append(_one_value(layer.layer, remedies))
+        found += _batches(layers, measured, norms, remedies)
     return found, layers
 
 
