@@ -16,6 +16,7 @@ _TRAINED = """
 def trained():
     model = net()
     torch.nn.init.uniform_(model[0].weight, 0.5, 1.5)
+    torch.nn.init.normal_(model[0].bias)
     return model
 
 

@@ -104,7 +104,9 @@ def test_initial_statistics_of_an_untrained_model_are_a_note() -> None:
     found = batchnorm.diagnose(network().eval())
     assert checks(found) == {("note", "never-updated", "1"), ("note", "never-updated", "4")}
     model = network().eval()
-    model[1].weight.data.uniform_(0.5, 1.5)  # of trained weights
+    model[1].weight.data.uniform_(0.5, 1.5)  # as some networks begin
+    assert {f.severity for f in batchnorm.diagnose(model).findings} == {"note"}
+    model[1].bias.data.normal_()  # as none does
     assert {f.severity for f in batchnorm.diagnose(model).findings} == {"serious"}
 
 

@@ -110,7 +110,7 @@ def scored(outputs: Array, labels: NDArray[np.generic] | None, reference: Array 
         return "accuracy", Score(float(correct.mean()), correct.reshape(-1))
     if labels is not None and labels.dtype.kind == "f" and labels.shape == outputs.shape:
         return "loss", Score(float(np.mean((outputs - labels.astype(np.float64)) ** 2)))
-    if reference is None:
+    if reference is None or reference.shape != outputs.shape:  # a length may depend on the data
         return "difference of outputs", Score(0.0)
     return "difference of outputs", Score(difference(outputs, reference))
 

@@ -67,8 +67,12 @@ class NormState:
 
     @property
     def is_trained(self) -> bool:
-        """Whether weight and bias differ from channel to channel, as no initial value does."""
-        return any(values is not None and _is_learned(values) for values in (self.weight, self.bias))
+        """Whether weight and bias differ from channel to channel.
+
+        Both do once they were trained; networks begin with a random weight here and there, but not with both.
+        """
+        both = [values for values in (self.weight, self.bias) if values is not None]
+        return bool(both) and all(map(_is_learned, both))
 
 
 def _is_learned(values: Array) -> bool:
