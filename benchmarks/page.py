@@ -113,6 +113,7 @@ BLOCKS: dict[str, tuple[str, str]] = {
     "step-time-keras": ("step-time-keras-cpu", "page.keras_step_table"),
     "calibrate": ("calibrate-cpu", "calibrate.time_table"),
     "calibrate-memory": ("calibrate-cpu", "calibrate.memory_table"),
+    "doctor-case": ("doctor-case", "doctor_case.case_table"),
     "doctor-cost": ("doctor-cpu", "doctor.cost_table"),
     "doctor-zoo": ("doctor-cpu", "doctor.zoo_table"),
     "calibration-report": ("calibration-digits", "calibrate.report_table"),

@@ -62,8 +62,9 @@ def _gap(
 ) -> Iterator[Finding]:
     if "population" not in measured.scores:
         return
-    severity = _gap_severity(measured)
+    severity = _gap_severity(measured, "population")
     if severity is None:
+        yield from _needs_batches(measured, remedies)
         return
     if not any(norm.is_trained for norm in model.norms) and all(norm.is_initial for norm in model.norms):
         severity = "note"  # an untrained model: its statistics are of no data yet
@@ -94,8 +95,30 @@ def _gap(
     )
 
 
-def _gap_severity(measured: Measured) -> Severity | None:
-    before, after = measured.scores["running"], measured.scores["population"]
+def _needs_batches(measured: Measured, remedies: Remedies) -> Iterator[Finding]:
+    """Report a model that does better by the statistics of each batch than by any that are fixed."""
+    severity = _gap_severity(measured, "batch") if "batch" in measured.scores else None
+    if severity is None or measured.measure == "difference of outputs":
+        return
+    values = {name: score.value for name, score in measured.scores.items()}
+    told = ", ".join(
+        f"{_shown(values[name], measured)} by {name}" for name in ("running", "population", "batch")
+    )
+    yield Finding(
+        severity,
+        "gap",
+        None,
+        f"{measured.measure} is {told} statistics: it takes those of each batch",
+        "The model reads in a batch's statistics what its samples have in common, their class or domain, "
+        "which a "
+        "single sample does not show: calibrating does not help, training on other batches does.",
+        f"{remedies.shuffle()}\n{remedies.renorm()}  # where the order must stay; then train again",
+        {**values, "gain": _gain(measured.scores["running"], measured.scores["batch"])},
+    )
+
+
+def _gap_severity(measured: Measured, name: str) -> Severity | None:
+    before, after = measured.scores["running"], measured.scores[name]
     if measured.measure == "difference of outputs":
         return "note" if not before.value < t.GAP_OUTPUT else None
     if before.correct is None or after.correct is None:
@@ -273,7 +296,11 @@ def _whole(model: ModelState, measured: Measured, remedies: Remedies) -> Iterato
             layer,
             f"a prediction changes by {change:.2g} of the spread of predictions when other samples of its "
             "batch do; "
-            "the first layer that mixes them is this one"
+            + (
+                "the first layer that mixes them is this one"
+                if layer
+                else "no layer mixes them, but the forward"
+            )
             + (", which adapts by its policy" if adapts else ""),
             "The model is in training mode."
             if model.training
@@ -289,7 +316,11 @@ def _whole(model: ModelState, measured: Measured, remedies: Remedies) -> Iterato
             layer,
             f"a prediction changes by {change:.2g} of the spread of predictions with more padding"
             + ("" if is_given else " (zeros at the end of each sample, taken for padding)")
-            + "; the first layer that reads it is this one",
+            + (
+                "; the first layer that reads it is this one"
+                if layer
+                else "; no layer does it, but the forward"
+            ),
             "Norms count padding in training, and turn its zeros into other values, which the next layer "
             "reads.",
             remedies.mask(),

@@ -164,7 +164,8 @@ def _parameters(norm: NormState, remedies: Remedies) -> Iterator[Finding]:
 def _dead(norm: NormState, dead: NDArray[np.bool_], remedies: Remedies) -> Finding:
     share = float(dead.mean())
     alive = 0 if norm.bias is None else int((norm.bias[dead] != 0).sum())
-    is_initial = share == 1.0 and not norm.is_trained  # residual branches often start at a weight of 0
+    # residual branches often start at a weight of 0
+    is_initial = share == 1.0 and (norm.bias is None or not norm.bias.any())
     told = f"{int(dead.sum())} of {dead.size} channels have a weight of 0, or next to 0"
     if alive:
         told += f", and {alive} of these a bias: their output is that constant, not 0"
