@@ -18,7 +18,7 @@ from batchnorm.doctor.selection import check_ignored, selected
 from batchnorm.errors import ArgumentTypeError, OptionError
 from batchnorm.torch.checks import shown_type
 
-from .calibration.batches import Forward, _cut, samples_in
+from .calibration.batches import Forward, cut, samples_in
 from .diagnosis.passes import Samples, measure, random_numbers_kept, take
 from .diagnosis.perturbation import perturb
 from .diagnosis.structure import model_state
@@ -126,7 +126,7 @@ def _example(taken: Samples) -> object:
     batch = taken.batches[0]
     if taken.forward is not None:
         return None
-    batch = _cut(batch, samples_in(batch), min(2, samples_in(batch)))
+    batch = cut(batch, samples_in(batch), min(2, samples_in(batch)))
     if isinstance(batch, (tuple, list)):
         batch = batch[0]
     return (batch,) if isinstance(batch, Tensor) else dict(batch) if isinstance(batch, Mapping) else None

@@ -62,7 +62,7 @@ def limited(data: Iterable[object], samples: int | None) -> Iterator[object]:
                 f"samples={samples} counts samples of batches made of tensors; got a {type(batch).__name__}: "
                 "pass data of that many samples instead"
             )
-        yield batch if size <= left else _cut(batch, size, left)
+        yield batch if size <= left else cut(batch, size, left)
         left -= min(size, left)
         if left == 0:
             return
@@ -123,14 +123,14 @@ def _tensors(batch: object) -> Iterator[Tensor]:
         yield from _tensors(part)
 
 
-def _cut(batch: object, size: int, count: int) -> object:
+def cut(batch: object, size: int, count: int) -> object:
     """Return the first `count` samples of a batch of `size`: of every tensor with that many rows."""
     if isinstance(batch, Tensor):
         return batch[:count] if batch.dim() and len(batch) == size else batch
     if isinstance(batch, Mapping):
-        return {key: _cut(value, size, count) for key, value in batch.items()}
+        return {key: cut(value, size, count) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        parts = [_cut(part, size, count) for part in batch]
+        parts = [cut(part, size, count) for part in batch]
         kind: type[Any] = type(batch)
         return kind(*parts) if hasattr(batch, "_fields") else kind(parts)
     return batch

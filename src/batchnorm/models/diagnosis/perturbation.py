@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.doctor.measurements import Measured
-from batchnorm.models.calibration.batches import Forward, _cut, run, samples_in
+from batchnorm.models.calibration.batches import Forward, cut, run, samples_in
 from batchnorm.models.calibration.observers import by_batch
 from batchnorm.models.graph.dispatch_observer import tensors_in
 from batchnorm.models.norms.find import find_norms
@@ -34,7 +34,7 @@ def perturb(model: nn.Module, samples: Samples, measured: Measured) -> None:
         measured.unchecked.append("neighbours in a batch: every batch has one sample")
         return
     size = min(_SAMPLES, samples_in(batch))
-    small = _cut(batch, samples_in(batch), size)
+    small = cut(batch, samples_in(batch), size)
     share = size / samples.count
     try:
         measured.mates = _mates(model, small, size // 2, samples.forward)
