@@ -1,4 +1,4 @@
-"""No finding in untrained networks is serious: every fourth of transformers' zoo; all in benchmarks/doctor.py."""
+"""No finding in an untrained network is serious: a part of the zoo; benchmarks/doctor.py has all of it."""
 
 from __future__ import annotations
 
