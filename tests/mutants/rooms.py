@@ -151,6 +151,15 @@ ROOMS = (
         ),
     ),
     Room(
+        "doctor",
+        ("doctor/*.py", "models/diagnose.py", "models/diagnosis/*.py", "models/norms/state.py",
+         "keras/diagnose.py", "keras/diagnosis/*.py"),
+        (
+            Run(_in("models", "diagnose", "diagnose_data"), only=("doctor/*", "models/*")),
+            Run(_in("keras", "diagnose"), backend="torch", only=("doctor/*", "keras/*")),
+        ),
+    ),
+    Room(
         "statistics and policies",
         ("statistics/*.py", "torch/policy_step.py", "torch/autograd.py", "torch/composite.py"),
         (

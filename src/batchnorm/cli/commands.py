@@ -108,5 +108,5 @@ def _parse_jobs(text: str) -> int | None:
     return int(text)
 
 
-for command in (models.inspect, models.convert, models.calibrate, models.fold):
+for command in (models.inspect, models.doctor, models.convert, models.calibrate, models.fold):
     app.command()(command)

@@ -78,6 +78,13 @@ Resume = Annotated[
     Path | None, typer.Option(help="Where to note how far it has come; the same command goes on from there.")
 ]
 Picture = Annotated[Path | None, typer.Option(help="SVG to draw: how far off each layer's statistics were.")]
+DoctorSamples = Annotated[int, typer.Option(help="How many of the training examples, at most.")]
+Page = Annotated[Path | None, typer.Option(help="Page to write: .html.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if a finding is serious.")]
+Ignore = Annotated[
+    str, typer.Option(help="Comma-separated checks to leave out: bias-before, or bias-before:features.3.")
+]
 Out = Annotated[Path, typer.Option(help="File to write: .safetensors.")]
 FoldOut = Annotated[
     Path, typer.Option(help="File to write: .onnx or .pt2 to run it, .safetensors its weights.")
