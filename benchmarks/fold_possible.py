@@ -132,8 +132,8 @@ class _Graph:
         if len(self.ins[name]) != 1:
             return False
         (own,), (node,) = self.ins[name], self.outs[name]
-        while len(self.readers[node, 0]) == 1 and _is(self.readers[node, 0][0], _SUMS):
-            node = self.readers[node, 0][0]
+        while len(readers := self.readers[node, 0]) == 1 and readers != ["output"] and _is(readers[0], _SUMS):
+            node = readers[0]
         if node is self.outs[name][0]:
             return False
         input_ = own.next_functions[0]
