@@ -66,8 +66,8 @@ def added_in_place(m: Any, x: Tensor) -> Tensor:
 
 
 def over_the_norm(m: Any, x: Tensor) -> Tensor:
-    """MobileOne: what the identity gives is written over."""
-    y = 0 + m.norm(x)
+    """What the identity gives is written over."""
+    y = m.norm(x)
     y += m.one(x)
     y.add_(m.conv(x))
     return y.relu()
@@ -81,6 +81,11 @@ def behind_another_norm(m: Any, x: Tensor) -> Tensor:
     """The convolution takes the norm behind the sum, too, which is scaled after the one beside it."""
     y = m.conv(x) + m.norm(x)
     return m.wide(torch.cat([y, m.one(x)], 1)).sigmoid()
+
+
+def only_subtracted_is_left(m: Any, x: Tensor) -> Tensor:
+    """The norm beside the convolution is zero, so that the shift goes in with the convolution's sign."""
+    return m.wide(torch.cat([m.norm(x) - m.conv(x), m.one(x)], 1)).sigmoid()
 
 
 def concatenated(m: Any, x: Tensor) -> Tensor:
@@ -116,6 +121,7 @@ HOMES: dict[Body, dict[str, str]] = {
     over_the_norm: {"norm": "one (beside)"},
     dilated: {"norm": "tall (beside)"},
     behind_another_norm: {"norm": "conv (beside)", "wide": "conv, one (before)"},
+    only_subtracted_is_left: {"norm": "conv (beside)", "wide": "conv, one (before)"},
     concatenated: {"wide": "conv, one (before)"},
     sum_before: {"norm": "conv, one (before)"},
     into_a_concatenation: {"norm": "mix (after)"},
