@@ -188,7 +188,8 @@ ROOMS = (
         "folding and fusion",
         ("folding/*.py", "models/fold.py", "models/folding/*.py", "models/verify.py", "models/fuse.py",
          "models/fusion/*.py", "models/graph/*.py", "models/norms/activations.py"),
-        (Run(_in("models", "fold", "fold_left", "fuse", "verbs", "fold_copy", "policies", "fold_zoo")),
+        (Run(_in("models", "fold", "fold_left", "fold_joined", "fuse", "verbs", "fold_copy", "policies",
+                 "fold_zoo")),
          Run(_in("keras", "fold", "fold_left"), backend="torch", only=("folding/*",))),
     ),
     Room(
