@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import runpy
+
+import torch
+
+import batchnorm
+
 from .support.programs import EXAMPLES, held_out_accuracy, run_python
 
 
 def test_torch_digits() -> None:
     assert held_out_accuracy(EXAMPLES / "torch_digits.py") > 0.85
+
+
+def test_federated_statistics_are_those_of_the_pooled_data() -> None:
+    """Pain row 40: of uneven clients, exactly; an average over clients by their size is far off."""
+    ran = runpy.run_path(str(EXAMPLES / "torch_federated.py"))
+    pooled = copy.deepcopy(ran["model"])
+    batchnorm.calibrate(pooled, [ran["x"]])
+    norm, wanted = ran["model"][1], pooled[1]
+    torch.testing.assert_close(norm.running_mean, wanted.running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, wanted.running_var, rtol=1e-5, atol=0)
+    averaged = sum(net[1].running_var * len(part) / len(ran["x"]) for net, part in ran["clients"])
+    assert ((averaged / wanted.running_var - 1).abs() > 0.01).any()
+    assert (ran["found"] == ran["digits"].y_test).mean() > 0.7
 
 
 def test_examples_are_short() -> None:

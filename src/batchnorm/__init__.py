@@ -39,6 +39,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "kernels": ("batchnorm.kernels", None),
     "lean": ("batchnorm.torch.lean", "lean"),
     "mask": ("batchnorm.models.mask", "mask"),
+    "merge_statistics": ("batchnorm.models.merge_statistics", "merge_statistics"),
     "reuse_memory": ("batchnorm.allocator", "reuse_memory"),
     "revert": ("batchnorm.models.revert", "revert"),
     "unfreeze": ("batchnorm.models.freeze", "unfreeze"),
@@ -72,6 +73,7 @@ __all__ = [
     "kernels",
     "lean",
     "mask",
+    "merge_statistics",
     "reuse_memory",
     "revert",
     "unfreeze",
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from .models.fuse import fuse
     from .models.inspect import inspect
     from .models.mask import mask
+    from .models.merge_statistics import merge_statistics
     from .models.revert import revert
     from .statistics.adapted import Adapted
     from .statistics.batch import Batch

@@ -68,6 +68,27 @@ def attempt(model: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, Any
     return {"running": running(model), "report": str(report), "samples": report.samples}
 
 
+def merges(rank: int, mine: list[Tensor], pair: Any) -> dict[str, Any]:
+    """Return what `merge_statistics` gives of a norm that was calibrated on the data of each rank."""
+    norm = nn.BatchNorm2d(3)
+    count = batchnorm.calibrate(norm, mine, group=False).layers[0].values if mine else 0
+    wrong = nn.BatchNorm2d(3 + rank).state_dict()
+    found: dict[str, Any] = {}
+    calls: dict[str, Callable[[], Any]] = {
+        "all": lambda: batchnorm.merge_statistics([norm.state_dict()], [count], group=None),
+        "alone": lambda: batchnorm.merge_statistics([norm.state_dict()], [max(count, 2)]),
+        "pair": lambda: batchnorm.merge_statistics([norm.state_dict()], [count], group=pair),
+        "error": lambda: batchnorm.merge_statistics(*([wrong], [5]) if rank else ([], []), group=None),
+        "layers": lambda: batchnorm.merge_statistics([wrong], [5], group=None),
+    }
+    for name, call in calls.items():
+        try:
+            found[name] = call()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found | {"state": norm.state_dict()}
+
+
 def scenarios(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     """Return what came of each."""
     model, x = whole()
@@ -77,7 +98,7 @@ def scenarios(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
         part[0, 0] = float("nan")
     wider = nn.Sequential(nn.Conv2d(3, 5 + rank, 1), nn.BatchNorm2d(5 + rank))
     pair = distributed.new_group([0, ranks - 1])
-    found = {}
+    found: dict[str, Any] = {"merge": merges(rank, mine, pair)}
     for method in METHODS:
 
         def calibrate(model: nn.Module, data: Any, method: str = method, **options: Any) -> Any:

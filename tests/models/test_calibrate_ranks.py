@@ -60,6 +60,27 @@ def test_any_number_of_ranks_finds_what_one_finds(found: Found, method: str, sce
         torch.testing.assert_close(of_first["running"][name], value, rtol=1e-6, atol=1e-6, msg=name)
 
 
+def test_merged_statistics_of_ranks_are_those_of_all_data(found: Found) -> None:
+    """Pain rows 40 and 58: `merge_statistics` over a process group, with a rank that has no data."""
+    x = whole()[1]
+    merged = [of_rank["merge"] for of_rank in found]
+    channels = x.double().transpose(0, 1).flatten(1)
+    for of_rank in merged:
+        torch.testing.assert_close(of_rank["all"], merged[0]["all"], rtol=0, atol=0)
+        torch.testing.assert_close(of_rank["alone"]["running_var"], of_rank["state"]["running_var"])
+        assert "the states of the ranks are not of the same layers" in of_rank["layers"]
+    torch.testing.assert_close(
+        merged[0]["all"]["running_mean"].double(), channels.mean(1), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(merged[0]["all"]["running_var"].double(), channels.var(1), rtol=1e-6, atol=0)
+    assert "DataError: there is no state to merge" in merged[0]["error"]
+    assert "merge_statistics changed nothing on any rank, because rank 0 raised" in merged[-1]["error"]
+    ends = [merged[0]["pair"], merged[-1]["pair"]]
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+    for other in merged[1:-1]:
+        assert "not of the group: call merge_statistics" in other["pair"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_one_process_can_stay_alone(found: Found, method: str) -> None:
     model, x = whole()

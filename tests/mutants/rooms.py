@@ -70,7 +70,7 @@ _KERAS_BY_TORCH = ("keras/layers.py", "keras/torch_backend.py", "keras/moments.p
 _KERAS_BY_OTHERS = ("keras/layers.py", "keras/ops_backend.py", "keras/moments.py", "keras/synchronized.py")
 _KERAS_VERBS = _in(
     "keras", "fold", "fold_left", "fold_copy", "calibrate", "calibrate_data", "calibrate_in_fit", "freeze",
-    "calibrate_distributed",
+    "calibrate_distributed", "merge_statistics",
 )  # fmt: skip
 
 ROOMS = (
@@ -144,10 +144,12 @@ ROOMS = (
     ),
     Room(
         "calibration",
-        ("models/calibrate.py", "models/calibration/*.py", "statistics/calibration.py"),
+        ("models/calibrate.py", "models/calibration/*.py", "models/merge_statistics.py",
+         "statistics/calibration.py"),
         (
             Run(_in("models", "calibrate", "calibrate_masked", "calibrate_resumed", "calibrate_use",
-                    "calibrate_layerwise", "calibrate_layerwise_disk", "policies", "calibrate_ranks")),
+                    "calibrate_layerwise", "calibrate_layerwise_disk", "policies", "merge_statistics",
+                    "calibrate_ranks")),
         ),
     ),
     Room(

@@ -1,23 +1,17 @@
-"""Reads weights from an untrusted file: no code in it runs, and any damage is an error of one line."""
+"""Loads weights from an untrusted file into a model: any misfit is an error of one line."""
 
 from __future__ import annotations
 
-import io
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import _remove_duplicate_names, load
+from safetensors.torch import _remove_duplicate_names
 from torch import Tensor, nn
 
 from batchnorm.errors import DataError
-from batchnorm.files import read_within
-
-_ZIP = b"PK\3\4"
+from batchnorm.models.state_files import in_short, read_state
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -28,54 +22,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
         FileError: the file cannot be read, or is a folder, a device or a pipe.
         FileNotFoundError: there is none.
     """
-    content = read_within(path)
-    try:
-        state = load(content) if path.suffix == ".safetensors" else _checkpoint(content)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path} is not read: it is damaged or no plain checkpoint, and reading it might run code; where "
-            "you trust it, save its state_dict by torch.save, or as safetensors"
-        ) from error
-    except Exception as error:  # readers raise errors of any type for damaged files
-        raise DataError(f"{path} is not read, as damaged or of another format: {in_short(error)}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    state = read_state(path)
     try:
         _check(state, model.state_dict())
-        model.load_state_dict(_with_ties(dict(state), model))
+        model.load_state_dict(_with_ties(state, model))
     except Exception as error:
         raise DataError(f"{path}: {in_short(error)}") from error
 
 
-def _checkpoint(content: bytes) -> Any:
-    """Return what `torch.save` wrote, of this or of older versions of torch."""
-    if content.startswith(_ZIP):
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            members = archive.infolist()
-        # torch.save compresses nothing: a member larger than the file would fill the memory.
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
-            sum(member.file_size for member in members) > len(content)
-        ):
-            raise ValueError("its members are compressed")
-    if b"bytearray" in content:  # torch allows one, of any size, and no state has one
-        raise ValueError("it makes a bytearray")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of its own way to rebuild tensors
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _check(state: Any, own: Mapping[str, Any]) -> None:
-    """Raise DataError for an object that is no state, or no state of a model whose own is `own`."""
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise DataError("it holds no state: a dict of tensors, or one under the key state_dict")
+def _check(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> None:
+    """Raise DataError for a state of other dtypes than those of a model whose own is `own`."""
     for name, value in state.items():
-        if not isinstance(name, str):
-            raise DataError(f"it holds no state: its keys are names, and one is {str(name)[:40]!r}")
-        strange = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else ""
-        if value.layout is not torch.strided or value.is_nested:
-            strange = "nested" if value.is_nested else str(value.layout)
-        if strange:
-            raise DataError(f"{name} is {strange}: save it as a plain tensor")
         there = own.get(name)
         if isinstance(there, Tensor) and not torch.can_cast(value.dtype, there.dtype):
             raise DataError(f"{name} is {value.dtype}, where the model has {there.dtype}: convert it first")
@@ -88,8 +45,3 @@ def _with_ties(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
             if kept in state and name not in state:
                 state[name] = state[kept]
     return state
-
-
-def in_short(error: Exception) -> str:
-    """Return the first lines of an error's text as one."""
-    return " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__

@@ -13,6 +13,7 @@ from .fold import fold, fold_table
 from .folding.verify import FoldError
 from .freeze import freeze, unfreeze
 from .layers import BatchNormalization
+from .merge_statistics import merge_statistics
 
 __all__ = [
     "BatchNormalization",
@@ -23,5 +24,6 @@ __all__ = [
     "fold",
     "fold_table",
     "freeze",
+    "merge_statistics",
     "unfreeze",
 ]

@@ -285,7 +285,7 @@ def _finish(model: keras.Model, live: Norms, accumulator: _Accumulator) -> Calib
     for number, (name, layer) in enumerate(live):
         if number in pooled:
             most = accumulator.most[number] if number in accumulator.followed else math.inf
-            old = (_float64(layer.moving_mean), _float64(layer.moving_variance))
+            old = (float64_of(layer.moving_mean), float64_of(layer.moving_variance))
             mean, var = new = _statistics(name, layer, pooled[number], most, old)
             values, exact = int(np.max(pooled[number].count)), number not in accumulator.preceded
             changes.append(LayerChange.between(name, values, old, new, layer.epsilon, exact))
@@ -294,7 +294,7 @@ def _finish(model: keras.Model, live: Norms, accumulator: _Accumulator) -> Calib
                 writes.append((layer.moving_stddev, np.sqrt(var + layer.epsilon)))
     frozen = tuple(name for name, layer in norms_within(model) if is_frozen(layer))
     unreached = tuple(name for number, (name, _) in enumerate(live) if number not in pooled)
-    _write(writes)
+    write_all(writes)
     return CalibrationReport(accumulator.samples, accumulator.batches, tuple(changes), unreached, frozen)
 
 
@@ -336,15 +336,15 @@ def _statistics(
     return mean, var
 
 
-def _float64(variable: keras.Variable) -> Array:
+def float64_of(variable: keras.Variable) -> Array:
     """Return a copy of a variable's value."""
     values: Array = ops.convert_to_numpy(variable.value).astype(np.float64)
     return values
 
 
-def _write(writes: list[tuple[keras.Variable, Array]]) -> None:
+def write_all(writes: list[tuple[keras.Variable, Array]]) -> None:
     """Assign each value to its variable; on an interruption midway, put all of them back."""
-    before = [_float64(variable) for variable, _ in writes]
+    before = [float64_of(variable) for variable, _ in writes]
     try:
         for variable, value in writes:
             variable.assign(value)

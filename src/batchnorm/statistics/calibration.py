@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.errors import DataError
+from batchnorm.errors import DataError, OptionError
 from batchnorm.text_table import aligned
 
 from .moments import PooledMoments, merge
@@ -161,3 +162,34 @@ class CalibrationReport:
 
 def _median(values: tuple[float, ...], unit: str) -> str:
     return f"{np.median(values):.3g}{unit}" if values else ""
+
+
+# Numbers of values per channel behind a model's statistics: one for all layers, by name, or as calibrated.
+Count = float | Mapping[str, float] | CalibrationReport
+
+
+def count_of(counts: Count, layer: str, buffer: str, label: str) -> float:
+    """Return the number of values per channel behind the statistics of one layer.
+
+    Args:
+        counts: of one model.
+        layer: the layer's name.
+        buffer: the name of its mean; a count by this name comes first.
+        label: names the model in errors.
+
+    Raises:
+        OptionError: there is none, or it is no finite number of 0 or more.
+    """
+    if isinstance(counts, CalibrationReport):
+        counts = {of_layer.name: of_layer.values for of_layer in counts.layers}
+    if isinstance(counts, Mapping):
+        found = counts.get(buffer, counts.get(layer))
+        if found is None:
+            known = ", ".join(map(str, list(counts)[:3])) or "no layer"
+            raise OptionError(f"the counts of {label} lack {layer or buffer!r}; they have {known}, ...")
+        counts = found
+    value: object = counts
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 0 <= float(counts) < float("inf"):
+        raise OptionError(f"a count is a number of values per channel, 0 or more; got {value!r} for {label}")
+    return float(counts)

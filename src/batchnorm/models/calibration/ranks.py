@@ -1,4 +1,4 @@
-"""Lets the processes of torch.distributed calibrate together, each on its own part of the data."""
+"""Lets the processes of torch.distributed pool moments together, each those of its own part of the data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class Ranks:
         OptionError: a group without torch.distributed, or without this process.
     """
 
-    def __init__(self, group: distributed.ProcessGroup | Literal[False] | None) -> None:
+    def __init__(
+        self, group: distributed.ProcessGroup | Literal[False] | None, verb: str = "calibrate"
+    ) -> None:
+        self._verb = verb
         is_initialized = distributed.is_available() and distributed.is_initialized()
         if group not in (None, False) and not is_initialized:
             raise OptionError(
@@ -46,7 +49,7 @@ class Ranks:
         process_group = distributed.group.WORLD if group is None else group
         self.rank = distributed.get_rank(process_group)
         if self.rank < 0:
-            raise OptionError("this process is not of the group that calibrates: call calibrate on its ranks")
+            raise OptionError(f"this process is not of the group: call {verb} on the ranks of the group")
         self.size = distributed.get_world_size(process_group)
         members = distributed.get_process_group_ranks(process_group)
         self._members = collectives.Ranks(tuple(members), collectives.timeout_of(process_group))
@@ -99,13 +102,15 @@ class Ranks:
             row = work()
         except BaseException as caught:
             error, row = caught, torch.zeros(length, dtype=torch.float64)
-        rows = collectives.gather(torch.cat((_as_numbers(error), row)), self._members, "calibrate")
+        rows = collectives.gather(torch.cat((_as_numbers(error), row)), self._members, self._verb)
         if error is not None:
             raise error
         for rank, other in enumerate(rows):
             if other[0]:
                 text = bytes(map(int, other[1 : 1 + _TEXT].tolist())).rstrip(b"\0").decode(errors="ignore")
-                raise RankError(f"calibrate changed nothing on any rank, because rank {rank} raised {text}")
+                raise RankError(
+                    f"{self._verb} changed nothing on any rank, because rank {rank} raised {text}"
+                )
         return [other[1 + _TEXT :] for other in rows]
 
 
