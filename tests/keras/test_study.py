@@ -376,7 +376,7 @@ def test_bytes_kept_are_those_that_autograd_saves_once_each(backend: str) -> Non
     x, y = np.ones((5, 4), np.float32), np.array([0, 1, 2, 0, 1], np.int32)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), BatchNormalization()])
     before = weights(model)
-    kept = KerasLearner(model, parse_arm("none"), 1e-3).bytes_kept(x, y)
+    kept = KerasLearner(model, parse_arm("none"), Recipe(), 1e-3).bytes_kept(x, y)
     if backend != "torch":
         assert kept is None
         return
@@ -385,7 +385,9 @@ def test_bytes_kept_are_those_that_autograd_saves_once_each(backend: str) -> Non
     assert 4 * (5 * 4 + 5 * 3) <= kept <= 4 * (5 * 4 + 8 * 5 * 3)
     wider = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(3)])
     plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    more, less = (KerasLearner(one, parse_arm("none"), 1e-3).bytes_kept(x, y) for one in (wider, plain))
+    more, less = (
+        KerasLearner(one, parse_arm("none"), Recipe(), 1e-3).bytes_kept(x, y) for one in (wider, plain)
+    )
     assert more is not None
     assert less is not None
     assert more - less == 4 * 5 * 3
@@ -398,7 +400,7 @@ def test_evaluation_is_the_mean_over_all_examples(data: Dataset) -> None:
     output = keras.ops.convert_to_numpy(model(data.x_train, training=False)).astype(np.float64)
     share = np.exp(output - output.max(axis=1, keepdims=True))
     share /= share.sum(axis=1, keepdims=True)
-    learner = KerasLearner(model, parse_arm("none"), 1e-3)
+    learner = KerasLearner(model, parse_arm("none"), Recipe(), 1e-3)
     loss, accuracy = training.evaluate(learner, data.x_train, data.y_train)
     assert loss == pytest.approx(-np.log(share[np.arange(60), data.y_train]).mean(), rel=1e-5)
     assert accuracy == (output.argmax(axis=1) == data.y_train).mean()
