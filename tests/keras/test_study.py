@@ -21,6 +21,7 @@ from batchnorm.study.arms import L1_STRENGTH, L2_STRENGTH, Arm, parse_arm
 from batchnorm.study.data import Dataset, load_data
 from batchnorm.study.errors import StudyError
 from batchnorm.study.learner_keras import KerasLearner, make_learner, session
+from batchnorm.study.networks import WS_EPS, WS_GAIN
 from batchnorm.study.networks_keras import NormFactory, build_network
 from batchnorm.study.optimizer_keras import make_optimizer
 from batchnorm.study.records import Movement
@@ -499,3 +500,62 @@ def test_the_mask_keeps_padding_out_of_a_prediction() -> None:
         moved[arm] = run.movements.batch
     assert moved["batchnorm"].by_padding == 0 < moved["batchnorm"].by_mates
     assert moved["batchnorm:unmasked"].by_padding > 0.001
+
+
+@pytest.mark.parametrize(
+    ("network", "arm"),
+    [
+        ("residual-mlp", "skipinit"),
+        ("residual-mlp", "dropout+batchnorm:after-activation:Ghost(10)"),
+        ("mlp", "batchnorm:Running(after=0.5)"),
+        ("mlp", "stock"),
+        ("mlp", "groupnorm+weightstandard"),
+    ],
+)
+def test_every_kind_of_arm_trains(data: Dataset, network: str, arm: str) -> None:
+    run = run_task(network, arm, seed=1, epochs=4, batch_size=BATCH, optimizer="sgd", momentum=0.9)
+    losses = run_of(run, data)["step_loss"]
+    assert all(map(math.isfinite, losses))
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_standardized_kernels_are_those_of_torch() -> None:
+    model = build_network("mlp", parse_arm("weightstandard"), (4,), 3, 0)
+    layer, last = probes.weight_layers(model).values()
+    kernel = keras.ops.convert_to_numpy(layer.kernel).astype(np.float64)
+    x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    mean, var = kernel.mean(axis=0), kernel.var(axis=0)
+    standardized = WS_GAIN * (kernel - mean) / np.sqrt(4 * var + WS_EPS)
+    bias = keras.ops.convert_to_numpy(layer.bias)
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(layer(x)), x @ standardized + bias, rtol=1e-4, atol=1e-5
+    )
+    assert type(last) is keras.layers.Dense
+
+
+@ON_ONE_BACKEND
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_weights_alone_decay_as_in_torch(optimizer: str) -> None:
+    import torch
+
+    kernel, bias = (keras.Variable(np.ones((2, 2)), dtype="float32") for _ in range(2))
+    recipe = Recipe(optimizer=optimizer, momentum=0.5 if optimizer == "sgd" else 0.0, weight_decay=0.1)
+    ours = make_optimizer(recipe, 0.1, parse_arm("none"), [[kernel]], noting=False)
+    ours.build([kernel, bias])
+    expected = [torch.ones(2, 2, requires_grad=True) for _ in range(2)]
+    groups = [{"params": [expected[0]], "weight_decay": 0.1}, {"params": [expected[1]], "weight_decay": 0.0}]
+    theirs = {
+        "sgd": lambda: torch.optim.SGD(groups, 0.1, momentum=0.5),
+        "adam": lambda: torch.optim.Adam(groups, 0.1),
+        "adamw": lambda: torch.optim.AdamW(groups, 0.1),
+    }[optimizer]()
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        gradients = [random.standard_normal((2, 2)).astype(np.float32) for _ in range(2)]
+        ours.apply([keras.ops.convert_to_tensor(gradient) for gradient in gradients], [kernel, bias])
+        for value, gradient in zip(expected, gradients, strict=True):
+            value.grad = torch.from_numpy(gradient)
+        theirs.step()
+    for variable, value in zip((kernel, bias), expected, strict=True):
+        found = keras.ops.convert_to_numpy(variable)
+        np.testing.assert_allclose(found, value.detach().numpy(), rtol=1e-4, atol=1e-5)
