@@ -195,7 +195,7 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_no_part_of_it(own:
 
     done = run(tiny(own), own.parent, no_file_beyond_8_bytes)
     assert_fails_in_one_line(done, 1, "error: ", os.strerror(errno.EFBIG), "every finished run is kept")
-    assert sorted(path.name for path in own.parent.glob("runs/*/*")) == [".lock", "runs"]
+    assert sorted(path.name for path in own.parent.glob("runs/*/*")) == [".lock", "runs", "timing"]
 
 
 FIRST_MOMENTS = {
