@@ -157,8 +157,8 @@ class Keras:
     def reset_parameters(self, layer: str) -> str:
         return (
             f"norm = {_layer(layer)}\n"
-            "norm.gamma.assign(keras.ops.ones_like(norm.gamma))\n"
-            "norm.beta.assign(keras.ops.zeros_like(norm.beta))\n"
+            "norm.gamma.assign(keras.ops.ones(norm.gamma.shape))\n"
+            "norm.beta.assign(keras.ops.zeros(norm.beta.shape))\n"
             f"{self.calibrate()}"
         )
 
@@ -199,7 +199,7 @@ class Keras:
         return (
             f"layer, norm = {_layer(before)}, {_layer(norm)}\n"
             "norm.moving_mean.assign(norm.moving_mean - layer.bias)\n"
-            "layer.bias.assign(keras.ops.zeros_like(layer.bias))"
+            "layer.bias.assign(keras.ops.zeros(layer.bias.shape))"
         )
 
     def domains(self, calls: int) -> str:

@@ -216,6 +216,7 @@ def _standardize(layer: keras.layers.Layer) -> None:
         if not getattr(self, "_is_standardized", False):
             return trained
         ops, axes = keras.ops, tuple(range(len(trained.shape) - 1))
+        trained = ops.convert_to_tensor(trained)
         mean, var = ops.moments(trained, axes, keepdims=True)
         return WS_GAIN * (trained - mean) * ops.rsqrt(math.prod(trained.shape[:-1]) * var + WS_EPS)
 
