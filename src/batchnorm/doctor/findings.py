@@ -6,9 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Literal
 
 from batchnorm.errors import in_one_line
+
+_COLORS = {"serious": "#a33f00", "likely": "#5b5200", "note": "#57606a"}
+_MONO = "font-family: ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap"
 
 Severity = Literal["serious", "likely", "note"]
 SEVERITIES: tuple[Severity, ...] = ("serious", "likely", "note")
@@ -190,9 +194,7 @@ class Diagnosis:
         return printable("\n".join(lines))
 
     def _repr_html_(self) -> str:
-        from .html import fragment
-
-        return fragment(self)
+        return _html(self)
 
     def to_dict(self) -> dict[str, object]:
         """Return plain data, for JSON: numbers that are not finite are strings."""
@@ -236,3 +238,32 @@ def _plain(value: object) -> object:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(value)
     return value
+
+
+def _html(diagnosis: Diagnosis) -> str:
+    """Return the diagnosis as a fragment of HTML with its own style; every text is escaped."""
+    parts = [f"<p><strong>{_safe(diagnosis.title)}</strong></p>"]
+    if diagnosis.scores:
+        parts.append(f"<p>{_safe(diagnosis.scores_in_words())}</p>")
+    if diagnosis.findings:
+        rows = "".join(_row(first, others) for first, others in diagnosis.groups())
+        parts.append(f'<table style="text-align: left"><tbody>{rows}</tbody></table>')
+    parts += [f"<p>not looked at: {_safe(why)}</p>" for why in diagnosis.unchecked]
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _row(first: Finding, others: list[Finding]) -> str:
+    layers = listed([found.layer for found in (first, *others) if found.layer])
+    left, style = (
+        "text-align: left; vertical-align: top",
+        f"color: {_COLORS[first.severity]}; font-weight: 600",
+    )
+    return (
+        f'<tr><td style="{left}"><span style="{style}">{first.severity}</span><br>{_safe(first.check)}</td>'
+        f'<td style="{left}">{_safe(layers)}</td><td style="{left}">{_safe(first.message)} {_safe(first.why)}'
+        f'<pre style="{_MONO}; margin: .3em 0">{escape(printable(first.remedy))}</pre></td></tr>'
+    )
+
+
+def _safe(text: str) -> str:
+    return escape(in_one_line(text))

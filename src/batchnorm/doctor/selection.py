@@ -1,4 +1,4 @@
-"""Selects the findings that a diagnosis shows: without those that data refutes, and those to be ignored."""
+"""Makes the diagnosis of findings: without those that data refutes, and those to be ignored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from batchnorm.errors import OptionError
 
 from . import thresholds as t
-from .findings import CHECKS, Finding, LayerGap, ordered
+from .findings import CHECKS, Cost, Diagnosis, Finding, LayerGap, ordered
+from .measurements import Measured
+from .records import ModelState
 
 
 def check_ignored(ignore: Iterable[str]) -> frozenset[str]:
@@ -41,3 +43,35 @@ def selected(
         if not is_refuted and not is_ignored:
             kept.setdefault((finding.check, finding.layer, told), finding)
     return tuple(kept.values())
+
+
+def concluded(
+    state: ModelState,
+    measured: Measured,
+    found: list[Finding],
+    layers: Sequence[LayerGap],
+    ignored: frozenset[str],
+    seconds: float,
+    unchecked: Iterable[str],
+) -> Diagnosis:
+    """Return the diagnosis of a model.
+
+    Args:
+        state: of the model.
+        measured: what samples showed; empty without any.
+        found: all findings.
+        layers: how far the statistics of each layer are off.
+        ignored: see `check_ignored`.
+        seconds: that it took.
+        unchecked: what was not looked at, and why.
+    """
+    return Diagnosis(
+        model=state.name,
+        norms=len(state.norms),
+        findings=selected(found, layers, ignored),
+        scores={name: score.value for name, score in measured.scores.items()},
+        measure=measured.measure,
+        layers=tuple(layers),
+        cost=Cost(measured.forwards, measured.samples, seconds),
+        unchecked=tuple(dict.fromkeys((*unchecked, *measured.unchecked))),
+    )

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import keras
 
 from batchnorm.doctor.data_checks import check_data
-from batchnorm.doctor.findings import Cost, Diagnosis, LayerGap
+from batchnorm.doctor.findings import Diagnosis, LayerGap
 from batchnorm.doctor.measurements import Measured
 from batchnorm.doctor.model_checks import check_model
-from batchnorm.doctor.selection import check_ignored, selected
+from batchnorm.doctor.selection import check_ignored, concluded
 from batchnorm.errors import DataError, OptionError
 
 from .calibration.batches import Data, labelled
@@ -81,13 +81,5 @@ def diagnose(
     if taken is not None:
         more, layers = check_data(state, measured)
         found += more
-    return Diagnosis(
-        model=state.name,
-        norms=len(state.norms),
-        findings=selected(found, layers, ignored),
-        scores={name: score.value for name, score in measured.scores.items()},
-        measure=measured.measure,
-        layers=layers,
-        cost=Cost(measured.forwards, measured.samples, time.perf_counter() - started),
-        unchecked=(*unchecked, *measured.unchecked),
-    )
+    seconds = time.perf_counter() - started
+    return concluded(state, measured, found, layers, ignored, seconds, unchecked)

@@ -11,10 +11,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from batchnorm.doctor.data_checks import check_data
-from batchnorm.doctor.findings import Cost, Diagnosis, LayerGap
+from batchnorm.doctor.findings import Diagnosis, LayerGap
 from batchnorm.doctor.measurements import Measured
 from batchnorm.doctor.model_checks import check_model
-from batchnorm.doctor.selection import check_ignored, selected
+from batchnorm.doctor.selection import check_ignored, concluded
 from batchnorm.errors import ArgumentTypeError, OptionError
 from batchnorm.torch.checks import shown_type
 
@@ -91,16 +91,8 @@ def diagnose(
             more, layers = check_data(state, measured)
             # Whether a batch has one value per channel, the data shows.
             found = [of for of in check_model(state) if of.check != "one-value"] + more
-    return Diagnosis(
-        model=state.name,
-        norms=len(state.norms),
-        findings=selected(found, layers, ignored),
-        scores={name: score.value for name, score in measured.scores.items()},
-        measure=measured.measure,
-        layers=layers,
-        cost=Cost(measured.forwards, measured.samples, time.perf_counter() - started),
-        unchecked=(*unchecked, *dict.fromkeys(measured.unchecked)),
-    )
+    seconds = time.perf_counter() - started
+    return concluded(state, measured, found, layers, ignored, seconds, unchecked)
 
 
 def _inner(model: nn.Module) -> nn.Module:

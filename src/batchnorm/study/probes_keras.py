@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import numpy.typing as npt
 
+from batchnorm.keras.replaced_calls import Call, calls_replaced
+
 Array = npt.NDArray[Any]
-Call = Callable[..., Any]
 
 _WEIGHT_LAYERS = (
     *(keras.layers.Dense, keras.layers.EinsumDense),
@@ -81,7 +82,7 @@ def batch_statistics(model: keras.Model) -> Iterator[None]:
     def in_training(_: keras.layers.Layer, call: Call) -> Call:
         return lambda *inputs, **options: call(*inputs, **{**options, "training": True})
 
-    with state_kept(model), _calls_replaced(batch_norms(model), in_training):
+    with state_kept(model), calls_replaced(batch_norms(model), in_training):
         yield
 
 
@@ -110,26 +111,6 @@ def input_spread(model: keras.Model, x: Array | list[Array]) -> dict[str, tuple[
 
         return watched
 
-    with _calls_replaced(layers.values(), look), batch_statistics(model):
+    with calls_replaced(layers.values(), look), batch_statistics(model):
         model(x, training=False)
     return spread
-
-
-@contextlib.contextmanager
-def _calls_replaced(
-    layers: Iterable[keras.layers.Layer], wrap: Callable[[keras.layers.Layer, Call], Call]
-) -> Iterator[None]:
-    """Puts `wrap(layer, its call)` in the place of layers' `call`, which is put back on any exit."""
-    replaced: list[tuple[keras.layers.Layer, Call | None]] = []
-    try:
-        for layer in layers:
-            replaced.append((layer, vars(layer).get("call")))
-            # Past the layer's own __setattr__, which would track what it is given as part of the model.
-            object.__setattr__(layer, "call", wrap(layer, layer.call))
-        yield
-    finally:
-        for layer, own in replaced:
-            if own is None:
-                object.__delattr__(layer, "call")
-            else:
-                object.__setattr__(layer, "call", own)

@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
-from batchnorm.files import write_whole
 from batchnorm.study.frameworks import framework_in_words
+from batchnorm.study.html_page import render_template, write_html
 from batchnorm.study.plots import Picture, axes_of, illustrate
 from batchnorm.study.settings import shown_number
 from batchnorm.study.verdicts import RULE, Claim, Grade, Network, Study, judge, read
@@ -101,25 +98,16 @@ def write_report(folder: Path) -> Path:
     """
     study = read(folder / "results.json")
     path = folder / "report.html"
-    # A name may hold half a surrogate pair, which no file in UTF-8 can.
-    page = render(study).encode("utf-8", "replace").decode("utf-8")
-    write_whole(path, page)
+    write_html(path, render(study))
     return path
 
 
 def render(study: Study) -> str:
     """Returns the report as HTML; every name and value in it is escaped."""
-    environment = Environment(
-        loader=PackageLoader("batchnorm.study", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["drawing"] = lambda picture: Markup(picture.svg)  # escaped where it is drawn
     sections = [_section(network, f"n{i}") for i, network in enumerate(study.networks, start=1)]
     labels = {key: claim.label for section in sections for key, claim in section.claims.items()}
-    return environment.get_template("report.html.j2").render(
+    return render_template(
+        "report.html.j2",
         data=q.listed([str(one.get("name") or "this data") for one in _data(study.provenance)]),
         facts=_facts(study),
         baselines=_baselines(study.provenance),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import keras
 import numpy as np
@@ -14,6 +14,7 @@ from batchnorm.keras.batch_layout import split, valid_values
 from batchnorm.keras.moments import moments, wide
 from batchnorm.keras.norms import Norm, Norms
 from batchnorm.keras.protocols import Tensor
+from batchnorm.keras.replaced_calls import Call, calls_replaced
 from batchnorm.statistics.moments import PooledMoments
 
 from .batches import Inputs
@@ -46,7 +47,7 @@ class BatchMoments:
 
         Moments are NumPy float64, `[C]`.
         """
-        return [(int(number), _wide(packed)) for number, packed in self._run(x)]
+        return [(int(number), unpacked(packed)) for number, packed in self._run(x)]
 
     def serves(self, model: keras.Model, norms: Norms) -> bool:
         """Whether this is what a new one for these would be."""
@@ -54,35 +55,30 @@ class BatchMoments:
 
     def _forward(self, x: Inputs) -> Found:
         found: Found = []
-        with _measured(self.norms, found):
+        with measuring_moments(self.norms, found):
             self.model(x, training=False)
         return found
 
 
-def _wide(packed: Tensor) -> PooledMoments:
+def unpacked(packed: Tensor) -> PooledMoments:
     count, shift, delta, var = ops.convert_to_numpy(packed).astype(np.float64)
     with np.errstate(invalid="ignore"):  # inf - inf, where sums overflow: the caller refuses NaN
         return PooledMoments(count, shift + delta, var * count)
 
 
-@contextlib.contextmanager
-def _measured(norms: Norms, found: Found) -> Iterator[None]:
+def measuring_moments(norms: Norms, found: Found) -> AbstractContextManager[None]:
     """Let each layer append what it receives to `found`, and normalize by it, within this context.
 
-    Stock layers have no hook, so an attribute `call` of the layer shadows its method, past Keras's tracking.
+    Stock layers have no hook.
     """
-    before = [(layer, layer.__dict__.get("call")) for _, layer in norms]
-    try:
-        for number, (name, layer) in enumerate(norms):
-            label, call = f"{name} ({type(layer).__name__})", layer.call
-            layer.__dict__["call"] = functools.partial(_measure, layer, label, call, number, found)
-        yield
-    finally:
-        for layer, call in before:
-            if call is None:
-                layer.__dict__.pop("call", None)
-            else:
-                layer.__dict__["call"] = call
+    numbers = {id(layer): number for number, (_, layer) in enumerate(norms)}
+
+    def measuring(layer: keras.layers.Layer, call: Call) -> Call:
+        number = numbers[id(layer)]
+        label = f"{norms[number][0]} ({type(layer).__name__})"
+        return functools.partial(_measure, layer, label, call, number, found)
+
+    return calls_replaced([layer for _, layer in norms], measuring)
 
 
 def _measure(
@@ -127,7 +123,7 @@ def _compiled(model: keras.Model, forward: Forward) -> Forward:
 
     backend, eager = keras.backend.backend(), bool(getattr(model, "run_eagerly", False))
     if backend == "torch":
-        return lambda x: _in_evaluation(model, stateless, x)
+        return lambda x: in_evaluation(model, stateless, x)
     if backend == "jax" and not eager and getattr(model, "jit_compile", True):
         return _jitted(model, forward)
     if backend == "tensorflow" and not eager:
@@ -138,7 +134,7 @@ def _compiled(model: keras.Model, forward: Forward) -> Forward:
     return stateless
 
 
-def _in_evaluation(model: keras.Model, forward: Forward, x: Inputs) -> Found:
+def in_evaluation(model: keras.Model, forward: Forward, x: Inputs) -> Found:
     """Run a forward of torch, for the time of which the modules inside the model are in evaluation mode."""
     import torch
 

@@ -6,9 +6,8 @@ ends: the model does not change.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -18,10 +17,11 @@ from numpy.typing import NDArray
 
 from batchnorm.doctor.measurements import Array, Measured, Received, Score, scored
 from batchnorm.keras.batch_layout import split, valid_values
-from batchnorm.keras.calibration.batch_moments import Found, _in_evaluation, _measured, _wide
+from batchnorm.keras.calibration.batch_moments import Found, in_evaluation, measuring_moments, unpacked
 from batchnorm.keras.calibration.batches import Inputs, samples
 from batchnorm.keras.moments import moments, wide
 from batchnorm.keras.norms import Norm, Norms, is_frozen, norms_within
+from batchnorm.keras.replaced_calls import calls_replaced
 from batchnorm.statistics.moments import PooledMoments, merge
 
 from .state import array
@@ -76,18 +76,18 @@ class _Passes:
 
             return run
 
-        with _shadowed(self.model, watched):
+        with calls_replaced(_innermost(self.model), watched):
             self._score("running", before=calls.clear)
 
     def by_batch(self) -> None:
         """Normalize by each batch; the moments of all are those of the population."""
         found: Found = []
-        with _measured(list(self.live.items()), found):
+        with measuring_moments(list(self.live.items()), found):
             self._score("batch")
         names = list(self.live)
         pooled = self.measured.population
         for number, packed in found:
-            of = _wide(packed)
+            of = unpacked(packed)
             of = of._replace(count=float(np.max(of.count)))
             pooled[names[number]] = merge(pooled[names[number]], of) if names[number] in pooled else of
 
@@ -133,7 +133,9 @@ class _Passes:
         outputs = []
         for change in (cut, other):
             trace: list[tuple[str, Array, Array]] = []
-            with _shadowed(self.model, _tracing(trace, {id(n): name for name, n in self.norms}, kept)):
+            with calls_replaced(
+                _innermost(self.model), _tracing(trace, {id(n): name for name, n in self.norms}, kept)
+            ):
                 outputs.append(_run(self.model, keras.tree.map_structure(change, x), {}))
             traces.append(trace)
         first, second = outputs
@@ -172,7 +174,7 @@ class _Passes:
         axis = norm.axis % len(inputs.shape)
         batch = split(wide(inputs), valid_values(mask, inputs, axis, name), axis, size=None)
         packed = ops.stack([ops.reshape(value, (-1,)) for value in moments(batch.x, batch.axes, batch.valid)])
-        of = _wide(packed)
+        of = unpacked(packed)
         values = ops.convert_to_numpy(ops.cast(inputs, "float32")).astype(np.float64)
         others = tuple(a for a in range(1, values.ndim) if a != axis)
         means = values.mean(others) if axis else values.mean(tuple(range(2, values.ndim))).T
@@ -199,26 +201,14 @@ def _run(model: keras.Model, x: Inputs, values: Mapping[int, tuple[Norm, Array, 
             return model(x, training=False)
 
     torchs = keras.backend.backend() == "torch"
-    outputs = _in_evaluation(model, forward, x) if torchs else forward(x)
+    outputs = in_evaluation(model, forward, x) if torchs else forward(x)
     first = ops.convert_to_numpy(ops.cast(keras.tree.flatten(outputs)[0], "float32"))
     return np.asarray(first, np.float64)
 
 
-@contextlib.contextmanager
-def _shadowed(model: keras.Model, shadow: Shadow) -> Iterator[None]:
-    """Run another `call` of every layer without layers in it, within this context."""
-    layers = [layer for layer in model._flatten_layers(include_self=False) if not layer._layers]
-    before = [(layer, layer.__dict__.get("call")) for layer in layers]
-    try:
-        for layer in layers:
-            layer.__dict__["call"] = shadow(layer, layer.call)
-        yield
-    finally:
-        for layer, call in before:
-            if call is None:
-                layer.__dict__.pop("call", None)
-            else:
-                layer.__dict__["call"] = call
+def _innermost(model: keras.Model) -> list[keras.layers.Layer]:
+    """Return the layers without layers in them."""
+    return [layer for layer in model._flatten_layers(include_self=False) if not layer._layers]
 
 
 def _tracing(trace: list[tuple[str, Array, Array]], names: Mapping[int, str], kept: int) -> Shadow:
