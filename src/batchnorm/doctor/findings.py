@@ -165,7 +165,8 @@ class Diagnosis:
         told = [
             f"{count[s]} {word}" for s, word in zip(SEVERITIES, ("serious", "likely", "to know"), strict=True)
         ]
-        return f"{self.model}: {self.norms} batch normalizations, {', '.join(told)} ({self.cost})"
+        norms = "1 batch normalization" if self.norms == 1 else f"{self.norms} batch normalizations"
+        return f"{self.model}: {norms}, {', '.join(told)} ({self.cost})"
 
     def groups(self) -> list[tuple[Finding, list[Finding]]]:
         """Return the findings by severity and check: the first of each, and the others."""

@@ -141,7 +141,7 @@ def _parse_policy(arm: str, text: str) -> tuple[Policy | None, float | None]:
         named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, KeyError, RecursionError, MemoryError):
         known = ", ".join(f"{name}(...)" for name in _POLICIES)
-        raise OptionError(f"arm {arm!r}: {text!r} is no option of batchnorm: it has {known}") from None
+        raise OptionError(f"arm {arm!r}: {text!r} is no policy with numbers as arguments: {known}") from None
     if kind is Running and list(named) == ["after"] and not positional:
         after = named["after"]
         if not (isinstance(after, int | float) and 0 <= after <= 1):

@@ -59,7 +59,7 @@ def _dots(axes: Axes, values: Sequence[float], limit: float) -> None:
     for row, value in enumerate(values):
         if math.isfinite(value):
             color = BASELINE_COLOR if value > limit else SUBJECT_COLOR
-            axes.plot([max(value, _LEAST)], [row], "o", color=color, markersize=4.5)
+            axes.plot([max(value, _LEAST)], [row], "o", color=color, markersize=4.5, clip_on=False)
     axes.set_xlim(left=_LEAST * 0.8)
     axes.yaxis.grid(False)
     axes.xaxis.set_major_locator(LogLocator(numticks=4))
