@@ -23,6 +23,13 @@ _LAID_OUT = (
 )  # fmt: skip
 _PRODUCTS = ("Addmm", "Mm")
 _CONVOLUTION = "Convolution"
+_AVERAGES = (
+    "MeanBackward1", "AvgPool2D", "AdaptiveAvgPool2D", "UpsampleNearest2D", "UpsampleBilinear2D",
+    "UpsampleBicubic2D",
+)  # fmt: skip
+_SUMS = ("Add", "Sub")
+_CAT = "Cat"
+_CHANNELS = (1, 2**64 - 3)  # as autograd keeps the axes 1 and -3
 _Edge = tuple[Any, int]
 
 
@@ -41,7 +48,7 @@ class _Mark(torch.autograd.Function):
 def possible(model: nn.Module, example: Any) -> set[str]:
     """Return the names of the norms that run on an example and that a layer next to them could absorb."""
     graph = _Graph(model, example)
-    return {name for name in graph.ins if graph.before(name) or graph.after(name)}
+    return {name for name in graph.ins if graph.before(name) or graph.after(name) or graph.beside(name)}
 
 
 class _Graph:
@@ -94,21 +101,63 @@ class _Graph:
 
     def before(self, name: str) -> bool:
         """Return whether a norm reads only layers that have no other reader, and weights of their own."""
-        sources = []
+        sources: list[Any] = []
         for node in self.ins[name]:
-            edge = node.next_functions[0]
-            while edge[0] is not None and len(self.readers[edge]) == 1 and _is(edge[0], _LAID_OUT):
-                edge = edge[0].next_functions[0]
-            if edge[0] is None or len(self.readers[edge]) != 1 or not self._weight(edge[0]):
+            found = self._sources(node.next_functions[0])
+            if found is None:
                 return False
-            if not self._fits(edge[0], self.channels[name], outputs=True):
+            is_whole = len(found) == 1
+            if is_whole and not self._fits(found[0], self.channels[name], outputs=True):
                 return False
-            sources.append(edge[0])
-        return self._serve_only(sources)
+            sources += found
+        return self._serve_only(sources) and len(sources) == len({id(source) for source in sources})
+
+    def _sources(self, edge: _Edge) -> list[Any] | None:
+        """Return the layers that alone make a value, past layouts, averages, sums and concatenations."""
+        node = edge[0]
+        if node is None or len(self.readers[edge]) != 1:
+            return None
+        if self._weight(node):
+            return [node]
+        parts = [edge for edge in node.next_functions if edge[0] is not None]
+        if _is(node, _SUMS) or (_is(node, (_CAT,)) and node._saved_dim in _CHANNELS):
+            if _is(node, (_CAT,)) and len(parts) < len(node.next_functions):
+                return None
+            found = [self._sources(part) for part in parts]
+            return None if None in found else [layer for layers in found for layer in layers or ()]
+        return self._sources(node.next_functions[0]) if _hands_on(node) else None
+
+    def beside(self, name: str) -> bool:
+        """Return whether a convolution of a norm's input that could give it back is added to the norm."""
+        if len(self.ins[name]) != 1:
+            return False
+        (own,), (node,) = self.ins[name], self.outs[name]
+        while len(readers := self.readers[node, 0]) == 1 and readers != ["output"] and _is(readers[0], _SUMS):
+            node = readers[0]
+        if node is self.outs[name][0]:
+            return False
+        input_ = own.next_functions[0]
+        return any(
+            _gives_its_input(term) and term.next_functions[0] == input_ and self._serve_only([term])
+            for term in self._terms((node, 0))
+        )
+
+    def _terms(self, edge: _Edge) -> Iterable[Any]:
+        """Yield the nodes that are added, past norms that the layer before them takes."""
+        node = edge[0]
+        marked = [name for name, nodes in self.outs.items() if node in nodes]
+        if marked and self.before(marked[0]):
+            yield from self._terms(self.ins[marked[0]][0].next_functions[0])
+        elif node is not None and _is(node, _SUMS):
+            for part in node.next_functions:
+                yield from self._terms(part)
+        elif node is not None and len(self.readers[edge]) == 1:
+            yield node
 
     def after(self, name: str) -> bool:
         """Return whether all readers of a norm are layers without padding, and with weights of their own."""
-        layers = []
+        layers: list[Any] = []
+        joined = False
         waiting = list(self.outs[name])
         while waiting:
             node = waiting.pop()
@@ -116,13 +165,15 @@ class _Graph:
             if not readers:
                 return False
             for reader in readers:
-                if reader != "output" and _is(reader, _LAID_OUT):
+                is_joined = reader != "output" and _is(reader, (_CAT,)) and reader._saved_dim in _CHANNELS
+                if reader != "output" and (_hands_on(reader) or is_joined):
+                    joined = joined or is_joined
                     waiting.append(reader)
                 elif (
                     reader == "output"
                     or not self._weight(reader)
                     or not _is_unpadded(reader)
-                    or not self._fits(reader, self.channels[name], outputs=False)
+                    or not (joined or self._fits(reader, self.channels[name], outputs=False))
                 ):
                     return False
                 else:
@@ -163,3 +214,22 @@ def _is(node: Any, kinds: tuple[str, ...]) -> bool:
 
 def _is_unpadded(node: Any) -> bool:
     return not _is(node, (_CONVOLUTION,)) or not (any(node._saved_padding) or node._saved_transposed)
+
+
+def _hands_on(node: Any) -> bool:
+    """Return whether a node lays its input out anew, or averages data within each channel."""
+    if _is(node, ("AvgPool2D",)) and any(node._saved_padding) and node._saved_count_include_pad:
+        return False
+    return _is(node, (*_LAID_OUT, *_AVERAGES))
+
+
+def _gives_its_input(node: Any) -> bool:
+    """Return whether a node is a convolution of which some weights return the input."""
+    if not _is(node, (_CONVOLUTION,)) or node._saved_transposed or any(s != 1 for s in node._saved_stride):
+        return False
+    weight = node.next_functions[1][0]
+    shape = getattr(weight, "variable", torch.empty(0)).shape
+    if len(shape) < 3 or shape[0] != shape[1] * node._saved_groups:
+        return False
+    sizes = zip(shape[2:], node._saved_dilation, node._saved_padding, strict=True)
+    return all(size % 2 and 2 * pad == step * (size - 1) for size, step, pad in sizes)

@@ -12,7 +12,7 @@ from .results_file import FOLDER, load
 from .tables import Row, Rows, table_of, with_quartiles
 
 ROOT = Path(__file__).parent.parent
-_DOCS = ("benchmarks", "calibrate", "fold", "gpu", "lean", "statistics", "study")
+_DOCS = ("benchmarks", "calibrate", "doctor", "fold", "gpu", "lean", "statistics", "study")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _DOCS))
 GPU_PAGE = ROOT / "docs" / "gpu.md"
 
@@ -113,6 +113,9 @@ BLOCKS: dict[str, tuple[str, str]] = {
     "step-time-keras": ("step-time-keras-cpu", "page.keras_step_table"),
     "calibrate": ("calibrate-cpu", "calibrate.time_table"),
     "calibrate-memory": ("calibrate-cpu", "calibrate.memory_table"),
+    "doctor-case": ("doctor-case", "doctor_case.case_table"),
+    "doctor-cost": ("doctor-cpu", "doctor.cost_table"),
+    "doctor-zoo": ("doctor-cpu", "doctor.zoo_table"),
     "calibration-report": ("calibration-digits", "calibrate.report_table"),
     "fold-zoo-goals": ("fold-zoo-cpu", "fold_page.zoo_goals_table"),
     "fold-zoo": ("fold-zoo-cpu", "fold_page.zoo_table"),

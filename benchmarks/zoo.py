@@ -1,4 +1,4 @@
-"""Networks with batch normalization: transformers' from small configurations, plain torch's, and nasty ones.
+"""Networks with batch normalization: transformers' from small configurations, plain torch's, branched, nasty.
 
 Weights are random, as torch's layers start, and norms are away from their initial state, so that nothing is
 right by chance.
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import networks
+from .zoo_branches import BRANCHES
 from .zoo_images import IMAGES, Made
 from .zoo_nasty import NASTY
 from .zoo_sequences import SEQUENCES
@@ -48,6 +49,7 @@ def _stock(name: str) -> Callable[[], Made]:
 
 ZOO: dict[str, Callable[[], Made]] = {
     **{name: _stock(name) for name in networks.NETWORKS},
+    **BRANCHES,
     **IMAGES,
     **SEQUENCES,
     **NASTY,

@@ -27,6 +27,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "calibrate": ("batchnorm.models.calibrate", "calibrate"),
     "conventions": ("batchnorm.conventions", None),
     "convert": ("batchnorm.models.convert", "convert"),
+    "diagnose": ("batchnorm.models.diagnose", "diagnose"),
     "domain": ("batchnorm.models.domain", "domain"),
     "errors": ("batchnorm.errors", None),
     "fold": ("batchnorm.models.fold", "fold"),
@@ -60,6 +61,7 @@ __all__ = [
     "calibrate",
     "conventions",
     "convert",
+    "diagnose",
     "domain",
     "errors",
     "fold",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from .models.accumulate import accumulate
     from .models.calibrate import calibrate
     from .models.convert import convert
+    from .models.diagnose import diagnose
     from .models.domain import domain
     from .models.fold import fold
     from .models.freeze import freeze, unfreeze

@@ -30,7 +30,9 @@ from .budget import CASES, SEED, SHARDS, shards
 from .mutations import mutated
 
 FEW = 60
-STUDY = StudyOptions(networks=("mlp",), arms=("batchnorm",), learning_rates=(1e-3,), seeds=1)
+STUDY = StudyOptions(
+    networks=("mlp",), arms=("batchnorm",), learning_rates=(1e-3,), seeds=1, batch_sizes=(5,)
+)
 MOST_BYTES = 50e6
 
 
@@ -60,10 +62,12 @@ def _read_run(path: Path) -> None:
     if (stored := found(path)) is not None:
         run = convert(stored, Run, exact=True)
         curves_csv([run])
-        timing = convert({"timing": STORED["timing"][0]["timing"]}, Timing, exact=True)
+        timing = convert({"arms": STORED["timing"][0]["arms"]}, Timing, exact=True)
         x, y = np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1])
         data = Dataset("own", "here", x, y, x, y)
-        summary = summarize(STUDY, data, [run], timing, Framework("torch", None, ()))
+        summary = summarize(
+            STUDY, {"digits": data}, [run], {STUDY.settings()[0]: timing}, Framework("torch", None, ())
+        )
         write_json(path.with_name("results.json"), summary)
         _read_results(path.with_name("results.json"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,17 @@ from batchnorm.study.arms import L1_STRENGTH, L2_STRENGTH, Arm, parse_arm
 from batchnorm.study.data import Dataset, load_data
 from batchnorm.study.errors import StudyError
 from batchnorm.study.learner_keras import KerasLearner, make_learner, session
+from batchnorm.study.networks import WS_EPS, WS_GAIN
 from batchnorm.study.networks_keras import NormFactory, build_network
-from batchnorm.study.optimizer_keras import make_adam
+from batchnorm.study.optimizer_keras import make_optimizer
 from batchnorm.study.records import Movement
+from batchnorm.study.settings import Recipe
 from batchnorm.study.tasks import RunTask
 from batchnorm.study.terminal import Display
 from batchnorm.study.training import probe_steps
 from batchnorm.study.verdicts import judge, read
 from tests.keras.study_code import write_own_code
+from tests.study.tasks import run_task
 from tests.study.test_padding import sequences
 
 pytestmark = pytest.mark.xdist_group("study in Keras")  # a study is run once
@@ -65,7 +68,7 @@ def data(own: Path) -> Dataset:
 
 
 def task(network: str, arm: str = "batchnorm", *, rate: float = 1e-2, epochs: int = 2) -> RunTask:
-    return RunTask(network, arm, rate, 1, epochs, BATCH, 0.9)
+    return run_task(network, arm, rate=rate, seed=1, epochs=epochs, batch_size=BATCH)
 
 
 def run_of(run: RunTask, data: Dataset, report: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
@@ -88,12 +91,12 @@ def options(own: Path, **changes: Any) -> StudyOptions:
     settings: dict[str, Any] = {
         "framework": "keras",
         "networks": (f"{own}:four_layers",),
-        "data": f"{own}:data",
+        "data": (f"{own}:data",),
         "arms": ("none", "batchnorm"),
         "learning_rates": (1e-2,),
         "seeds": 1,
         "epochs": 2,
-        "batch_size": BATCH,
+        "batch_sizes": (BATCH,),
         "jobs": 1,
         "out": own.parent / "out",
     }
@@ -113,7 +116,7 @@ def test_a_study_leaves_what_one_in_torch_leaves(study: tuple[StudyResult, Count
     result, display = study
     assert (display.started, display.left) == ((2, 0), 0)
     names = {path.name for path in result.folder.iterdir()}
-    assert names == {".lock", "runs", "timing.json", "results.json", "curves.csv", "report.html"}
+    assert names == {".lock", "runs", "timing", "results.json", "curves.csv", "report.html"}
     provenance = result.results["provenance"]
     assert (provenance["framework"], provenance["backend"]) == ("keras", backend)
     assert provenance["versions"]["keras"] == keras.__version__
@@ -158,7 +161,9 @@ def test_a_study_goes_on_and_is_not_mixed_with_one_in_torch(
 
 def test_losses_gradients_and_inputs_are_those_of_the_mathematics(own: Path, data: Dataset) -> None:
     """At a rate of next to nothing every step has the weights of the first: NumPy can follow."""
-    run = replace(task(f"{own}:net", "l1+l2", rate=1e-12), target_accuracy=0.01)
+    run = run_task(
+        f"{own}:net", "l1+l2", rate=1e-12, seed=1, epochs=2, batch_size=BATCH, target_accuracy=0.01
+    )
     record = run_of(run, data)
     model = build_network(f"{own}:net", parse_arm("l1+l2"), (4,), 3, seed=1)
     model(data.x_test[:1])
@@ -204,7 +209,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_curve(own: Path, d
 
 def test_a_run_learns_and_repeats_itself(own: Path, data: Dataset) -> None:
     # More steps than are looked into: the target is looked up after every one.
-    run = replace(task(f"{own}:net", "batchnorm+dropout", epochs=9), target_accuracy=1.0)
+    run = run_task(f"{own}:net", "batchnorm+dropout", seed=1, epochs=9, batch_size=BATCH, target_accuracy=1.0)
     reported: list[int] = []
     record = run_of(run, data, reported.append)
     assert reported == [25, 2]
@@ -263,7 +268,7 @@ def test_the_optimizer_adds_the_penalties_of_kernels_and_notes_gradients_without
     variables = [keras.Variable(value, dtype="float32") for value in values]
     unused = keras.Variable(np.ones((2, 2)), dtype="float32", trainable=False)
     kernels = [[variables[0]], [variables[2], variables[3]], []]
-    optimizer = make_adam(0.1, arm, kernels, noting=True)
+    optimizer = make_optimizer(Recipe(), 0.1, arm, kernels, noting=True)
     optimizer.build(variables)
     assert not any(variable is unused for variable in optimizer.variables)
     first = [np.zeros_like(value) for value in values]
@@ -288,7 +293,7 @@ def test_the_optimizer_adds_the_penalties_of_kernels_and_notes_gradients_without
 
 def test_norms_of_gradients_that_all_but_vanished_are_no_zeros() -> None:
     variable = keras.Variable(np.zeros(4), dtype="float32")
-    optimizer = make_adam(1e-3, parse_arm("none"), [[variable]], noting=True)
+    optimizer = make_optimizer(Recipe(), 1e-3, parse_arm("none"), [[variable]], noting=True)
     optimizer.build([variable])
     for scale, expected in ((1e-30, 2e-30), (0.0, 0.0), (1e30, 2e30)):
         optimizer.apply([keras.ops.convert_to_tensor(np.full(4, scale), "float32")], [variable])
@@ -372,7 +377,7 @@ def test_bytes_kept_are_those_that_autograd_saves_once_each(backend: str) -> Non
     x, y = np.ones((5, 4), np.float32), np.array([0, 1, 2, 0, 1], np.int32)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), BatchNormalization()])
     before = weights(model)
-    kept = KerasLearner(model, parse_arm("none"), 1e-3).bytes_kept(x, y)
+    kept = KerasLearner(model, parse_arm("none"), Recipe(), 1e-3).bytes_kept(x, y)
     if backend != "torch":
         assert kept is None
         return
@@ -381,7 +386,9 @@ def test_bytes_kept_are_those_that_autograd_saves_once_each(backend: str) -> Non
     assert 4 * (5 * 4 + 5 * 3) <= kept <= 4 * (5 * 4 + 8 * 5 * 3)
     wider = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(3)])
     plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    more, less = (KerasLearner(one, parse_arm("none"), 1e-3).bytes_kept(x, y) for one in (wider, plain))
+    more, less = (
+        KerasLearner(one, parse_arm("none"), Recipe(), 1e-3).bytes_kept(x, y) for one in (wider, plain)
+    )
     assert more is not None
     assert less is not None
     assert more - less == 4 * 5 * 3
@@ -394,7 +401,7 @@ def test_evaluation_is_the_mean_over_all_examples(data: Dataset) -> None:
     output = keras.ops.convert_to_numpy(model(data.x_train, training=False)).astype(np.float64)
     share = np.exp(output - output.max(axis=1, keepdims=True))
     share /= share.sum(axis=1, keepdims=True)
-    learner = KerasLearner(model, parse_arm("none"), 1e-3)
+    learner = KerasLearner(model, parse_arm("none"), Recipe(), 1e-3)
     loss, accuracy = training.evaluate(learner, data.x_train, data.y_train)
     assert loss == pytest.approx(-np.log(share[np.arange(60), data.y_train]).mean(), rel=1e-5)
     assert accuracy == (output.argmax(axis=1) == data.y_train).mean()
@@ -486,10 +493,69 @@ def test_the_mask_keeps_padding_out_of_a_prediction() -> None:
     for arm in ("batchnorm", "batchnorm:unmasked"):
         with session():
             run = training.train(
-                RunTask("conv1d", arm, 1e-2, 0, 1, 10, 0.9), sequences(), make_learner, lambda _: None
+                run_task("conv1d", arm, batch_size=10), sequences(), make_learner, lambda _: None
             )
         assert run.movements is not None
         assert run.movements.running == Movement(0, 0)
         moved[arm] = run.movements.batch
     assert moved["batchnorm"].by_padding == 0 < moved["batchnorm"].by_mates
     assert moved["batchnorm:unmasked"].by_padding > 0.001
+
+
+@pytest.mark.parametrize(
+    ("network", "arm"),
+    [
+        ("residual-mlp", "skipinit"),
+        ("residual-mlp", "dropout+batchnorm:after-activation:Ghost(10)"),
+        ("mlp", "batchnorm:Running(after=0.5)"),
+        ("mlp", "stock"),
+        ("mlp", "groupnorm+weightstandard"),
+    ],
+)
+def test_every_kind_of_arm_trains(data: Dataset, network: str, arm: str) -> None:
+    run = run_task(network, arm, seed=1, epochs=4, batch_size=BATCH, optimizer="sgd", momentum=0.9)
+    losses = run_of(run, data)["step_loss"]
+    assert all(map(math.isfinite, losses))
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_standardized_kernels_are_those_of_torch() -> None:
+    model = build_network("mlp", parse_arm("weightstandard"), (4,), 3, 0)
+    layer, last = probes.weight_layers(model).values()
+    kernel = keras.ops.convert_to_numpy(layer.kernel).astype(np.float64)
+    x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    mean, var = kernel.mean(axis=0), kernel.var(axis=0)
+    standardized = WS_GAIN * (kernel - mean) / np.sqrt(4 * var + WS_EPS)
+    bias = keras.ops.convert_to_numpy(layer.bias)
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(layer(x)), x @ standardized + bias, rtol=1e-4, atol=1e-5
+    )
+    assert type(last) is keras.layers.Dense
+
+
+@ON_ONE_BACKEND
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_weights_alone_decay_as_in_torch(optimizer: str) -> None:
+    import torch
+
+    kernel, bias = (keras.Variable(np.ones((2, 2)), dtype="float32") for _ in range(2))
+    recipe = Recipe(optimizer=optimizer, momentum=0.5 if optimizer == "sgd" else 0.0, weight_decay=0.1)
+    ours = make_optimizer(recipe, 0.1, parse_arm("none"), [[kernel]], noting=False)
+    ours.build([kernel, bias])
+    expected = [torch.ones(2, 2, requires_grad=True) for _ in range(2)]
+    groups = [{"params": [expected[0]], "weight_decay": 0.1}, {"params": [expected[1]], "weight_decay": 0.0}]
+    theirs = {
+        "sgd": lambda: torch.optim.SGD(groups, 0.1, momentum=0.5),
+        "adam": lambda: torch.optim.Adam(groups, 0.1),
+        "adamw": lambda: torch.optim.AdamW(groups, 0.1),
+    }[optimizer]()
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        gradients = [random.standard_normal((2, 2)).astype(np.float32) for _ in range(2)]
+        ours.apply([keras.ops.convert_to_tensor(gradient) for gradient in gradients], [kernel, bias])
+        for value, gradient in zip(expected, gradients, strict=True):
+            value.grad = torch.from_numpy(gradient)
+        theirs.step()
+    for variable, value in zip((kernel, bias), expected, strict=True):
+        found = keras.ops.convert_to_numpy(variable)
+        np.testing.assert_allclose(found, value.detach().numpy(), rtol=1e-4, atol=1e-5)

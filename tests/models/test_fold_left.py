@@ -446,13 +446,13 @@ def test_a_model_of_float32_only_is_compared_in_it(monkeypatch: pytest.MonkeyPat
     x = torch.randn(X)
     assert isinstance(batchnorm.fold(model, x).norm, nn.BatchNorm2d)
     monkeypatch.setattr(fold_plan, "_read_elsewhere", lambda *_: "")
-    monkeypatch.setattr(fold_plan.TorchPlanner, "_source", _the_conv)
+    monkeypatch.setattr(fold_plan.TorchPlanner, "_sources", _the_conv)
     assert "fold was taken back" in refuses(batchnorm.fold, model, x)
 
 
-def _the_conv(planner: Any, _norm: Any) -> Neighbour[nn.Module]:
+def _the_conv(planner: Any, *_: Any) -> list[Neighbour[nn.Module]]:
     conv = next(calls[0] for module, calls in planner.calls.items() if type(module) is nn.Conv2d)
-    return Neighbour(conv, "before", conv.gives[0], conv, 1)
+    return [Neighbour(conv, "before", conv.gives[0], conv, 1)]
 
 
 def test_weights_that_are_too_large_are_refused() -> None:

@@ -153,6 +153,15 @@ ROOMS = (
         ),
     ),
     Room(
+        "doctor",
+        ("doctor/*.py", "models/diagnose.py", "models/diagnosis/*.py", "models/norms/state.py",
+         "keras/diagnose.py", "keras/diagnosis/*.py"),
+        (
+            Run(_in("models", "diagnose", "diagnose_data"), only=("doctor/*", "models/*")),
+            Run(_in("keras", "diagnose"), backend="torch", only=("doctor/*", "keras/*")),
+        ),
+    ),
+    Room(
         "statistics and policies",
         ("statistics/*.py", "torch/policy_step.py", "torch/autograd.py", "torch/composite.py"),
         (
@@ -181,7 +190,8 @@ ROOMS = (
         "folding and fusion",
         ("folding/*.py", "models/fold.py", "models/folding/*.py", "models/verify.py", "models/fuse.py",
          "models/fusion/*.py", "models/graph/*.py", "models/norms/activations.py"),
-        (Run(_in("models", "fold", "fold_left", "fuse", "verbs", "fold_copy", "policies", "fold_zoo")),
+        (Run(_in("models", "fold", "fold_left", "fold_joined", "fuse", "verbs", "fold_copy", "policies",
+                 "fold_zoo")),
          Run(_in("keras", "fold", "fold_left"), backend="torch", only=("folding/*",))),
     ),
     Room(

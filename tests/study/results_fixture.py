@@ -31,6 +31,8 @@ def record(
     gradient_ratio: float = 0.5,
     drift: float = 0.1,
     diverged: bool = False,
+    depth: int | None = None,
+    batch_size: int = BATCH,
 ) -> Record:
     """One run whose held-out accuracy ends at `accuracy`."""
     noise = random.Random(repr((network, arm, rate, seed)))
@@ -42,7 +44,9 @@ def record(
         for epoch in range(1, epochs + 1)
     ]
     return {
+        "data": "digits",
         "network": network,
+        "depth": depth,
         "arm": arm,
         "learning_rate": rate,
         "seed": seed,
@@ -59,7 +63,7 @@ def record(
         ],
         "step_loss": [2.3, 1.9],
         "steps_per_epoch": STEPS_PER_EPOCH,
-        "batch_size": BATCH,
+        "batch_size": batch_size,
         "target_accuracy": TARGET,
         "steps_to_target": None if diverged else steps,
         "parameters": 50_890,
@@ -113,9 +117,11 @@ def results(runs: Sequence[Record], **provenance: object) -> dict[str, Any]:
             "command": "batchnorm study --network mlp,deep",
             "date": "2026-01-02T03:04:05+00:00",
             "versions": {"batchnorm": "0.1.0", "torch": "2.13.0", "python": "3.11.2"},
-            "data": {"name": "digits", "train": 4000, "held_out": 1000, "classes": 10, "shape": [1, 28, 28]},
+            "data": [
+                {"name": "digits", "train": 4000, "held_out": 1000, "classes": 10, "shape": [1, 28, 28]}
+            ],
             "epochs": 4,
-            "batch_size": BATCH,
+            "batch_sizes": [BATCH],
             "seeds": [0, 1, 2],
             "learning_rates": list(RATES),
             "target_accuracy": TARGET,

@@ -86,7 +86,7 @@ def test_folders_and_stored_runs_tell_frameworks_apart(monkeypatch: pytest.Monke
     assert keras.folder == Path("runs/study-keras-tensorflow-digits-mlp")
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     assert keras.folder == Path("runs/study-keras-jax-digits-mlp")
-    assert keras.command().startswith("KERAS_BACKEND=jax batchnorm study --framework keras --network mlp ")
+    assert keras.command().startswith("KERAS_BACKEND=jax batchnorm study --framework keras --data digits ")
     assert "framework" not in StudyOptions().command()
     found = find_framework("keras")
     assert [package for package, _ in found.versions] == ["keras", "jax", "jaxlib"]
@@ -98,9 +98,9 @@ def test_torch_keeps_the_settings_that_its_stored_runs_have() -> None:
 
     torch = find_framework("torch")
     settings = settings_of(plan(StudyOptions())[0], load_digits(), "f", torch)
-    expected = ["format", "network", "arm", "learning_rate", "seed", "epochs", "batch_size"]
-    expected += ["target_accuracy", "network_source", "data", "torch", "batchnorm"]
-    assert list(settings) == expected
+    expected = ["format", "data", "network", "batch_size", "depth", "epochs", "optimizer", "momentum"]
+    expected += ["weight_decay", "target_accuracy", "arm", "learning_rate", "seed", "network_source"]
+    assert list(settings) == [*expected, "torch", "batchnorm"]
 
 
 def test_tensorflow_is_found_under_whichever_name_it_was_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Ghost, Renorm
 from batchnorm.errors import DataError, OptionError
 from batchnorm.study.arms import parse_arm
 from batchnorm.study.errors import StudyError
 from batchnorm.study.learner_torch import weight_layers
-from batchnorm.study.networks_torch import NormFactory, PositionNorm, build_network
+from batchnorm.study.networks import WS_EPS, WS_GAIN
+from batchnorm.study.networks_torch import NormFactory, PositionGroupNorm, PositionNorm, build_network
 from batchnorm.study.options import ARMS
 
 from .own_code import write_own_code
@@ -66,10 +67,10 @@ def test_a_rank_that_no_layer_has_is_refused() -> None:
         factory("none")(4, 4)
 
 
-@pytest.mark.parametrize("network", ["mlp", "deep", "cnn"])
+@pytest.mark.parametrize("network", ["mlp", "deep", "residual-mlp", "cnn", "resnet8"])
 def test_arms_of_a_seed_start_from_the_same_weights(network: str) -> None:
     weights = []
-    for arm in ARMS:
+    for arm in (*ARMS, "stock", "groupnorm", "skipinit", "dropout+batchnorm:after-activation"):
         model = build_network(network, parse_arm(arm), (28, 28), 10, seed=4)
         weights.append({name: layer.weight for name, layer in weight_layers(model).items()})
         assert model(torch.rand(3, 28, 28)).shape == (3, 10)
@@ -126,7 +127,56 @@ def test_own_network_that_fails_is_named_with_arm_and_line(tmp_path: Path) -> No
         build_network(f"{own}:no_module", parse_arm("none"), (4,), 3, 0)
 
 
-@pytest.mark.parametrize("arm", ["bn", "batchnorm+layernorm", "none+l1", "l2+l2", "batchnorm+", ""])
+NO_ARMS = ["bn", "batchnorm+layernorm", "none+l1", "l2+l2", "batchnorm+", "", "batchnorm:", "stock:unmasked"]
+NO_ARMS += ["batchnorm:Ghost(__import__('os'))", "batchnorm:Ghost", "batchnorm:Ghost(0)", "l1:Ghost(4)"]
+NO_ARMS += ["batchnorm:Running(after=2)", "batchnorm:Renorm():Ghost(4)", "batchnorm:Ghost(size=4, why=1)"]
+
+
+@pytest.mark.parametrize("arm", NO_ARMS)
 def test_arms_that_make_no_sense_are_refused(arm: str) -> None:
     with pytest.raises(OptionError, match="arm"):
         parse_arm(arm)
+
+
+def test_policies_and_places_of_an_arm_reach_its_layers() -> None:
+    made = factory("batchnorm:Ghost(size=4)+dropout")(6, activation=nn.ReLU())
+    assert made.norm.statistics == Ghost(4)
+    made = factory("dropout+batchnorm:after-activation:Renorm()")(6, activation=nn.ReLU())
+    assert kinds(made) == [nn.Dropout, nn.ReLU, BatchNorm1d]
+    assert made.norm.statistics == Renorm()
+    assert kinds(factory("layernorm:after-activation")(6, activation=nn.ReLU())) == [nn.ReLU, nn.LayerNorm]
+    assert parse_arm("batchnorm:Running(after=0.5)").freeze_after == 0.5
+    assert kinds(factory("stock")(6, 2)) == [nn.BatchNorm2d]
+
+
+def test_group_normalization_of_sequences_is_of_each_position() -> None:
+    norm = factory("groupnorm")(16, 1)
+    assert isinstance(norm, PositionGroupNorm)
+    assert norm.num_groups == 2
+    x = torch.randn(3, 16, 5)
+    expected = torch.stack([torch.nn.functional.group_norm(x[:, :, i], 2) for i in range(5)], 2)
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_standardized_weights_have_mean_0_and_the_variance_of_the_gain() -> None:
+    model = build_network("mlp", parse_arm("weightstandard"), (28, 28), 10, 0)
+    hidden, last = model.linear1.weight, model.linear2
+    torch.testing.assert_close(hidden.mean(1), torch.zeros(64), atol=1e-7, rtol=0)
+    plain = build_network("mlp", parse_arm("none"), (28, 28), 10, 0).linear1.weight
+    scale = WS_GAIN * torch.rsqrt(784 * plain.var(1, correction=0, keepdim=True) + WS_EPS)
+    torch.testing.assert_close(hidden, (plain - plain.mean(1, keepdim=True)) * scale)
+    assert kinds(last) == [nn.Linear]
+
+
+def test_depth_is_that_of_the_setting_and_residual_branches_start_from_0_with_skipinit() -> None:
+    model = build_network("residual-mlp", parse_arm("skipinit"), (28, 28), 10, 0, depth=3)
+    assert len(weight_layers(model)) == 5
+    x = torch.rand(4, 28, 28)
+    torch.testing.assert_close(model[:5](x), model[:2](x))
+    assert len(weight_layers(build_network("deep", parse_arm("none"), (28, 28), 10, 0, depth=12))) == 13
+    assert len(weight_layers(build_network("resnet8", parse_arm("batchnorm"), (3, 16, 16), 9, 0))) == 10
+
+
+def test_an_own_network_without_residual_branches_is_none_for_skipinit(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"skipinit: end each with norm.scale\(\)"):
+        build_network(f"{write_own_code(tmp_path)}:net", parse_arm("skipinit"), (4,), 3, 0)

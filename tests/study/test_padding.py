@@ -13,9 +13,9 @@ from batchnorm.study import StudyOptions, run_study, training
 from batchnorm.study.data import Dataset, load_data
 from batchnorm.study.learner_torch import make_learner, session
 from batchnorm.study.records import Movement, Movements
-from batchnorm.study.tasks import RunTask
 from batchnorm.study.verdicts import judge, read
 from tests.study.results_fixture import each_seed, record, results, write
+from tests.study.tasks import run_task
 
 FINGERPRINTS = ["99fad1762f3835db", "80d3029cd18ffcf9"]
 
@@ -33,7 +33,7 @@ def sequences(*, tokens: bool = False) -> Dataset:
 
 
 def movements(arm: str, network: str = "conv1d") -> Movements:
-    task = RunTask(network, arm, 1e-2, 0, 1, 10, 0.9)
+    task = run_task(network, arm, batch_size=10)
     with session():
         run = training.train(task, sequences(tokens=network == "characters"), make_learner, lambda _: None)
     assert run.movements is not None
@@ -88,4 +88,4 @@ def test_the_unmasked_norm_is_for_padding_alone(tmp_path: Path) -> None:
     options = StudyOptions(arms=("none", "batchnorm:unmasked"), out=tmp_path)
     with pytest.raises(OptionError, match="batchnorm:unmasked is for data with padding; digits has none"):
         run_study(options)
-    assert "batchnorm:unmasked" in StudyOptions(data="vowels").arms
+    assert "batchnorm:unmasked" in StudyOptions(data=("vowels",)).arms_on("vowels")

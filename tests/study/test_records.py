@@ -25,18 +25,19 @@ from batchnorm.study.records import (
 )
 
 SETTINGS: dict[str, object] = {
-    "format": 1, "network": "mlp", "arm": "batchnorm", "learning_rate": 1e-3, "seed": 0, "epochs": 2,
-    "batch_size": 5, "target_accuracy": 0.9, "network_source": None,
+    "format": 1, "data": "digits 0123", "network": "mlp", "depth": None, "arm": "batchnorm",
+    "learning_rate": 1e-3, "seed": 0, "epochs": 2, "batch_size": 5, "target_accuracy": 0.9,
+    "network_source": None,
 }  # fmt: skip
-ARMS = {"mlp": ("none", "batchnorm")}
+ARMS = ("none", "batchnorm")
 TIMING = {
-    "settings": {"mlp": SETTINGS},
-    "timing": {"mlp": {arm: {"seconds_per_step": [0.1, 2e-3]} for arm in ARMS["mlp"]}},
+    "settings": SETTINGS,
+    "arms": {arm: {"seconds_per_step": [0.1, 2e-3]} for arm in ARMS},
 }
 
 
 RUN = Run(
-    network="mlp", arm="batchnorm", learning_rate=1e-3, seed=0, status="finished",
+    data="digits", network="mlp", depth=None, arm="batchnorm", learning_rate=1e-3, seed=0, status="finished",
     epochs=[Epoch(number, 0.5, 0.8, 0.6, 0.75) for number in (1, 2)],
     step_loss=[0.5] * 4, steps_per_epoch=2, batch_size=5, target_accuracy=0.9, steps_to_target=NAN,
     target_checked_every=1, parameters=9, bytes_kept_for_backward=NAN,
@@ -55,7 +56,7 @@ def found_timing(path: Path) -> object:
     if settings_at(path) != TIMING["settings"]:
         return None
     timing = read_stored(path, TIMING["settings"], Timing)
-    return json_safe(timing) if timing is not None and timing.answers(["mlp"], ARMS["mlp"]) else None
+    return json_safe(timing) if timing is not None and timing.answers(ARMS) else None
 
 
 def places(value: object, *before: object) -> Iterator[tuple[Any, ...]]:

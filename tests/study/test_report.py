@@ -215,7 +215,8 @@ def test_a_place_that_refuses_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_plain_models_are_named_beside_the_arms(tmp_path: Path) -> None:
-    content = results([record()], baselines={"a plain <b>model</b>": 0.684})
+    content = results([record()])
+    content["provenance"]["data"][0]["baselines"] = {"a plain <b>model</b>": 0.684}
     page = Page(_report(tmp_path, content))
-    expected = "on the same examples: a plain <b>model</b> 68.4\N{NO-BREAK SPACE}% (scikit-learn)."
+    expected = "on the same examples of digits: a plain <b>model</b> 68.4\N{NO-BREAK SPACE}% (scikit-learn)."
     assert expected.replace("\N{NO-BREAK SPACE}", " ") in page.text

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -19,15 +18,18 @@ from batchnorm.study import StudyOptions, run_study
 from batchnorm.study.data import load_data
 from batchnorm.study.errors import StudyError
 from batchnorm.study.frameworks import find_framework
-from batchnorm.study.options import parse_rates, split_list
+from batchnorm.study.options import parse_numbers, split_list
 from batchnorm.study.pool import WorkerPool, _interrupt_held
+from batchnorm.study.records import Timing
 from batchnorm.study.runner import _alone_in
-from batchnorm.study.tasks import RunTask, TimingTask, plan
+from batchnorm.study.settings import setting_names
+from batchnorm.study.tasks import RunTask, plan
 from batchnorm.study.terminal import Display
 from batchnorm.study.verdicts import formatting
 from batchnorm.study.worker import Engine
 
 from .own_code import write_own_code
+from .tasks import run_task, timing_task
 
 pytestmark = pytest.mark.xdist_group("runner")  # one pool of processes
 
@@ -65,12 +67,12 @@ def own(tmp_path: Path) -> Path:
 def options(own: Path, **changes: Any) -> StudyOptions:
     settings: dict[str, Any] = {
         "networks": (f"{own}:net",),
-        "data": f"{own}:data",
+        "data": (f"{own}:data",),
         "arms": ("none", "batchnorm"),
         "learning_rates": (1e-2,),
         "seeds": 2,
         "epochs": 2,
-        "batch_size": 20,
+        "batch_sizes": (20,),
         "jobs": 1,
         "out": own.parent / "out",
     }
@@ -78,7 +80,7 @@ def options(own: Path, **changes: Any) -> StudyOptions:
 
 
 def task(network: object) -> RunTask:
-    return RunTask(str(network), "batchnorm", 1e-2, 0, 1, 20, 0.9)
+    return run_task(str(network))
 
 
 def test_a_study_runs_grows_and_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +127,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Wo
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEATH_MARKER", str(own.parent / "died"))
         display = Listening()
-        with WorkerPool(1, load_data(f"{own}:data"), find_framework("torch"), display) as pool:
+        with WorkerPool(1, {"data": load_data(f"{own}:data")}, find_framework("torch"), display) as pool:
             yield own, pool, display
 
 
@@ -204,7 +206,7 @@ def test_a_network_that_forks_is_trained_once_and_its_child_ended(
 ) -> None:
     own, pool, display = running
     display.left = 30
-    run = dataclasses.replace(task(f"{own}:{network}"), epochs=10)
+    run = run_task(f"{own}:{network}", epochs=10)
     ((done, result),) = pool.run([run])
     assert (done, display.left) == (run, 0)
     assert result.network == f"own.py:{network}"
@@ -229,8 +231,10 @@ def test_networks_are_trained_and_timed_on_one_thread(own: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        engine = Engine(find_framework("torch"), load_data(f"{own}:data"))
-        assert engine.do(TimingTask(f"{own}:net", ("none",), 20), lambda _: None).keys() == {"none"}
+        engine = Engine(find_framework("torch"), {"data": load_data(f"{own}:data")})
+        timing = engine.do(timing_task(f"{own}:net", ("none",)), lambda _: None)
+        assert isinstance(timing, Timing)
+        assert timing.arms.keys() == {"none"}
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -240,18 +244,29 @@ def test_networks_are_trained_and_timed_on_one_thread(own: Path) -> None:
     ("wrong", "message"),
     [
         ({"arms": ("none", "batchnrom")}, "unknown arm 'batchnrom': known are none, batchnorm"),
-        ({"networks": ("mpl",)}, "unknown network 'mpl': known are mlp, deep, cnn"),
+        ({"networks": ("mpl",)}, "unknown network 'mpl': known are mlp, deep, residual-mlp"),
         ({"framework": "tensorflow"}, "unknown framework 'tensorflow': known are torch, keras"),
         ({"networks": ()}, "no network was given"),
-        ({"networks": ("a/net.py:f", "b/net.py:f")}, "a/net.py:f, none, .* and b/net.py:f, none, .*; rename"),
-        ({"networks": ("net.py:f", "net.py:F")}, "share the file net.py-F-none-0.0001-0.json"),
+        (
+            {"networks": ("a/net.py:f", "b/net.py:f")},
+            "a/net.py:f, none, .* and digits, b/net.py:f, none, .*; rename",
+        ),
+        ({"networks": ("net.py:f", "net.py:F")}, "share the file digits-net.py-F-32-none-0.0001-0.json"),
         ({"networks": ("ä.py:f", "ö.py:f")}, "share the file"),
         ({"learning_rates": (0.0,)}, "learning rate 0.0"),
         ({"learning_rates": (float("nan"),)}, "learning rate nan"),
         ({"seeds": 0}, "--seeds 0 is below 1"),
         ({"epochs": 0}, "--epochs 0"),
-        ({"batch_size": 0}, "--batch-size 0"),
+        ({"batch_sizes": (0,)}, "--batch-size 0"),
         ({"jobs": 0}, "--jobs 0"),
+        ({"optimizer": "lion"}, "unknown optimizer 'lion': known are sgd, adam, adamw"),
+        ({"momentum": 0.9}, "--momentum is of sgd; adam has betas"),
+        ({"optimizer": "sgd", "momentum": 1.0}, "--momentum 1.0"),
+        ({"weight_decay": -1.0}, "--weight-decay -1.0"),
+        ({"depths": (4,)}, "--depth needs --network with one of deep, residual-mlp"),
+        ({"networks": ("mlp",), "depths": (4,)}, "network mlp has one depth"),
+        ({"networks": ("deep",), "depths": (0,)}, "--depth 0 is below 1"),
+        ({"arms": ("skipinit",)}, "skipinit is for residual networks, which .* is not"),
         ({"target_accuracy": 90.0}, "--target-accuracy 90.0"),
     ],
 )
@@ -293,7 +308,7 @@ def test_what_another_study_wrote_meanwhile_is_not_written_over(own: Path) -> No
                 (asked.folder / name).write_text(json.dumps(other))
 
     for name, complaint in (
-        ("timing.json", "another study wrote"),
+        (f"timing/{plan(asked)[0].setting.file_name}.json", "another study wrote"),
         (f"runs/{plan(asked)[0].name}.json", "7"),
     ):
         with pytest.raises((StudyError, DataError), match=complaint):
@@ -304,15 +319,17 @@ def test_what_another_study_wrote_meanwhile_is_not_written_over(own: Path) -> No
 
 def test_a_batch_beyond_the_data_is_refused(own: Path) -> None:
     with pytest.raises(OptionError, match="--batch-size 61 is more than the 60"):
-        run_study(options(own, batch_size=61))
+        run_study(options(own, batch_sizes=(61,)))
 
 
 def test_lists_are_split_and_repeats_fall_out() -> None:
     assert split_list(" a, b,,c ") == ("a", "b", "c")
-    assert parse_rates(("1e-3", "0.001")) == (1e-3, 1e-3)
+    assert parse_numbers(("1e-3", "0.001"), float, "rate") == (1e-3, 1e-3)
     assert StudyOptions(learning_rates=(1e-3, 1e-3)).learning_rates == (1e-3,)
-    with pytest.raises(OptionError, match="'fast' is not a number"):
-        parse_rates(("fast",))
+    with pytest.raises(OptionError, match="learning rate 'fast' is not a number"):
+        parse_numbers(("fast",), float, "learning rate")
+    with pytest.raises(OptionError, match=r"depth '4\.5' is not a whole number"):
+        parse_numbers(("4.5",), int, "depth")
 
 
 def test_rates_that_differ_in_the_last_place_have_names_and_texts_of_their_own() -> None:
@@ -320,19 +337,42 @@ def test_rates_that_differ_in_the_last_place_have_names_and_texts_of_their_own()
     study = StudyOptions(networks=("mlp",), arms=("none",), learning_rates=rates, seeds=1)
     tasks = plan(study)
     assert len({task.name for task in tasks}) == len({task.describe() for task in tasks}) == len(rates)
-    assert tasks[0].name == "mlp-none-0.001-0"
+    assert tasks[0].name == "digits-mlp-32-none-0.001-0"
     words = shlex.split(study.command())
-    assert parse_rates(split_list(words[words.index("--learning-rate") + 1])) == rates
+    assert parse_numbers(split_list(words[words.index("--learning-rate") + 1]), float, "rate") == rates
     assert len({formatting.rate(rate) for rate in rates}) == len(rates)
 
 
 def test_the_command_is_one_that_a_shell_reads() -> None:
-    study = StudyOptions(networks=("a b;$(touch x).py:f",), data="it's.py:g")
+    study = StudyOptions(networks=("a b;$(touch x).py:f",), data=("it's.py:g",))
     words = shlex.split(study.command())
-    assert words[:6] == ["batchnorm", "study", "--network", "a b;$(touch x).py:f", "--data", "it's.py:g"]
+    assert words[:6] == ["batchnorm", "study", "--data", "it's.py:g", "--network", "a b;$(touch x).py:f"]
 
 
 def test_the_default_folder_is_the_same_for_the_same_study() -> None:
-    assert StudyOptions().folder == Path("runs/study-digits-mlp-deep")
-    own = StudyOptions(networks=("/x/my net.py:build",), data="/y/d.py:load")
+    assert StudyOptions().folder == Path("runs/study-digits")
+    own = StudyOptions(networks=("/x/my net.py:build",), data=("/y/d.py:load",))
     assert own.folder == Path("runs/study-d.py-load-my-net.py-build")
+
+
+def test_settings_are_named_by_what_tells_them_apart() -> None:
+    study = StudyOptions(networks=("deep",), depths=(2, 4), data=("digits", "icons"), batch_sizes=(8, 16))
+    names = list(setting_names(study.settings()).values())
+    assert (len(names), names[0]) == (8, "deep(2) on digits, batches of 8")
+    assert list(setting_names(StudyOptions(networks=("mlp",)).settings()).values()) == ["mlp"]
+    assert StudyOptions(optimizer="sgd").learning_rates == (1e-2, 1e-1, 1.0)
+
+
+@pytest.mark.slow
+def test_batch_sizes_and_two_data_sets_are_one_study(own: Path) -> None:
+    arms = ("none", "batchnorm:Ghost(4)", "batchnorm")
+    data = (f"{own}:data", "digits")
+    result = run_study(
+        options(own, data=data, networks=("mlp",), batch_sizes=(20, 60), arms=arms, epochs=1, seeds=1)
+    )
+    assert list(result.results["networks"]) == [
+        f"mlp on {data}, batches of {size}" for data in ("own.py:data", "digits") for size in (20, 60)
+    ]
+    page = result.report.read_text()
+    assert "By batch size: mlp on digits" in page
+    assert "Held-out accuracy, by batch size" in page

@@ -26,14 +26,17 @@ OPTIONS = StudyOptions(
 )
 TORCH = Framework("torch", None, (("torch", "2.13.0"),))
 SECONDS = {"none": ArmTiming([1.0, 2.0, 9.0]), "batchnorm": ArmTiming([3.0])}
-TIMING = Timing({"mlp": SECONDS, "net.py:build": SECONDS})
+TIMING = {setting: Timing(SECONDS) for setting in OPTIONS.settings()}
+NETWORKS = ("mlp", "net.py:build")
 
 
 def record(network: str, arm: str, rate: float, seed: int, accuracy: float | None) -> Run:
     row = {"train_loss": 0.1, "train_accuracy": 1.0, "test_loss": 0.5}
     final = [] if accuracy is None else [{"epoch": 1, **row, "test_accuracy": accuracy}]
     whole = {
+        "data": "digits",
         "network": network,
+        "depth": None,
         "arm": arm,
         "learning_rate": rate,
         "seed": seed,
@@ -44,7 +47,7 @@ def record(network: str, arm: str, rate: float, seed: int, accuracy: float | Non
         "bytes_kept_for_backward": 100,
         "parameters": 5,
         "step_loss": [],
-        "batch_size": 20,
+        "batch_size": 32,
         "target_accuracy": 0.9,
         "target_checked_every": 1,
     }
@@ -56,12 +59,14 @@ def summary() -> dict[str, Any]:
     accuracies = {("none", 0.1): (0.99, None), ("none", 0.01): (0.6, 0.8)}
     records = [
         record(network, arm, rate, seed, accuracies.get((arm, rate), (0.9, 0.9))[seed])
-        for network in TIMING.timing
+        for network in NETWORKS
         for arm in OPTIONS.arms
         for rate in OPTIONS.learning_rates
         for seed in (0, 1)
     ]
-    results = json_safe(summarize(OPTIONS, Dataset("own", "here", x, y, x, y), records, TIMING, TORCH))
+    results = json_safe(
+        summarize(OPTIONS, {"digits": Dataset("own", "here", x, y, x, y)}, records, TIMING, TORCH)
+    )
     assert isinstance(results, dict)
     return results
 
@@ -105,7 +110,7 @@ def test_provenance_names_no_folder_and_every_choice() -> None:
     assert "--network mlp,net.py:build" in results["provenance"]["command"]
     assert "--learning-rate 0.1,0.01" in results["provenance"]["command"]
     assert results["provenance"]["threads"] == {"training": 1, "timing": 1}
-    assert results["provenance"]["data"]["train"] == 4
+    assert results["provenance"]["data"][0]["train"] == 4
     assert all("settings" not in run for run in results["runs"])
 
 

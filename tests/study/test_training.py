@@ -20,10 +20,12 @@ from batchnorm.study.arms import L1_STRENGTH, L2_STRENGTH, parse_arm
 from batchnorm.study.data import Dataset
 from batchnorm.study.learner_torch import TorchLearner, evaluation, input_spread, make_learner, session
 from batchnorm.study.records import Run
-from batchnorm.study.tasks import RunTask, TimingTask
+from batchnorm.study.settings import Recipe
+from batchnorm.study.tasks import RunTask
 from batchnorm.study.training import evaluate, probe_steps, time_steps
 
 from .own_code import write_own_code
+from .tasks import run_task, timing_task
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def train(task: RunTask, data: Dataset, report: Callable[[int], None]) -> Run:
 
 
 def learner_of(model: nn.Module, arm: str = "none") -> TorchLearner:
-    return TorchLearner(model, parse_arm(arm), 1e-3, is_watched=True)
+    return TorchLearner(model, parse_arm(arm), Recipe(), 1e-3, is_watched=True)
 
 
 def run(
@@ -54,7 +56,11 @@ def run(
     epochs: int = 2,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    record = train(RunTask(network, arm, learning_rate, seed, epochs, batch_size, 0.9), data, _ignore)
+    record = train(
+        run_task(network, arm, rate=learning_rate, seed=seed, epochs=epochs, batch_size=batch_size),
+        data,
+        _ignore,
+    )
     return dataclasses.asdict(record)
 
 
@@ -207,7 +213,7 @@ def test_evaluation_is_the_mean_over_all_examples(data: Dataset) -> None:
 def test_training_accuracy_is_of_a_fixed_sample_in_no_order(data: Dataset) -> None:
     by_class = np.argsort(data.y_train, kind="stable")
     data = dataclasses.replace(data, x_train=data.x_train[by_class], y_train=data.y_train[by_class])
-    task = RunTask("mlp", "none", 1e-3, 0, 1, 16, 0.9)
+    task = run_task("mlp", "none", rate=1e-3, batch_size=16)
     (x, y), again = (training._Training(task, data, learner_of(small()), _ignore).seen for _ in range(2))
     assert len(x) == len(y) == 100
     assert np.bincount(y).min() > 20
@@ -307,16 +313,57 @@ def test_probes_are_few_and_closer_at_the_beginning() -> None:
 
 def test_progress_adds_up(data: Dataset) -> None:
     reported: list[int] = []
-    train(RunTask("mlp", "none", 1e-3, 0, 5, 16, 0.9), data, reported.append)
+    train(run_task("mlp", "none", rate=1e-3, epochs=5, batch_size=16), data, reported.append)
     assert reported == [25, 25, 10]
 
 
 def test_timing_gives_each_arm_as_many_blocks(data: Dataset) -> None:
     before, began = torch.get_rng_state(), time.monotonic()
     with session():
-        measured = time_steps(TimingTask("mlp", ("dropout", "batchnorm"), 16), data, make_learner)
+        measured = time_steps(timing_task("mlp", ("dropout", "batchnorm"), batch_size=16), data, make_learner)
     elapsed = time.monotonic() - began
     assert torch.equal(torch.get_rng_state(), before)
-    assert {len(arm.seconds_per_step) for arm in measured.values()} == {9}
-    assert all(seconds > 0 for arm in measured.values() for seconds in arm.seconds_per_step)
-    assert sum(sum(arm.seconds_per_step) for arm in measured.values()) < elapsed
+    assert {len(arm.seconds_per_step) for arm in measured.arms.values()} == {9}
+    assert all(seconds > 0 for arm in measured.arms.values() for seconds in arm.seconds_per_step)
+    assert sum(sum(arm.seconds_per_step) for arm in measured.arms.values()) < elapsed
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_a_step_is_that_of_torch_with_decayed_weights(data: Dataset, optimizer: str) -> None:
+    recipe = Recipe(optimizer=optimizer, momentum=0.5 if optimizer == "sgd" else 0.0, weight_decay=0.1)
+    ours, theirs = small(), small()
+    theirs.load_state_dict(ours.state_dict())
+    weights = [layer.weight for layer in theirs if isinstance(layer, nn.Linear)]
+    rest = [value for value in theirs.parameters() if not any(value is weight for weight in weights)]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    made = {
+        "sgd": lambda: torch.optim.SGD(groups, 0.1, momentum=0.5),
+        "adam": lambda: torch.optim.Adam(groups, 0.1),
+        "adamw": lambda: torch.optim.AdamW(groups, 0.1),
+    }[optimizer]()
+    learner = TorchLearner(ours, parse_arm("none"), recipe, 0.1)
+    for step in range(3):
+        x, y = data.x_train[16 * step :][:16], data.y_train[16 * step :][:16]
+        torch.manual_seed(step)
+        learner.step(x, y)
+        made.zero_grad()
+        torch.manual_seed(step)
+        cross_entropy(theirs.train()(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        made.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_frozen_late_stand_still_from_then_on(data: Dataset) -> None:
+    frozen = learner_of(small())
+    x, y = data.x_train[:16], data.y_train[:16]
+    frozen.step(x, y)
+    frozen.freeze_statistics()
+    kept = [norm.running_mean.clone() for norm in frozen.model if isinstance(norm, BatchNorm1d)]
+    assert kept
+    frozen.step(x, y)
+    after = [norm.running_mean for norm in frozen.model if isinstance(norm, BatchNorm1d)]
+    assert all(map(torch.equal, kept, after))
+    record = run(data, arm="batchnorm:Running(after=0.5)")
+    assert record["status"] == "finished"
+    assert record["test_time_statistics"] is None

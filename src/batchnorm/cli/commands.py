@@ -37,15 +37,19 @@ def _root(
 
 @app.command()
 def study(
-    network: options.Networks = "auto",
     data: options.StudyData = "digits",
     data_dir: options.DataDir = None,
+    network: options.Networks = "auto",
+    depth: options.Depths = "",
     framework: options.Framework = "torch",
     arms: options.Arms = "auto",
-    learning_rate: options.LearningRates = "1e-4,1e-3,1e-2",
+    optimizer: options.Optimizer = "adam",
+    momentum: options.Momentum = None,
+    weight_decay: options.WeightDecay = 0.0,
+    learning_rate: options.LearningRates = "auto",
     seeds: options.Seeds = 3,
     epochs: options.Epochs = 10,
-    batch_size: options.StepSize = 32,
+    batch_size: options.StepSizes = "32",
     target_accuracy: options.TargetAccuracy = 0.85,
     jobs: options.Jobs = "auto",
     out: options.StudyOut = None,
@@ -54,12 +58,13 @@ def study(
 ) -> None:
     """What does batch normalization buy this network on this data?
 
-    Trains each network in each arm, at each learning rate, with each seed, and writes report.html,
-    results.json and curves.csv. Ctrl-C keeps every finished run; the same command goes on from there.
+    Trains each network on each data set in each arm, at each learning rate, with each seed, and writes
+    report.html, results.json and curves.csv. Ctrl-C keeps every finished run; the same command goes on from
+    there.
     """
     with one_clear_line(debug, "every finished run is kept"):
         from batchnorm.study import StudyOptions, run_study
-        from batchnorm.study.options import parse_rates, split_list
+        from batchnorm.study.options import parse_numbers, split_list
         from batchnorm.study.terminal import TerminalDisplay, print_choices, print_results
 
         if list_choices:
@@ -67,14 +72,18 @@ def study(
             return
         chosen = StudyOptions(
             networks=split_list(network),
-            data=data,
+            data=split_list(data),
             data_dir=data_dir,
             framework=framework,
             arms=split_list(arms),
-            learning_rates=parse_rates(split_list(learning_rate)),
+            learning_rates=_parse_rates(learning_rate),
             seeds=seeds,
             epochs=epochs,
-            batch_size=batch_size,
+            batch_sizes=parse_numbers(split_list(batch_size), int, "batch size"),
+            depths=parse_numbers(split_list(depth), int, "depth"),
+            optimizer=optimizer,
+            momentum=momentum,
+            weight_decay=weight_decay,
             target_accuracy=target_accuracy,
             jobs=_parse_jobs(jobs),
             out=out,
@@ -85,6 +94,12 @@ def study(
         typer.echo(f"report: {result.report}")
 
 
+def _parse_rates(text: str) -> tuple[float, ...] | None:
+    from batchnorm.study.options import parse_numbers, split_list
+
+    return None if text == "auto" else parse_numbers(split_list(text), float, "learning rate")
+
+
 def _parse_jobs(text: str) -> int | None:
     if text == "auto":
         return None
@@ -93,5 +108,5 @@ def _parse_jobs(text: str) -> int | None:
     return int(text)
 
 
-for command in (models.inspect, models.convert, models.calibrate, models.fold):
+for command in (models.inspect, models.doctor, models.convert, models.calibrate, models.fold):
     app.command()(command)

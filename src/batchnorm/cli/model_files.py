@@ -62,7 +62,7 @@ class Run:
         loaded = load_data(data, data_dir)
         if loaded.lengths_train is not None:
             raise OptionError(f"--data {data} has padding, which this command cannot mask")
-        inputs = torch.from_numpy(loaded.x_train)
+        inputs, self._labels = torch.from_numpy(loaded.x_train), torch.from_numpy(loaded.y_train)
         inputs = inputs[: min(samples or len(inputs), len(inputs))]
         if self._shape is None:
             return inputs
@@ -78,6 +78,13 @@ class Run:
         """Return the training examples in batches."""
         assert self._inputs is not None
         return torch.split(self._inputs, min(self._batch_size, len(self._inputs)))
+
+    def labelled(self, samples: int) -> list[tuple[Tensor, Tensor]]:
+        """Return training examples in batches of (x, y), drawn at random, the same each time."""
+        assert self._inputs is not None
+        order = torch.randperm(len(self._inputs), generator=torch.Generator().manual_seed(0))
+        parts = torch.split(order[: max(samples, 1)], self._batch_size)
+        return [(self._inputs[part], self._labels[part]) for part in parts]
 
     def example(self, *, needed: bool = False) -> Tensor | None:
         """Return an input of the model: the first batch of data, else random of the shape, else None."""

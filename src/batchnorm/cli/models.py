@@ -1,4 +1,4 @@
-"""Defines `batchnorm inspect`, `convert`, `calibrate` and `fold`, on a model that a function builds."""
+"""Defines the verbs as commands on a model that a function builds: `inspect`, `doctor` and others."""
 
 from __future__ import annotations
 
@@ -31,6 +31,48 @@ def inspect(
 
         run = Run(model, weights, data, data_dir, None, batch_size, input)
         _show(run.verb(batchnorm.inspect, run.example()))
+
+
+def doctor(
+    model: options.Model,
+    weights: options.Weights = None,
+    data: options.Data = None,
+    data_dir: options.DataDir = None,
+    samples: options.DoctorSamples = 512,
+    batch_size: options.BatchSize = 32,
+    input: options.Input = None,
+    out: options.Page = None,
+    json: options.Json = False,
+    strict: options.Strict = False,
+    ignore: options.Ignore = "",
+    force: options.Force = False,
+    debug: options.Debug = False,
+) -> None:
+    """What is wrong with the batch normalizations of a model, on data where some is given, and what to do.
+
+    A model that is returned in training mode is looked at in evaluation. Batches are drawn at random.
+    """
+    with _clearly(debug):
+        from .model_files import Run, check_out
+
+        if out is not None:
+            check_out(out, (".html",), force)
+        run = Run(model, weights, data, data_dir, None, batch_size, input)
+        if all(module.training for module in run.model.modules()):
+            run.model.eval()
+        given = {"samples": samples, "ignore": [name.strip() for name in ignore.split(",") if name.strip()]}
+        batches = None if data is None else run.labelled(samples)
+        found = run.verb(
+            batchnorm.diagnose, batches, example=run.example() if data is None else None, **given
+        )
+        typer.echo(found.to_json() if json else str(found))
+        if out is not None:
+            from batchnorm.study.doctor_page import write_page
+
+            write_page(found, out)
+            typer.echo(f"written: {out}", err=json)
+        if strict and found.is_serious:
+            raise typer.Exit(1)
 
 
 def convert(

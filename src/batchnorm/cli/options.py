@@ -18,7 +18,17 @@ Networks = Annotated[
     typer.Option(help="Comma-separated: those of --list, or your own as file.py:function; auto: the data's."),
 ]
 StudyData = Annotated[
-    str, typer.Option(help="One of those that --list names, or your own as file.py:function.")
+    str,
+    typer.Option(help="Comma-separated: those that --list names, or your own as file.py:function."),
+]
+Depths = Annotated[
+    str,
+    typer.Option(help="Comma-separated: hidden layers or blocks of deep, residual-mlp or your own network."),
+]
+Optimizer = Annotated[str, typer.Option(help="sgd, adam or adamw.")]
+Momentum = Annotated[float | None, typer.Option(help="Of sgd.", show_default="0.9")]
+WeightDecay = Annotated[
+    float, typer.Option(help="Of weights of dense and convolution layers; adamw decouples it.")
 ]
 ListChoices = Annotated[bool, typer.Option("--list", help="List the data, networks and arms, and stop.")]
 Framework = Annotated[
@@ -28,10 +38,10 @@ Arms = Annotated[
     str,
     typer.Option(help="Comma-separated, joined by + if wanted; --list names them; auto: by the data."),
 ]
-LearningRates = Annotated[str, typer.Option(help="Comma-separated learning rates of Adam.")]
+LearningRates = Annotated[str, typer.Option(help="Comma-separated; auto: by the optimizer.")]
 Seeds = Annotated[int, typer.Option(help="Runs with different initial weights and orders.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
-StepSize = Annotated[int, typer.Option(help="Examples per training step.")]
+StepSizes = Annotated[str, typer.Option(help="Comma-separated: examples per training step.")]
 TargetAccuracy = Annotated[
     float, typer.Option(help="Held-out accuracy, 0 to 1, that 'steps to target' counts up to.")
 ]
@@ -40,7 +50,7 @@ StudyOut = Annotated[
     Path | None,
     typer.Option(
         help="Folder of results; a second call goes on there.",
-        show_default="runs/study-DATA-NETWORKS, study-keras-BACKEND-... with keras",
+        show_default="runs/study-DATA, study-keras-BACKEND-... with keras",
     ),
 ]
 
@@ -68,6 +78,13 @@ Resume = Annotated[
     Path | None, typer.Option(help="Where to note how far it has come; the same command goes on from there.")
 ]
 Picture = Annotated[Path | None, typer.Option(help="SVG to draw: how far off each layer's statistics were.")]
+DoctorSamples = Annotated[int, typer.Option(help="How many of the training examples, at most.")]
+Page = Annotated[Path | None, typer.Option(help="Page to write: .html.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if a finding is serious.")]
+Ignore = Annotated[
+    str, typer.Option(help="Comma-separated checks to leave out: bias-before, or bias-before:features.3.")
+]
 Out = Annotated[Path, typer.Option(help="File to write: .safetensors.")]
 FoldOut = Annotated[
     Path, typer.Option(help="File to write: .onnx or .pt2 to run it, .safetensors its weights.")

@@ -22,6 +22,18 @@ class Affine:
         """Whether there is no NaN and no inf in it."""
         return bool(np.isfinite(self.scale).all() and np.isfinite(self.shift).all())
 
+    def part(self, start: int, channels: int, shift: int) -> Affine:
+        """Return the map of some of the channels, with `shift` times the shift."""
+        chosen = slice(start, start + channels)
+        return Affine(self.scale[chosen], shift * self.shift[chosen])
+
+    def within(self, start: int, channels: int) -> Affine:
+        """Return the map of more channels, which leaves those before `start` and behind these as they are."""
+        scale, shift = np.ones(channels), np.zeros(channels)
+        chosen = slice(start, start + len(self.scale))
+        scale[chosen], shift[chosen] = self.scale, self.shift
+        return Affine(scale, shift)
+
 
 def affine(mean: Array, var: Array, eps: float, weight: Array | None, bias: Array | None) -> Affine:
     """Return scale = weight / sqrt(var + eps) and shift = bias - scale mean.

@@ -11,6 +11,26 @@ Layer = TypeVar("Layer")
 Axes = tuple[int | None, ...] | Literal["same"] | None
 
 
+@dataclass(frozen=True)
+class Concatenation:
+    """How a call joins its inputs: side by side along `axis`."""
+
+    axis: int
+
+
+@dataclass(frozen=True)
+class Sum:
+    """How a call joins its inputs, all of one shape and dtype: it adds them.
+
+    Attributes:
+        signs: 1 or -1 for each input.
+        in_place: whether the sum is written over the first input.
+    """
+
+    signs: tuple[int, ...]
+    in_place: bool = False
+
+
 @dataclass(eq=False)
 class Value(Generic[Layer]):
     """A tensor at one point of a forward.
@@ -39,8 +59,10 @@ class Call(Generic[Layer]):
         module: the module; None for an operation.
         reads: its inputs, that of a layer first.
         gives: its outputs.
-        axes: for a call that only rearranges its first input: for each axis of the output the same axis of
-            the input, or None; "same" for a call that returns its first input; None for any other call.
+        axes: for a call that only rearranges its first input, or averages it along other axes: for each axis
+            of the output the same axis of the input, or None; "same" for a call that returns its first input;
+            None for any other call.
+        joins: how it puts its inputs together; None for any other call.
     """
 
     what: str
@@ -48,6 +70,7 @@ class Call(Generic[Layer]):
     reads: list[Value[Layer]]
     gives: list[Value[Layer]] = field(default_factory=list)
     axes: Axes = None
+    joins: Concatenation | Sum | None = None
 
     def __post_init__(self) -> None:
         for value in self.reads:
@@ -70,6 +93,18 @@ class Call(Generic[Layer]):
         if self.axes is None or self.axes == "same":
             return None if self.axes is None else axis
         return self.axes.index(axis) if axis in self.axes else None
+
+    def start_in(self, number: int, axis: int) -> int:
+        """Return where input `number` of a concatenation begins along `axis` of its output."""
+        sizes = [None if value.shape is None else value.shape[axis] for value in self.reads[:number]]
+        return sum(size or 0 for size in sizes)
+
+
+def origin(value: Value[Layer]) -> Value[Layer]:
+    """Return the value that calls which return their input have handed on."""
+    while value.maker is not None and value.maker.axes == "same":
+        value = value.maker.reads[0]
+    return value
 
 
 @dataclass

@@ -13,8 +13,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic
 
-from .flow import Call, Flow, Layer, Value
+from .flow import Call, Concatenation, Flow, Layer, Sum, Value, origin
+from .sums import Term, whole_sum
 from .table import Direction, FoldRow
+
+
+@dataclass(frozen=True)
+class Part(Generic[Layer]):
+    """What one layer takes of a norm.
+
+    Attributes:
+        layer: which.
+        start: before a norm, the first of the norm's channels that are the layer's outputs; after it, the
+            first of the layer's inputs that are the norm's channels.
+        shift: by what it takes the norm's shift: 1, -1 where it is subtracted, or 0 where another layer of a
+            sum takes it; beside a norm, the sign of the norm's output relative to the layer's.
+    """
+
+    layer: Layer
+    start: int = 0
+    shift: int = 1
 
 
 @dataclass(frozen=True)
@@ -24,16 +42,18 @@ class Step(Generic[Layer]):
     Attributes:
         norm: which.
         into: the layers that take it; several where it is called behind several, or several read it.
-        direction: whether they are before or after it.
+        direction: whether they are before it, after it, or read the same and are added to it.
         adds: it is called with a residual, which is still to be added.
         rank: of its input, where the fold holds for that one only; None where the norm takes no other.
+        is_overwritten: beside it, whether the sum is written over what it gives.
     """
 
     norm: Layer
-    into: tuple[Layer, ...]
+    into: tuple[Part[Layer], ...]
     direction: Direction
     adds: bool = False
     rank: int | None = None
+    is_overwritten: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,10 +62,12 @@ class Neighbour(Generic[Layer]):
 
     Attributes:
         call: of the layer.
-        direction: whether it is before or after the norm.
+        direction: whether it is before or after the norm, or beside it.
         value: what it makes, or reads, of the norm.
         reader: the call that reads this value: before a norm, itself or the first of what hands it on.
         axis: of the value, the norm's channels.
+        start: as of `Part`.
+        shift: as of `Part`.
     """
 
     call: Call[Layer]
@@ -53,6 +75,8 @@ class Neighbour(Generic[Layer]):
     value: Value[Layer]
     reader: Call[Layer]
     axis: int
+    start: int = 0
+    shift: int = 1
 
     @property
     def layer(self) -> Layer:
@@ -78,7 +102,7 @@ class FoldPlan(Generic[Layer]):
         left = {norm: FoldRow(names[norm], None, None, reason) for norm, reason in self.reasons.items()}
         return left | {
             step.norm: FoldRow(
-                names[step.norm], ", ".join(map(names.__getitem__, step.into)), step.direction, ""
+                names[step.norm], ", ".join(names[part.layer] for part in step.into), step.direction, ""
             )
             for step in self.steps
         }
@@ -98,6 +122,7 @@ class Planner(ABC, Generic[Layer]):
     def __init__(self, flow: Flow[Layer]) -> None:
         self.flow = flow
         self.calls = flow.by_module()
+        self.gone: set[Call[Layer]] = set()  # calls of norms beside a layer: what they add is zero now
 
     @abstractmethod
     def never(self, norm: Layer) -> str:
@@ -105,7 +130,7 @@ class Planner(ABC, Generic[Layer]):
 
     @abstractmethod
     def takes(self, call: Call[Layer], direction: Direction) -> bool:
-        """Whether a call is one of a layer that can take the norm it is before or after."""
+        """Whether a call is one of a layer that can take the norm it is before, after or beside."""
 
     @abstractmethod
     def axis(self, norm: Call[Layer]) -> int:
@@ -146,7 +171,7 @@ class Planner(ABC, Generic[Layer]):
         return ""
 
     def plan(self, norms: Iterable[Layer]) -> FoldPlan[Layer]:
-        """Decide for every norm: into what is before all of its calls, else into what is after them.
+        """Decide for every norm: into what is before all of its calls, else after them, else beside them.
 
         A norm that is folded makes room for the next: of two in a row both may go into one layer. So passes
         over those that are left go on until one folds nothing.
@@ -169,15 +194,19 @@ class Planner(ABC, Generic[Layer]):
     def _fold(self, norm: Layer, decided: FoldPlan[Layer]) -> bool:
         """Add a step for a norm, or note why there is none."""
         reasons = []
-        for attempt in (self._before, self._after):
+        for attempt in (self._before, self._after, self._beside):
             try:
                 step = attempt(norm)
             except _Impossible as why:
-                reasons.append(str(why))
+                reasons += [str(why)] if str(why) else []
                 continue
             decided.steps.append(step)
             del decided.reasons[norm]
-            if self.folded(step):
+            if step.direction == "beside":
+                (call,) = self.calls[norm]
+                call.reads[0].readers.remove(call)
+                self.gone.add(call)
+            elif self.folded(step):
                 for call in self.calls[norm]:
                     call.axes = "same"
             return True
@@ -188,20 +217,54 @@ class Planner(ABC, Generic[Layer]):
         """Return the step into the layers before a norm, or say why not."""
         found = []
         for call in self.calls[norm]:
-            found.append(self._source(call))
-            _refuse(self.why_not(norm, found[-1]))
+            sources = self._sources(_input(call), self.axis(call), call)
+            for source in sources:
+                _refuse(self.why_not(norm, source))
+            found += sources
         return self._step(norm, found, "for this norm")
 
-    def _source(self, call: Call[Layer]) -> Neighbour[Layer]:
-        """Return the layer whose output a norm reads, past what only hands it on."""
-        value, axis = _input(call), self.axis(call)
-        while (maker := value.maker) is None or not self.takes(maker, "before"):
-            before = None if maker is None else maker.axis_before(axis)
-            _refuse(self.blocks(value, call, leads_on=before is not None))
-            assert maker is not None
+    def _sources(
+        self, value: Value[Layer], axis: int, reader: Call[Layer], start: int = 0, shift: int = 1
+    ) -> list[Neighbour[Layer]]:
+        """Return the layers that a value is made by, past what only hands it on, joins it or averages it.
+
+        Args:
+            value: that `reader` reads.
+            axis: of the value, the norm's channels.
+            reader: the norm, or what hands on the value to it.
+            start: the first of the norm's channels that the value has.
+            shift: by what the value takes the norm's shift.
+        """
+        maker = value.maker
+        if maker is not None and self.takes(maker, "before"):
+            return [Neighbour(maker, "before", value, reader, axis, start, shift)]
+        before = None if maker is None else maker.axis_before(axis)
+        joins = None if maker is None else maker.joins
+        is_joined = isinstance(joins, Sum) or joins == Concatenation(axis)
+        _refuse(self.blocks(value, reader, leads_on=before is not None or is_joined))
+        assert maker is not None
+        if not is_joined:
             assert before is not None
-            value, axis, call = _input(maker), before, maker
-        return Neighbour(maker, "before", value, call, axis)
+            return self._sources(_input(maker), before, maker, start, shift)
+        try:
+            return self._joined_sources(maker, axis, start, shift)
+        except _Impossible as why:
+            raise _Impossible(f"before it is {self.described(maker)}, and {why}") from None
+
+    def _joined_sources(self, call: Call[Layer], axis: int, start: int, shift: int) -> list[Neighbour[Layer]]:
+        """Return the layers that make the inputs of a sum or a concatenation; arguments as of `_sources`."""
+        found: list[Neighbour[Layer]] = []
+        for number, part in enumerate(call.reads):
+            if not isinstance(call.joins, Sum):
+                found += self._sources(part, axis, call, start + call.start_in(number, axis), shift)
+            elif not self.is_zero(part):
+                found += self._sources(part, axis, call, start, shift * call.joins.signs[number])
+                shift = 0  # the first one takes it
+        return found
+
+    def is_zero(self, value: Value[Layer]) -> bool:
+        """Whether a value is zero now, because the norm that made it has gone into a layer beside it."""
+        return origin(value).maker in self.gone
 
     def _after(self, norm: Layer) -> Step[Layer]:
         """Return the step into the layers after a norm, or say why not."""
@@ -216,19 +279,59 @@ class Planner(ABC, Generic[Layer]):
             raise _Impossible("nothing reads its output")
         return self._step(norm, found, "on this norm's output")
 
-    def _consumers(self, value: Value[Layer], axis: int) -> list[Neighbour[Layer]]:
-        """Return the layers that read a value, past what only hands it on."""
+    def _consumers(self, value: Value[Layer], axis: int, start: int = 0) -> list[Neighbour[Layer]]:
+        """Return the layers that read a value, past what hands on, averages or concatenates it."""
         _refuse(self.read_by_several(value))
         found = []
         for reader in value.readers:
             if self.takes(reader, "after"):
-                found.append(Neighbour(reader, "after", value, reader, axis))
+                found.append(Neighbour(reader, "after", value, reader, axis, start))
                 continue
-            behind = reader.axis_behind(axis)
-            if behind is None or reader.reads[0] is not value:
+            behind, number = reader.axis_behind(axis), reader.reads.index(value)
+            if reader.joins == Concatenation(axis) and reader.reads.count(value) == 1:
+                found += self._consumers(reader.gives[0], axis, start + reader.start_in(number, axis))
+                continue
+            if behind is None or number:
                 raise _Impossible(f"after it is {self.described(reader)}")
-            found += self._consumers(reader.gives[0], behind)
+            found += self._consumers(reader.gives[0], behind, start)
         return found
+
+    def _beside(self, norm: Layer) -> Step[Layer]:
+        """Return the step into a layer that reads the same as a norm and is added to it, or say why not."""
+        calls = self.calls[norm]
+        terms = whole_sum(calls[0].gives[0]) if len(calls) == 1 and len(calls[0].gives) == 1 else []
+        if len(terms) < 2 or self.not_after(norm):
+            raise _Impossible("")
+        own = next(place for place, term in enumerate(terms) if term.value.maker is calls[0])
+        reasons = [f"beside it, no layer that reads the same is added to {self.described(calls[0])}"]
+        for term in terms:
+            call = term.value.maker
+            if call is None or not self._reads_the_same(call, calls[0]):
+                continue
+            beside = Neighbour(call, "beside", term.value, call, self.axis(calls[0]))
+            reason = self._why_not_beside(norm, beside, term, terms[own])
+            if not reason:
+                part = Part(beside.layer, 0, term.sign * terms[own].sign)
+                return Step(norm, (part,), "beside", is_overwritten=terms[own].is_written)
+            reasons.append(reason)
+        raise _Impossible(reasons[-1])
+
+    def _reads_the_same(self, call: Call[Layer], norm: Call[Layer]) -> bool:
+        """Whether a call is one of a layer that reads what a norm does and could take it."""
+        return self.takes(call, "beside") and origin(_input(call)) is origin(_input(norm))
+
+    def _why_not_beside(
+        self, norm: Layer, beside: Neighbour[Layer], term: Term[Layer], own: Term[Layer]
+    ) -> str:
+        """Return why a layer, which gives `term`, cannot take a norm that it is added to."""
+        what = f"beside it, {beside.call.what}"
+        if not own.is_alone:
+            return f"{what} is added, but something else reads the norm's output too"
+        if not term.is_alone:
+            return f"{what} is read by something else too"
+        if len(self.calls[beside.layer]) != 1:
+            return f"{what} is called {len(self.calls[beside.layer])} times"
+        return self.why_not(norm, beside)
 
     def _step(self, norm: Layer, found: list[Neighbour[Layer]], how: str) -> Step[Layer]:
         """Return the step into the layers next to a norm if each of their calls is next to it."""
@@ -240,11 +343,14 @@ class Planner(ABC, Generic[Layer]):
                 raise _Impossible(
                     f"{direction} it, {calls[0].what} is called {len(calls)} times, {count} of them {how}"
                 )
+        parts = list(dict.fromkeys(Part(beside.layer, beside.start, beside.shift) for beside in found))
+        if len(parts) != len(times):
+            raise _Impossible(f"{direction} it, a layer is called for different channels of this norm")
         ranks = {self.rank(norm, beside) for beside in found}
         if len(ranks) != 1:
             raise _Impossible(f"{direction} it are layers for inputs of several ranks")
         adds = any(len(call.reads) > 1 for call in self.calls[norm])
-        return Step(norm, tuple(times), direction, adds, ranks.pop())
+        return Step(norm, tuple(parts), direction, adds, ranks.pop())
 
 
 def _refuse(reason: str) -> None:

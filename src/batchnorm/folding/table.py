@@ -7,7 +7,7 @@ from typing import Literal
 
 from batchnorm.text_table import aligned
 
-Direction = Literal["before", "after"]
+Direction = Literal["before", "after", "beside"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class FoldRow:
     Attributes:
         name: qualified by the models and layers around it, such as `backbone/bn_1`.
         into: qualified name of the layer whose weights take it, or of several; None where it is left.
-        direction: whether that is the layer before the normalization or the one after it; None where left.
+        direction: whether that is the layer before the normalization, the one after it, or one that reads the
+            same and is added to it; None where left.
         reason: why it is left; "" where it is folded.
     """
 

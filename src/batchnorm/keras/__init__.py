@@ -8,6 +8,7 @@ with naming_the_extra("batchnorm.keras"):
     import keras as _keras  # noqa: F401
 
 from .calibrate import Calibrate, calibrate
+from .diagnose import diagnose
 from .fold import fold, fold_table
 from .folding.verify import FoldError
 from .freeze import freeze, unfreeze
@@ -19,6 +20,7 @@ __all__ = [
     "Calibrate",
     "FoldError",
     "calibrate",
+    "diagnose",
     "fold",
     "fold_table",
     "freeze",

@@ -11,22 +11,27 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import OptionError
-from batchnorm.folding.plan import FoldPlan, Step
+from batchnorm.folding.affine import Affine
+from batchnorm.folding.plan import FoldPlan, Part, Step
+from batchnorm.folding.table import Direction
 from batchnorm.torch.contexts.domains import domain_of, keep_one
 
 from .convert import check_scripted
 from .folding.affine import affine, own_activation
-from .folding.arithmetic import scale_inputs, scale_outputs
+from .folding.arithmetic import add_beside, scale_inputs, scale_outputs
 from .folding.foldable_layers import (
+    Weights,
     absorber_of,
     become,
     copied,
+    inputs_of,
     is_plain,
+    outputs_of,
     read_weights,
     why_not,
     write_weights,
 )
-from .folding.folded import FOLDED, stand_in
+from .folding.folded import FOLDED, FoldedBeside, stand_in
 from .folding.plan import TorchPlanner
 from .fusion.plan import inner_first, is_block
 from .graph.flow import Flow, joined
@@ -192,16 +197,29 @@ def _apply(twin: nn.Module, steps: list[Step[nn.Module]]) -> None:
         if absorber_of(module) is not None and not is_plain(module) and not why_not(module)
     }
     for step in steps:
-        change = scale_outputs if step.direction == "before" else scale_inputs
-        for layer in step.into:
-            weights[layer] = change(weights.get(layer) or read_weights(layer), layer, affine(step.norm))
+        for part in step.into:
+            now = weights.get(part.layer) or read_weights(part.layer)
+            weights[part.layer] = _changed(now, part, affine(step.norm), step.direction)
     for layer, changed in weights.items():
         if not write_weights(layer, changed):
             name = next(name for name, module in twin.named_modules() if module is layer)
             raise AgreementError("fold was taken back: a weight would be too large for its dtype", name)
     for step in steps:
-        become(step.norm, stand_in(own_activation(step.norm), adds=step.adds, rank=step.rank))
+        if step.direction == "beside":
+            become(step.norm, FoldedBeside(step.is_overwritten))
+        else:
+            become(step.norm, stand_in(own_activation(step.norm), adds=step.adds, rank=step.rank))
         vars(step.norm)[FOLDED] = True
+
+
+def _changed(now: Weights, part: Part[nn.Module], found: Affine, direction: Direction) -> Weights:
+    """Return the weights of a layer that takes its part of a norm."""
+    layer = part.layer
+    if direction == "before":
+        return scale_outputs(now, layer, found.part(part.start, outputs_of(layer), part.shift))
+    if direction == "after":
+        return scale_inputs(now, layer, found.within(part.start, inputs_of(layer)))
+    return add_beside(now, layer, found, part.shift)
 
 
 def _agrees_in_float64(
@@ -219,7 +237,13 @@ def _agrees_in_float64(
         return False
     twins = dict(zip(twin.modules(), wide.modules(), strict=True))
     _apply(
-        wide, [replace(s, norm=twins[s.norm], into=tuple(twins[layer] for layer in s.into)) for s in steps]
+        wide,
+        [
+            replace(
+                s, norm=twins[s.norm], into=tuple(replace(part, layer=twins[part.layer]) for part in s.into)
+            )
+            for s in steps
+        ],
     )
     assert_agree(before, wide, wide_example, "fold", training=False)
     return True

@@ -94,8 +94,9 @@ class LayerChange:
         """Return the change between two (mean, var), `[C]` each; eps is added to var, as the layer does."""
         new_std = np.sqrt(new[1] + eps)
         shifts = np.abs(new[0] - old[0]) / new_std
-        ratios = new_std / np.sqrt(old[1] + eps)
-        widest = float(ratios[np.argmax(np.abs(np.log(ratios)))])
+        with np.errstate(invalid="ignore", divide="ignore"):  # the old variance may have been negative or inf
+            ratios = new_std / np.sqrt(old[1] + eps)
+            widest = float(ratios[np.argmax(np.abs(np.log(ratios)))])
         per_channel = tuple(shifts.tolist()), tuple(ratios.tolist())
         return cls(name, values, float(shifts.max()), widest, exact, *per_channel)
 

@@ -10,13 +10,15 @@ import keras
 import numpy as np
 
 from batchnorm.keras.calibrate import calibrate
+from batchnorm.statistics.running import Running
 
 from . import probes_keras as probes
 from .arms import Arm
 from .data import Dataset
 from .networks_keras import build_network
-from .optimizer_keras import make_adam
+from .optimizer_keras import make_optimizer
 from .padding import Array, Examples, Padded
+from .settings import Recipe, Setting
 from .training import EVALUATION_BATCH
 
 
@@ -28,31 +30,40 @@ def session() -> Iterator[None]:
 
 
 def make_learner(
-    network: str, arm: Arm, data: Dataset, seed: int, learning_rate: float, is_watched: bool
+    setting: Setting,
+    recipe: Recipe,
+    arm: Arm,
+    data: Dataset,
+    seed: int,
+    learning_rate: float,
+    is_watched: bool,
 ) -> KerasLearner:
     """Builds a network and its optimizer; see `training.MakeLearner`. Keras's random state is left seeded."""
+    padded = data.lengths_train is not None
     model = build_network(
-        network, arm, data.input_shape, data.classes, seed, padded=data.lengths_train is not None
+        setting.network, arm, data.input_shape, data.classes, seed, setting.depth, padded=padded
     )
     keras.utils.set_random_seed(seed)
     with probes.batch_statistics(model):
         model(
             _inputs(data.held_out[:2]), training=False
         )  # so that a network without an Input has its weights
-    return KerasLearner(model, arm, learning_rate, is_watched)
+    return KerasLearner(model, arm, recipe, learning_rate, is_watched)
 
 
 class KerasLearner:
     """A `training.Learner`."""
 
-    def __init__(self, model: keras.Model, arm: Arm, learning_rate: float, is_watched: bool = False) -> None:
+    def __init__(
+        self, model: keras.Model, arm: Arm, recipe: Recipe, learning_rate: float, is_watched: bool = False
+    ) -> None:
         self.model = model
         layers = probes.weight_layers(model)
         self.layers = list(layers)
         self.parameters = sum(math.prod(variable.shape) for variable in model.trainable_variables)
         self.has_batch_norms = bool(probes.batch_norms(model))
         kernels = [probes.kernels(layer) for layer in layers.values()]
-        self._optimizer = make_adam(learning_rate, arm, kernels, noting=is_watched)
+        self._optimizer = make_optimizer(recipe, learning_rate, arm, kernels, noting=is_watched)
         self._loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         # The loss that Keras tells includes the penalties of a user's layers.
         cross_entropy = keras.metrics.SparseCategoricalCrossentropy("cross_entropy", from_logits=True)
@@ -91,6 +102,12 @@ class KerasLearner:
 
     def calibrate(self, x: Examples) -> None:
         calibrate(self.model, _inputs(x), batch_size=EVALUATION_BATCH, verbose=0)
+
+    def freeze_statistics(self) -> None:
+        for norm in probes.batch_norms(self.model):
+            norm.statistics = Running()
+        self.has_batch_norms = False  # that statistics at test time make a difference to
+        self.model.make_train_function(force=True)
 
     def permutation(self, length: int, seed: int) -> Array:
         # RandomState, because NumPy promises its stream for good.

@@ -1,4 +1,4 @@
-"""Adam for Keras that adds an arm's penalties and keeps gradient norms, within the compiled step."""
+"""Optimizers of Keras that add an arm's penalties and keep gradient norms, within the compiled step."""
 
 from __future__ import annotations
 
@@ -9,41 +9,53 @@ from typing import Any
 import keras
 
 from .arms import Arm
+from .settings import Recipe
 
 Kernels = Sequence[keras.Variable]  # of a layer
 
 
-def make_adam(
-    learning_rate: float, arm: Arm, kernels: Sequence[Kernels], *, noting: bool
-) -> keras.optimizers.Adam:
-    """Returns Adam with the settings of the torch study: betas 0.9 and 0.999, eps 1e-8, no schedule.
+def make_optimizer(
+    recipe: Recipe, learning_rate: float, arm: Arm, kernels: Sequence[Kernels], *, noting: bool
+) -> keras.optimizers.Optimizer:
+    """Returns the optimizer of a recipe, with the settings of the torch study.
 
     The gradient of a penalty is added to the kernels' gradients before the update, which is the same step as
     adding the penalty to the loss; the losses that are recorded are the cross-entropy alone, so that arms
-    compare.
+    compare. So is weight decay, but in AdamW.
 
     Args:
+        recipe: of the study.
         learning_rate: above 0.
         arm: whose penalties are added.
         kernels: those of each layer.
         noting: whether the norm of each layer's gradient, without the penalty, is kept at every step in the
             variable `gradient_norms`, `[layers]`; NaN for a layer that received none.
     """
-    optimizer = _penalized_adam()(learning_rate=learning_rate, beta_1=0.9, beta_2=0.999, epsilon=1e-8)
-    optimizer.watch(arm, lambda: kernels, noting)
+    betas = {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-8}
+    if recipe.optimizer == "sgd":
+        optimizer = _penalized("SGD")(learning_rate=learning_rate, momentum=recipe.momentum)
+    elif recipe.optimizer == "adam":
+        optimizer = _penalized("Adam")(learning_rate=learning_rate, **betas)
+    else:
+        decay = recipe.weight_decay
+        optimizer = _penalized("AdamW")(learning_rate=learning_rate, weight_decay=decay, **betas)
+    coupled = 0.0 if recipe.optimizer == "adamw" else recipe.weight_decay
+    optimizer.watch(arm, coupled, lambda: kernels, noting)
     return optimizer
 
 
 @functools.cache
-def _penalized_adam() -> Any:
+def _penalized(name: str) -> Any:
     # The class that Keras makes, which on torch is one of the backend's own: it updates all variables in a
     # few calls. A subclass of keras.optimizers.Adam itself would update them one by one.
-    adam: Any = type(keras.optimizers.Adam())
+    kind: Any = type(getattr(keras.optimizers, name)())
 
-    class PenalizedAdam(adam):
+    class Penalized(kind):
         # By a function, because an optimizer takes lists of variables for its state.
-        def watch(self, arm: Arm, kernels: Callable[[], Sequence[Kernels]], noting: bool) -> None:
-            self.arm, self.kernels = arm, kernels
+        def watch(
+            self, arm: Arm, decay: float, kernels: Callable[[], Sequence[Kernels]], noting: bool
+        ) -> None:
+            self.arm, self.decay, self.kernels = arm, decay, kernels
             self.gradient_norms = self.add_variable((len(kernels()),), name="norms") if noting else None
 
         def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
@@ -57,10 +69,13 @@ def _penalized_adam() -> Any:
                 self.gradient_norms.assign(keras.ops.stack(norms))
             for layer, kernels in zip(at, self.kernels(), strict=True):
                 for i, kernel in zip(layer, kernels, strict=True):
-                    grads[i] = _with_penalty(grads[i], kernel, self.arm)
+                    grads[i] = _with_penalty(grads[i], kernel, self.arm.l1, 2 * self.arm.l2 + self.decay)
             super().apply(grads, trainable_variables)
 
-    return PenalizedAdam
+        def _use_weight_decay(self, variable: keras.Variable) -> bool:
+            return any(variable is kernel for kernels in self.kernels() for kernel in kernels)
+
+    return Penalized
 
 
 def _norm(gradients: Sequence[Any]) -> Any:
@@ -74,11 +89,11 @@ def _norm(gradients: Sequence[Any]) -> Any:
     return scale * keras.ops.sqrt(keras.ops.sum(keras.ops.square(flat / scale)))
 
 
-def _with_penalty(gradient: Any, kernel: keras.Variable, arm: Arm) -> Any:
+def _with_penalty(gradient: Any, kernel: keras.Variable, l1: float, decay: float) -> Any:
     if gradient is None:
         return None
-    if arm.l1:
-        gradient = gradient + arm.l1 * keras.ops.sign(kernel)
-    if arm.l2:
-        gradient = gradient + 2 * arm.l2 * keras.ops.convert_to_tensor(kernel)
+    if l1:
+        gradient = gradient + l1 * keras.ops.sign(kernel)
+    if decay:
+        gradient = gradient + decay * keras.ops.convert_to_tensor(kernel)
     return gradient

@@ -5,22 +5,27 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from batchnorm.errors import OptionError
 
-from .arms import UNMASKED, parse_arm
-from .data import source_named
+from .arms import UNMASKED, parse_arm, split_outside_brackets
+from .data import SOURCES, source_named
 from .frameworks import FRAMEWORKS, keras_backend
 from .networks import NETWORKS
+from .settings import OPTIMIZERS, Recipe, Setting, display_name, run_name, shown_number, slug
 from .user_code import is_user_code
 
 ARMS = ("none", "batchnorm", "dropout", "l1", "l2", "layernorm", "batchnorm+dropout")
 ARMS_WITH_PADDING = ("none", "batchnorm", UNMASKED, "dropout", "l2", "layernorm", "batchnorm+dropout")
+AUTO = ("auto",)
+_MOMENTUM = 0.9  # of SGD
+
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -33,66 +38,137 @@ class StudyOptions:
         data: of `data.SOURCES`, or the user's own as `file.py:function`.
         data_dir: where `mnist` is looked for.
         arms: see `arms.parse_arm`; `auto` alone is those of the data.
-        learning_rates: Adam's, each above 0.
+        learning_rates: each above 0; None for those of the optimizer.
         seeds: how many; they are 0, 1, 2, ...
-        epochs: passes over the training data.
-        batch_size: examples per step; a last, smaller batch of an epoch is left out.
-        target_accuracy: the fraction of held-out examples at which `steps_to_target` stops counting.
+        epochs, weight_decay, target_accuracy: see `settings.Recipe`.
+        batch_sizes, depths: see `settings.Setting`; without depths networks have their own.
+        optimizer: of `settings.OPTIMIZERS`.
+        momentum: of SGD alone; None for 0.9.
         jobs: training runs at a time, each on one thread; None for one per core.
-        out: the study's folder; None for `runs/study-<data>-<networks>`, with Keras
-            `runs/study-keras-<backend>-<data>-<networks>`.
+        out: the study's folder; None for `runs/study-<data>`, with the networks' names where they are chosen
+            and `keras-<backend>` where it is Keras.
         framework: `torch`, or `keras` on the backend that it takes when it is imported.
 
     Raises:
         OptionError: a value outside its range, or an unknown name.
     """
 
-    networks: tuple[str, ...] = ("auto",)
-    data: str = "digits"
+    networks: tuple[str, ...] = AUTO
+    data: tuple[str, ...] = ("digits",)
     data_dir: Path | None = None
-    arms: tuple[str, ...] = ("auto",)
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    arms: tuple[str, ...] = AUTO
+    learning_rates: tuple[float, ...] | None = None
     seeds: int = 3
     epochs: int = 10
-    batch_size: int = 32
+    batch_sizes: tuple[int, ...] = (32,)
+    depths: tuple[int, ...] = ()
+    optimizer: str = "adam"
+    momentum: float | None = None
+    weight_decay: float = 0.0
     target_accuracy: float = 0.85
     jobs: int | None = None
     out: Path | None = None
     framework: str = "torch"
 
     def __post_init__(self) -> None:
-        if self.networks == ("auto",):
-            object.__setattr__(self, "networks", source_named(self.data).networks)
-        if self.arms == ("auto",):
-            object.__setattr__(self, "arms", ARMS_WITH_PADDING if source_named(self.data).is_padded else ARMS)
-        for field, what in (("networks", "network"), ("arms", "arm"), ("learning_rates", "learning rate")):
+        if self.optimizer not in OPTIMIZERS:
+            raise OptionError(f"unknown optimizer {self.optimizer!r}: known are {', '.join(OPTIMIZERS)}")
+        if self.learning_rates is None:
+            object.__setattr__(self, "learning_rates", OPTIMIZERS[self.optimizer])
+        for field, what in _LISTS.items():
             values = tuple(dict.fromkeys(getattr(self, field)))
             object.__setattr__(self, field, values)
-            if not values:
+            if not values and field != "depths":
                 raise OptionError(f"no {what} was given")
         if self.framework not in FRAMEWORKS:
             raise OptionError(f"unknown framework {self.framework!r}: known are {', '.join(FRAMEWORKS)}")
-        for name in self.networks:
-            if name not in NETWORKS and not is_user_code(name):
-                known = ", ".join(NETWORKS)
-                raise OptionError(
-                    f"unknown network {name!r}: known are {known}, or your own as file.py:function"
-                )
-        for arm in self.arms:
-            parse_arm(arm)
-        for rate in self.learning_rates:
+        self._check_numbers()
+        object.__setattr__(self, "learning_rates", tuple(map(float, self.rates)))
+        for name in self.networks if self.networks != AUTO else ():
+            self._check_network(name)
+        if self.depths and self.networks == AUTO:
+            raise OptionError(f"--depth needs --network with one of {', '.join(_with_depth())}, or your own")
+        for name in self.data:
+            for arm in self.arms_on(name):
+                parse_arm(arm)
+        self._check_arms()
+        self._check_that_no_two_runs_share_a_file()
+
+    def _check_numbers(self) -> None:
+        for rate in self.rates:
             if not (math.isfinite(rate) and rate > 0):
                 raise OptionError(f"learning rate {rate} is not a number above 0")
-        for field, least in (("seeds", 1), ("epochs", 1), ("batch_size", 1), ("jobs", 1)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise OptionError(f"--{field.replace('_', '-')} {value} is below {least}")
+        least = {"seeds": 1, "epochs": 1, "batch_sizes": 1, "depths": 1, "jobs": 1}
+        for field, low in least.items():
+            found = getattr(self, field)
+            for value in found if isinstance(found, tuple) else (found,):
+                if value is not None and value < low:
+                    raise OptionError(f"--{_option(field)} {value} is below {low}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise OptionError(f"--weight-decay {self.weight_decay} is not a number of 0 or more")
+        if self.momentum is not None and self.optimizer != "sgd":
+            raise OptionError(f"--momentum is of sgd; {self.optimizer} has betas of its own: leave it out")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise OptionError(f"--momentum {self.momentum} is not a fraction from 0 to below 1")
         if not 0 < self.target_accuracy <= 1:
             raise OptionError(
                 f"--target-accuracy {self.target_accuracy} is not a fraction above 0 and up to 1"
             )
-        object.__setattr__(self, "learning_rates", tuple(map(float, self.learning_rates)))
-        self._check_that_no_two_runs_share_a_file()
+
+    def _check_network(self, name: str) -> None:
+        if name not in NETWORKS and not is_user_code(name):
+            known = ", ".join(NETWORKS)
+            raise OptionError(f"unknown network {name!r}: known are {known}, or your own as file.py:function")
+        if self.depths and name in NETWORKS and NETWORKS[name].depth is None:
+            with_depth = ", ".join(_with_depth())
+            raise OptionError(f"network {name} has one depth; --depth is for {with_depth}, or your own")
+
+    def _check_arms(self) -> None:
+        """Raises where an arm is one that none of the networks, or none of the data, can have."""
+        arms = [parse_arm(arm) for arm in self.arms] if self.arms != AUTO else []
+        networks = {setting.network for setting in self.settings()}
+        flat = [name for name in networks if name in NETWORKS and not NETWORKS[name].is_residual]
+        if flat and any(arm.skip_init for arm in arms):
+            residual = ", ".join(name for name, network in NETWORKS.items() if network.is_residual)
+            raise OptionError(
+                f"arm skipinit is for residual networks, which {flat[0]} is not: take --network {residual}"
+            )
+
+    def arms_on(self, data: str) -> tuple[str, ...]:
+        """Returns the arms on one data set."""
+        if self.arms != AUTO:
+            has_no_padding = data in SOURCES and not SOURCES[data].is_padded
+            left_out = UNMASKED if has_no_padding and len(self.data) > 1 else None
+            return tuple(arm for arm in self.arms if arm != left_out)
+        return ARMS_WITH_PADDING if source_named(data).is_padded else ARMS
+
+    def settings(self) -> tuple[Setting, ...]:
+        """Returns every setting in which arms are compared: data, network, depth and batch size."""
+        return tuple(
+            Setting(data, network, batch_size, depth)
+            for data in self.data
+            for network in (source_named(data).networks if self.networks == AUTO else self.networks)
+            for depth in self.depths or (None,)
+            for batch_size in self.batch_sizes
+        )
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates."""
+        assert self.learning_rates is not None
+        return self.learning_rates
+
+    @property
+    def recipe(self) -> Recipe:
+        """How every run trains."""
+        momentum = self.momentum if self.momentum is not None else _MOMENTUM
+        return Recipe(
+            epochs=self.epochs,
+            optimizer=self.optimizer,
+            momentum=momentum if self.optimizer == "sgd" else 0.0,
+            weight_decay=self.weight_decay,
+            target_accuracy=self.target_accuracy,
+        )
 
     def _check_that_no_two_runs_share_a_file(self) -> None:
         """Raises where two runs would have one name, also on a file system that ignores case.
@@ -100,20 +176,24 @@ class StudyOptions:
         One seed is enough, as a name ends with it.
         """
         runs: dict[str, str] = {}
-        for network, arm, rate in itertools.product(self.networks, self.arms, self.learning_rates):
-            name, run = run_name(network, arm, rate, 0), f"{network}, {arm}, {shown_number(rate)}"
-            if (other := runs.setdefault(name.casefold(), run)) != run:
-                raise OptionError(
-                    f"two runs would share the file {name}.json: {other} and {run}; rename a network's file "
-                    "or function, or study them in two folders"
-                )
+        for setting in self.settings():
+            for arm, rate in itertools.product(self.arms_on(setting.data), self.rates):
+                name = run_name(setting, arm, rate, 0)
+                run = f"{setting.data}, {setting.network}, {arm}, {shown_number(rate)}"
+                if (other := runs.setdefault(name.casefold(), run + name)) != run + name:
+                    other = other.removesuffix(name)
+                    raise OptionError(
+                        f"two runs would share the file {name}.json: {other} and {run}; rename a network's "
+                        "file or function, or study them in two folders"
+                    )
 
     @property
     def folder(self) -> Path:
-        """The folder of the files: one for each framework, data and networks, where a study resumes."""
+        """The folder of the files: one for each framework, data and choice of networks, where it resumes."""
         if self.out is not None:
             return self.out
-        names = [slug(display_name(name)) for name in (self.data, *self.networks)]
+        chosen = self.networks if self.networks != AUTO else ()
+        names = [slug(display_name(name)) for name in (*self.data, *chosen)]
         which = ["study"] if self.framework == "torch" else ["study", "keras", slug(keras_backend())]
         return Path("runs") / "-".join((*which, *names))
 
@@ -126,17 +206,39 @@ class StudyOptions:
         backend = f"KERAS_BACKEND={shlex.quote(keras_backend())} " if self.framework == "keras" else ""
         parts: dict[str, object] = {
             **({"framework": self.framework} if backend else {}),
+            "data": ",".join(map(display_name, self.data)),
             "network": ",".join(map(display_name, self.networks)),
-            "data": display_name(self.data),
+            **({"depth": ",".join(map(str, self.depths))} if self.depths else {}),
             "arms": ",".join(self.arms),
-            "learning-rate": ",".join(map(shown_number, self.learning_rates)),
+            "optimizer": self.optimizer,
+            **({"momentum": shown_number(self.recipe.momentum)} if self.optimizer == "sgd" else {}),
+            **({"weight-decay": shown_number(self.weight_decay)} if self.weight_decay else {}),
+            "learning-rate": ",".join(map(shown_number, self.rates)),
             "seeds": self.seeds,
             "epochs": self.epochs,
-            "batch-size": self.batch_size,
+            "batch-size": ",".join(map(str, self.batch_sizes)),
             "target-accuracy": shown_number(self.target_accuracy),
         }
         words = [word for name, value in parts.items() for word in (f"--{name}", str(value))]
         return backend + shlex.join(["batchnorm", "study", *words])
+
+
+_LISTS = {
+    "networks": "network",
+    "data": "data",
+    "arms": "arm",
+    "learning_rates": "learning rate",
+    "batch_sizes": "batch size",
+    "depths": "depth",
+}
+
+
+def _option(field: str) -> str:
+    return {"batch_sizes": "batch-size", "depths": "depth"}.get(field, field.replace("_", "-"))
+
+
+def _with_depth() -> list[str]:
+    return [name for name, network in NETWORKS.items() if network.depth is not None]
 
 
 def usable_cores() -> int:
@@ -146,42 +248,27 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def display_name(spec: str) -> str:
-    """Returns a network's or data set's name without folders: `/home/x/net.py:build` is `net.py:build`."""
-    place, colon, function = spec.rpartition(":")
-    return f"{Path(place).name}:{function}" if colon else spec
-
-
-def shown_number(value: float) -> str:
-    """Returns the shortest text that reads back as the same number, such as 0.001 or 3e-05."""
-    return repr(float(value)).removesuffix(".0")
-
-
-def run_name(network: str, arm: str, rate: float, seed: int) -> str:
-    """Returns the name of a run's file, without its ending."""
-    return f"{slug(display_name(network))}-{slug(arm)}-{shown_number(rate)}-{seed}"
-
-
-def slug(name: str) -> str:
-    """Returns a name made safe for files on every system."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip(".-")
-
-
 def split_list(text: str) -> tuple[str, ...]:
-    """Returns the parts of a comma-separated list, without blanks."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """Returns the parts of a comma-separated list, without blanks; commas in brackets part nothing."""
+    return tuple(filter(None, split_outside_brackets(text, ",")))
 
 
-def parse_rates(parts: Iterable[str]) -> tuple[float, ...]:
-    """Returns learning rates from text.
+def parse_numbers(parts: Iterable[str], kind: type[N], what: str) -> tuple[N, ...]:
+    """Returns numbers from text.
+
+    Args:
+        parts: of text, a number each.
+        kind: float or int.
+        what: they are, for errors, such as "learning rate".
 
     Raises:
         OptionError: one is not a number.
     """
-    rates = []
+    numbers = []
     for part in parts:
         try:
-            rates.append(float(part))
+            numbers.append(kind(part))
         except ValueError:
-            raise OptionError(f"learning rate {part!r} is not a number") from None
-    return tuple(rates)
+            wanted = "a whole number" if kind is int else "a number"
+            raise OptionError(f"{what} {part!r} is not {wanted}") from None
+    return tuple(numbers)

@@ -13,7 +13,7 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -43,7 +43,9 @@ class WorkerPool:
     Processes are spawned, never forked: a fork of a process that has used torch's threads may hang.
     """
 
-    def __init__(self, size: int, data: Dataset, framework: Framework, display: Display) -> None:
+    def __init__(
+        self, size: int, data: Mapping[str, Dataset], framework: Framework, display: Display
+    ) -> None:
         self._size = size
         self._data = data
         self._framework = framework

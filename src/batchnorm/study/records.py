@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from .settings import Setting
+
 NAN = math.nan
 
 # A measure. What is not finite when it is measured, or was not measured, is null in a file and NaN in memory.
@@ -95,7 +97,9 @@ class Run:
 
     learning_rate: float
     seed: int
+    data: str
     network: str
+    depth: int | None
     arm: str
     status: Literal["finished", "diverged"]
     epochs: Sequence[Epoch]
@@ -111,6 +115,11 @@ class Run:
     input_drift: Drift = field(default_factory=Drift)
     test_time_statistics: AccuracyByStatistics | None = None
     movements: Movements | None = None  # of data with padding
+
+    @property
+    def setting(self) -> Setting:
+        """The setting in which its arm is compared with others."""
+        return Setting(self.data, self.network, self.batch_size, self.depth)
 
     @property
     def diverged(self) -> bool:
@@ -136,10 +145,11 @@ class Run:
 
     def answers(self, settings: Mapping[str, object]) -> bool:
         """Returns whether this is the whole run that `settings` ask for."""
-        asked = ("network", "arm", "learning_rate", "seed", "batch_size", "target_accuracy")
+        asked = ("network", "depth", "arm", "learning_rate", "seed", "batch_size", "target_accuracy")
         epochs = len(self.epochs)
         return (
             all(getattr(self, name) == settings[name] for name in asked)
+            and str(settings["data"]).rpartition(" ")[0] == self.data
             and [row.epoch for row in self.epochs] == list(range(1, epochs + 1))
             and (epochs == settings["epochs"] or self.diverged)
             and self.steps_per_epoch > 0
@@ -154,22 +164,16 @@ class ArmTiming:
     seconds_per_step: Sequence[float]
 
 
-NetworkTiming = Mapping[str, ArmTiming]  # by arm
-
-
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per training step, by network and arm."""
+    """Seconds per training step in one setting, by arm."""
 
-    timing: Mapping[str, NetworkTiming]
+    arms: Mapping[str, ArmTiming]
 
-    def answers(self, networks: Iterable[str], arms: Iterable[str]) -> bool:
-        """Returns whether every arm of these networks, and nothing else, has been timed."""
-        wanted, of_each = set(networks), set(arms)
-        return self.timing.keys() == wanted and all(
-            measured.keys() == of_each
-            and all(arm.seconds_per_step and min(arm.seconds_per_step) > 0 for arm in measured.values())
-            for measured in self.timing.values()
+    def answers(self, arms: Iterable[str]) -> bool:
+        """Returns whether every one of these arms, and nothing else, has been timed."""
+        return self.arms.keys() == set(arms) and all(
+            arm.seconds_per_step and min(arm.seconds_per_step) > 0 for arm in self.arms.values()
         )
 
 

@@ -12,8 +12,8 @@ from markupsafe import Markup
 
 from batchnorm.files import write_whole
 from batchnorm.study.frameworks import framework_in_words
-from batchnorm.study.options import shown_number
-from batchnorm.study.plots import Picture, illustrate
+from batchnorm.study.plots import Picture, axes_of, illustrate
+from batchnorm.study.settings import shown_number
 from batchnorm.study.verdicts import RULE, Claim, Grade, Network, Study, judge, read
 from batchnorm.study.verdicts import formatting as q
 from batchnorm.study.verdicts.results import Sample
@@ -49,7 +49,7 @@ _METHOD = {
     "learning_rates": "Learning rates",
     "seeds": "Seeds",
     "epochs": "Epochs",
-    "batch_size": "Batch size (examples)",
+    "batch_sizes": "Batch sizes (examples)",
     "target_accuracy": "Target for “steps to target” (held-out accuracy, fraction)",
     "optimizer": "Optimizer",
     "penalties": "Penalties added to the loss",
@@ -117,14 +117,17 @@ def render(study: Study) -> str:
         lstrip_blocks=True,
     )
     environment.filters["drawing"] = lambda picture: Markup(picture.svg)  # escaped where it is drawn
-    name = _data(study.provenance).get("name")
     sections = [_section(network, f"n{i}") for i, network in enumerate(study.networks, start=1)]
     labels = {key: claim.label for section in sections for key, claim in section.claims.items()}
     return environment.get_template("report.html.j2").render(
-        data=name if isinstance(name, str) and name else "this data",
+        data=q.listed([str(one.get("name") or "this data") for one in _data(study.provenance)]),
         facts=_facts(study),
         baselines=_baselines(study.provenance),
         sections=sections,
+        axes=[
+            (f"By {axis.what}: {axis.name}", axis.pictures(f"axis{i}"))
+            for i, axis in enumerate(axes_of(study.networks), start=1)
+        ],
         labels={key: labels[key] for key in _TOPICS if key in labels},
         badges=_BADGES,
         rule=RULE,
@@ -201,18 +204,28 @@ def _steps(sample: Sample) -> str:
     return text if reached == runs else f"{text} ({reached} of {runs})"
 
 
-def _data(provenance: Mapping[str, object]) -> Mapping[str, object]:
+def _data(provenance: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """Returns what the results tell of each data set."""
     data = provenance.get("data")
-    return data if isinstance(data, dict) else {"name": data}
+    return [
+        one if isinstance(one, dict) else {"name": one}
+        for one in (data if isinstance(data, list) else [data])
+    ]
 
 
 def _baselines(provenance: Mapping[str, object]) -> str:
     """Returns the sentence on plain models of scikit-learn, empty where none was recorded."""
-    found = provenance.get("baselines")
-    if not isinstance(found, Mapping):
-        return ""
-    models = [f"{name} {q.percent(share)}" for name, share in found.items() if isinstance(share, float)]
-    return f"For comparison, on the same examples: {q.listed(models)} (scikit-learn)." if models else ""
+    sentences = []
+    for data in _data(provenance):
+        found = data.get("baselines")
+        models = [
+            f"{name} {q.percent(share)}"
+            for name, share in (found.items() if isinstance(found, Mapping) else ())
+            if isinstance(share, float)
+        ]
+        if models:
+            sentences.append(f"For comparison, on the same examples of {data['name']}: {q.listed(models)}.")
+    return " ".join(sentences).removesuffix(".") + " (scikit-learn)." if sentences else ""
 
 
 def _facts(study: Study) -> str:
@@ -220,7 +233,7 @@ def _facts(study: Study) -> str:
     diverged = sum(run.diverged for run in runs)
     parts = [
         framework_in_words(study.provenance),
-        q.counted(len(study.networks), "network"),
+        q.counted(len({network.setting.network_name for network in study.networks}), "network"),
         q.counted(len({run.arm for run in runs}), "arm"),
         q.counted(len({run.learning_rate for run in runs}), "learning rate"),
         q.counted(len({run.seed for run in runs}), "seed"),
@@ -232,8 +245,10 @@ def _facts(study: Study) -> str:
 def _caveats(study: Study) -> list[str]:
     """Returns what these runs cannot tell, and why, with their own numbers."""
     found = []
-    size = _data(study.provenance).get("held_out")
-    if isinstance(size, int) and size > 0:
+    sizes = [data.get("held_out") for data in _data(study.provenance)]
+    for size in sizes:
+        if not (isinstance(size, int) and size > 0):
+            continue
         error = q.points(math.sqrt(0.9 * 0.1 / size)).lstrip("+")
         found.append(
             f"The spread is over seeds, on one and the same {size:,} held-out examples. With another draw of "
@@ -259,9 +274,7 @@ def _caveats(study: Study) -> list[str]:
 
 def _method(provenance: Mapping[str, object]) -> list[tuple[str, str]]:
     keys = [key for key in _METHOD if key in provenance]
-    keys += [
-        key for key in provenance if key not in _METHOD and key not in ("command", "backend", "baselines")
-    ]
+    keys += [key for key in provenance if key not in _METHOD and key not in ("command", "backend")]
     named = {**provenance, "framework": framework_in_words(provenance)}
     return [(_METHOD.get(key, key.replace("_", " ").capitalize()), _in_words(named[key])) for key in keys]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ from filelock import FileLock, Timeout
 from batchnorm.errors import OptionError
 from batchnorm.files import naming, write_whole
 
-from .arms import UNMASKED, parse_arm
+from .arms import UNMASKED
 from .data import Dataset, load_data
 from .display import Display
 from .errors import StudyError, StudyInterrupted
 from .frameworks import Framework, find_framework
 from .json_files import json_safe, read_stored, settings_at, write_json
-from .options import StudyOptions, display_name
+from .options import StudyOptions
+from .padding import Padded
 from .pool import WorkerPool
 from .records import Run, Timing
+from .settings import Setting
 from .summary import curves_csv, summarize
 from .tasks import RunTask, TimingTask, plan, settings_of
 
@@ -62,13 +64,11 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
     """
     framework = find_framework(options.framework)
     display = display or Display()
-    data = load_data(options.data, options.data_dir, channels_last=options.framework == "keras")
-    if options.batch_size > len(data.x_train):
+    data = {name: _load(name, options) for name in options.data}
+    if UNMASKED in options.arms and not any(isinstance(one.train, Padded) for one in data.values()):
         raise OptionError(
-            f"--batch-size {options.batch_size} is more than the {len(data.x_train)} training examples"
+            f"arm {UNMASKED} is for data with padding; {options.data[0]} has none: use batchnorm"
         )
-    if data.lengths_train is None and any(not parse_arm(arm).is_masked for arm in options.arms):
-        raise OptionError(f"arm {UNMASKED} is for data with padding; {options.data} has none: use batchnorm")
     with _alone_in(options.folder):
         study = _Study(options, data, framework, display)
         runs, timing = study.measure()
@@ -80,6 +80,13 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
         from .report import write_report
 
         return StudyResult(study.folder, results, write_report(study.folder))
+
+
+def _load(name: str, options: StudyOptions) -> Dataset:
+    data = load_data(name, options.data_dir, channels_last=options.framework == "keras")
+    if (largest := max(options.batch_sizes)) > len(data.x_train):
+        raise OptionError(f"--batch-size {largest} is more than the {len(data.x_train)} training examples")
+    return data
 
 
 @contextlib.contextmanager
@@ -108,17 +115,21 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 class _Study:
-    def __init__(self, options: StudyOptions, data: Dataset, framework: Framework, display: Display) -> None:
+    def __init__(
+        self, options: StudyOptions, data: Mapping[str, Dataset], framework: Framework, display: Display
+    ) -> None:
         self.options, self.data, self.framework, self.display = options, data, framework, display
         self.folder = options.folder
         self.runs_folder = options.folder / "runs"
-        self.fingerprint = data.fingerprint()
+        self.timing_folder = options.folder / "timing"
+        self.fingerprints = {name: one.fingerprint() for name, one in data.items()}
         self.tasks = plan(options)
 
-    def measure(self) -> tuple[list[Run], Timing]:
-        """Does what is not on disk yet; return the runs as planned, and the timing."""
-        with naming(self.runs_folder, "written"):
-            self.runs_folder.mkdir(exist_ok=True)
+    def measure(self) -> tuple[list[Run], dict[Setting, Timing]]:
+        """Does what is not on disk yet; return the runs as planned, and the timing of each setting."""
+        for folder in (self.runs_folder, self.timing_folder):
+            with naming(folder, "written"):
+                folder.mkdir(exist_ok=True)
         stored = {task: self._stored(task) for task in self.tasks}
         runs = {task: run for task, run in stored.items() if run is not None}
         try:
@@ -131,7 +142,8 @@ class _Study:
         return [runs[task] for task in self.tasks], timing
 
     def _settings_of(self, task: RunTask | TimingTask) -> dict[str, object]:
-        return settings_of(task, self.data, self.fingerprint, self.framework)
+        name = task.setting.data
+        return settings_of(task, self.data[name], self.fingerprints[name], self.framework)
 
     def _path(self, task: RunTask) -> Path:
         return self.runs_folder / f"{task.name}.json"
@@ -141,36 +153,51 @@ class _Study:
         run = read_stored(self._path(task), settings, Run)
         return run if run is not None and run.answers(settings) else None
 
-    def _time(self, pool: WorkerPool) -> Timing:
+    def _time(self, pool: WorkerPool) -> dict[Setting, Timing]:
         """Measures seconds per step while nothing else of ours runs, unless the same was measured before."""
-        path, options = self.folder / "timing.json", self.options
-        tasks = [TimingTask(network, options.arms, options.batch_size) for network in options.networks]
-        settings = {display_name(task.network): self._settings_of(task) for task in tasks}
-        before = settings_at(path)
-        if before == json_safe(settings):
-            stored = read_stored(path, settings, Timing)
-            if stored is not None and stored.answers(settings, options.arms):
-                return stored
-        self.display.stage("timing the arms, one step at a time")
-        # One after the other: two at a time would slow each other down.
-        timed = {display_name(task.network): arms for task in tasks for _, arms in pool.run([task])}
-        if settings_at(path) != before:
-            raise StudyError(f"another study wrote {path} meanwhile: name another folder with --out")
-        timing = Timing(timed)
-        write_json(path, {"settings": settings, **vars(timing)})
-        return timing
+        options, timings = self.options, dict[Setting, Timing]()
+        missing: list[TimingTask] = []
+        before: dict[Setting, dict[str, object] | None] = {}
+        for setting in options.settings():
+            task = TimingTask(setting, options.recipe, options.arms_on(setting.data))
+            path, settings = self._timing_path(setting), self._settings_of(task)
+            before[setting] = settings_at(path)
+            if before[setting] == json_safe(settings):
+                stored = read_stored(path, settings, Timing)
+                if stored is not None and stored.answers(task.arms):
+                    timings[setting] = stored
+                    continue
+            missing.append(task)
+        if missing:
+            self.display.stage("timing the arms, one step at a time")
+        for task in missing:
+            path = self._timing_path(task.setting)
+            # One after the other: two at a time would slow each other down.
+            for _, timing in pool.run([task]):
+                if settings_at(path) != before[task.setting]:
+                    raise StudyError(f"another study wrote {path} meanwhile: name another folder with --out")
+                write_json(path, {"settings": self._settings_of(task), **vars(timing)})
+                timings[task.setting] = timing
+        return timings
+
+    def _timing_path(self, setting: Setting) -> Path:
+        return self.timing_folder / f"{setting.file_name}.json"
 
     def _train(self, pool: WorkerPool, runs: dict[RunTask, Run]) -> None:
         """Does the runs that are missing, and store each when it is finished."""
         missing = [task for task in self.tasks if task not in runs]
         if not missing:
             return
-        steps = self.options.epochs * (len(self.data.x_train) // self.options.batch_size)
+        steps = sum(self._steps(task) for task in missing)
         workers = min(self.options.workers, len(missing))
-        self.display.training(len(self.tasks), len(runs), steps * len(missing), workers)
+        self.display.training(len(self.tasks), len(runs), steps, workers)
         for task, run in pool.run(missing):
             assert isinstance(task, RunTask)
             self._stored(task)  # raises where another study's came meanwhile
             write_json(self._path(task), {"settings": self._settings_of(task), **vars(run)})
             runs[task] = run
             self.display.run_ended(task.describe(), run.diverged)
+
+    def _steps(self, task: RunTask) -> int:
+        per_epoch = len(self.data[task.setting.data].x_train) // task.setting.batch_size
+        return task.recipe.epochs * per_epoch

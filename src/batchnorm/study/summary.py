@@ -7,7 +7,7 @@ import datetime
 import io
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -20,31 +20,39 @@ from .arms import L1_STRENGTH, L2_STRENGTH
 from .data import Dataset, source_named
 from .frameworks import Framework
 from .json_files import json_safe
-from .options import StudyOptions, display_name, usable_cores
+from .options import StudyOptions, usable_cores
 from .records import NAN, ArmTiming, Epoch, Run, Timing
+from .settings import Setting, setting_names
 
 _NO_EPOCH = Epoch(NAN, NAN, NAN, NAN, NAN)
 
 
 def summarize(
-    options: StudyOptions, data: Dataset, runs: Sequence[Run], timing: Timing, framework: Framework
+    options: StudyOptions,
+    data: Mapping[str, Dataset],
+    runs: Sequence[Run],
+    timing: Mapping[Setting, Timing],
+    framework: Framework,
 ) -> dict[str, Any]:
     """Returns everything that a study measured, as `results.json` holds it.
 
     Args:
         options: of the study.
-        data: what it was measured on.
+        data: what it was measured on, by name.
         runs: all of its runs.
-        timing: of every network and arm.
+        timing: of every setting.
         framework: what it was measured in.
     """
-    networks = {
-        name: {
-            arm: _at_best_rate([run for run in runs if (run.network, run.arm) == (name, arm)], seconds)
-            for arm, seconds in ((arm, timing.timing[name][arm]) for arm in options.arms)
+    names = setting_names(options.settings())
+    networks: dict[str, dict[str, Any]] = {}
+    for setting, name in names.items():
+        place = setting.without_folders()
+        networks[name] = {
+            arm: _at_best_rate(
+                [run for run in runs if (run.setting, run.arm) == (place, arm)], timing[setting].arms[arm]
+            )
+            for arm in options.arms_on(setting.data)
         }
-        for name in map(display_name, options.networks)
-    }
     first = next(iter(networks.values()))
     return {
         "arms": {
@@ -52,8 +60,9 @@ def summarize(
             for arm, measured in first.items()
         },
         "networks": networks,
+        "settings": {name: setting.without_folders() for setting, name in names.items()},
         "provenance": _provenance(options, data, framework),
-        "timing": timing.timing,
+        "timing": {names[setting]: measured.arms for setting, measured in timing.items()},
         "runs": runs,
     }
 
@@ -71,11 +80,18 @@ def curves_csv(runs: Sequence[Run]) -> str:
     measures = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("network", "arm", "learning_rate", "seed", "epoch", "step", *measures))
+    which = ("data", "network", "depth", "batch_size", "arm", "learning_rate", "seed", "epoch", "step")
+    writer.writerow((*which, *measures))
     for run in runs:
         for row in run.epochs:
-            names = map(_no_formula, (run.network, run.arm))
-            numbers = (run.learning_rate, run.seed, row.epoch, row.epoch * run.steps_per_epoch)
+            names = (_no_formula(run.data), _no_formula(run.network), run.depth, run.batch_size)
+            numbers = (
+                _no_formula(run.arm),
+                run.learning_rate,
+                run.seed,
+                row.epoch,
+                row.epoch * run.steps_per_epoch,
+            )
             writer.writerow((*names, *numbers, *(json_safe(getattr(row, measure)) for measure in measures)))
     return text.getvalue()
 
@@ -111,7 +127,7 @@ def _at_best_rate(runs: Sequence[Run], timing: ArmTiming) -> dict[str, Any]:
     }
 
 
-def _provenance(options: StudyOptions, data: Dataset, framework: Framework) -> dict[str, Any]:
+def _provenance(options: StudyOptions, data: Mapping[str, Dataset], framework: Framework) -> dict[str, Any]:
     packages = {**dict(framework.versions), "numpy": version("numpy")}
     return {
         "command": options.command(),
@@ -123,17 +139,18 @@ def _provenance(options: StudyOptions, data: Dataset, framework: Framework) -> d
         "device": "cpu",
         "threads": {"training": 1, "timing": 1},
         "workers": options.workers,
-        "data": data.describe(),
-        "baselines": dict(source_named(options.data).baselines),
-        "networks": [display_name(network) for network in options.networks],
-        "arms": list(options.arms),
-        "learning_rates": list(options.learning_rates),
+        "data": [
+            {**one.describe(), "baselines": dict(source_named(name).baselines)} for name, one in data.items()
+        ],
+        "networks": list(dict.fromkeys(setting.network_name for setting in options.settings())),
+        "arms": list(dict.fromkeys(arm for name in options.data for arm in options.arms_on(name))),
+        "learning_rates": list(options.rates),
         "seeds": list(range(options.seeds)),
         "epochs": options.epochs,
-        "batch_size": options.batch_size,
+        "batch_sizes": list(options.batch_sizes),
         "target_accuracy": options.target_accuracy,
         "train_accuracy": "on at most 1,000 training examples, the same ones in every run",
-        "optimizer": "Adam (betas 0.9 and 0.999, eps 1e-8, no schedule)",
+        "optimizer": options.recipe.describe_optimizer(),
         "penalties": {"l1": f"{L1_STRENGTH:g} * sum |w|", "l2": f"{L2_STRENGTH:g} * sum w^2"},
         "best_rate": "highest mean held-out accuracy after the last epoch, on the examples that are reported",
         "std": "sample standard deviation over seeds; of seconds_per_step, over blocks of steps",

@@ -19,7 +19,7 @@ from .data import SOURCES
 from .display import Display
 from .frameworks import framework_in_words
 from .networks import NETWORKS
-from .options import shown_number
+from .settings import shown_number
 
 _SECONDS_BETWEEN_LINES = 30.0
 # Brackets and colons may be part of a name.
@@ -90,10 +90,9 @@ class TerminalDisplay(Display):
 
 def print_choices() -> None:
     """Prints a line for each data set, network and arm that a study knows by name."""
-    networks = {name: build.__doc__ or "" for name, build in NETWORKS.items()}
     choices = {
         "data": {name: source.description for name, source in SOURCES.items()},
-        "network": {name: text.partition("\n")[0] for name, text in networks.items()},
+        "network": {name: network.description for name, network in NETWORKS.items()},
         "arms": KNOWN,
     }
     rows = [(f"--{option}", *entry) for option, entries in choices.items() for entry in entries.items()]
@@ -112,7 +111,9 @@ def print_results(results: dict[str, Any]) -> None:
     for network, arms in results["networks"].items():
         kept = [measured["bytes_kept_for_backward"]["mean"] for measured in arms.values()]
         is_kept_known = any(size is not None for size in kept)
-        what = f"{network} on {provenance['data']['name']}, each arm at its best learning rate"
+        data = ", ".join(one["name"] for one in provenance["data"])
+        on = "" if " on " in network else f" on {data}"
+        what = f"{network}{on}, each arm at its best learning rate"
         table = Table(
             title=in_one_line(what) + (f"\n{framework}" if framework else ""),
             box=SIMPLE_HEAD,  # without edges, for 80 columns

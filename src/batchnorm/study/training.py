@@ -12,7 +12,6 @@ import numpy as np
 
 from .arms import Arm, parse_arm
 from .data import Dataset
-from .options import display_name
 from .padding import Array, Examples, Padded
 from .records import (
     NAN,
@@ -24,9 +23,10 @@ from .records import (
     Moments,
     Movement,
     Movements,
-    NetworkTiming,
     Run,
+    Timing,
 )
+from .settings import Recipe, Setting, display_name
 from .tasks import RunTask, TimingTask
 from .user_code import naming_the_line, source_of
 
@@ -50,7 +50,7 @@ _SECONDS_PER_BLOCK = 0.1  # slow networks take fewer steps per block, so that ti
 
 
 class Learner(Protocol):
-    """A network with its optimizer (Adam) and its arm's penalties, in one framework.
+    """A network with its optimizer and its arm's penalties, in one framework.
 
     The gradient of a penalty is added to the weights' gradients before the update, which is the same step as
     adding the penalty to the loss; the losses that are recorded are the cross-entropy alone, so that arms
@@ -95,12 +95,16 @@ class Learner(Protocol):
     def calibrate(self, x: Examples) -> None:
         """Sets the running statistics to those of all of `x`."""
 
+    def freeze_statistics(self) -> None:
+        """Makes batch normalizations use and keep their running statistics in training from now on."""
+
     def permutation(self, length: int, seed: int) -> Array:
         """Returns the numbers below `length`, shuffled: the same for the same seed, on every machine."""
 
 
-# Builds the network for an arm from a seed; the last argument is whether gradient norms will be asked for.
-MakeLearner = Callable[[str, Arm, Dataset, int, float, bool], Learner]
+# Builds the network of a setting for an arm, from a seed and with a learning rate; the last argument is
+# whether gradient norms will be asked for.
+MakeLearner = Callable[[Setting, Recipe, Arm, Dataset, int, float, bool], Learner]
 
 
 def train(task: RunTask, data: Dataset, make: MakeLearner, report: Callable[[int], None]) -> Run:
@@ -115,8 +119,9 @@ def train(task: RunTask, data: Dataset, make: MakeLearner, report: Callable[[int
         report: called with numbers of steps taken, and at the end with those that are not: in all, the steps
             of a run.
     """
-    learner = make(task.network, parse_arm(task.arm), data, task.seed, task.learning_rate, True)
-    return _Training(task, data, learner, report).run()
+    arm = parse_arm(task.arm)
+    learner = make(task.setting, task.recipe, arm, data, task.seed, task.learning_rate, True)
+    return _Training(task, data, learner, report, arm.freeze_after).run()
 
 
 def probe_steps(steps: int) -> set[int]:
@@ -128,10 +133,20 @@ def probe_steps(steps: int) -> set[int]:
 class _Training:
     """One run: takes the steps, decides when to measure what, and keeps the measures."""
 
-    def __init__(self, task: RunTask, data: Dataset, learner: Learner, report: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        task: RunTask,
+        data: Dataset,
+        learner: Learner,
+        report: Callable[[int], None],
+        freeze_after: float | None = None,
+    ) -> None:
         self.task, self.data, self.learner, self.report = task, data, learner, report
-        self.steps_per_epoch = len(data.x_train) // task.batch_size
-        self.total = self.steps_per_epoch * task.epochs
+        self.batch_size = task.setting.batch_size
+        self.steps_per_epoch = len(data.x_train) // self.batch_size
+        self.total = self.steps_per_epoch * task.recipe.epochs
+        # Before this step statistics are frozen; never for None.
+        self.freeze_at = None if freeze_after is None else round(self.total * freeze_after)
         self.step = 0  # updates taken so far
         self.probe_at = probe_steps(self.total)
         self.check_every = self.next_check = math.ceil(self.steps_per_epoch / _CHECKS_PER_EPOCH)
@@ -147,18 +162,20 @@ class _Training:
 
     def run(self) -> Run:
         """Trains to the end, or until the loss is no longer finite."""
-        task, data, size = self.task, self.data, self.task.batch_size
+        task, data, size = self.task, self.data, self.batch_size
         output = self.learner.predict(data.held_out[:2], by_batch=True)
         shape, wanted = output if isinstance(output, str) else output.shape, (2, data.classes)
         if shape != wanted:
             raise ValueError(f"the network gives {shape} for two examples, not {wanted}")
         first = np.arange(size)  # copies: a slice would share, and count, the memory of the whole data set
         kept = self.learner.bytes_kept(data.train[first], data.y_train[first])
-        finished = all(map(self._epoch, range(1, task.epochs + 1)))
+        finished = all(map(self._epoch, range(1, task.recipe.epochs + 1)))
         movements = self._movements() if finished else None
         self.report(self.total - self.step // _STEPS_PER_REPORT * _STEPS_PER_REPORT)
         return Run(
-            network=display_name(task.network),
+            data=data.name,
+            network=display_name(task.setting.network),
+            depth=task.setting.depth,
             arm=task.arm,
             learning_rate=task.learning_rate,
             seed=task.seed,
@@ -167,7 +184,7 @@ class _Training:
             step_loss=self.losses,
             steps_per_epoch=self.steps_per_epoch,
             batch_size=size,
-            target_accuracy=task.target_accuracy,
+            target_accuracy=task.recipe.target_accuracy,
             steps_to_target=self.steps_to_target,
             target_checked_every=self.check_every,
             parameters=self.learner.parameters,
@@ -180,7 +197,7 @@ class _Training:
 
     def _epoch(self, number: int) -> bool:
         """Trains for an epoch and evaluates; returns whether the losses stayed finite."""
-        data, size = self.data, self.task.batch_size
+        data, size = self.data, self.batch_size
         order = self.learner.permutation(len(data.x_train), 1_000_003 * self.task.seed + number)
         for start in range(0, self.steps_per_epoch * size, size):
             rows = order[start : start + size]
@@ -191,6 +208,8 @@ class _Training:
         return math.isfinite(losses[0]) and math.isfinite(losses[2])
 
     def _step(self, x: Examples, y: Array) -> bool:
+        if self.step == self.freeze_at:
+            self.learner.freeze_statistics()
         looks_inside = self.step in self.probe_at
         # Before the update: of the weights that the step's loss and gradients are of.
         spread = self.learner.input_spread(self.seen[0][:_PROBE_BATCH]) if looks_inside else {}
@@ -215,12 +234,12 @@ class _Training:
         """Looks up whether the target is reached; the next time is at most a tenth of the steps later."""
         later = self.step + max(self.check_every, self.step // 10)
         self.next_check = min(later, max(self.step + 1, self.total))
-        if reaches(self.learner, self.data.held_out, self.data.y_test, self.task.target_accuracy):
+        if reaches(self.learner, self.data.held_out, self.data.y_test, self.task.recipe.target_accuracy):
             self.steps_to_target = self.step
 
     def _movements(self) -> Movements | None:
         """Serves held-out examples again, with other batch-mates and with more padding."""
-        x, size = self.data.held_out, self.task.batch_size
+        x, size = self.data.held_out, self.batch_size
         if not isinstance(x, Padded):
             return None
         x = x[self.learner.permutation(len(x), 1)[: _MOVEMENT_BATCHES * size]]
@@ -244,7 +263,7 @@ class _Training:
         if not self.learner.has_batch_norms:
             return None
         x, y = self.data.held_out, self.data.y_test
-        by_batch = _outputs(self.learner, x, y, self.task.batch_size, by_batch=True)
+        by_batch = _outputs(self.learner, x, y, self.batch_size, by_batch=True)
         correct = sum(int((output.argmax(axis=1) == classes).sum()) for output, classes in by_batch)
         self.learner.calibrate(self.data.train)  # the last thing that is done with the network
         return AccuracyByStatistics(
@@ -295,26 +314,26 @@ def _outputs(
         yield output, y[rows]
 
 
-def time_steps(task: TimingTask, data: Dataset, make: MakeLearner) -> NetworkTiming:
-    """Times every arm of a network, block by block.
+def time_steps(task: TimingTask, data: Dataset, make: MakeLearner) -> Timing:
+    """Times every arm of a setting, block by block.
 
     A step is forward, loss, backward and update, at the batch size of training. Arms take turns, so that
     other work of the machine falls on all of them; a block counts with its median step.
     """
-    x, y = data.train[: task.batch_size], data.y_train[: task.batch_size]
-    source = source_of(task.network)
+    setting = task.setting
+    x, y = data.train[: setting.batch_size], data.y_train[: setting.batch_size]
     learners: dict[str, Learner] = {}
     counts: dict[str, int] = {}
     for name in task.arms:
-        with naming_the_line(f"network {display_name(task.network)}, arm {name}", source):
-            learners[name] = make(task.network, parse_arm(name), data, 0, 1e-3, False)
+        with naming_the_line(f"network {setting.network_name}, arm {name}", source_of(setting.network)):
+            learners[name] = make(setting, task.recipe, parse_arm(name), data, 0, 1e-3, False)
             slowest = _median_seconds(learners[name], x, y, _WARM_UP_STEPS)
         counts[name] = max(3, min(_STEPS_PER_BLOCK, int(_SECONDS_PER_BLOCK / slowest)))
     seconds: dict[str, list[float]] = {arm: [] for arm in task.arms}
     for _ in range(_BLOCKS):
         for name, learner in learners.items():
             seconds[name].append(_median_seconds(learner, x, y, counts[name]))
-    return {name: ArmTiming(values) for name, values in seconds.items()}
+    return Timing({name: ArmTiming(values) for name, values in seconds.items()})
 
 
 def _median_seconds(learner: Learner, x: Examples, y: Array, steps: int) -> float:

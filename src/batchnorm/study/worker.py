@@ -8,7 +8,7 @@ import os
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +19,7 @@ from . import training
 from .data import Dataset
 from .errors import StudyError
 from .frameworks import Framework
-from .records import NetworkTiming, Run
+from .records import Run, Timing
 from .tasks import RunTask, TimingTask
 from .user_code import blame, end_if_forked, naming_the_line, source_of
 
@@ -44,7 +44,7 @@ def serve(connection: Connection) -> None:
         engine = Engine(*connection.recv())
         while True:
             task: Task = connection.recv()
-            doing, source = task.describe(), source_of(task.network)
+            doing, source = task.describe(), source_of(task.setting.network)
             try:
                 with naming_the_line(doing, source):
                     result = engine.do(task, functools.partial(answer, doing, "progress"))
@@ -63,16 +63,17 @@ class Engine:
     machine the threads of a short operation wait for each other a hundred times its length.
     """
 
-    def __init__(self, framework: Framework, data: Dataset) -> None:
+    def __init__(self, framework: Framework, data: Mapping[str, Dataset]) -> None:
         self._framework, self._data = framework, data
 
-    def do(self, task: Task, report: Callable[[int], None]) -> Run | NetworkTiming:
-        """Returns the record of a run or the timing of a network's arms; steps go to `report` meanwhile."""
+    def do(self, task: Task, report: Callable[[int], None]) -> Run | Timing:
+        """Returns the record of a run or the timing of a setting's arms; steps go to `report` meanwhile."""
         with self._learners.session():
             make: training.MakeLearner = self._learners.make_learner
+            data = self._data[task.setting.data]
             if isinstance(task, TimingTask):
-                return training.time_steps(task, self._data, make)
-            return training.train(task, self._data, make, report)
+                return training.time_steps(task, data, make)
+            return training.train(task, data, make, report)
 
     @functools.cached_property
     def _learners(self) -> ModuleType:

@@ -52,6 +52,37 @@ def batches(
     return (_tensors(x) for x in itertools.islice(found, steps)), None if total is None else int(total)
 
 
+def labelled(
+    model: keras.Model, data: Data, batch_size: int, most: int
+) -> Iterator[tuple[Inputs, NDArray[Any] | None]]:
+    """Yield the inputs and the labels of each batch, None without, of `most` samples together at most.
+
+    Args:
+        model: takes the inputs.
+        data: as `calibrate` takes it.
+        batch_size: samples per batch, where the data is arrays.
+        most: samples; only the first batch may be cut.
+
+    Raises:
+        DataError: as of `batches`.
+    """
+    if _is_arrays(data):
+        if isinstance(data, list):
+            _check_number(model, data)
+        found, _ = _slices(data, min(batch_size, most))
+    else:
+        found, _ = _given(data)
+    count = 0
+    for batch in found:
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        x = _tensors(_x(batch) if isinstance(batch, tuple) else x)
+        count += samples(x)
+        if count > most:
+            return
+        is_array = y is not None and len(keras.tree.flatten(y)) == 1
+        yield x, np.asarray(keras.ops.convert_to_numpy(y)) if is_array else None
+
+
 def samples(x: Inputs) -> int:
     """Return the number of samples in a batch of inputs."""
     return int(next(leaf.shape[0] for leaf in keras.tree.flatten(x) if leaf is not None))

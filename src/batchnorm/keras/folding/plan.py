@@ -76,7 +76,9 @@ class _Planner(Planner[keras.Operation]):
 
     def takes(self, call: Call, direction: Direction) -> bool:
         family = FAMILIES.get(type(call.module))
-        return family is not None and (direction == "before" or family != "transposed")
+        if family is None or direction == "beside":
+            return False
+        return direction == "before" or family != "transposed"
 
     def axis(self, norm: Call) -> int:
         layer: keras.layers.BatchNormalization = norm.module
@@ -121,7 +123,7 @@ class _Planner(Planner[keras.Operation]):
 
     def folded(self, step: Step[keras.Operation]) -> bool:
         if (activation := activation_of(step.norm)) is not None:
-            self.activation[step.into[0]] = activation
+            self.activation[step.into[0].layer] = activation
         self.gone.add(step.norm)
         return True
 

@@ -37,9 +37,9 @@ class _Copier:
 
     def __init__(self, plan: Plan) -> None:
         self.gone = {id(step.norm) for step in plan.steps}
-        self.takers = {id(step.into[0]) for step in plan.steps}
+        self.takers = {id(step.into[0].layer) for step in plan.steps}
         self.activations = {
-            id(step.into[0]): step.norm.get_config()["activation"]
+            id(step.into[0].layer): step.norm.get_config()["activation"]
             for step in plan.steps
             if activation_of(step.norm) is not None
         }
@@ -117,7 +117,7 @@ def _folded_weights(plan: Plan) -> dict[int, Weights]:
     """Return the numbers of every layer that takes a normalization, by its id, in float64."""
     found: dict[int, Weights] = {}
     for step in plan.steps:
-        norm, (layer,) = step.norm, step.into
+        norm, layer = step.norm, step.into[0].layer
         map_ = affine(norm)
         if not map_.is_finite:
             raise DataError(

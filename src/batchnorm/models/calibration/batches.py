@@ -17,28 +17,26 @@ from batchnorm.errors import DataError
 Forward = Callable[[nn.Module, Any], object]
 
 
-def run(model: nn.Module, batch: object, forward: Forward | None) -> None:
-    """Run the model on one batch.
+def run(model: nn.Module, batch: object, forward: Forward | None) -> object:
+    """Run the model on one batch, and return its output.
 
     Raises:
         DataError: a batch of unknown form, without a `forward` that takes it.
     """
     if forward is not None:
-        forward(model, batch)
-        return
+        return forward(model, batch)
     if isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 2 and isinstance(batch[0], Tensor):
         batch = batch[0]
     parameter = next(model.parameters(), None)
     device = None if parameter is None else parameter.device
     if isinstance(batch, Tensor):
-        model(batch.to(device))
-    elif isinstance(batch, Mapping):
-        model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-    else:
-        raise DataError(
-            "calibrate takes tensors, (x, y) pairs and dicts of keyword arguments; "
-            f"got a {type(batch).__name__}: pass forward=lambda model, batch: model(...)"
-        )
+        return model(batch.to(device))
+    if isinstance(batch, Mapping):
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    raise DataError(
+        "calibrate takes tensors, (x, y) pairs and dicts of keyword arguments; "
+        f"got a {type(batch).__name__}: pass forward=lambda model, batch: model(...)"
+    )
 
 
 def samples_in(batch: object) -> int:
@@ -64,7 +62,7 @@ def limited(data: Iterable[object], samples: int | None) -> Iterator[object]:
                 f"samples={samples} counts samples of batches made of tensors; got a {type(batch).__name__}: "
                 "pass data of that many samples instead"
             )
-        yield batch if size <= left else _cut(batch, size, left)
+        yield batch if size <= left else cut(batch, size, left)
         left -= min(size, left)
         if left == 0:
             return
@@ -125,14 +123,14 @@ def _tensors(batch: object) -> Iterator[Tensor]:
         yield from _tensors(part)
 
 
-def _cut(batch: object, size: int, count: int) -> object:
+def cut(batch: object, size: int, count: int) -> object:
     """Return the first `count` samples of a batch of `size`: of every tensor with that many rows."""
     if isinstance(batch, Tensor):
         return batch[:count] if batch.dim() and len(batch) == size else batch
     if isinstance(batch, Mapping):
-        return {key: _cut(value, size, count) for key, value in batch.items()}
+        return {key: cut(value, size, count) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        parts = [_cut(part, size, count) for part in batch]
+        parts = [cut(part, size, count) for part in batch]
         kind: type[Any] = type(batch)
         return kind(*parts) if hasattr(batch, "_fields") else kind(parts)
     return batch

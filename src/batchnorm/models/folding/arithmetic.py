@@ -2,7 +2,7 @@
 
 After a layer W x + b, scale y + shift has the weights scale W and scale b + shift. Before one,
 W (scale x + shift) + b has W scale and b + W shift, where W shift sums over the whole window: every value in
-it must be data.
+it must be data. Beside one, W x + b + scale x + shift has W + scale I, I being 1 in the middle of the window.
 """
 
 from __future__ import annotations
@@ -30,6 +30,34 @@ def scale_inputs(weights: Weights, layer: nn.Module, found: Affine) -> Weights:
     scaled = _times(weights.weight, layer, found.scale, 2).flatten(0, 1)
     constant = _times(weights.weight, layer, found.shift, 2).flatten(2).sum(2).flatten()
     return Weights(scaled, weights.bias + constant)
+
+
+def add_beside(weights: Weights, layer: nn.Module, found: Affine, sign: int) -> Weights:
+    """Return the weights that give y + sign (scale x + shift) where these give y of x."""
+    assert isinstance(layer, _ConvNd)
+    size = layer.in_channels // layer.groups
+    outputs = torch.arange(layer.out_channels)
+    middle = [(size - 1) // 2 for size in layer.kernel_size]
+    weight = weights.weight.clone()
+    weight[(outputs, outputs % size, *map(torch.tensor, middle))] += sign * torch.from_numpy(found.scale)
+    return Weights(weight, weights.bias + sign * torch.from_numpy(found.shift))
+
+
+def why_not_identity(module: nn.Module) -> str:
+    """Return why a convolution cannot give its own input; "" if weights exist with which it does."""
+    assert isinstance(module, _ConvNd)
+    if module.in_channels != module.out_channels or max(module.stride) > 1:
+        return "has other channels or a stride, so that it never gives its input"
+    padding: list[float] = [0.0] * len(module.kernel_size)
+    if module.padding == "same":
+        steps = zip(module.kernel_size, module.dilation, strict=True)
+        padding = [step * (size - 1) / 2 for size, step in steps]
+    elif not isinstance(module.padding, str):
+        padding = list(map(float, module.padding))
+    sizes = zip(module.kernel_size, module.dilation, padding, strict=True)
+    if any(size % 2 == 0 or 2 * pad != step * (size - 1) for size, step, pad in sizes):
+        return f"has no middle on its input (kernel_size={module.kernel_size}, padding={module.padding!r})"
+    return ""
 
 
 def _times(weight: Tensor, layer: nn.Module, values: Array, axis: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import InputShapeError
@@ -41,6 +42,26 @@ class Folded(OneNode):
         """Return what it applies and checks."""
         shown = {"activation": self.activation, "rank": self.rank}
         return ", ".join(f"{k}={v}" for k, v in shown.items() if isinstance(v, (str, int)))
+
+
+class FoldedBeside(OneNode):
+    """Zero: what is left of a norm that a convolution of the same input, added to it, computes too.
+
+    Args:
+        is_overwritten: the sum is written over this output, which has memory of its own therefore.
+    """
+
+    def __init__(self, is_overwritten: bool = False) -> None:
+        super().__init__()
+        self.is_overwritten = is_overwritten
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return zeros of the input's shape, one number in memory where that is enough."""
+        return torch.zeros_like(input) if self.is_overwritten else input.new_zeros(()).expand(input.shape)
+
+    def extra_repr(self) -> str:
+        """Return whether its output has memory of its own."""
+        return "is_overwritten=True" if self.is_overwritten else ""
 
 
 def stand_in(activation: nn.Module | str | None, *, adds: bool, rank: int | None) -> nn.Module:

@@ -14,7 +14,7 @@ from batchnorm.models.norms.find import Found
 from batchnorm.models.norms.kinds import BatchNormBase
 
 from .affine import affine, own_activation, why_not_affine
-from .arithmetic import why_not_inputs
+from .arithmetic import why_not_identity, why_not_inputs
 from .foldable_layers import absorber_of, inputs_of, outputs_of, why_not
 
 
@@ -45,8 +45,9 @@ class TorchPlanner(Planner[nn.Module]):
             return "something else reads its parameters or statistics"
         return self.changes_dtype(norm) if norm in self.calls else self.unseen(found)
 
-    def takes(self, call: Call, direction: Direction) -> bool:  # noqa: ARG002 - the same both ways
-        return call.module is not None and absorber_of(call.module) is not None
+    def takes(self, call: Call, direction: Direction) -> bool:
+        kind = None if call.module is None else absorber_of(call.module)
+        return kind is not None and (direction != "beside" or kind.family == "conv")
 
     def axis(self, norm: Call) -> int:  # noqa: ARG002 - of every norm
         return 1
@@ -71,10 +72,14 @@ class TorchPlanner(Planner[nn.Module]):
         kind, found = absorber_of(layer), affine(norm)
         assert kind is not None
         axis = 1 if value.shape is None else len(value.shape) - 1 - kind.axes
-        channels = outputs_of(layer) if is_before else inputs_of(layer)
-        is_input = is_before or beside.call.reads == [value]
-        if not is_input or beside.axis != axis or channels != len(found.scale):
+        channels = inputs_of(layer) if beside.direction == "after" else outputs_of(layer)
+        is_input = beside.direction != "after" or beside.call.reads == [value]
+        wanted = len(found.scale) if value.shape is None else value.shape[beside.axis]
+        if not is_input or beside.axis != axis or channels != wanted:
             return f"{what} has its channels on another axis"
+        if beside.direction == "beside":
+            reason = why_not_identity(layer)
+            return f"{what} {reason}" if reason else ""
         if not is_before and (reason := why_not_inputs(layer, found.shift)):
             return f"{what} {reason}"
         if self.rank(norm, beside) and _fixed_rank(norm):

@@ -8,6 +8,8 @@ from torch import nn
 
 from batchnorm.folding import flow
 from batchnorm.folding.flow import Axes as Axes
+from batchnorm.folding.flow import Concatenation as Concatenation
+from batchnorm.folding.flow import Sum as Sum
 from batchnorm.folding.flow import joined as joined
 
 Call: TypeAlias = flow.Call[nn.Module]

@@ -6,7 +6,6 @@ A value is identified by its memory and layout; after a write, the same memory h
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -18,10 +17,10 @@ from batchnorm.models.verify import call as call_model
 from batchnorm.models.verify import restored, set_mode
 
 from .dispatch_observer import DispatchObserver, tensors_in, written
-from .flow import Axes, Call, Flow, Value
+from .flow import Call, Flow, Value
 from .module_hooks import sees_output
+from .rearranged import axes_of, joins_of
 
-_RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias", "aten::unsqueeze", "aten::squeeze")
 _Key = tuple[Any, ...]
 
 
@@ -87,7 +86,7 @@ class _Recorder(DispatchObserver):  # type: ignore[no-untyped-call]
                 value.aliased += 1
             return result
         call = Call(str(func._schema.name).removeprefix("aten::"), None, reads)
-        call.axes = _axes(func, args, result)
+        call.axes, call.joins = axes_of(func, args, result), joins_of(func, args, kwargs, result)
         for tensor in changed:
             self._values[_storage(tensor)].clear()  # what lay there is gone
         self._finish(call, [*outputs, *changed])
@@ -187,39 +186,6 @@ def _key(tensor: Tensor) -> _Key:
     if tensor.layout is not torch.strided:
         return ()
     return (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def _axes(func: Any, args: tuple[Any, ...], result: Any) -> Axes:
-    """Return which axis of its input each axis of a result is; None unless it is the input, laid out anew."""
-    name = func._schema.name
-    if not args or not isinstance(args[0], Tensor) or not isinstance(result, Tensor):
-        return None
-    old, new = tuple(args[0].shape), tuple(result.shape)
-    rank = len(old)
-    if args[0].dtype != result.dtype:  # the same bits read as other numbers
-        return None
-    if name in _RESHAPES:
-        return tuple(_same_place(old, new, axis) for axis in range(len(new)))
-    if name == "aten::permute":
-        return tuple(axis % rank for axis in args[1])
-    if name in ("aten::transpose", "aten::t"):
-        order = list(range(rank))
-        one, other = (args[1] % rank, args[2] % rank) if name == "aten::transpose" else (0, rank - 1)
-        order[one], order[other] = order[other], order[one]
-        return tuple(order)
-    if name == "aten::slice":
-        cut = (args[1] if len(args) > 1 else 0) % rank
-        return tuple(None if axis == cut and old != new else axis for axis in range(rank))
-    return tuple(range(rank)) if name == "aten::clone" else None
-
-
-def _same_place(old: tuple[int, ...], new: tuple[int, ...], axis: int) -> int | None:
-    """Return the axis of `old` with the coordinates of `axis` of `new`, values being in the same order."""
-    before = math.prod(new[:axis])
-    for place, size in enumerate(old):
-        if size == new[axis] and math.prod(old[:place]) == before:
-            return place
-    return None
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -8,14 +8,16 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from batchnorm.doctor.remedies import Torch
+from batchnorm.doctor.state_checks import check_state
 from batchnorm.statistics.policy import Policy
 from batchnorm.text_table import aligned
 from batchnorm.torch.contexts.domains import domain_of
 from batchnorm.torch.layers import beyond_stock
 
 from .find import Found
-from .health import health
 from .kinds import Layer, is_layer, is_ours
+from .state import norm_state
 from .timm import BatchNormAct2d
 
 
@@ -32,7 +34,7 @@ class NormRow:
         channels: C; 0 if it is not initialized.
         momentum: fraction 0..1 of a batch in the running statistics; None = plain average.
         eps: added to var.
-        health: what is wrong with its statistics and parameters; () where nothing is.
+        health: what `diagnose` finds in its state, each in a few words; () where nothing is.
         fuses_with: what `fuse` makes one layer with it: "relu", "add, relu" or "add"; None where nothing.
         reason: why nothing fuses with it; "" where something does.
         folds_into: where `fold` puts it: "conv1 (before)", or "fc (after)" it; None where it stays.
@@ -129,8 +131,14 @@ def describe(found: Found) -> NormRow:
         _channels(norm),
         None if momentum is None else float(momentum),
         float(getattr(norm, "eps", 0.0)),
-        health(norm),
+        _health(found),
     )
+
+
+def _health(found: Found) -> tuple[str, ...]:
+    """Return what the doctor finds in the state of a norm, each in a few words."""
+    state = norm_state(found)
+    return tuple(finding.short for finding in check_state(state, Torch(), is_trained=state.is_trained))
 
 
 def _policy(found: Found) -> str:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from batchnorm.study.verdicts.results import Network
 
 from . import layers, multiples, rows
+from .axes import Axis, axes_of
 from .canvas import Picture
 
-__all__ = ["Picture", "illustrate"]
+__all__ = ["Axis", "Picture", "axes_of", "illustrate"]
 
 # Which pictures stand with which claim.
 _PICTURES: dict[str, tuple[Callable[[str, Network], Picture | None], ...]] = {

@@ -33,10 +33,10 @@ def accuracy_curves(key: str, network: Network) -> Picture | None:
     alt = f"Held-out accuracy of {network.name} by epoch, each arm at its best rate. At the end: {ends}."
 
     def decorate(axes: Axes) -> None:
-        _percent_axis(axes)
+        percent_axis(axes)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
-    return _picture(key, "Held-out accuracy, by epoch", alt, bands, decorate, "epoch")
+    return bands_picture(key, "Held-out accuracy, by epoch", alt, bands, decorate, "epoch")
 
 
 def loss_curves(key: str, network: Network) -> Picture | None:
@@ -57,7 +57,7 @@ def loss_curves(key: str, network: Network) -> Picture | None:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
     title = "Training loss, by epoch" + (", log scale" if logarithmic else "")
-    return _picture(key, title, alt, bands, decorate, "epoch")
+    return bands_picture(key, title, alt, bands, decorate, "epoch")
 
 
 def accuracy_by_rate(key: str, network: Network) -> Picture | None:
@@ -86,10 +86,10 @@ def accuracy_by_rate(key: str, network: Network) -> Picture | None:
         margin = 0.12 * (math.log10(ticks[-1]) - math.log10(ticks[0]))
         ends = (math.log10(ticks[0]) - margin, math.log10(ticks[-1]) + margin)
         axes.set_xlim(*(10.0 ** min(max(end, -300.0), 300.0) for end in ends))
-        _percent_axis(axes)
+        percent_axis(axes)
 
     title = "Held-out accuracy, by learning rate" + (" (diverged runs at 0)" if lost else "")
-    return _picture(key, title, alt, bands, decorate, "learning rate")
+    return bands_picture(key, title, alt, bands, decorate, "learning rate")
 
 
 def log_axis(axes: Axes) -> None:
@@ -110,9 +110,10 @@ def log_axis(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _picture(
+def bands_picture(
     key: str, title: str, alt: str, bands: Mapping[str, Band], decorate: Callable[[Axes], None], x: str
 ) -> Picture:
+    """Draws bands: batch normalization and none in a wide panel, each other arm with them in a small one."""
     references = [arm for arm in (SUBJECT, BASELINE) if arm in bands]
     others = [arm for arm in bands if arm not in references]
     rows = math.ceil(len(others) / COLUMNS)
@@ -178,7 +179,8 @@ def _legend(figure: Figure, references: Sequence[str]) -> None:
     legend(figure, [*lines, Line2D([], [], color=OTHER_COLOR, marker="o", label="the panel's arm")], 3, 2.2)
 
 
-def _percent_axis(axes: Axes) -> None:
+def percent_axis(axes: Axes) -> None:
+    """Labels the vertical axis in percent."""
     ticks(axes.yaxis, 4, lambda value: f"{100 * value:g} %", steps=[1, 2, 2.5, 5, 10])
 
 

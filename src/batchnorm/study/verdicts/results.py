@@ -10,8 +10,10 @@ from pathlib import Path
 from statistics import median
 
 from batchnorm.errors import DataError, FileError
+from batchnorm.study.arms import split_outside_brackets
 from batchnorm.study.json_files import MOST_OF_A_STUDY, convert, read_json
 from batchnorm.study.records import NAN, Number, Run
+from batchnorm.study.settings import Setting
 
 KINDS_OF_TEST_STATISTICS = ("batch", "running", "calibrated")
 
@@ -70,11 +72,16 @@ Runs = Mapping[int, Run]  # by seed
 
 @dataclass(frozen=True)
 class Network:
-    """All runs of one network, and the summary of each arm."""
+    """All runs of one network on one data set at one batch size, and the summary of each arm."""
 
     name: str
     runs: Sequence[Run]
     summaries: Mapping[str, Summary]
+
+    @property
+    def setting(self) -> Setting:
+        """The setting of its runs."""
+        return self.runs[0].setting
 
     @cached_property
     def arms(self) -> tuple[str, ...]:
@@ -129,8 +136,8 @@ class Network:
 
 
 def is_normalized(arm: str) -> bool:
-    """Returns whether the arm has batch normalization in it, alone or with something else."""
-    return arm == SUBJECT or arm.startswith((f"{SUBJECT}+", f"{SUBJECT}:"))
+    """Returns whether the arm has batch normalization in it, ours or the framework's."""
+    return any(part.partition(":")[0] in (SUBJECT, "stock") for part in split_outside_brackets(arm, "+"))
 
 
 def sample(runs: Runs, name: str) -> Sample:
@@ -150,6 +157,7 @@ class Study:
 class _Results:
     runs: Sequence[Run]
     networks: Mapping[str, Mapping[str, Summary]] = field(default_factory=dict)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -176,8 +184,9 @@ def read(path: Path) -> Study:
             raise DataError("runs holds a learning_rate that is not above 0")
     except DataError as error:
         raise DataError(f"{path} is not the result of a study: {error}; {remedy}") from error
+    names = {setting: name for name, setting in results.settings.items()}
     runs: dict[str, list[Run]] = {name: [] for name in results.networks}
     for run in results.runs:
-        runs.setdefault(run.network, []).append(run)
+        runs.setdefault(names.get(run.setting, run.network), []).append(run)
     networks = [Network(name, own, results.networks.get(name, {})) for name, own in runs.items() if own]
     return Study(networks, results.provenance)

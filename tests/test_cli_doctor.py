@@ -1,0 +1,93 @@
+"""`batchnorm doctor` on a user's model and files, and the page that it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from batchnorm.doctor.findings import CHECKS, Cost, Diagnosis, Finding, LayerGap
+from batchnorm.study.doctor_page import render
+from tests.support.commands import assert_fails, folder, run
+
+_TRAINED = """
+
+def trained():
+    model = net()
+    torch.nn.init.uniform_(model[0].weight, 0.5, 1.5)
+    torch.nn.init.normal_(model[0].bias)
+    return model
+
+
+def fine():
+    import batchnorm
+    x, *_ = data()
+    model = trained()
+    batchnorm.calibrate(model, [torch.from_numpy(x).float()])
+    return model
+"""
+
+
+@pytest.fixture
+def doctored(own: Path) -> Path:
+    own.write_text(own.read_text() + _TRAINED)
+    return own
+
+
+def test_serious_findings_fail_a_strict_run(doctored: Path) -> None:
+    done = run("doctor", f"{doctored}:trained")
+    assert done.exit_code == 0, done.output
+    assert "serious: never-updated, 0" in done.stdout
+    assert "> batchnorm.calibrate(model, data)" in done.stdout
+    assert run("doctor", f"{doctored}:trained", "--strict").exit_code == 1
+    assert run("doctor", f"{doctored}:net", "--strict").exit_code == 0  # untrained: notes
+    assert run("doctor", f"{doctored}:trained", "--strict", "--ignore", "never-updated").exit_code == 0
+    assert folder(doctored) == {"own.py"}
+
+
+def test_data_page_and_json(doctored: Path) -> None:
+    page = doctored.with_name("doctor.html")
+    options = ["--data", f"{doctored}:data", "--batch-size", 8, "--out", page, "--strict"]
+    done = run("doctor", f"{doctored}:fine", *options)
+    assert done.exit_code == 0, done.output
+    assert "forwards of 40 samples" in done.stdout
+    assert "accuracy by statistics: running" in done.stdout
+    assert f"written: {page}" in done.stdout
+    text = page.read_text(encoding="utf-8")
+    assert "The norms of Sequential" in text
+    assert "<svg" in text
+    assert_fails(run("doctor", f"{doctored}:fine", *options), 2, "is there already")
+    done = run("doctor", f"{doctored}:fine", *options, "--json", "--force")
+    found = json.loads(done.stdout)
+    assert found["cost"]["samples"] == 40
+    assert found["is_serious"] is False
+    assert [layer["layer"] for layer in found["layers"]] == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--out", "page.txt"], ["its name must end in .html"]),
+        (["--ignore", "bias"], ["there is no check 'bias'"]),
+        (["--samples", "1"], ["samples is a number of 2 or more"]),
+    ],
+)
+def test_what_a_user_does_wrong_is_one_line(doctored: Path, options: list[str], parts: list[str]) -> None:
+    assert_fails(run("doctor", f"{doctored}:fine", *options), 2, *parts)
+    assert folder(doctored) == {"own.py"}
+
+
+def test_a_page_escapes_what_it_prints() -> None:
+    nasty = "<script>x</script>\x1b[2J"
+    findings = tuple(
+        Finding("likely", check, nasty, nasty, nasty, nasty, {"number": 1.0}) for check in CHECKS
+    )
+    layers = (LayerGap(nasty, 0.3, 2.0, 0.1, None, 32.0),)
+    page = render(
+        Diagnosis(nasty, 3, findings, {"running": 0.5}, "accuracy", layers, Cost(5, 64, 1.0), (nasty,))
+    )
+    assert "<script" not in page
+    assert "\x1b" not in page.replace(f"<code>{nasty}", "")
+    assert page.count("<article") == len(CHECKS)
+    assert "Nothing was found" in render(Diagnosis("Net", 0, ()))
