@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 import batchnorm
 from batchnorm.errors import OptionError
 from batchnorm.models.verify import AgreementError
+from tests.models.nets import anatomy
 
 
 class Residual(nn.Module):
@@ -109,6 +110,34 @@ def test_modules_parameters_hooks_and_modes_are_the_same_objects() -> None:
     assert shared[1] is model[1]
     model(torch.randn(4, 3, 8, 8))
     assert heard == ["forward"]
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm, nn.LazyBatchNorm2d])
+def test_row_47_attributes_that_others_hung_on_a_layer_stay(kind: type[nn.Module]) -> None:
+    """Row 47: a qconfig, a tag, a module, and torch's own records; also on the way back."""
+    norm = kind() if kind is nn.LazyBatchNorm2d else kind(6)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), norm)
+    qconfig, probe = object(), nn.Identity()
+    norm.qconfig, norm.tag, norm.probe = qconfig, ["a"], probe
+    batchnorm.convert(model)
+    assert model[1] is norm
+    assert (norm.qconfig, norm.tag, norm.probe) == (qconfig, ["a"], probe)
+    batchnorm.revert(model)
+    assert (norm.qconfig, norm.tag, norm.probe) == (qconfig, ["a"], probe)
+
+
+@pytest.mark.parametrize("value", [nn.ReLU(), 5])
+@pytest.mark.parametrize("name", ["activation", "domains", "statistics"])
+def test_row_47_an_attribute_of_an_options_name_is_refused(name: str, value: object) -> None:
+    """Row 47: it would be taken for the option, or lost."""
+    model = network()
+    setattr(model[1], name, value)
+    before = anatomy(model)
+    for verb in (batchnorm.convert, batchnorm.freeze):
+        with pytest.raises(OptionError, match=rf"^1 \(torch.nn.BatchNorm2d\): .*attribute {name} of its own"):
+            verb(model)
+    assert anatomy(model) == before
+    assert getattr(model[1], name) is value
 
 
 def test_there_and_back_is_the_same_model_bit_for_bit() -> None:

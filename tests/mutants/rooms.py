@@ -63,7 +63,7 @@ def _in(folder: str, *names: str) -> tuple[str, ...]:
 _NOT_COMPILED = "not (test_trouble and compiled)"
 _KERAS_LAYERS = _in(
     "keras", "policy_options", "masks", "numbers", "layers", "policies", "stock_tests", "conventions",
-    "synced_policies",
+    "synced_policies", "shuffled",
 )  # fmt: skip
 # Which backends run what of the layer: on torch our kernels do most of it.
 _KERAS_BY_TORCH = ("keras/layers.py", "keras/torch_backend.py", "keras/moments.py", "keras/norms.py")

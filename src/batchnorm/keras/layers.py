@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 
 from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.statistics.batch import Batch
@@ -156,6 +157,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.synchronized = synchronized  # the stock layer refuses it on all backends but one
         self.activation = keras.activations.get(activation)
         self.frozen = frozen
+        self._shuffler: keras.random.SeedGenerator | None = None
         self.batches: keras.Variable | None = None
         self.skipped: keras.Variable | None = None
         self.statistics = statistics
@@ -171,6 +173,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def statistics(self, policy: Policy | dict[str, Any]) -> None:
         try:
             found = _checked_policy(policy, renorm=self.renorm, synchronized=self.synchronized)
+            if self.built and found.is_shuffled and self._shuffler is None:
+                raise OptionError(
+                    f"statistics={found} needs a generator of random numbers, which a layer that is built "
+                    "cannot get: make a new one from its config, with the other policy, and set its weights"
+                )
             if self.built and found.counts_batches != (self.batches is not None):
                 raise OptionError(
                     f"statistics={found} {'needs a' if self.batches is None else 'has no'} count of "
@@ -180,6 +187,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         except BatchNormError as error:
             raise error.at(self._label) from None
         self._statistics = found
+        if found.is_shuffled and self._shuffler is None:
+            self._shuffler = keras.random.SeedGenerator()
 
     @property
     def frozen(self) -> bool:
@@ -260,6 +269,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
         axis = self.axis % len(x.shape)
         valid = valid_values(mask, x, axis, self._label)
         by_batch = bool(training) and self.trainable and not self._infers_in_graphs
+        if not (by_batch and self.statistics.is_shuffled):
+            return self._normalize(x, axis, by_batch, valid)
+        samples = 1 if axis == 0 else 0
+        order = keras.random.shuffle(ops.arange(ops.shape(x)[samples]), seed=self._shuffler)
+        if valid is not None and valid.shape[samples] != 1:  # a mask of length 1 holds for all samples
+            valid = ops.take(valid, order, axis=samples)
+        y = self._normalize(ops.take(x, order, axis=samples), axis, by_batch, valid)
+        return ops.take(y, ops.argsort(order), axis=samples)
+
+    def _normalize(self, x: Tensor, axis: int, by_batch: bool, valid: Tensor | None) -> Tensor:
+        """Return the normalized values; ghost batches are consecutive samples here."""
         if self._runs_on_kernels(x, axis, valid, by_batch):
             from .torch_backend import call
 

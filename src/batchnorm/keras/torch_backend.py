@@ -45,7 +45,7 @@ def call(layer: KerasLayer, inputs: torch.Tensor, axis: int, by_batch: bool) -> 
             bias,
             layer.epsilon,
             activation=activation,
-            statistics=policy,
+            statistics=policy.in_order(),  # the layer has shuffled the samples
             training=by_batch,
             batches=None if layer.batches is None else layer.batches.value,
             **running,

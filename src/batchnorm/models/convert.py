@@ -15,6 +15,7 @@ from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import check_nonfinite, check_small_batch
 from batchnorm.torch.contexts.domains import check_domains
+from batchnorm.torch.layers import OPTIONS
 from batchnorm.torch.stored_state import counter
 from batchnorm.torch.sync import ranks_of
 
@@ -39,7 +40,8 @@ def convert(
     """Turn the batch normalizations of `model` into layers of this library, in place.
 
     A layer stays the same module and changes its class: optimizers, hooks, shared modules, DDP and
-    parametrizations go on working. It computes the same, more accurately. If it raises, nothing has changed.
+    parametrizations go on working, and attributes that others hung on it (a `qconfig`, a tag) stay. It
+    computes the same, more accurately. If it raises, nothing has changed.
 
     Args:
         model: with, or itself, `torch.nn.BatchNorm1d`, 2d, 3d, their lazy forms, `torch.nn.SyncBatchNorm`,
@@ -55,8 +57,9 @@ def convert(
         `model` itself.
 
     Raises:
-        OptionError: (a ValueError) by name, a subclass of a stock layer, a layer with a replaced `forward`,
-            or one that the options do not fit; a scripted model; `domains` within `batchnorm.domain`.
+        OptionError: (a ValueError) by name, a subclass of a stock layer, a layer with a replaced `forward` or
+            an attribute of an option's name, or one that the options do not fit; a scripted model; `domains`
+            within `batchnorm.domain`.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:
@@ -98,12 +101,24 @@ def check(model: nn.Module, norms: list[Found], verb: str) -> None:
                 "make it a layer of torch.nn (or of batchnorm) and what it adds a module of its own",
                 str(found),
             )
+        if found.kind.twin is not None and (own := _own_attributes(found.module)):
+            raise OptionError(
+                f"it has an attribute {', '.join(own)} of its own, and a layer of batchnorm has an option of "
+                f"that name, so {verb} leaves the model as it is: rename it first",
+                str(found),
+            )
         if found.kind.family in ("stock", "timm", "frozen", "ours") and is_forward_replaced(found.module):
             raise OptionError(
                 f"its forward was replaced on the instance, so {verb} leaves the model as it is: "
                 "take that back first (accelerate: remove_hook_from_module)",
                 str(found),
             )
+
+
+def _own_attributes(norm: nn.Module) -> list[str]:
+    """Return the names of options that other attributes of a norm have; all others are carried over."""
+    own = vars(norm).keys() | norm._modules.keys() | norm._parameters.keys() | norm._buffers.keys()
+    return [name for name in OPTIONS if name in own]
 
 
 def check_options(norms: list[Found], options: Mapping[str, object]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .policy import Policy, check_count
 
 
 @dataclass(frozen=True)
 class Ghost(Policy):
-    """Normalizes each ghost batch, `size` consecutive samples, by statistics of its own in training.
+    """Normalizes each ghost batch, `size` samples of the batch, by statistics of its own in training.
 
         training:    mean_g, var_g over samples [g size, (g + 1) size) and all positions; the last group may
                      be smaller; the running statistics move once, by the mean and var of the whole batch
@@ -23,6 +23,10 @@ class Ghost(Policy):
             in the paper:
                 running = (1 - momentum)^G running + Σ_g (1 - momentum)^(G - 1 - g) momentum batch_g
             This variance is the one within ghost batches, and lacks the variance of their means.
+        shuffle: draw the ghost batches at random in every call, by the framework's generator, as dropout
+            does, instead of taking consecutive samples; the output has the order of the input. In contrastive
+            learning, the samples of a ghost batch then tell the network nothing about each other. It costs a
+            copy of the batch before and after.
 
     Raises:
         OptionError: (a ValueError) `size` is no such number.
@@ -33,11 +37,13 @@ class Ghost(Policy):
         >>> norm = batchnorm.BatchNorm2d(16, statistics=batchnorm.Ghost(size=32))
         >>> y = norm(torch.randn(128, 16, 8, 8))  # four ghost batches
 
-    Source: Hoffer, Hubara & Soudry 2017, arXiv:1705.08741, algorithm 1.
+    Source: Hoffer, Hubara & Soudry 2017, arXiv:1705.08741, algorithm 1; shuffled: He et al. 2020,
+    arXiv:1911.05722, section 3.3.
     """
 
     size: int
     sequential: bool = False
+    shuffle: bool = False
 
     name = "ghost"
 
@@ -54,3 +60,12 @@ class Ghost(Policy):
     def is_sequential(self) -> bool:  # type: ignore[override]
         """Whether each group moves the running statistics as a batch of its own."""
         return self.sequential
+
+    @property
+    def is_shuffled(self) -> bool:  # type: ignore[override]
+        """Whether the samples of each group are drawn at random."""
+        return self.shuffle
+
+    def in_order(self) -> Ghost:
+        """Return the policy with groups of consecutive samples."""
+        return replace(self, shuffle=False)

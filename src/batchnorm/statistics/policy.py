@@ -65,6 +65,7 @@ class Policy:
         group_size: number of samples that share statistics in training; None = the whole batch.
         is_sequential: each such group moves the running statistics as a batch of its own, in order, instead
             of all groups together as one.
+        is_shuffled: the samples of each group are drawn at random in every call.
         counts_batches: its choice changes with the number of batches that the layer has seen.
         text: the policy as JSON.
     """
@@ -73,6 +74,7 @@ class Policy:
     needs_running: ClassVar[bool] = False
     group_size: int | None = None
     is_sequential: bool = False
+    is_shuffled: bool = False
     counts_batches: bool = False
     text: str
 
@@ -105,6 +107,10 @@ class Policy:
     def groups(self, training: bool) -> int | None:
         """Return the samples per group of a call that measures; None = the batch is one group."""
         return self.group_size if training else None
+
+    def in_order(self) -> Policy:
+        """Return the policy with groups of consecutive samples."""
+        return self
 
     def choose(self, batch: PooledMoments, known: Known, training: bool, xp: Namespace) -> Chosen:  # noqa: ARG002
         """Return what a call that measures normalizes by, differentiable in `batch`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batchnorm.errors import OptionError
@@ -54,6 +54,7 @@ class Synced(Policy):
     needs_running = _of_over("needs_running")
     group_size = _of_over("group_size")
     is_sequential = _of_over("is_sequential")
+    is_shuffled = _of_over("is_shuffled")
     counts_batches = _of_over("counts_batches")
 
     def __post_init__(self) -> None:
@@ -79,6 +80,10 @@ class Synced(Policy):
     def is_plain(self, training: bool) -> bool:
         """As of the policy that takes the shared moments; valid for a rank that is alone."""
         return self.over.is_plain(training)
+
+    def in_order(self) -> Synced:
+        """Return the policy over groups of consecutive samples."""
+        return replace(self, over=self.over.in_order())
 
     def choose(self, batch: PooledMoments, known: Known, training: bool, xp: Namespace) -> Chosen:
         """Return what the policy chooses by the moments of all ranks."""

@@ -192,6 +192,17 @@ def _remedies(call: Call) -> str:
 
 def normalize(call: Call, mode: Mode, running: RunningState | None = None, *, exporting: bool) -> Normalized:
     """Normalize on the path that the call needs; only the kernels of an eager call move `running`."""
+    if not (mode.measures and call.policy.is_shuffled and call.group_size is not None):
+        return _normalize(call, mode, running, exporting=exporting)
+    order = torch.randperm(call.x.shape[0], device=call.x.device)
+    residual, mask = (None if t is None else t[order] for t in (call.residual, call.mask))
+    shuffled = call._replace(x=call.x[order], residual=residual, mask=mask)
+    found = _normalize(shuffled, mode, running, exporting=exporting)
+    return found._replace(y=found.y[torch.argsort(order)])
+
+
+def _normalize(call: Call, mode: Mode, running: RunningState | None, *, exporting: bool) -> Normalized:
+    """As `normalize`, of groups of consecutive samples."""
     if call.residual is not None:
         dtype = torch.promote_types(call.x.dtype, call.residual.dtype)
         if dtype != call.x.dtype:
