@@ -8,19 +8,24 @@ network is used. It is trained on small batches of one class each; then on batch
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm
 from batchnorm.doctor.findings import Diagnosis
 from batchnorm.study.data import load_digits
+from batchnorm.study.plots import canvas
 
 from .tables import Row, Rows, table_of
 
 IN_TRAINING, IN_USE = 40, 120  # columns
 EPOCHS, QUICK_EPOCHS = 6, 3
+PICTURE = Path(__file__).parent.parent / "docs" / "doctor.svg"
 
 
 class Digits(nn.Module):
@@ -101,3 +106,41 @@ def case_table(rows: Rows) -> str:
         }
         for row in rows
     )
+
+
+def draw(rows: Rows, path: Path = PICTURE) -> None:
+    """Draw a line per step: accuracy in use, and on the training samples by two statistics."""
+    columns = (
+        ("in use", canvas.SUBJECT_COLOR, "o", [row["accuracy"] for row in rows]),
+        ("training samples, running statistics", canvas.BASELINE_COLOR, "s", _scores(rows, "running")),
+        ("training samples, each batch's own", canvas.OTHER_COLOR, "D", _scores(rows, "batch")),
+    )
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        lines = []
+        for offset, (name, color, marker, values) in zip((-0.28, -0.1, 0.08), columns, strict=True):
+            places = [row + offset for row in range(len(rows))]
+            lines += axes.plot(values, places, marker, color=color, markersize=5.5, label=name, clip_on=False)
+        for number, row in enumerate(rows):
+            told = ", ".join(row["findings"]) or "nothing is found"
+            axes.text(0.02, number + 0.33, told, color=canvas.SOFT, fontsize=7.5, va="center")
+        axes.set_yticks(range(len(rows)), [row["step"] for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.5)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.set_xlabel("accuracy", loc="right")
+        axes.yaxis.grid(False)
+        canvas.legend(figure, lines, 1, 1.0)
+
+    told = "; ".join(
+        f"{row['step']}: {row['accuracy']:.1%} in use, {row['scores']['running']:.1%} by running statistics; "
+        + (", ".join(row["findings"]) or "nothing is found")
+        for row in rows
+    )
+    title = "Accuracy after each mend, and what the doctor finds"
+    canvas.save(canvas.draw("doctor", title, told, 1.1 + 0.62 * len(rows), paint, width=6.3), path)
+
+
+def _scores(rows: Rows, name: str) -> list[float]:
+    return [row["scores"][name] for row in rows]

@@ -116,6 +116,8 @@ BLOCKS: dict[str, tuple[str, str]] = {
     "doctor-case": ("doctor-case", "doctor_case.case_table"),
     "doctor-cost": ("doctor-cpu", "doctor.cost_table"),
     "doctor-zoo": ("doctor-cpu", "doctor.zoo_table"),
+    "doctor-faults": ("doctor-faults", "doctor_faults.faults_table"),
+    "doctor-trained": ("doctor-trained", "doctor_trained.trained_table"),
     "calibration-report": ("calibration-digits", "calibrate.report_table"),
     "fold-zoo-goals": ("fold-zoo-cpu", "fold_page.zoo_goals_table"),
     "fold-zoo": ("fold-zoo-cpu", "fold_page.zoo_table"),

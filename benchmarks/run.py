@@ -29,6 +29,8 @@ MEASUREMENTS = {
     "synced-cpu": ("synced.measure", "synced.layers_table"),
     "doctor-case": ("doctor_case.measure", "doctor_case.case_table"),
     "doctor-cpu": ("doctor.measure", "doctor.tables"),
+    "doctor-faults": ("doctor_faults.measure", "doctor_faults.faults_table"),
+    "doctor-trained": ("doctor_trained.measure", "doctor_trained.trained_table"),
     "study-digits": ("study.measure", "page.study_table"),
 }
 ON_A_DEVICE = ("layers", "steps")
@@ -87,6 +89,7 @@ def _measure(names: tuple[str, ...], quick: bool, out: Path | None) -> None:
             ("roofline.draw", "layer-time-cpu"),
             ("calibrate.draw", "calibration-digits"),
             ("lean_page.draw", "lean-cpu"),
+            ("doctor_case.draw", "doctor-case"),
         ):
             function(draw)(results_file.load(drawn)["rows"])
         function("page.write")()

@@ -26,6 +26,30 @@ def fine():
     model = trained()
     batchnorm.calibrate(model, [torch.from_numpy(x).float()])
     return model
+
+
+class Sequences(nn.Module):
+    # of spoken vowels: frames [N, L, 12]
+
+    def __init__(self, is_masked=False):
+        super().__init__()
+        import batchnorm
+        self.is_masked = is_masked
+        self.first, self.second = nn.Conv1d(12, 8, 3, padding=1), nn.Conv1d(8, 9, 3, padding=1)
+        self.norm = batchnorm.BatchNorm1d(8)
+        nn.init.uniform_(self.norm.bias, 0.5, 1.5)
+
+    def forward(self, x, lengths):
+        import batchnorm
+        valid = (torch.arange(x.shape[1]) < lengths[:, None])[:, None]
+        with batchnorm.mask(self.norm, valid[:, 0] if self.is_masked else None):
+            x = self.norm(self.first(x.transpose(1, 2)))
+        x = self.second(x * valid if self.is_masked else x)
+        return (x * valid).sum(2) / lengths[:, None]
+
+
+def masked():
+    return Sequences(is_masked=True)
 """
 
 
@@ -63,6 +87,26 @@ def test_data_page_and_json(doctored: Path) -> None:
     assert found["cost"]["samples"] == 40
     assert found["is_serious"] is False
     assert [layer["layer"] for layer in found["layers"]] == ["0", "2"]
+
+
+def test_data_with_lengths(doctored: Path) -> None:
+    """Row 54: `model(x, lengths)` is asked whether it reads the padding of spoken vowels."""
+    found = {}
+    for model in ("Sequences", "masked"):
+        options = ["--data", "vowels", "--samples", 64, "--json"]
+        done = run("doctor", f"{doctored}:{model}", *options)
+        assert done.exit_code == 0, done.output
+        found[model] = json.loads(done.stdout)
+        assert found[model]["cost"]["samples"] == 64
+        assert found[model]["measure"] == "accuracy"
+        assert found[model]["unchecked"] == []
+        assert [f["layer"] for f in found[model]["findings"] if f["check"] == "bias-before"] == ["norm"]
+    padding = [f for f in found["Sequences"]["findings"] if f["check"] == "padding"]
+    assert [f["layer"] for f in padding] == ["second"]
+    assert "taken for padding" not in padding[0]["message"]  # the lengths were given
+    assert "padding" not in {f["check"] for f in found["masked"]["findings"]}
+    done = run("doctor", f"{doctored}:masked", "--data", "vowels", "--input", "1x29x12")
+    assert_fails(done, 2, "its shape is told by the data, not by --input")
 
 
 @pytest.mark.parametrize(

@@ -253,11 +253,20 @@ def test_a_norm_without_running_statistics_gets_some() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_exported_graphs_fixed_in_training(training: bool) -> None:
-    """Row 45: an exported module cannot be switched."""
-    model = trained().train(training)
-    graph = torch.export.export(model, (torch.randn(4, 8),)).module()
+    """Row 45: an exported module cannot be switched, but by its graph."""
+    model, (x, _) = trained(), samples(4)
+    with torch.no_grad():
+        expected = model(x)
+    graph = torch.export.export(model.train(training), (x,)).module()
     found = batchnorm.diagnose(graph)
     assert ("training-graph" in {f.check for f in found.findings}) == training
+    if training:
+        finding = only(found, "training-graph")
+        assert (finding.severity, finding.layer) == ("serious", None)
+        applied(finding, model=graph)
+        with torch.no_grad():
+            torch.testing.assert_close(graph(x), expected)
+        assert batchnorm.diagnose(graph).findings == ()
 
 
 def test_training_mode_is_said_before_an_export() -> None:

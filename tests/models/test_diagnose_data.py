@@ -167,6 +167,21 @@ def test_padding_that_is_read_is_found_and_masked(bias: float) -> None:
         torch.testing.assert_close(scope["y"], model(x, lengths))
 
 
+def test_means_of_samples_leave_padding_out() -> None:
+    """Batches of sequences, sorted by length as a sampler does it, differ in their padding only."""
+    lengths = torch.arange(1, 257).repeat_interleave(1)
+    x = torch.randn(256, 3, 256, generator=torch.Generator().manual_seed(0)) + 1
+    x *= (torch.arange(256) < lengths[:, None])[:, None]
+    dicts = [{"x": a, "lengths": b} for a, b in zip(x.split(16), lengths.split(16), strict=True)]
+    model = Sequences().eval()
+    model.first = nn.Identity()  # the norm receives the samples
+    model.norm, model.second = batchnorm.BatchNorm1d(3), nn.Identity()
+    model.eval()
+    found = batchnorm.diagnose(model, dicts)
+    assert "ordered-batches" not in {f.check for f in found.findings}
+    assert "ordered-batches" in {f.check for f in batchnorm.diagnose(model, x.split(16)).findings}
+
+
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_small_batches_are_found(size: int) -> None:
     found = batchnorm.diagnose(trained(), batches(size))
@@ -222,8 +237,14 @@ def test_the_first_layer_that_is_not_finite() -> None:
     assert (finding.severity, finding.layer) == ("serious", "3")
     x = torch.randn(16, 8)
     x[3, 2] = float("inf")
-    finding = only(batchnorm.diagnose(trained(), [x]), "nonfinite-output")
+    model = trained()
+    finding = only(batchnorm.diagnose(model, [x]), "nonfinite-output")
     assert (finding.severity, finding.layer) == ("serious", None)
+    applied(finding, model=model)
+    with torch.no_grad():
+        model.train()(x)
+    assert model[1].running_var.isfinite().all()
+    assert int(model[1].skipped) == 1
 
 
 @pytest.mark.parametrize("apart", [1.0, 2.0, 10.0])

@@ -35,6 +35,7 @@ class Run:
         samples: how many training examples; None = all.
         batch_size: examples per batch, and in the example.
         shape: of an input, as `1x3x224x224`; examples of the data are given it, apart from their number.
+        takes_lengths: whether the command calls a model as `model(x, lengths)` on data with padding.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class Run:
         samples: int | None,
         batch_size: int,
         shape: str | None,
+        *,
+        takes_lengths: bool = False,
     ) -> None:
         for option, value in (("--samples", samples), ("--batch-size", batch_size)):
             if value is not None and value < 1:
@@ -56,12 +59,17 @@ class Run:
         self.model = _build(spec)
         if weights is not None:
             load_weights(self.model, weights)
-        self._inputs = None if data is None else self._load(data, data_dir, samples)
+        self._lengths: Tensor | None = None
+        self._inputs = None if data is None else self._load(data, data_dir, samples, takes_lengths)
 
-    def _load(self, data: str, data_dir: Path | None, samples: int | None) -> Tensor:
+    def _load(self, data: str, data_dir: Path | None, samples: int | None, takes_lengths: bool) -> Tensor:
         loaded = load_data(data, data_dir)
         if loaded.lengths_train is not None:
-            raise OptionError(f"--data {data} has padding, which this command cannot mask")
+            if not takes_lengths:
+                raise OptionError(f"--data {data} has padding, which this command cannot mask")
+            if self._shape is not None:
+                raise OptionError(f"--data {data} has padding: its shape is told by the data, not by --input")
+            self._lengths = torch.from_numpy(loaded.lengths_train)
         inputs, self._labels = torch.from_numpy(loaded.x_train), torch.from_numpy(loaded.y_train)
         inputs = inputs[: min(samples or len(inputs), len(inputs))]
         if self._shape is None:
@@ -79,12 +87,23 @@ class Run:
         assert self._inputs is not None
         return torch.split(self._inputs, min(self._batch_size, len(self._inputs)))
 
-    def labelled(self, samples: int) -> list[tuple[Tensor, Tensor]]:
-        """Return training examples in batches of (x, y), drawn at random, the same each time."""
-        assert self._inputs is not None
-        order = torch.randperm(len(self._inputs), generator=torch.Generator().manual_seed(0))
+    def diagnosed(self, samples: int) -> dict[str, Any]:
+        """Return what `diagnose` is told of the data: batches drawn at random, the same each time.
+
+        Padded examples go to the model as in a study, as `model(x, lengths)`.
+        """
+        if self._inputs is None:
+            return {"example": self.example()}
+        x, y, lengths = self._inputs, self._labels, self._lengths
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         parts = torch.split(order[: max(samples, 1)], self._batch_size)
-        return [(self._inputs[part], self._labels[part]) for part in parts]
+        if lengths is None:
+            return {"data": [(x[part], y[part]) for part in parts]}
+        return {
+            "data": [({"x": x[part], "lengths": lengths[part]}, y[part]) for part in parts],
+            "forward": lambda model, batch: model(batch[0]["x"], batch[0]["lengths"]),
+            "example": (x[parts[0][:2]], lengths[parts[0][:2]]),
+        }
 
     def example(self, *, needed: bool = False) -> Tensor | None:
         """Return an input of the model: the first batch of data, else random of the shape, else None."""

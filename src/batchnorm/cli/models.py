@@ -50,21 +50,19 @@ def doctor(
 ) -> None:
     """What is wrong with the batch normalizations of a model, on data where some is given, and what to do.
 
-    A model that is returned in training mode is looked at in evaluation. Batches are drawn at random.
+    A model that is returned in training mode is looked at in evaluation. Batches are drawn at random; on data
+    with padding, the model is called as model(x, lengths).
     """
     with _clearly(debug):
         from .model_files import Run, check_out
 
         if out is not None:
             check_out(out, (".html",), force)
-        run = Run(model, weights, data, data_dir, None, batch_size, input)
+        run = Run(model, weights, data, data_dir, None, batch_size, input, takes_lengths=True)
         if all(module.training for module in run.model.modules()):
             run.model.eval()
         given = {"samples": samples, "ignore": [name.strip() for name in ignore.split(",") if name.strip()]}
-        batches = None if data is None else run.labelled(samples)
-        found = run.verb(
-            batchnorm.diagnose, batches, example=run.example() if data is None else None, **given
-        )
+        found = run.verb(batchnorm.diagnose, **run.diagnosed(samples), **given)
         typer.echo(found.to_json() if json else str(found))
         if out is not None:
             from batchnorm.study.doctor_page import write_page

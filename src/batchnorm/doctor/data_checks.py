@@ -16,7 +16,7 @@ from .remedies import Remedies, remedies_of
 
 def check_data(model: ModelState, measured: Measured) -> tuple[list[Finding], tuple[LayerGap, ...]]:
     """Return what is wrong on the samples, and the comparison of each layer."""
-    remedies = remedies_of(model.framework)
+    remedies = remedies_of(model.framework, model.expressions)
     norms = {norm.name: norm for norm in model.norms}
     with np.errstate(all="ignore"):  # of what is not finite, every number is NaN
         layers = tuple(

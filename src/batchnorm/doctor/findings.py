@@ -40,6 +40,7 @@ CHECKS = {
     "one-value": "One value per channel",
     "untracked": "Norms without running statistics",
     "mixed-synchronization": "Plain and synchronized norms in one model",
+    "different-ranks": "Running statistics that differ between processes",
     "half-statistics": "Running statistics in half precision",
     "huge-variance": "A running variance out of all proportion",
     "zero-variance": "Running variance of zero",

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from batchnorm.statistics.moments import PooledMoments, merge, pooled
 
+from .thresholds import FEWEST_BATCHES
+
 Array = NDArray[np.float64]
 
 
@@ -65,7 +67,7 @@ class Received:
         batch is one sample. None where batches are few.
         """
         sizes = np.array([len(part) for part in self.sample_means], float)
-        if len(sizes) < 4 or sizes.min() < 1:
+        if len(sizes) < FEWEST_BATCHES or sizes.min() < 1:
             return None
         kept = sizes == sizes[0]  # a ragged last batch has another noise
         means = np.stack([part.mean for part, keep in zip(self.batches, kept, strict=True) if keep])

@@ -13,7 +13,7 @@ from .state_checks import check_state
 
 def check_model(model: ModelState) -> list[Finding]:
     """Return what is wrong with a model and its norms, without data."""
-    remedies = remedies_of(model.framework)
+    remedies = remedies_of(model.framework, model.expressions)
     is_trained = any(norm.is_trained for norm in model.norms)
     found: list[Finding] = []
     for norm in model.norms:
@@ -88,6 +88,18 @@ def _mode(model: ModelState, norm: NormState, remedies: Remedies) -> Iterator[Fi
             f"in {_mode_name(norm.training)}",
         )
 
+    elif model.framework == "keras" and norm.training and norm.name not in model.fixed:
+        yield Finding(
+            "likely",
+            "mixed-modes",
+            norm.name,
+            "the model's graph calls it with training=True",
+            "Called as model(x), it normalizes by each batch; predict, export and training=False do not.",
+            remedies.evaluate(),
+            {"layer_in_training": True},
+            "called with training=True",
+        )
+
 
 def _mode_name(training: bool) -> str:
     return "training mode" if training else "evaluation"
@@ -156,14 +168,30 @@ def _whole(model: ModelState, remedies: Remedies) -> Iterator[Finding]:
             remedies.synchronize(),
             {"plain": len(plain), "norms": len(model.norms)},
         )
+    worst = max(model.apart, key=lambda name: model.apart[name], default=None)
+    if worst is not None and model.apart[worst] != 0:
+        distance, count = model.apart[worst], sum(of != 0 for of in model.apart.values())
+        yield Finding(
+            "likely" if not distance < t.RANKS_LIKELY else "note",
+            "different-ranks",
+            worst,
+            f"the running statistics of {count} norms differ between processes; most here: means are up to "
+            f"{distance:.2g} standard deviations apart",
+            "Each process evaluates another model, and a checkpoint is whichever process wrote it.",
+            remedies.calibrate() + "  # on every process: all get the statistics of all data",
+            {"distance": distance, "norms": count},
+        )
     for name in model.fixed:
+        is_torch = model.framework == "torch"
         yield Finding(
             "serious",
             "training-graph",
             name or None,
-            "batch normalization is fixed in training in this graph, whatever eval() is called",
-            "A prediction depends on its batch; export the model in evaluation, or folded.",
-            remedies.fold() + "  # then export this",
+            "batch normalization is fixed in training in this graph, whatever eval() is called"
+            if is_torch
+            else "the model calls it with training=True, at inference too",
+            "A prediction depends on its batch, and whatever is exported from this fixes that.",
+            remedies.end_training(name),
         )
     if model.training and model.framework == "torch" and model.norms:
         yield Finding(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +21,7 @@ class NormState:
         name: qualified name in the model.
         kind: its class.
         is_stock: whether it is the framework's own layer, not this library's.
-        training: whether it normalizes by its batch now.
+        training: whether it normalizes by its batch now; in Keras, whether the model calls it so by itself.
         is_tracked: whether it has running statistics.
         moves: whether they move in training.
         momentum: in torch's convention, the batch's share; None = plain average.
@@ -121,7 +122,10 @@ class ModelState:
         learns: whether any parameter is trained.
         places: by the name of the norm, where known.
         decayed: groups of the optimizer with weight decay on norms.
-        fixed: names of graphs whose norms are fixed in training.
+        fixed: names of graphs, in Keras of norms, that are fixed in training whatever the model is told.
+        apart: by norm, how far the running means of any two processes are apart, standard deviations; {} of
+            one process.
+        expressions: code for layers of Keras by name, for remedies; where it is not `get_layer`.
     """
 
     name: str
@@ -132,3 +136,5 @@ class ModelState:
     places: dict[str, Place] = field(default_factory=dict)
     decayed: tuple[DecayedGroup, ...] = ()
     fixed: tuple[str, ...] = ()
+    apart: Mapping[str, float] = field(default_factory=dict)
+    expressions: Mapping[str, str] = field(default_factory=dict)

@@ -7,6 +7,7 @@ are imported.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Protocol
 
 from .records import Framework
@@ -22,13 +23,16 @@ class Remedies(Protocol):
         """Set weight and bias to 1 and 0, and the statistics to those of the data."""
 
     def momentum(self, layer: str, value: float) -> str:
-        """Set the momentum of a layer to the other convention's."""
+        """Set the momentum of a layer; `value` is in torch's convention, the batch's share."""
 
     def freeze(self, layer: str) -> str:
         """Freeze the norms of the part of the model that has this layer."""
 
     def evaluate(self) -> str:
         """Bring the whole model into evaluation."""
+
+    def end_training(self, part: str) -> str:
+        """Bring a graph that is fixed in training, or a norm that is called so, into evaluation."""
 
     def widen(self) -> str:
         """Make running statistics float32 and moments accurate."""
@@ -87,6 +91,15 @@ class Torch:
 
     def evaluate(self) -> str:
         return "model.eval()"
+
+    def end_training(self, part: str) -> str:
+        return (
+            f"graph = {_module(part)}\n"
+            "for node in graph.graph.nodes:\n"
+            '    if "batch_norm" in str(node.target) and len(node.args) > 5 and node.args[5] is True:\n'
+            "        node.update_arg(5, False)\n"
+            "graph.recompile()"
+        )
 
     def widen(self) -> str:
         return "batchnorm.convert(model)"
@@ -149,27 +162,42 @@ class Torch:
 
 
 class Keras:
-    """Remedies for Keras."""
+    """Remedies for Keras.
+
+    Args:
+        expressions: code for a layer by its name, where `get_layer` does not reach it.
+    """
+
+    def __init__(self, expressions: Mapping[str, str] | None = None) -> None:
+        self._expressions = expressions or {}
+
+    def _layer(self, name: str) -> str:
+        """Return an expression for a layer by its path, `backbone/block_1`."""
+        by_name = "model" + "".join(f".get_layer({json.dumps(part)})" for part in name.split("/"))
+        return self._expressions.get(name, by_name)
 
     def calibrate(self) -> str:
         return "batchnorm.keras.calibrate(model, data)"
 
     def reset_parameters(self, layer: str) -> str:
         return (
-            f"norm = {_layer(layer)}\n"
+            f"norm = {self._layer(layer)}\n"
             "norm.gamma.assign(keras.ops.ones(norm.gamma.shape))\n"
             "norm.beta.assign(keras.ops.zeros(norm.beta.shape))\n"
             f"{self.calibrate()}"
         )
 
     def momentum(self, layer: str, value: float) -> str:
-        return f"{_layer(layer)}.momentum = {value:g}"
+        return f"{self._layer(layer)}.momentum = {round(1 - value, 6):g}"
 
     def freeze(self, layer: str) -> str:
-        return f"batchnorm.keras.freeze({_layer(layer)})"
+        return f"batchnorm.keras.freeze({self._layer(layer)})"
 
     def evaluate(self) -> str:
         return "y = model(x, training=False)"
+
+    def end_training(self, part: str) -> str:
+        return self.freeze(part)
 
     def widen(self) -> str:
         return "norm = batchnorm.keras.BatchNormalization()"
@@ -197,7 +225,7 @@ class Keras:
 
     def drop_bias(self, before: str, norm: str) -> str:
         return (
-            f"layer, norm = {_layer(before)}, {_layer(norm)}\n"
+            f"layer, norm = {self._layer(before)}, {self._layer(norm)}\n"
             "norm.moving_mean.assign(norm.moving_mean - layer.bias)\n"
             "layer.bias.assign(keras.ops.zeros(layer.bias.shape))"
         )
@@ -215,15 +243,10 @@ class Keras:
         return 'norm = batchnorm.keras.BatchNormalization(nonfinite="skip")'
 
 
-def remedies_of(framework: Framework) -> Remedies:
-    """Return the remedies of a framework."""
-    return Torch() if framework == "torch" else Keras()
+def remedies_of(framework: Framework, expressions: Mapping[str, str] | None = None) -> Remedies:
+    """Return the remedies of a framework; `expressions`: code for layers of Keras by name."""
+    return Torch() if framework == "torch" else Keras(expressions)
 
 
 def _module(name: str) -> str:
     return f"model.get_submodule({json.dumps(name)})" if name else "model"  # a name may hold a quote
-
-
-def _layer(name: str) -> str:
-    """Return an expression for a layer of Keras by its path, `backbone/block_1`."""
-    return "model" + "".join(f".get_layer({json.dumps(part)})" for part in name.split("/"))

@@ -134,6 +134,13 @@ ORDERED_SIGMAS = Threshold(
     "F of shuffled batches is 1 with that standard deviation; 6 of them leave room for the largest of all "
     "layers",
 )
+RANKS_LIKELY = Threshold(
+    0.1,
+    "different-ranks",
+    "distance of the running means of two processes, root mean square over channels, standard deviations, "
+    "from: likely; below: note",
+    "one update with momentum 0.1 from batches of 4 independent values leaves 0.07 between two processes",
+)
 FEWEST_BATCHES = Threshold(
     4,
     "small-batches, ordered-batches",

@@ -16,6 +16,7 @@ from batchnorm.errors import DataError, OptionError
 
 from .calibration.batches import Data, labelled
 from .diagnosis.passes import measure
+from .diagnosis.perturbation import perturb
 from .diagnosis.state import model_state
 
 
@@ -32,8 +33,8 @@ def diagnose(
 
     Without data it looks at the norms and what surrounds them. With data it also measures, as at inference:
     what the moving statistics cost against those of the samples, layer by layer; whether a prediction depends
-    on its neighbours; how noisy and how different the batches are; magnitudes. It takes three forwards of the
-    samples, one for each layer that is off (16 at most), and parts of one, all run eagerly.
+    on its neighbours or on padding; how noisy and how different the batches are; magnitudes. It takes up to 4
+    forwards of the samples, one for each layer that is off (16 at most), and parts of one, all run eagerly.
 
     Args:
         model: with layers of Keras's or ours at any nesting; the first batch builds one that is not.
@@ -64,7 +65,7 @@ def diagnose(
     for name, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"{name} is a number of {least} or more; got {value!r}")
-    measured = Measured()
+    measured, trained = Measured(), frozenset[str]()
     layers: tuple[LayerGap, ...] = ()
     taken = None if data is None else list(labelled(model, data, batch_size, samples))
     if taken is not None:
@@ -74,9 +75,10 @@ def diagnose(
             )
         if not all(layer.built for layer in model._flatten_layers()):
             model(taken[0][0], training=False)
-        measured = measure(model, taken)
+        trained = measure(model, taken, measured)
+        perturb(model, taken, measured)
     given = getattr(model, "optimizer", None) if optimizer is None else optimizer
-    state, unchecked = model_state(model, given)
+    state, unchecked = model_state(model, given, trained)
     found = check_model(state)
     if taken is not None:
         more, layers = check_data(state, measured)

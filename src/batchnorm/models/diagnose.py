@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -14,13 +16,16 @@ from batchnorm.doctor.data_checks import check_data
 from batchnorm.doctor.findings import Diagnosis, LayerGap
 from batchnorm.doctor.measurements import Measured
 from batchnorm.doctor.model_checks import check_model
+from batchnorm.doctor.records import ModelState
 from batchnorm.doctor.selection import check_ignored, concluded
 from batchnorm.errors import ArgumentTypeError, OptionError
 from batchnorm.torch.checks import shown_type
 
 from .calibration.batches import Forward, cut, samples_in
+from .calibration.ranks import Ranks
 from .diagnosis.passes import Samples, measure, random_numbers_kept, take
 from .diagnosis.perturbation import perturb
+from .diagnosis.ranks import distances, statistics_row
 from .diagnosis.structure import model_state
 from .preconditions import verb
 
@@ -36,6 +41,7 @@ def diagnose(
     forward: Forward | None = None,
     ignore: Iterable[str] = (),
     progress: bool = False,
+    group: distributed.ProcessGroup | Literal[False] | None = False,
 ) -> Diagnosis:
     """Find what is wrong with the batch normalizations of `model`, which stays as it is.
 
@@ -44,7 +50,8 @@ def diagnose(
     prediction depends on its neighbours (in the mode that the model is in) or on padding; how noisy and how
     different the batches are; magnitudes. It takes up to 5 forwards of the samples, one for each layer that
     is off (16 at most), and parts of one. Modes, buffers, hooks, gradients and random state are as before,
-    whatever happens; each process of torch.distributed diagnoses its own model.
+    whatever happens. Any process of torch.distributed may call it alone; with a group, all of it call it,
+    each with samples of its own, and it also compares their running statistics.
 
     Args:
         model: with layers of torch, of this library, of timm or of others; compiled ones are looked through.
@@ -55,6 +62,8 @@ def diagnose(
         forward: called as `forward(model, batch)` for batches of any other form; it returns the output.
         ignore: checks to leave out, "bias-before", or "bias-before:features.3" for one layer.
         progress: show a progress bar (needs rich).
+        group: of torch.distributed, whose processes call this together; None = all processes; False = this
+            process alone.
 
     Returns:
         A report: `findings`, each with severity, layer, numbers, reason and remedy; `layers`, `scores`,
@@ -63,6 +72,7 @@ def diagnose(
     Raises:
         OptionError: (a ValueError) an option's value, or an unknown check in `ignore`.
         DataError: (a ValueError) no sample, or a batch of unknown form.
+        RankError: (a RuntimeError) another process of the group raised, or is missing.
         Exception: what the model itself raises in evaluation.
 
     Example:
@@ -72,25 +82,30 @@ def diagnose(
     """
     started = time.perf_counter()
     ignored = check_ignored(ignore)
-    _check_options(samples, optimizer)
     model = _inner(model)
-    is_ready = not any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers()))
-    if data is not None and not is_ready:
-        raise OptionError("the model has layers that are not initialized: run it once, or pass no data")
     measured = Measured()
+    states: list[tuple[ModelState, tuple[str, ...]]] = []
+
+    def look() -> Tensor:
+        is_ready = _check_options(model, data, samples, optimizer)
+        with random_numbers_kept(model):
+            given = example if is_ready else None
+            if data is not None:
+                taken = take(data, samples, forward, progress)
+                measure(model, taken, measured)
+                perturb(model, taken, measured)
+                given = _example(taken) if example is None else example
+            states.append(model_state(model, given, optimizer))
+        return statistics_row(model)
+
+    rows = Ranks(group, "diagnose").gather(look, len(statistics_row(model)))
+    ((state, unchecked),) = states
+    found = check_model(replace(state, apart=distances(model, rows)))
     layers: tuple[LayerGap, ...] = ()
-    with random_numbers_kept(model):
-        if data is None:
-            state, unchecked = model_state(model, example if is_ready else None, optimizer)
-            found = check_model(state)
-        else:
-            taken = take(data, samples, forward, progress)
-            measured = measure(model, taken)
-            perturb(model, taken, measured)
-            state, unchecked = model_state(model, _example(taken) if example is None else example, optimizer)
-            more, layers = check_data(state, measured)
-            # Whether a batch has one value per channel, the data shows.
-            found = [of for of in check_model(state) if of.check != "one-value"] + more
+    if data is not None:
+        more, layers = check_data(state, measured)
+        # Whether a batch has one value per channel, the data shows.
+        found = [of for of in found if of.check != "one-value"] + more
     seconds = time.perf_counter() - started
     return concluded(state, measured, found, layers, ignored, seconds, unchecked)
 
@@ -106,11 +121,16 @@ def _inner(model: nn.Module) -> nn.Module:
             return model
 
 
-def _check_options(samples: object, optimizer: object) -> None:
+def _check_options(model: nn.Module, data: object, samples: object, optimizer: object) -> bool:
+    """Refuse what cannot be; return whether all layers are initialized."""
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
         raise OptionError(f"samples is a number of 2 or more; got {samples!r}")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentTypeError(f"optimizer is one of torch.optim; got {shown_type(optimizer)}")
+    is_ready = not any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    if data is not None and not is_ready:
+        raise OptionError("the model has layers that are not initialized: run it once, or pass no data")
+    return is_ready
 
 
 def _example(taken: Samples) -> object:

@@ -66,6 +66,13 @@ def unpacked(packed: Tensor) -> PooledMoments:
         return PooledMoments(count, shift + delta, var * count)
 
 
+def received_by(layer: Norm, label: str, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Return count, shift, delta and var of what a layer receives, `[4, C]`; `label`: its name in errors."""
+    axis = layer.axis % len(inputs.shape)
+    batch = split(wide(inputs), valid_values(mask, inputs, axis, label), axis, size=None)
+    return ops.stack([ops.reshape(value, (-1,)) for value in moments(batch.x, batch.axes, batch.valid)])
+
+
 def measuring_moments(norms: Norms, found: Found) -> AbstractContextManager[None]:
     """Let each layer append what it receives to `found`, and normalize by it, within this context.
 
@@ -102,9 +109,7 @@ def _measure(
         found: takes the moments.
         inputs, training, mask, **kwargs: arguments of a call of the layer.
     """
-    axis = layer.axis % len(inputs.shape)
-    batch = split(wide(inputs), valid_values(mask, inputs, axis, label), axis, size=None)
-    received = ops.stack([ops.reshape(value, (-1,)) for value in moments(batch.x, batch.axes, batch.valid)])
+    received = received_by(layer, label, inputs, mask)
     _, shift, delta, var = ops.unstack(received, 4)
     layer.moving_mean.assign(shift + delta)
     layer.moving_variance.assign(var)

@@ -6,8 +6,9 @@ ends: the model does not change.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -15,75 +16,85 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from batchnorm.doctor.measurements import Array, Measured, Received, Score, scored
-from batchnorm.keras.batch_layout import split, valid_values
-from batchnorm.keras.calibration.batch_moments import Found, in_evaluation, measuring_moments, unpacked
+from batchnorm.doctor.measurements import Array, Measured, Received
+from batchnorm.doctor.passes import Passes
+from batchnorm.keras.batch_layout import valid_values
+from batchnorm.keras.calibration.batch_moments import (
+    Found,
+    in_evaluation,
+    measuring_moments,
+    received_by,
+    unpacked,
+)
 from batchnorm.keras.calibration.batches import Inputs, samples
-from batchnorm.keras.moments import moments, wide
 from batchnorm.keras.norms import Norm, Norms, is_frozen, norms_within
-from batchnorm.keras.replaced_calls import calls_replaced
+from batchnorm.keras.protocols import Tensor
+from batchnorm.keras.replaced_calls import Call, calls_replaced
+from batchnorm.statistics.adapted import Adapted
 from batchnorm.statistics.moments import PooledMoments, merge
 
 from .state import array
 
-MOST_ALONE = 16  # layers whose statistics are replaced alone
 Batch = tuple[Inputs, "NDArray[Any] | None"]
-# Makes of a layer's `call` the one that runs in its place.
-Shadow = Callable[[keras.layers.Layer, Callable[..., Any]], Callable[..., Any]]
 
 
-def measure(model: keras.Model, batches: list[Batch]) -> Measured:
-    """Return what the samples show; the model is as before, whatever happens."""
-    measured = Measured(samples=sum(samples(x) for x, _ in batches))
+def measure(model: keras.Model, batches: list[Batch], measured: Measured) -> frozenset[str]:
+    """Add to `measured` what the samples show; return the norms that the model calls with training=True."""
+    measured.samples = sum(samples(x) for x, _ in batches)
     passes = _Passes(model, batches, measured)
-    passes.by_running()
-    if measured.broken is None and not measured.is_data_broken:
-        passes.by_batch()
-        passes.by_population()
-        passes.alone()
-        passes.mates()
-    return measured
+    passes.take()
+    return frozenset(passes.trained)
 
 
-class _Passes:
+class _Passes(Passes):
     """The passes of one diagnosis, as at inference."""
 
     def __init__(self, model: keras.Model, batches: list[Batch], measured: Measured) -> None:
-        self.model, self.batches, self.measured = model, batches, measured
+        known = [y for _, y in batches if y is not None]
+        super().__init__(measured, np.concatenate(known) if len(known) == len(batches) else None)
+        self.model, self.batches = model, batches
         self.norms: Norms = list(norms_within(model))
         self.live = {name: norm for name, norm in self.norms if not is_frozen(norm)}
-        labels = [y for _, y in batches]
-        known = [y for y in labels if y is not None]
-        self.labels: NDArray[Any] | None = np.concatenate(known) if len(known) == len(labels) else None
-        self._kept: dict[str, Array] = {}
+        self.trained: set[str] = set()  # norms that are told training=True at inference
+        self._values: dict[str, tuple[Array, Array]] = {}  # in place of moving statistics
+        self._calls: Counter[str] = Counter()
 
-    def by_running(self) -> None:
-        """Record what the norms receive, as the model is deployed, and where it is first not finite."""
+    def outputs(self, name: str) -> list[Array]:  # noqa: ARG002 -- no progress here
+        values = [(self.live[n], *of) for n, of in self._values.items()]
+        found = []
+        for x, _ in self.batches:
+            self._calls.clear()
+            found.append(as_values(outputs_of(self.model, x, values)[0]).astype(np.float64))
+        return found
+
+    def aligned(self, outputs: Array) -> tuple[Array, NDArray[np.generic] | None]:
+        return _classes_first(outputs, self.labels)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
         for x, _ in self.batches:
             leaves = [ops.convert_to_numpy(leaf) for leaf in keras.tree.flatten(x) if leaf is not None]
             floats = [leaf for leaf in leaves if leaf.dtype.kind == "f"]
             self.measured.is_data_broken |= not all(np.isfinite(leaf).all() for leaf in floats)
         names = {id(norm): name for name, norm in self.norms}
-        calls: Counter[str] = Counter()
 
-        def watched(layer: keras.layers.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(layer: keras.layers.Layer, call: Call) -> Call:
             def run(*args: Any, **kwargs: Any) -> Any:
                 if id(layer) in names:
-                    self._receive(names[id(layer)], layer, calls, args, kwargs)
+                    self._receive(names[id(layer)], layer, args, kwargs)
                 result = call(*args, **kwargs)
                 self._look(names.get(id(layer), layer.name), args, result)
                 return result
 
             return run
 
-        with calls_replaced(_innermost(self.model), watched):
-            self._score("running", before=calls.clear)
+        with calls_replaced(innermost(self.model), watched):
+            yield
 
     def by_batch(self) -> None:
-        """Normalize by each batch; the moments of all are those of the population."""
         found: Found = []
         with measuring_moments(list(self.live.items()), found):
-            self._score("batch")
+            self.score("batch")
         names = list(self.live)
         pooled = self.measured.population
         for number, packed in found:
@@ -91,97 +102,36 @@ class _Passes:
             of = of._replace(count=float(np.max(of.count)))
             pooled[names[number]] = merge(pooled[names[number]], of) if names[number] in pooled else of
 
-    def by_population(self) -> None:
-        """Normalize by the statistics of the population, as `calibrate` would set them."""
-        if self.measured.population:
-            self._score("population", self.measured.population)
-            if self.measured.measure == "difference of outputs":
-                for name in ("running", "batch"):
-                    _, score = scored(self._kept[name], None, self._kept["population"])
-                    self.measured.scores[name] = score
+    @contextlib.contextmanager
+    def replaced(self, found: Mapping[str, PooledMoments]) -> Iterator[None]:
+        self._values = {name: (of.mean, of.m2 / max(of.count, 1)) for name, of in found.items()}
+        try:
+            yield
+        finally:
+            self._values = {}
 
-    def alone(self) -> None:
-        """Replace the statistics of one layer at a time, of those that are furthest off."""
-        off = {name: _distance(self.live[name], of) for name, of in self.measured.population.items()}
-        for name in [n for n in sorted(off, key=lambda n: -off[n])[:MOST_ALONE] if off[n] > 0.1]:
-            found = {name: self.measured.population[name]}
-            self.measured.alone[name] = self._score(name, found, keep=False)
+    @contextlib.contextmanager
+    def adapting(self) -> Iterator[None]:
+        with calls_replaced(self.live.values(), _adapting):
+            yield
 
-    def mates(self) -> None:
-        """Change the neighbours of samples, as at inference."""
-        x = next((x for x, _ in self.batches if samples(x) >= 2), None)
-        if x is None:
-            self.measured.unchecked.append("neighbours in a batch: every batch has one sample")
-            return
-        size = min(8, samples(x))
-        kept = size // 2
+    def statistics(self, name: str) -> tuple[Array, Array, float]:
+        norm = self.live[name]
+        return array(norm.moving_mean), array(norm.moving_variance), float(norm.epsilon)
 
-        def cut(leaf: Any) -> Any:
-            return None if leaf is None else ops.convert_to_numpy(leaf)[:size]
-
-        def other(leaf: Any) -> Any:
-            if leaf is None:
-                return None
-            values = ops.convert_to_numpy(leaf)[:size].copy()
-            if values.dtype.kind == "f":
-                values[kept:] = 1.5 * values[kept:][::-1] + 0.5 * values.std()
-            else:
-                values[kept:] = values[:1]
-            return values
-
-        traces: list[list[tuple[str, Array, Array]]] = []
-        outputs = []
-        for change in (cut, other):
-            trace: list[tuple[str, Array, Array]] = []
-            with calls_replaced(
-                _innermost(self.model), _tracing(trace, {id(n): name for name, n in self.norms}, kept)
-            ):
-                outputs.append(_run(self.model, keras.tree.map_structure(change, x), {}))
-            traces.append(trace)
-        first, second = outputs
-        change_of_outputs = float(np.abs(first[:kept] - second[:kept]).max(initial=0.0))
-        self.measured.mates = change_of_outputs / (float(first.std()) or 1.0), _first_reader(*traces)
-        self.measured.forwards += 2 * size / self.measured.samples
-
-    def _score(
-        self,
-        name: str,
-        statistics: Mapping[str, PooledMoments] | None = None,
-        *,
-        keep: bool = True,
-        before: Callable[[], None] = lambda: None,
-    ) -> Score:
-        new = {n: (of.mean, of.m2 / max(of.count, 1)) for n, of in (statistics or {}).items()}
-        values = {id(self.live[n]): (self.live[n], *of) for n, of in new.items()}
-        outputs = []
-        for x, _ in self.batches:
-            before()
-            outputs.append(_run(self.model, x, values))
-        self.measured.forwards += 1
-        is_alike = len({output.shape[1:] for output in outputs}) == 1
-        whole = np.concatenate(outputs if is_alike else [output.reshape(-1) for output in outputs])
-        measure, score = scored(*_classes_first(whole, self.labels), self._kept.get("population"))
-        if keep:
-            self._kept[name] = _classes_first(whole, self.labels)[0]
-            self.measured.measure = measure
-            self.measured.scores[name] = score
-        return score
-
-    def _receive(
-        self, name: str, norm: Norm, calls: Counter[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        inputs, mask = args[0] if args else kwargs["inputs"], kwargs.get("mask")
-        axis = norm.axis % len(inputs.shape)
-        batch = split(wide(inputs), valid_values(mask, inputs, axis, name), axis, size=None)
-        packed = ops.stack([ops.reshape(value, (-1,)) for value in moments(batch.x, batch.axes, batch.valid)])
-        of = unpacked(packed)
-        values = ops.convert_to_numpy(ops.cast(inputs, "float32")).astype(np.float64)
-        others = tuple(a for a in range(1, values.ndim) if a != axis)
-        means = values.mean(others) if axis else values.mean(tuple(range(2, values.ndim))).T
+    def _receive(self, name: str, norm: Norm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("inputs", "training", "mask"), args, strict=False)) | kwargs
+        inputs, mask = given["inputs"], given.get("mask")
+        if given.get("training"):
+            self.trained.add(name)
+        of = unpacked(received_by(norm, name, inputs, mask))
+        values, axis = as_values(inputs).astype(np.float64), norm.axis % len(inputs.shape)
         kept = self.measured.received.setdefault(name, Received())
-        call, calls[name] = calls[name], calls[name] + 1
-        of = of._replace(count=float(np.max(of.count)))
+        call, self._calls[name] = self._calls[name], self._calls[name] + 1
+        valid = None if mask is None else valid_values(mask, inputs, axis, name)
+        means = _sample_means(values, axis, None if valid is None else as_values(valid))
         dtype = keras.backend.standardize_dtype(inputs.dtype)
+        of = of._replace(count=float(np.max(of.count)))
         kept.add(call, of, means, float(np.abs(values).max(initial=0.0)), dtype)
 
     def _look(self, name: str, args: tuple[Any, ...], result: Any) -> None:
@@ -190,55 +140,58 @@ class _Passes:
             self.measured.broken = name
 
 
-def _run(model: keras.Model, x: Inputs, values: Mapping[int, tuple[Norm, Array, Array]]) -> Array:
-    """Return the first floating output, with these moving statistics."""
+def outputs_of(model: keras.Model, x: Inputs, values: list[tuple[Norm, Array, Array]]) -> list[Tensor]:
+    """Return the outputs at inference, by these moving statistics; the model is as before."""
 
     def forward(x: Inputs) -> Any:
         with keras.StatelessScope():
-            for norm, mean, var in values.values():
+            for norm, mean, var in values:
                 norm.moving_mean.assign(mean)
                 norm.moving_variance.assign(var)
             return model(x, training=False)
 
     torchs = keras.backend.backend() == "torch"
-    outputs = in_evaluation(model, forward, x) if torchs else forward(x)
-    first = ops.convert_to_numpy(ops.cast(keras.tree.flatten(outputs)[0], "float32"))
-    return np.asarray(first, np.float64)
+    outputs: list[Tensor] = keras.tree.flatten(in_evaluation(model, forward, x) if torchs else forward(x))
+    return outputs
 
 
-def _innermost(model: keras.Model) -> list[keras.layers.Layer]:
+def as_values(tensor: Tensor) -> NDArray[Any]:
+    """Return a copy of a tensor's values; of floating ones as float32."""
+    is_floating = "float" in keras.backend.standardize_dtype(tensor.dtype)
+    return np.array(ops.convert_to_numpy(ops.cast(tensor, "float32") if is_floating else tensor))
+
+
+def innermost(model: keras.Model) -> list[keras.layers.Layer]:
     """Return the layers without layers in them."""
     return [layer for layer in model._flatten_layers(include_self=False) if not layer._layers]
 
 
-def _tracing(trace: list[tuple[str, Array, Array]], names: Mapping[int, str], kept: int) -> Shadow:
-    """Return a shadow that records what each layer receives and returns for the first samples."""
+def _adapting(norm: Norm, call: Callable[..., Any]) -> Call:
+    """Return the call of a norm by `Adapted`."""
+    mean, var = norm.moving_mean.value, norm.moving_variance.value
+    prior = Adapted().prior
 
-    def traced(layer: keras.layers.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            result = call(*args, **kwargs)
-            leaves = [keras.tree.flatten(value) for value in (args, result)]
-            if all(len(found) and hasattr(found[0], "shape") for found in leaves):
-                given, made = (ops.convert_to_numpy(found[0])[:kept].copy() for found in leaves)
-                trace.append((names.get(id(layer), layer.name), given, made))
-            return result
+    def run(inputs: Tensor, training: object = None, mask: Tensor | None = None, **kwargs: Any) -> Any:  # noqa: ARG001
+        _, shift, delta, new = ops.unstack(received_by(norm, norm.name, inputs, mask), 4)
+        share = inputs.shape[0] / (inputs.shape[0] + prior)
+        norm.moving_mean.assign(mean + share * (shift + delta - mean))
+        norm.moving_variance.assign(var + share * (new - var))
+        return call(inputs, training=False, **(kwargs if mask is None else kwargs | {"mask": mask}))
 
-        return run
-
-    return traced
+    return run
 
 
-def _first_reader(
-    first: list[tuple[str, Array, Array]], second: list[tuple[str, Array, Array]]
-) -> str | None:
-    for (name, given, made), (_, given_b, made_b) in zip(first, second, strict=False):
-        if _is_close(given, given_b) and not _is_close(made, made_b):
-            return name
-    return None
-
-
-def _is_close(a: Array, b: Array) -> bool:
-    return a.shape == b.shape and np.allclose(a, b, 1e-4, 1e-5)
+def _sample_means(values: Array, axis: int, valid: NDArray[Any] | None) -> Array:
+    """Return the mean of each sample and channel, `[N, C]`, of the values that count."""
+    x = np.moveaxis(values, axis, -1)
+    places = tuple(range(1, x.ndim - 1))
+    counted = (
+        np.ones_like(x) if valid is None else np.moveaxis(np.broadcast_to(valid, values.shape), axis, -1)
+    )
+    counts: Array = counted.sum(places)
+    kept = (counts > 0).all(1)
+    found: Array = np.where(counted, x, 0).sum(places)
+    return found[kept] / counts[kept]
 
 
 def _are_finite(values: Any) -> bool:
@@ -247,16 +200,9 @@ def _are_finite(values: Any) -> bool:
     return all(bool(ops.convert_to_numpy(ops.all(ops.isfinite(leaf)))) for leaf in floats)
 
 
-def _distance(norm: Norm, found: PooledMoments) -> float:
-    mean, var = array(norm.moving_mean), array(norm.moving_variance)
-    new = found.m2 / max(found.count, 1) + norm.epsilon
-    with np.errstate(invalid="ignore", divide="ignore"):
-        logs = 0.5 * np.log(new / (var + norm.epsilon))
-        off = np.sqrt(np.mean((found.mean - mean) ** 2 / new)) + np.sqrt(np.mean(logs**2))
-    return float(off) if np.isfinite(off) else float("inf")
-
-
-def _classes_first(outputs: Array, labels: NDArray[Any] | None) -> tuple[Array, NDArray[Any] | None]:
+def _classes_first(
+    outputs: Array, labels: NDArray[np.generic] | None
+) -> tuple[Array, NDArray[np.generic] | None]:
     """Return outputs with classes on the second axis, and labels as classes where they are one-hot."""
     if labels is None or outputs.ndim < 2:
         return outputs, labels

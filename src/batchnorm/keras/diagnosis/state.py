@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
+
 import keras
 import numpy as np
 from keras import ops
@@ -23,27 +26,75 @@ _DROPOUTS = (
 
 
 def model_state(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer | None
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer | None,
+    trained: Collection[str] | None = None,
 ) -> tuple[ModelState, tuple[str, ...]]:
-    """Return what the checks without data look at, and what could not be looked at."""
+    """Return what the checks without data look at, and what could not be looked at.
+
+    Args:
+        model: it stays as it is.
+        optimizer: of the model; None = none.
+        trained: norms that the samples showed to be called in training; None = without samples.
+    """
     norms = list(norms_within(model))
     places: dict[str, Place] = {}
     unchecked: tuple[str, ...] = ()
+    training = set(trained or ())
     if has_graph(model):
-        places = _places(model, norms)
+        read = graph(model)
+        calls = read.by_module()
+        places = {name: _place(calls[norm], calls) for name, norm in norms if calls[norm]}
+        training |= {name for name, norm in norms if not read.training.isdisjoint(calls[norm])}
     elif norms:
         unchecked = ("what surrounds the norms: the model is a subclass, whose graph cannot be read",)
+    states = tuple(_norm_state(name, norm, name in training) for name, norm in norms)
     return ModelState(
         name=type(model).__name__,
         framework="keras",
-        norms=tuple(_norm_state(name, norm) for name, norm in norms),
+        norms=states,
         learns=bool(model.trainable_variables),
         places=places,
         decayed=() if optimizer is None else _decayed(norms, optimizer),
+        fixed=tuple(state.name for state in states if state.training and state.name in (trained or ())),
+        expressions={name: code for name, norm in norms if (code := _expression(model, norm)) is not None},
     ), unchecked
 
 
-def _norm_state(name: str, norm: Norm) -> NormState:
+def _expression(model: keras.Model, norm: Norm) -> str | None:
+    """Return code for a norm that `get_layer` does not reach: in a wrapper, or in a layer of a user's own."""
+    waiting: list[tuple[keras.layers.Layer, str, bool]] = [(model, "model", True)]
+    seen: set[int] = set()
+    while waiting:
+        layer, code, is_by_name = waiting.pop()
+        if layer is norm:
+            return None if is_by_name else code
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        for inner in layer._flatten_layers(include_self=False, recursive=False):
+            if isinstance(layer, keras.Model):
+                waiting.append((inner, f"{code}.get_layer({json.dumps(inner.name)})", is_by_name))
+            elif (attribute := _attribute(layer, inner)) is not None:
+                waiting.append((inner, f"{code}.{attribute}", False))
+    return None
+
+
+def _attribute(layer: keras.layers.Layer, inner: keras.layers.Layer) -> str | None:
+    names: list[str] = [*vars(layer), *vars(layer).get("_modules", ())]  # torch's, where that is the backend
+    for name in (name for name in names if not name.startswith("_")):
+        value = getattr(layer, name, None)
+        if value is inner:
+            return name
+        if isinstance(value, (list, tuple)):
+            for place, item in enumerate(value):
+                if item is inner:
+                    return f"{name}[{place}]"
+    return None
+
+
+def _norm_state(name: str, norm: Norm, is_in_training: bool) -> NormState:
+    """Return the state of a norm; `is_in_training`: whether the model itself calls it with training=True."""
     if not norm.built:
         return NormState(name, type(norm).__name__, unreadable="not built: it has seen no input")
     momentum, batches = float(norm.momentum), getattr(norm, "batches", None)
@@ -60,6 +111,7 @@ def _norm_state(name: str, norm: Norm) -> NormState:
         dtype=keras.backend.standardize_dtype(norm.moving_variance.dtype),
         weight=array(norm.gamma) if norm.scale else None,
         bias=array(norm.beta) if norm.center else None,
+        training=is_in_training and not is_frozen(norm),
         learns=bool(norm.trainable_variables),
         is_synchronized=bool(getattr(norm, "synchronized", False)),
         places=(name,),
@@ -71,11 +123,6 @@ def array(variable: keras.Variable) -> NDArray[np.float64]:
     """Return a copy of a variable's values as one row."""
     found: NDArray[np.float64] = ops.convert_to_numpy(variable.value).astype(np.float64).reshape(-1)
     return found
-
-
-def _places(model: keras.Model, norms: Norms) -> dict[str, Place]:
-    calls = graph(model).by_module()
-    return {name: _place(calls[norm], calls) for name, norm in norms if calls[norm]}
 
 
 def _place(calls: list[Call], by_module: dict[keras.Operation, list[Call]]) -> Place:

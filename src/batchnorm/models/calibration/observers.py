@@ -97,12 +97,12 @@ def by_batch(name: str, norm: BatchNormBase, receive: _Receive, *, strict: bool)
     family = "other" if kind is None or is_forward_replaced(norm) else kind.family
     with contextlib.ExitStack() as stack:
         if family in ("stock", "synchronized"):
-            stack.enter_context(_holding(vars(norm), forward=normalized))
+            stack.enter_context(holding(vars(norm), forward=normalized))
         elif family == "ours":
-            stack.enter_context(_holding(vars(norm), _normalize=normalized))
+            stack.enter_context(holding(vars(norm), _normalize=normalized))
         else:
             if strict:  # a norm without running statistics takes the batch's, in evaluation too
-                stack.enter_context(_holding(norm._buffers, running_mean=None, running_var=None))
+                stack.enter_context(holding(norm._buffers, running_mean=None, running_var=None))
             handle = norm.register_forward_pre_hook(
                 lambda _, args, kwargs: receive(name, moments(*received(norm, args, kwargs))),
                 with_kwargs=True,
@@ -120,9 +120,9 @@ def by_statistics(name: str, norm: BatchNormBase, found: PooledMoments) -> Itera
     mean, var = running_statistics(name, norm, found)
     policy = getattr(norm, "_statistics", None)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_holding(norm._buffers, running_mean=mean, running_var=var))
+        stack.enter_context(holding(norm._buffers, running_mean=mean, running_var=var))
         if isinstance(policy, Policy) and policy.measures(training=False):
-            stack.enter_context(_holding(vars(norm), _statistics=Batch()))
+            stack.enter_context(holding(vars(norm), _statistics=Batch()))
         yield
 
 
@@ -195,7 +195,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _holding(held: dict[str, Any], **values: Any) -> Iterator[None]:
+def holding(held: dict[str, Any], **values: Any) -> Iterator[None]:
     """Make a dict hold other values within the block; after it, it holds what it held, in the same order."""
     before = {name: held[name] for name in values if name in held}
     held.update(values)

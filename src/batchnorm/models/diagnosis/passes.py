@@ -13,28 +13,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from batchnorm.doctor.measurements import Array, Measured, Received, Score, scored
+from batchnorm.doctor.measurements import Array, Measured, Received
+from batchnorm.doctor.passes import Passes
 from batchnorm.errors import BatchNormError, DataError, MissingExtraError
 from batchnorm.models.calibration.batches import Forward, limited, run, samples_in
 from batchnorm.models.calibration.observers import (
     BatchObserver,
+    by_batch,
     by_statistics,
     evaluation,
+    holding,
     received,
+    running_buffers,
 )
 from batchnorm.models.calibration.packing import on_host
 from batchnorm.models.graph.dispatch_observer import tensors_in
 from batchnorm.models.norms.find import Found, find_norms, split_frozen, tracking_norms
-from batchnorm.models.norms.kinds import BatchNormBase
+from batchnorm.models.norms.kinds import BatchNormBase, is_synchronized
 from batchnorm.models.verify import restored
 from batchnorm.statistics.adapted import Adapted
 from batchnorm.statistics.moments import PooledMoments
-from batchnorm.torch.functional import moments, normalize_batch
-
-# Layers whose statistics are replaced alone, at most: those that are furthest off.
-MOST_ALONE = 16
+from batchnorm.statistics.synced import Synced
+from batchnorm.torch.functional import moments
 
 
 @dataclass
@@ -104,6 +107,20 @@ def random_numbers_kept(model: nn.Module) -> Iterator[None]:
         np.random.set_state(before_numpy)
 
 
+@contextlib.contextmanager
+def without_other_ranks(model: nn.Module) -> Iterator[None]:
+    """Let norms take moments of this process alone within the block: the other processes may not be here."""
+    with contextlib.ExitStack() as stack:
+        for found in find_norms(model):
+            policy, norm = getattr(found.module, "_statistics", None), found.module
+            if isinstance(policy, Synced):
+                stack.enter_context(holding(vars(norm), _statistics=policy.over))
+            elif is_synchronized(norm) and norm.training:  # torch's own
+                local = by_batch(found.name, norm, lambda *_: None, strict=False)  # type: ignore[arg-type]
+                stack.enter_context(local)
+        yield
+
+
 def copied(batch: object) -> object:
     """Return a batch with tensors of its own: a forward may write into its input, which comes again."""
     found: object = pytree.tree_map(
@@ -130,38 +147,33 @@ def take(data: Iterable[object], samples: int, forward: Forward | None, progress
     return Samples(batches, forward, progress)
 
 
-def measure(model: nn.Module, samples: Samples) -> Measured:
-    """Return what the samples show; the model is as before, whatever happens.
+def measure(model: nn.Module, samples: Samples, measured: Measured) -> None:
+    """Add to `measured` what the samples show; the model is as before, whatever happens.
 
     Raises:
         DataError: a batch of unknown form.
         Exception: what the model itself raises in evaluation.
     """
-    measured = Measured(samples=samples.count)
-    passes = _Passes(model, samples, measured)
-    with restored(model), evaluation(model):
-        passes.by_running()
-        if measured.broken is None and not measured.is_data_broken:
-            passes.by_batch()
-            passes.by_population()
-            passes.alone()
-            passes.adapted()
-    return measured
+    measured.samples = samples.count
+    with restored(model), evaluation(model), without_other_ranks(model):
+        _Passes(model, samples, measured).take()
 
 
-class _Passes:
+class _Passes(Passes):
     """The passes of one diagnosis, in evaluation."""
 
     def __init__(self, model: nn.Module, samples: Samples, measured: Measured) -> None:
-        self.model, self.samples, self.measured = model, samples, measured
+        super().__init__(measured, samples.labels())
+        self.model, self.samples = model, samples
         self.norms = find_norms(model)
         _, live = split_frozen(tracking_norms(model))
-        self.tracking: dict[str, BatchNormBase] = {n: norm for n, norm in live.items() if _fits(norm)}
-        self.labels = samples.labels()
-        self._kept: dict[str, Array] = {}
+        self.tracking: dict[str, BatchNormBase] = {n: norm for n, norm in live.items() if has_values(norm)}
 
-    def by_running(self) -> None:
-        """Record what the norms receive, as the model is deployed, and where it is first not finite."""
+    def outputs(self, name: str) -> list[Array]:
+        return self.samples.outputs(self.model, f"Diagnosing, {name or 'the model'}")
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
         calls: Counter[str] = Counter()
         for leaf in _floating(self.samples.batches):
             self.measured.is_data_broken |= not bool(leaf.isfinite().all())
@@ -173,74 +185,31 @@ class _Passes:
                 if not module._modules:
                     stack.callback(module.register_forward_hook(self._look(name), with_kwargs=True).remove)
             stack.callback(self.model.register_forward_pre_hook(lambda *_: calls.clear()).remove)
-            self._score("running")
+            yield
 
     def by_batch(self) -> None:
-        """Normalize by each batch; the moments of all are those of the population."""
         observer = BatchObserver(self.tracking)
         try:
             with observer.attached(), observer.one_batch():
-                self._score("batch")
+                self.score("batch")
         except BatchNormError as error:
             self.measured.unchecked.append(f"statistics of each batch: {error}")
             return
         self.measured.population = {n: _as_arrays(of) for n, of in observer.observed(0).moments.items()}
 
-    def by_population(self) -> None:
-        """Normalize by the statistics of the population, as `calibrate` would set them."""
-        if self.measured.population:
-            with self._replaced(self.measured.population):
-                self._score("population")
-            self._compare()
-
-    def alone(self) -> None:
-        """Replace the statistics of one layer at a time, of those that are furthest off."""
-        off = {
-            name: _distance(norm, self.measured.population[name])
-            for name, norm in self.tracking.items()
-            if name in self.measured.population
-        }
-        if "population" not in self.measured.scores or not any(off.values()):
-            return
-        furthest = [n for n in sorted(off, key=lambda n: -off[n])[:MOST_ALONE] if off[n] > 0.1]
-        for name in furthest:
-            with self._replaced({name: self.measured.population[name]}):
-                self.measured.alone[name] = self._score(name, "population", keep=False)
-
-    def adapted(self) -> None:
-        """Adapt the running statistics to each batch."""
-        if self.measured.measure in ("", "difference of outputs") or not self.measured.population:
-            return
+    @contextlib.contextmanager
+    def adapting(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for norm in self.tracking.values():
-                if "forward" not in vars(norm):
-                    vars(norm)["forward"] = _adapting(norm)
-                    stack.callback(vars(norm).pop, "forward", None)
-            self._score("adapted")
+                stack.enter_context(_adapting(norm))
+            yield
 
-    def _score(self, name: str, reference: str = "", *, keep: bool = True) -> Score:
-        outputs = self.samples.outputs(self.model, f"Diagnosing, {name or 'the model'}")
-        self.measured.forwards += 1
-        try:
-            whole = np.concatenate(outputs)
-        except ValueError:  # outputs of several lengths, or none at all
-            whole = np.concatenate([o.reshape(-1) for o in outputs]) if outputs else np.zeros(0)
-        measure, score = scored(whole, self.labels, self._kept.get(reference))
-        if keep:
-            self._kept[name] = whole
-            self.measured.measure = measure
-            self.measured.scores[name] = score
-        return score
-
-    def _compare(self) -> None:
-        """Score outputs without labels by their difference to those of the population."""
-        if self.measured.measure == "difference of outputs":
-            for name in ("running", "batch"):
-                _, score = scored(self._kept[name], None, self._kept["population"])
-                self.measured.scores[name] = score
+    def statistics(self, name: str) -> tuple[Array, Array, float]:
+        mean, var = (of.detach().cpu().double().numpy() for of in running_buffers(self.tracking[name]))
+        return mean, var, self.tracking[name].eps
 
     @contextlib.contextmanager
-    def _replaced(self, found: Mapping[str, PooledMoments]) -> Iterator[None]:
+    def replaced(self, found: Mapping[str, PooledMoments]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for name, of in found.items():
                 wide = PooledMoments(of.count, torch.from_numpy(of.mean), torch.from_numpy(of.m2))
@@ -259,11 +228,11 @@ class _Passes:
             if not of:
                 return
             kept = self.measured.received.setdefault(found.name, Received())
-            means = input.detach().float().flatten(2).mean(2) if input.dim() > 2 else input.detach().float()
             peak = float(input.detach().abs().max())
             dtype = str(input.dtype).removeprefix("torch.")
+            means = _sample_means(input, mask).cpu().double().numpy()
             call, calls[found.name] = calls[found.name], calls[found.name] + 1
-            kept.add(call, _as_arrays(of[""]), means.cpu().double().numpy(), peak, dtype)
+            kept.add(call, _as_arrays(of[""]), means, peak, dtype)
 
         return hook
 
@@ -283,9 +252,10 @@ def _has_no_nan(tensor: Tensor) -> bool:
     return bool(tensor.detach().isfinite().all())
 
 
-def _fits(norm: BatchNormBase) -> bool:
+def has_values(norm: BatchNormBase) -> bool:
+    """Whether the running statistics of a norm can be read: not lazy, on the meta device, or sharded."""
     mean = norm._buffers.get("running_mean")
-    return mean is not None and not mean.is_meta and not hasattr(mean, "full_tensor")
+    return mean is not None and not (is_lazy(mean) or mean.is_meta or hasattr(mean, "full_tensor"))
 
 
 def _floating(batches: list[object]) -> Iterator[Tensor]:
@@ -298,27 +268,33 @@ def _as_arrays(found: PooledMoments) -> PooledMoments:
     return PooledMoments(float(found.count), found.mean.numpy().copy(), found.m2.numpy().copy())
 
 
-def _distance(norm: BatchNormBase, found: PooledMoments) -> float:
-    """Return how far the running statistics are off, in standard deviations and logs of them."""
-    mean, var = (norm._buffers[n].detach().cpu().double().numpy() for n in ("running_mean", "running_var"))  # type: ignore[union-attr]
-    new = found.m2 / max(found.count, 1) + norm.eps
-    with np.errstate(invalid="ignore", divide="ignore"):
-        off = np.sqrt(np.mean((found.mean - mean) ** 2 / new)) + np.sqrt(
-            np.mean((0.5 * np.log(new / (var + norm.eps))) ** 2)
-        )
-    return float(off) if np.isfinite(off) else float("inf")
+@contextlib.contextmanager
+def _adapting(norm: BatchNormBase) -> Iterator[None]:
+    """Let a norm of any class adapt its running statistics to each of its inputs within the block."""
+    mean, var = running_buffers(norm)
+    prior = Adapted().prior
+
+    def mix(_: nn.Module, args: Any, kwargs: Any) -> None:
+        input, mask = received(norm, args, kwargs)
+        found, share = moments(input, mask), len(input) / (len(input) + prior)
+        new = found.mean, found.m2 / found.count.clamp(min=1)
+        for name, old, of in zip(("running_mean", "running_var"), (mean, var), new, strict=True):
+            norm._buffers[name] = old + (share * (of - old)).to(old)
+
+    handle = norm.register_forward_pre_hook(mix, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        norm._buffers |= {"running_mean": mean, "running_var": var}
 
 
-def _adapting(norm: BatchNormBase) -> Any:
-    """Return a forward of a norm by `Adapted`."""
-    activation = getattr(norm, "activation", None)
-
-    def forward(input: Tensor, residual: Tensor | None = None, **_: Any) -> Tensor:
-        y, _found = normalize_batch(
-            input, norm.weight, norm.bias, norm.eps, residual=residual, activation=activation,
-            statistics=Adapted(), training=False, running_mean=norm.running_mean,
-            running_var=norm.running_var,
-        )  # fmt: skip
-        return y
-
-    return forward
+def _sample_means(input: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean of each sample and channel, `[N, C]`, of the values that count."""
+    x = input.detach().float()
+    if mask is None:
+        return x.flatten(2).mean(2) if x.dim() > 2 else x
+    valid = mask[:, None].to(x)
+    places = tuple(range(2, x.dim()))
+    sums, counts = ((of.sum(places) if places else of) for of in (x * valid, valid))
+    return (sums / counts)[counts[:, 0] > 0]
