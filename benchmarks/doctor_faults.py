@@ -337,13 +337,14 @@ def measure(quick: bool = False) -> Rows:
         rows.append(
             {
                 "check": check,
-                "strengths": [_strength(check, told, case, healthy) for told, case in made.items()],
+                "strengths": [strength(check, told, case, healthy) for told, case in made.items()],
             }
         )
     return rows[:3] if quick else rows
 
 
-def _strength(check: str, told: str, case: Case, healthy: float) -> Row:
+def strength(check: str, told: str, case: Case, healthy: float) -> Row:
+    """Return what a fault costs, in points of accuracy, and the most severe finding of its check."""
     lost = 100 * (healthy - accuracy(case.model)) if case.is_scored else None
     found = batchnorm.diagnose(case.model, case.data, **case.options)
     severities = [of.severity for of in found.findings if of.check == check]

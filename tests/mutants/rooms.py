@@ -157,7 +157,8 @@ ROOMS = (
         ("doctor/*.py", "models/diagnose.py", "models/diagnosis/*.py", "models/norms/state.py",
          "keras/diagnose.py", "keras/diagnosis/*.py"),
         (
-            Run(_in("models", "diagnose", "diagnose_data"), only=("doctor/*", "models/*")),
+            Run(_in("models", "diagnose", "diagnose_data", "diagnose_faults", "diagnose_ranks"),
+                only=("doctor/*", "models/*")),
             Run(_in("keras", "diagnose"), backend="torch", only=("doctor/*", "keras/*")),
         ),
     ),

@@ -171,7 +171,8 @@ def _off(norm: NormState, layer: LayerGap, measured: Measured, remedies: Remedie
 def _magnitudes(norm: NormState, received: Received, remedies: Remedies) -> Iterator[Finding]:
     found = received.whole
     with np.errstate(divide="ignore", invalid="ignore"):
-        std = np.sqrt(received.var())
+        # With eps, as the layer divides: rounding of a channel far below sqrt(eps) is far below its output.
+        std = np.sqrt(received.var() + norm.eps)
         ratios = np.where(std > 0, np.abs(found.mean) / std, 0.0)
     ratio = float(np.nanmax(ratios, initial=0.0))
     # Of a channel that is constant but for rounding, the ratio says nothing.

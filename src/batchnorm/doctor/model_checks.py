@@ -175,8 +175,8 @@ def _whole(model: ModelState, remedies: Remedies) -> Iterator[Finding]:
             "likely" if not distance < t.RANKS_LIKELY else "note",
             "different-ranks",
             worst,
-            f"the running statistics of {count} norms differ between processes; most here: means are up to "
-            f"{distance:.2g} standard deviations apart",
+            f"the running statistics of {count} norms differ between processes; most here: means, or logs of "
+            f"deviations, are up to {distance:.2g} standard deviations apart",
             "Each process evaluates another model, and a checkpoint is whichever process wrote it.",
             remedies.calibrate() + "  # on every process: all get the statistics of all data",
             {"distance": distance, "norms": count},

@@ -123,8 +123,8 @@ class ModelState:
         places: by the name of the norm, where known.
         decayed: groups of the optimizer with weight decay on norms.
         fixed: names of graphs, in Keras of norms, that are fixed in training whatever the model is told.
-        apart: by norm, how far the running means of any two processes are apart, standard deviations; {} of
-            one process.
+        apart: by norm, how far the running statistics of any two processes are apart, standard deviations or
+            logarithms of them; {} of one process.
         expressions: code for layers of Keras by name, for remedies; where it is not `get_layer`.
     """
 

@@ -137,8 +137,8 @@ ORDERED_SIGMAS = Threshold(
 RANKS_LIKELY = Threshold(
     0.1,
     "different-ranks",
-    "distance of the running means of two processes, root mean square over channels, standard deviations, "
-    "from: likely; below: note",
+    "distance of the running means of two processes, root mean square over channels, standard deviations (or "
+    "of their logs), from: likely; below: note",
     "one update with momentum 0.1 from batches of 4 independent values leaves 0.07 between two processes",
 )
 FEWEST_BATCHES = Threshold(

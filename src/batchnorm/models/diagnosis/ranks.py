@@ -25,7 +25,10 @@ def statistics_row(model: nn.Module) -> Tensor:
 
 
 def distances(model: nn.Module, rows: Sequence[Tensor]) -> dict[str, float]:
-    """Return by norm how far the running means of any two processes are apart, standard deviations.
+    """Return by norm how far the running statistics of any two processes are apart.
+
+    That is the larger of two root mean squares over channels: of the difference of the means, in standard
+    deviations, and of the logarithm of the ratio of the standard deviations; 0 where all bits are the same.
 
     Args:
         model: of this process.
@@ -37,7 +40,10 @@ def distances(model: nn.Module, rows: Sequence[Tensor]) -> dict[str, float]:
         channels = running_buffers(norm)[0].numel()
         means, vars = (stacked[:, at : at + channels] for at in (start, start + channels))
         off = (means.amax(0) - means.amin(0)) / (vars.mean(0) + norm.eps).sqrt()
-        found[name] = float(off.square().mean().sqrt())
+        logs = 0.5 * ((vars.amax(0) + norm.eps) / (vars.amin(0) + norm.eps)).log()
+        own = stacked[:, start : start + 2 * channels].nan_to_num()
+        apart = max(float(of.square().mean().sqrt()) for of in (off, logs))
+        found[name] = 0.0 if bool((own == own[0]).all()) else apart
         start += 2 * channels
     return found
 
