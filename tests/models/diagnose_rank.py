@@ -33,6 +33,7 @@ def main(rank: int, folder: Path) -> None:
     for name, convert in (
         ("ours", lambda model: batchnorm.convert(model, batchnorm.Synced())),
         ("stock", nn.SyncBatchNorm.convert_sync_batchnorm),
+        ("over", lambda model: batchnorm.convert(model, batchnorm.Synced(over=batchnorm.Adapted()))),
     ):
         if rank == 0:  # the other process is not there: a collective would wait for it
             model = convert(trained()).train()

@@ -17,7 +17,7 @@ def test_processes_diagnose_alone_and_together(tmp_path: Path) -> None:
     """Row 58: buffers that differ between processes are found, and `calibrate` makes them the same."""
     first, second = found_by_ranks(diagnose_rank, 2, tmp_path)
     scores = batchnorm.diagnose(trained(), batches()).scores
-    for name in ("ours", "stock"):
+    for name in ("ours", "stock", "over"):
         layer, by_batch, unchecked = first[name]
         assert (layer, unchecked) == ("1", ())
         assert by_batch == pytest.approx(scores["batch"])

@@ -110,8 +110,7 @@ def _needs_batches(measured: Measured, remedies: Remedies) -> Iterator[Finding]:
         None,
         f"{measured.measure} is {told} statistics: it takes those of each batch",
         "The model reads in a batch's statistics what its samples have in common, their class or domain, "
-        "which a "
-        "single sample does not show: calibrating does not help, training on other batches does.",
+        "which a single sample does not show: calibrating does not help, training on other batches does.",
         f"{remedies.shuffle()}\n{remedies.renorm()}  # where the order must stay; then train again",
         {**values, "gain": _gain(measured.scores["running"], measured.scores["batch"])},
     )
@@ -152,8 +151,7 @@ def _off(norm: NormState, layer: LayerGap, measured: Measured, remedies: Remedie
         return
     told = (
         f"its running mean is {layer.mean_off:.2g} standard deviations off, its running standard deviation "
-        "by a "
-        f"factor of {layer.std_ratio:.3g}"
+        f"by a factor of {layer.std_ratio:.3g}"
     )
     if layer.cost is not None:
         told += f"; replaced alone, they gain {_shown(layer.cost, measured)}"
@@ -184,8 +182,7 @@ def _magnitudes(norm: NormState, received: Received, remedies: Remedies) -> Iter
             norm.name,
             f"a channel has a mean of {ratio:.3g} standard deviations: {digits:.1f} of its 7 digits are lost",
             "Numbers that differ in their last digits only are normalized mostly by their rounding; stock "
-            "layers "
-            "lose more in their sums.",
+            "layers lose more in their sums.",
             remedies.widen(),
             {"mean_over_std": ratio, "digits_lost": digits},
         )
@@ -250,11 +247,9 @@ def _batches(
                 "ordered-batches",
                 worst,
                 f"the means of {batches} batches vary {ratios[worst]:.3g} times as much as those of "
-                "batches drawn "
-                "at random would",
+                "batches drawn at random would",
                 "Trained on in this order, each batch is normalized by the statistics of its own class or "
-                "domain, "
-                "and the running statistics are those of the last ones.",
+                "domain, and the running statistics are those of the last ones.",
                 f"{remedies.shuffle()}\n{remedies.renorm()}  # where the order must stay",
                 {"f": ratios[worst], "sigmas": sigmas, "batches": batches},
             )

@@ -136,8 +136,7 @@ def _place(norm: NormState, place: Place, remedies: Remedies) -> Iterator[Findin
             norm.name,
             f"{place.dropout}" + ("" if rate is None else f" (p = {rate:g})") + " is right before it",
             "Dropout multiplies the variance by up to 1 / (1 − p) in training only, so that running "
-            "statistics "
-            "are not those of evaluation.",
+            "statistics are not those of evaluation.",
             remedies.calibrate(),
             {} if rate is None else {"rate": rate, "std_in_evaluation": (1 - rate) ** 0.5},
             "dropout before it",
@@ -211,8 +210,7 @@ def _whole(model: ModelState, remedies: Remedies) -> Iterator[Finding]:
             f"weight decay of {group.weight_decay:g} is on weight or bias of {len(group.norms)} norms "
             f"({group.norms[0]} is the first)",
             "The scale of a normalized layer is in these numbers alone: decay pulls outputs towards 0, "
-            "and does "
-            "not regularize.",
+            "and does not regularize.",
             remedies.parameter_groups(),
             {"weight_decay": group.weight_decay, "norms": len(group.norms)},
         )

@@ -82,8 +82,7 @@ def _statistics(norm: NormState, remedies: Remedies, is_trained: bool) -> Iterat
             norm.name,
             f"its running statistics are {norm.dtype}",
             "An update smaller than half a unit in the last place is lost, and a variance above 65504 is "
-            "inf in "
-            "float16.",
+            "inf in float16.",
             remedies.widen(),
             {"dtype": norm.dtype},
             f"{norm.dtype} statistics",
@@ -175,8 +174,7 @@ def _dead(norm: NormState, dead: NDArray[np.bool_], remedies: Remedies) -> Findi
         norm.name,
         told,
         "Such a channel tells the next layer nothing of its input, costs what all channels cost, and a "
-        "weight "
-        "of 0 gives NaN in quantization-aware training; folded, it is a constant in the next bias.",
+        "weight of 0 gives NaN in quantization-aware training; folded, it is a constant in the next bias.",
         remedies.fold(),
         {"dead": int(dead.sum()), "channels": dead.size, "share": share, "with_bias": alive},
         f"dead weight ({int(dead.sum())} of {dead.size})",

@@ -94,8 +94,7 @@ class Samples:
 
 @contextlib.contextmanager
 def random_numbers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore after the block the random numbers of torch, NumPy and Python, which data and model may "
-    "draw."""
+    """Restore, after the block, the random state of torch, NumPy and Python: data and model may draw."""
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.is_cuda})
     before, before_numpy = random.getstate(), np.random.get_state()
