@@ -65,9 +65,9 @@ def study(
     there.
     """
     with one_clear_line(debug, "every finished run is kept"):
-        from batchnorm.study import StudyOptions, run_study
-        from batchnorm.study.options import parse_numbers, split_list
-        from batchnorm.study.terminal import TerminalDisplay, print_choices, print_results
+        from batchnorm.studies import StudyOptions, run_study
+        from batchnorm.studies.options import parse_numbers, split_list
+        from batchnorm.studies.terminal import TerminalDisplay, print_choices, print_results
 
         if list_choices:
             print_choices()
@@ -99,7 +99,7 @@ def study(
 
 
 def _parse_rates(text: str) -> tuple[float, ...] | None:
-    from batchnorm.study.options import parse_numbers, split_list
+    from batchnorm.studies.options import parse_numbers, split_list
 
     return None if text == "auto" else parse_numbers(split_list(text), float, "learning rate")
 

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from batchnorm.study.records import Epoch
-from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.results import BASELINE, SUBJECT, Network, Sample, sample
+from batchnorm.studies.records import Epoch
+from batchnorm.studies.verdicts import formatting as q
+from batchnorm.studies.verdicts.results import BASELINE, SUBJECT, Network, Sample, sample
 
 from .canvas import OTHER_COLOR, SOFT, Picture, color_of, draw, legend, shown, ticks
 

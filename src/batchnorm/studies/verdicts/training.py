@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from batchnorm.study.records import NAN, Run
+from batchnorm.studies.records import NAN, Run
 
 from . import formatting as q
 from .results import BASELINE, SUBJECT, Network, Runs, Sample, is_normalized, sample

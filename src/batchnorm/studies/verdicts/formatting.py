@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from batchnorm.study.settings import shown_number
+from batchnorm.studies.settings import shown_number
 
 from .results import Sample
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import median
 
 from batchnorm.errors import DataError, FileError
-from batchnorm.study.arms import split_outside_brackets
-from batchnorm.study.json_files import MOST_OF_A_STUDY, convert, read_json
-from batchnorm.study.records import NAN, Number, Run
-from batchnorm.study.settings import Setting
+from batchnorm.studies.arms import split_outside_brackets
+from batchnorm.studies.json_files import MOST_OF_A_STUDY, convert, read_json
+from batchnorm.studies.records import NAN, Number, Run
+from batchnorm.studies.settings import Setting
 
 KINDS_OF_TEST_STATISTICS = ("batch", "running", "calibrated")
 

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from batchnorm.study.records import Run
-from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.internals import moving_layers, total_drift, typical_gradient_ratio
-from batchnorm.study.verdicts.results import BASELINE, SUBJECT, Network, Sample
+from batchnorm.studies.records import Run
+from batchnorm.studies.verdicts import formatting as q
+from batchnorm.studies.verdicts.internals import moving_layers, total_drift, typical_gradient_ratio
+from batchnorm.studies.verdicts.results import BASELINE, SUBJECT, Network, Sample
 
 from .canvas import SOFT, Picture, color_of, draw, legend, shown, ticks
 from .multiples import log_axis

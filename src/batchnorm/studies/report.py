@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from batchnorm.study.frameworks import framework_in_words
-from batchnorm.study.html_page import render_template, write_html
-from batchnorm.study.objectives import METRICS_IN_WORDS
-from batchnorm.study.plots import Picture, axes_of, illustrate
-from batchnorm.study.settings import shown_number
-from batchnorm.study.verdicts import RULE, Claim, Grade, Network, Study, judge, read
-from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.results import Sample
+from batchnorm.studies.frameworks import framework_in_words
+from batchnorm.studies.html_page import render_template, write_html
+from batchnorm.studies.objectives import METRICS_IN_WORDS
+from batchnorm.studies.plots import Picture, axes_of, illustrate
+from batchnorm.studies.settings import shown_number
+from batchnorm.studies.verdicts import RULE, Claim, Grade, Network, Study, judge, read
+from batchnorm.studies.verdicts import formatting as q
+from batchnorm.studies.verdicts.results import Sample
 
 # Of each claim: the heading of its pictures where it could not be judged, and what it is about, for the
 # sentence on claims without a clear difference.

@@ -21,7 +21,7 @@ def render_template(name: str, *, code: Callable[[str], str] = str, **values: ob
         values: that the template shows.
     """
     environment = Environment(
-        loader=PackageLoader("batchnorm.study", "templates"),
+        loader=PackageLoader("batchnorm.studies", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

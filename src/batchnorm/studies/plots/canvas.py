@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from batchnorm.errors import OptionError
 from batchnorm.files import write_whole
-from batchnorm.study.verdicts.results import BASELINE, SUBJECT
+from batchnorm.studies.verdicts.results import BASELINE, SUBJECT
 
 # Inches. As wide as a phone's screen less its margins: there, one point of text is about one pixel.
 WIDTH = 4.2
@@ -106,7 +106,7 @@ def save(picture: Picture, path: Path) -> None:
     """
     if path.suffix.lower() != ".svg":
         raise OptionError(f"pictures are drawn as SVG: name a file that ends in .svg, not {path.name!r}")
-    palette = files("batchnorm.study").joinpath("templates/palette.css").read_text(encoding="utf-8")
+    palette = files("batchnorm.studies").joinpath("templates/palette.css").read_text(encoding="utf-8")
     style = f"<style>{palette}svg {{ background: var(--page); }}</style>"
     opening, rest = picture.svg.split(">", 1)
     opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from batchnorm.study.records import NAN, Run
+from batchnorm.studies.records import NAN, Run
 
 from .formatting import SPACE, Show, span
 from .results import Runs

@@ -91,7 +91,7 @@ def _fragment(articles: list[str], random: np.random.RandomState) -> Array:
 
 def _read(name: str) -> dict[str, Array]:
     with (
-        as_file(files("batchnorm.study").joinpath(f"{name}.npz")) as path,
+        as_file(files("batchnorm.studies").joinpath(f"{name}.npz")) as path,
         np.load(path, allow_pickle=False) as stored,
     ):
         return dict(stored)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from batchnorm.study.verdicts.results import Network
+from batchnorm.studies.verdicts.results import Network
 
 from . import layers, multiples, rows
 from .axes import Axis, axes_of

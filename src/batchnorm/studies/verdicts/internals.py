@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from statistics import median
 
-from batchnorm.study.records import NAN, Moments, Run
+from batchnorm.studies.records import NAN, Moments, Run
 
 from . import formatting as q
 from .results import BASELINE, Network, Runs, Sample

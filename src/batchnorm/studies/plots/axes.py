@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.results import Network, sample
+from batchnorm.studies.verdicts import formatting as q
+from batchnorm.studies.verdicts.results import Network, sample
 
 from .canvas import Picture
 from .multiples import Band, bands_picture, log_axis, percent_axis

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.results import SUBJECT, Network, Sample, is_normalized, sample
-from batchnorm.study.verdicts.serving import accuracies_at_test_time
-from batchnorm.study.verdicts.significance import MINIMAL_ACCURACY, Comparison
-from batchnorm.study.verdicts.training import accuracy_against, reached
+from batchnorm.studies.verdicts import formatting as q
+from batchnorm.studies.verdicts.results import SUBJECT, Network, Sample, is_normalized, sample
+from batchnorm.studies.verdicts.serving import accuracies_at_test_time
+from batchnorm.studies.verdicts.significance import MINIMAL_ACCURACY, Comparison
+from batchnorm.studies.verdicts.training import accuracy_against, reached
 
 from .canvas import GRID, INK, SOFT, SUBJECT_COLOR, Picture, color_of, draw, shown, ticks
 
