@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 import batchnorm
 from batchnorm.doctor.findings import Diagnosis
-from batchnorm.study.data import load_digits
-from batchnorm.study.plots import canvas
+from batchnorm.studies.data import load_digits
+from batchnorm.studies.plots import canvas
 
 from .tables import Row, Rows, table_of
 

@@ -14,12 +14,12 @@ import torch
 
 import batchnorm
 from batchnorm.doctor.findings import Diagnosis
-from batchnorm.study.arms import parse_arm
-from batchnorm.study.data import Dataset, load_data
-from batchnorm.study.learner_torch import make_learner, session
-from batchnorm.study.options import StudyOptions
-from batchnorm.study.padding import Padded
-from batchnorm.study.settings import Recipe, Setting
+from batchnorm.studies.arms import parse_arm
+from batchnorm.studies.data import Dataset, load_data
+from batchnorm.studies.learner_torch import make_learner, session
+from batchnorm.studies.options import StudyOptions
+from batchnorm.studies.padding import Padded
+from batchnorm.studies.settings import Recipe, Setting
 
 from .progress import progress
 from .tables import Row, Rows, table_of

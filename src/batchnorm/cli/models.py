@@ -65,7 +65,7 @@ def doctor(
         found = run.verb(batchnorm.diagnose, **run.diagnosed(samples), **given)
         typer.echo(found.to_json() if json else str(found))
         if out is not None:
-            from batchnorm.study.doctor_page import write_page
+            from batchnorm.studies.doctor_page import write_page
 
             write_page(found, out)
             typer.echo(f"written: {out}", err=json)
@@ -134,7 +134,7 @@ def calibrate(
         typer.echo(str(report))
         run.write(run.model, out, force)
         if picture is not None:
-            from batchnorm.study.plots.calibration import draw
+            from batchnorm.studies.plots.calibration import draw
 
             draw(report, picture)
             typer.echo(f"written: {picture}")
