@@ -76,6 +76,10 @@ def test_another_distribution_is_found_with_the_gain_of_adapting(strength: float
     assert gap.evidence["adapted"] == pytest.approx(float(torch.stack(correct).mean()), abs=1e-6)
     assert gap.evidence["adapted"] > gap.evidence["running"]
     assert "batchnorm.convert(model, batchnorm.Adapted())" in gap.remedy
+    x, y = (of[y.argsort()] for of in (x, y))  # of one class each: a batch is nothing to adapt to
+    model[4].running_mean += 2 * model[4].running_var.sqrt()
+    gap = only(batchnorm.diagnose(model, list(zip(x.split(32), y.split(32), strict=True))), "gap")
+    assert (gap.evidence["adapted"] > gap.evidence["running"]) == ("Adapted" in gap.remedy)
 
 
 class Regression(nn.Module):

@@ -82,7 +82,8 @@ def _gap(
     adapted = measured.scores.get("adapted")
     if adapted is not None and measured.measure != "difference of outputs":
         told += f"; {_shown(adapted.value, measured)} by Adapted(prior=16)"
-        remedy += f"  # on data of training; where only these samples are other: {remedies.adapt()}"
+        if _gain(measured.scores["running"], adapted) > 0:
+            remedy += f"  # on data of training; where only these samples are other: {remedies.adapt()}"
     yield Finding(
         severity,
         "gap",
