@@ -27,7 +27,7 @@ from .tables import Row, Rows, table_of
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DATA = ("digits", "languages", "vowels")
 SAMPLES, BATCH, RATE, EPOCHS = 512, 32, 1e-3, 5
-FEWER_EPOCHS = {"characters": 2}  # of languages, which are many and long
+FEWER_EPOCHS = {"characters": 1}  # of languages, which are many and long
 
 
 def measure(quick: bool = False) -> Rows:
@@ -66,13 +66,10 @@ def _trained(setting: Setting, name: str, data: Dataset, epochs: int) -> Row:
             x = batch[0]
             if not isinstance(x, dict):
                 return model(x)
-            lengths = x["lengths"] if arm.is_masked else None
-            with (
-                batchnorm.mask(model, lengths=lengths, size=x["x"].shape[1])
-                if arm.norm == "batchnorm"
-                else (contextlib.nullcontext())
-            ):
-                return model(x["x"], x["lengths"])
+            values, lengths = x["x"], x["lengths"]
+            masked = batchnorm.mask(model, lengths=lengths, size=values.shape[1]) if arm.is_masked else None
+            with masked or contextlib.nullcontext():
+                return model(values, lengths)
 
         found = batchnorm.diagnose(model, batches, forward=forward)
     return _row(f"{setting.data}, {setting.network_name}", name, found)
