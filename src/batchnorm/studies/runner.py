@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,6 +47,11 @@ class StudyResult:
     folder: Path
     results: dict[str, Any]
     report: Path
+
+    def _repr_html_(self) -> str:
+        """Shows the report within a notebook."""
+        page = escape(self.report.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" width="100%" height="700" style="border: 0"></iframe>'
 
 
 def run_study(
