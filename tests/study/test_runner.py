@@ -19,7 +19,7 @@ from batchnorm.study.data import load_data
 from batchnorm.study.errors import StudyError
 from batchnorm.study.frameworks import find_framework
 from batchnorm.study.options import parse_numbers, split_list
-from batchnorm.study.pool import WorkerPool, _interrupt_held
+from batchnorm.study.pool import WorkerPool, interrupt_held
 from batchnorm.study.records import Timing
 from batchnorm.study.runner import _alone_in
 from batchnorm.study.settings import setting_names
@@ -170,7 +170,7 @@ def test_ctrl_c_is_held_though_another_thread_takes_the_signal() -> None:
     done: list[str] = []
 
     def press() -> None:
-        with _interrupt_held():
+        with interrupt_held():
             begins.set()
             thread.join()
             done.append("all of the block")

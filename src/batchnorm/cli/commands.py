@@ -52,6 +52,7 @@ def study(
     batch_size: options.StepSizes = "32",
     target_accuracy: options.TargetAccuracy = 0.85,
     jobs: options.Jobs = "auto",
+    executor: options.Executor = None,
     out: options.StudyOut = None,
     list_choices: options.ListChoices = False,
     debug: options.Debug = False,
@@ -86,6 +87,7 @@ def study(
             weight_decay=weight_decay,
             target_accuracy=target_accuracy,
             jobs=_parse_jobs(jobs),
+            executor=executor,
             out=out,
         )
         with TerminalDisplay() as display:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ ARMS = ("none", "batchnorm", "dropout", "l1", "l2", "layernorm", "batchnorm+drop
 ARMS_WITH_PADDING = ("none", "batchnorm", UNMASKED, "dropout", "l2", "layernorm", "batchnorm+dropout")
 AUTO = ("auto",)
 _MOMENTUM = 0.9  # of SGD
+# A host by its name or number, an IPv6 one in brackets, and a port.
+_EXECUTOR = re.compile(r"dask:(tcp|tls)://([\w.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
 N = TypeVar("N", int, float)
 
@@ -44,7 +47,8 @@ class StudyOptions:
         batch_sizes, depths: see `settings.Setting`; without depths networks have their own.
         optimizer: of `settings.OPTIMIZERS`.
         momentum: of SGD alone; None for 0.9.
-        jobs: training runs at a time, each on one thread; None for one per core.
+        jobs: training runs at a time, each on one thread; None for one per core, or thread of a cluster.
+        executor: `dask:` and the address of a scheduler, as in `dask:tcp://host:8786`; None for this machine.
         out: the study's folder; None for `runs/study-<data>`, with the networks' names where they are chosen
             and `keras-<backend>` where it is Keras.
         framework: `torch`, or `keras` on the backend that it takes when it is imported.
@@ -69,6 +73,7 @@ class StudyOptions:
     jobs: int | None = None
     out: Path | None = None
     framework: str = "torch"
+    executor: str | None = None
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -82,6 +87,11 @@ class StudyOptions:
                 raise OptionError(f"no {what} was given")
         if self.framework not in FRAMEWORKS:
             raise OptionError(f"unknown framework {self.framework!r}: known are {', '.join(FRAMEWORKS)}")
+        if self.executor is not None and not _EXECUTOR.fullmatch(self.executor):
+            raise OptionError(
+                f"--executor {self.executor!r} is no address of a Dask scheduler, such as "
+                "dask:tcp://host:8786 (or dask:tls://host:8786)"
+            )
         self._check_numbers()
         object.__setattr__(self, "learning_rates", tuple(map(float, self.rates)))
         for name in self.networks if self.networks != AUTO else ():
@@ -199,7 +209,13 @@ class StudyOptions:
 
     @property
     def workers(self) -> int:
+        """Training runs at a time on this machine."""
         return self.jobs if self.jobs is not None else usable_cores()
+
+    @property
+    def scheduler(self) -> str | None:
+        """The address of the Dask scheduler; None for this machine."""
+        return self.executor.removeprefix("dask:") if self.executor is not None else None
 
     def command(self) -> str:
         """Returns the command line of this study, without folders, as a shell reads it."""
