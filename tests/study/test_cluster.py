@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from batchnorm.errors import OptionError
-from batchnorm.study import StudyOptions, cluster, run_study
+from batchnorm.study import StudyOptions, cluster, cluster_worker, run_study
 from batchnorm.study.cluster import DaskPool
 from batchnorm.study.data import load_data
 from batchnorm.study.errors import StudyError
@@ -85,6 +86,18 @@ def pool_on(
         yield pool
 
 
+class Counting(Listening):
+    """Keeps how many steps each report is about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reports: list[int] = []
+
+    def advance(self, steps: int) -> None:
+        super().advance(steps)
+        self.reports.extend(filter(None, [steps]))
+
+
 def test_records_and_errors_are_those_of_a_local_run(
     own: Path, local_cluster: distributed.LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,14 +108,20 @@ def test_records_and_errors_are_those_of_a_local_run(
     at_home = Engine(find_framework("torch"), data).do(good, lambda _: None)
     torch.set_num_threads(threads)
 
-    display = Listening()
+    monkeypatch.setattr(cluster_worker, "_SECONDS_BETWEEN_REPORTS", 0.0)
+    display = Counting()
     display.left = 60  # steps
     with pool_on(local_cluster, own, display) as pool:
         ((done, run),) = pool.run([good])
         assert (done, display.left, display.notices) == (good, 0, [])
+        assert display.reports == [25, 25, 10]  # as they are taken
         assert json_safe(run) == json_safe(at_home)
         with pytest.raises(StudyError, match=r"^network own\.py:raises, .*no such layer here \(own\.py, l"):
             list(pool.run([wrong]))
+        with pytest.raises(
+            StudyError, match=r"OptionError: own\.py:missing: own\.py has no function 'missing'$"
+        ):
+            list(pool.run([run_task("own.py:missing")]))
         folder = Path(local_cluster.workers[0].local_directory)
         assert [path.name for path in folder.rglob("own.py")] == ["own.py"]
     wait_until(lambda: not list(folder.rglob("own.py")))  # its files end with the study
@@ -144,6 +163,12 @@ def test_a_cluster_that_cannot_be_used_is_one_line(own: Path, monkeypatch: pytes
     unused = f"tcp://127.0.0.1:{free_port()}"
     assert complaint(unused).startswith(f"no Dask scheduler answers at {unused}: start one with `dask sche")
     assert "needs a certificate: name its files at tls in distributed.comm" in complaint(f"tls{unused[3:]}")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer_as_a_web_server, args=(server,), daemon=True).start()
+        other = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        assert complaint(other).startswith(
+            f"what answers at {other} is no Dask scheduler: the port of one is"
+        )
     with distributed.LocalCluster(
         n_workers=0, processes=False, protocol="tcp://", host="127.0.0.1", dashboard_address=":0"
     ) as empty:
@@ -156,7 +181,8 @@ def test_a_cluster_that_cannot_be_used_is_one_line(own: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     "executor",
     ["", "dask", "dask:", "tcp://host:8786", "dask:host:8786", "dask:tcp://host", "dask:http://host:1",
-     "dask:tcp://host:8786/x", "dask:tcp://:8786", "dask:tcp://a b:1"],
+     "dask:tcp://host:8786/x", "dask:tcp://:8786", "dask:tcp://a b:1",
+     "dask:tcp://host:0", "dask:tcp://host:65536"],
 )  # fmt: skip
 def test_addresses_of_another_form_are_refused(executor: str) -> None:
     with pytest.raises(OptionError, match=r"--executor .* is no address .* dask:tcp://host:8786"):
@@ -187,6 +213,12 @@ def test_dask_is_imported_only_where_it_is_used_and_named_where_it_is_missing(tm
     needs = "batchnorm study --executor needs distributed, which is not installed"
     assert printed == f"{needs}: pip install 'batchnorm[cluster]'\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def answer_as_a_web_server(server: socket.socket) -> None:
+    with server.accept()[0] as connection:
+        connection.recv(1024)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
 def free_port() -> int:
@@ -284,6 +316,20 @@ class Holding(Listening):
     def training(self, runs: int, finished: int, steps: int, workers: int) -> None:
         (self._folder / "wait").touch()
         self.started, self.left, self.workers = (runs, finished), steps, workers
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_on_a_worker_is_reported_and_its_run_done_again(
+    own: Path, local_cluster: distributed.LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEATH_MARKER", str(own.parent / "died"))
+    display, dies_once = Listening(), run_task(f"{own}:dies_once")
+    with pool_on(local_cluster, own, display) as pool:
+        assert [done for done, _ in pool.run([dies_once])] == [dies_once]
+        died = f"killed by signal 9 (SIGKILL), on {dies_once.describe()}"
+        assert display.notices == [f"a worker process died, {died}; it is done again"]
+        with pytest.raises(StudyError, match=r"died again, with exit code 3, on .*own\.py:dies"):
+            list(pool.run([run_task(f"{own}:dies")]))
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import platform
 import queue
+import threading
 import time
 import uuid
 import warnings
@@ -130,17 +132,16 @@ class DaskPool:
             return
         from distributed import Client
 
-        _check_security(self._address)
-        with warnings.catch_warnings(action="ignore"):  # of versions, which are compared here
-            try:
-                client = Client(
-                    self._address, timeout=_SECONDS_TO_CONNECT, set_as_default=False, name="batchnorm-study"
-                )
-            except OSError as error:
-                raise StudyError(
-                    f"no Dask scheduler answers at {self._address}: start one with `dask scheduler`, or "
-                    f"check host and port ({_first_line(error)})"
-                ) from error
+        _check_that_a_scheduler_answers(self._address, _connection_args(self._address))
+        # Ctrl-C is held, as a client that is interrupted while it is made cannot be closed.
+        with (
+            interrupt_held(),
+            warnings.catch_warnings(action="ignore"),
+        ):  # of versions: they are compared here
+            client = Client(
+                self._address, timeout=_SECONDS_TO_CONNECT, set_as_default=False, name="batchnorm-study"
+            )
+        with warnings.catch_warnings(action="ignore"):  # data are large for a task
             parcel = client.submit(_imported("make_parcel"), pickle.dumps(self._content), pure=False)
         self._connected = client, parcel
         client.subscribe_topic(self._topic, lambda event: self._inbox.put(event[1]))
@@ -313,19 +314,52 @@ def _imported(name: str) -> Callable[..., Any]:
     return call
 
 
-def _check_security(address: str) -> None:
-    """Raises where Dask's configuration has no certificate that the address needs."""
+def _connection_args(address: str) -> dict[str, Any]:
+    """Returns how Dask's configuration connects; raises where the address asks for something else."""
     from distributed.security import Security
 
     security, where = Security(), "distributed.comm in Dask's configuration"
     try:
-        certified = security.get_connection_args("client").get("ssl_context") is not None
+        arguments: dict[str, Any] = security.get_connection_args("client")
     except OSError as error:
         raise StudyError(f"{where} names TLS files that cannot be used: {_first_line(error)}") from error
-    if address.startswith("tls:") and not certified:
+    if address.startswith("tls:") and arguments.get("ssl_context") is None:
         raise StudyError(f"{address} needs a certificate: name its files at tls in {where}")
     if not address.startswith("tls:") and security.require_encryption:
         raise StudyError(f"{where} requires encryption: give the scheduler's address as tls://")
+    return arguments
+
+
+def _check_that_a_scheduler_answers(address: str, arguments: dict[str, Any]) -> None:
+    """Raises where none does: a `Client` that fails or is interrupted meanwhile could not be closed.
+
+    In a thread, as a loop may run in this one, as in notebooks; and one that Ctrl-C need not wait for.
+    """
+    from distributed.comm import connect
+
+    async def shake_hands() -> None:
+        comm = await connect(address, timeout=_SECONDS_TO_CONNECT, **arguments)
+        await comm.close()
+
+    def report() -> None:
+        try:
+            asyncio.run(shake_hands())
+        except Exception as error:
+            outcome.put(error)
+        else:
+            outcome.put(None)
+
+    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    threading.Thread(target=report, daemon=True).start()
+    error = outcome.get()
+    if isinstance(error, OSError):
+        start = f"start one with `dask scheduler`, or check the address ({_first_line(error)})"
+        raise StudyError(f"no Dask scheduler answers at {address}: {start}") from error
+    if error is not None:  # such as no memory for a message that would be that long
+        raise StudyError(
+            f"what answers at {address} is no Dask scheduler: the port of one is 8786 unless it was told "
+            "another, and 8787 is its dashboard"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

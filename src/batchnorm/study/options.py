@@ -26,7 +26,7 @@ ARMS_WITH_PADDING = ("none", "batchnorm", UNMASKED, "dropout", "l2", "layernorm"
 AUTO = ("auto",)
 _MOMENTUM = 0.9  # of SGD
 # A host by its name or number, an IPv6 one in brackets, and a port.
-_EXECUTOR = re.compile(r"dask:(tcp|tls)://([\w.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
+_EXECUTOR = re.compile(r"dask:(tcp|tls)://([\w.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 N = TypeVar("N", int, float)
 
@@ -87,7 +87,7 @@ class StudyOptions:
                 raise OptionError(f"no {what} was given")
         if self.framework not in FRAMEWORKS:
             raise OptionError(f"unknown framework {self.framework!r}: known are {', '.join(FRAMEWORKS)}")
-        if self.executor is not None and not _EXECUTOR.fullmatch(self.executor):
+        if self.executor is not None and not _is_executor(self.executor):
             raise OptionError(
                 f"--executor {self.executor!r} is no address of a Dask scheduler, such as "
                 "dask:tcp://host:8786 (or dask:tls://host:8786)"
@@ -247,6 +247,11 @@ _LISTS = {
     "batch_sizes": "batch size",
     "depths": "depth",
 }
+
+
+def _is_executor(text: str) -> bool:
+    parts = _EXECUTOR.fullmatch(text)
+    return parts is not None and 0 < int(parts[3]) < 2**16
 
 
 def _option(field: str) -> str:
