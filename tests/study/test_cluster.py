@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from batchnorm.errors import OptionError
-from batchnorm.study import StudyOptions, cluster, cluster_worker, run_study
-from batchnorm.study.cluster import DaskPool
-from batchnorm.study.data import load_data
-from batchnorm.study.errors import StudyError
-from batchnorm.study.frameworks import find_framework
-from batchnorm.study.json_files import json_safe
-from batchnorm.study.worker import Engine
+from batchnorm.studies import StudyOptions, cluster, cluster_worker, run_study
+from batchnorm.studies.cluster import DaskPool
+from batchnorm.studies.data import load_data
+from batchnorm.studies.errors import StudyError
+from batchnorm.studies.frameworks import find_framework
+from batchnorm.studies.json_files import json_safe
+from batchnorm.studies.worker import Engine
 from tests.support.programs import run_python
 
 from .own_code import write_own_code
@@ -87,15 +87,15 @@ def pool_on(
 
 
 class Counting(Listening):
-    """Keeps how many steps each report is about."""
+    """Keeps how much work each report is about."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reports: list[int] = []
+        self.reports: list[float] = []
 
-    def advance(self, steps: int) -> None:
-        super().advance(steps)
-        self.reports.extend(filter(None, [steps]))
+    def advance(self, work: float) -> None:
+        super().advance(work)
+        self.reports.extend(filter(None, [work]))
 
 
 def test_records_and_errors_are_those_of_a_local_run(
@@ -110,11 +110,11 @@ def test_records_and_errors_are_those_of_a_local_run(
 
     monkeypatch.setattr(cluster_worker, "_SECONDS_BETWEEN_REPORTS", 0.0)
     display = Counting()
-    display.left = 60  # steps
+    display.left = 30.0  # for 60 steps
     with pool_on(local_cluster, own, display) as pool:
-        ((done, run),) = pool.run([good])
+        ((done, run),) = pool.run([good], {good: 0.5})
         assert (done, display.left, display.notices) == (good, 0, [])
-        assert display.reports == [25, 25, 10]  # as they are taken
+        assert display.reports == [12.5, 12.5, 5.0]  # as they are taken
         assert json_safe(run) == json_safe(at_home)
         with pytest.raises(StudyError, match=r"^network own\.py:raises, .*no such layer here \(own\.py, l"):
             list(pool.run([wrong]))
@@ -201,7 +201,7 @@ def test_dask_is_imported_only_where_it_is_used_and_named_where_it_is_missing(tm
         "-c",
         "import sys\n"
         "from batchnorm.errors import MissingExtraError\n"
-        "from batchnorm.study import StudyOptions, cluster, run_study\n"
+        "from batchnorm.studies import StudyOptions, cluster, run_study\n"
         "assert not {'dask', 'distributed'} & sys.modules.keys()\n"
         "sys.modules['distributed'] = None\n"
         "try:\n"
@@ -287,10 +287,10 @@ def marks(folder: Path) -> dict[int, int]:
 
 
 def options(tmp_path: Path, executor: str | None, out: str) -> StudyOptions:
-    (tmp_path / "waits.py").write_text(WAITS)
     own = write_own_code(tmp_path)
+    own.write_text(own.read_text() + WAITS)
     return StudyOptions(
-        networks=(f"{tmp_path / 'waits.py'}:waits",),
+        networks=(f"{own}:waits",),
         data=(f"{own}:data",),
         arms=("none", "batchnorm"),
         learning_rates=(1e-2,),
@@ -313,9 +313,9 @@ class Holding(Listening):
         super().__init__()
         self._folder = folder
 
-    def training(self, runs: int, finished: int, steps: int, workers: int) -> None:
+    def training(self, runs: int, finished: int, work: float, workers: int) -> None:
         (self._folder / "wait").touch()
-        self.started, self.left, self.workers = (runs, finished), steps, workers
+        self.started, self.left, self.workers = (runs, finished), work, workers
 
 
 @pytest.mark.slow
@@ -357,7 +357,8 @@ def test_a_worker_dies_another_joins_and_the_records_are_as_at_home(
         intervention = threads.submit(intervene)
         result = run_study(options(tmp_path, f"dask:{processes.address}", "cluster-runs"), display)
         intervention.result()
-    assert (display.started, display.workers, display.left, len(display.ended)) == ((4, 0), 1, 0, 4)
+    assert (display.started, display.workers, len(display.ended)) == ((4, 0), 1, 4)
+    assert display.left == pytest.approx(0.0, abs=1e-6)
     assert records(result.folder) == records(at_home.folder)
     (notice,) = display.notices
     assert re.fullmatch(r"worker tcp://\S+ died or left, on .*waits.*; it is done again", notice)
@@ -411,7 +412,7 @@ def test_a_client_that_is_killed_or_a_scheduler_that_ends_leaves_nothing_running
     processes.worker()
     study = options(tmp_path, f"dask:{processes.address}", "out")
     (folder / "wait").touch()
-    program = f"from batchnorm.study import StudyOptions, run_study\nrun_study({study!r})\n".replace(
+    program = f"from batchnorm.studies import StudyOptions, run_study\nrun_study({study!r})\n".replace(
         "PosixPath", "__import__('pathlib').Path"
     )
     client = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
