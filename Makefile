@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: study test test-slow differs-on-jax differs-on-tensorflow test-jax test-tensorflow test-benchmarks fuzz mutants lint resolves format bench clean help
+.PHONY: study test test-slow differs-on-jax differs-on-tensorflow test-jax test-tensorflow test-benchmarks fuzz mutants lint resolves dist format bench clean help
 
 help:
 	@echo "make study   train networks with and without batch normalization on real digits, write a report"
@@ -15,6 +15,7 @@ help:
 	@echo "make mutants what the suite catches: mistakes made in the code by rule, 14 in each part of it; half an hour"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make resolves  what users and developers install has a solution on every platform, by the registry's metadata"
+	@echo "make dist    the wheel and the source distribution of a release, checked and tried in empty environments"
 	@echo "make bench   the measurements behind the figures in README and docs"
 	@echo "make format  let ruff format the code"
 	@echo "make clean   remove .venv, caches and runs"
@@ -28,7 +29,8 @@ $(VENV)/.study: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[dev]'
+	$(PIP) --upgrade 'pip>=25.1'  # the first that knows dependency groups
+	$(PIP) --editable '.[study,keras]' --group dev
 	@touch $@ $(VENV)/.study
 
 study: $(VENV)/.study
@@ -77,6 +79,14 @@ lint: $(VENV)/.dev
 resolves: $(VENV)/.dev
 	$(BIN)/python scripts/resolves.py
 
+# What is released: built, its files and metadata checked, and tried in environments without this checkout.
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist
+	$(BIN)/python scripts/check_dist.py
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -85,4 +95,4 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from batchnorm.errors import OptionError
 from batchnorm.files import naming, write_whole
 
@@ -97,6 +95,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
         StudyError: another one is at work there.
         FileError: the folder, or the lock's file in it, cannot be made.
     """
+    from filelock import FileLock, Timeout  # of the extra `study`: the module imports without it
+
     with naming(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
