@@ -4,17 +4,19 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: study test test-slow differs-on-jax differs-on-tensorflow test-jax test-tensorflow test-benchmarks fuzz mutants lint resolves dist format bench clean help
+.PHONY: study test test-slow differs-on-jax differs-on-tensorflow test-jax test-tensorflow test-benchmarks test-oldest test-newest fuzz mutants lint resolves docs docs-serve dist format bench clean help
 
 help:
 	@echo "make study   train networks with and without batch normalization on real digits, write a report"
 	@echo "make test    the test suite; make test-slow: what it leaves out of large grids, and what takes long;"
 	@echo "             make test-jax, make test-tensorflow: all tests of Keras on another backend;"
-	@echo "             make test-benchmarks: that the measurements run"
+	@echo "             make test-benchmarks: that the measurements run;"
+	@echo "             make test-oldest, make test-newest: with other versions of what it needs"
 	@echo "make fuzz    any call of any layer against the reference, and damaged files: FUZZ_CASES of them (20000), by FUZZ_SEED"
 	@echo "make mutants what the suite catches: mistakes made in the code by rule, 14 in each part of it; half an hour"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make resolves  what users and developers install has a solution on every platform, by the registry's metadata"
+	@echo "make docs    the documentation as pages that can be read offline; make docs-serve: at http://127.0.0.1:8000"
 	@echo "make dist    the wheel and the source distribution of a release, checked and tried in empty environments"
 	@echo "make bench   the measurements behind the figures in README and docs"
 	@echo "make format  let ruff format the code"
@@ -58,6 +60,15 @@ test-jax test-tensorflow: test-%: $(VENV)/.kernels
 test-benchmarks: $(VENV)/.kernels
 	$(BIN)/pytest -n auto tests/benchmarks $(ARGS)
 
+# The suite by the lower bounds of what users install, and by the newest releases, whatever constraints.txt says.
+test-oldest test-newest: test-%: $(VENV)/.dev
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/uv pip compile pyproject.toml --extra study --extra keras --quiet --no-header --no-annotate \
+	  --resolution $(if $(filter oldest,$*),lowest-direct,highest) --python $(BIN)/python > $(VENV)-$*/versions.txt
+	$(VENV)-$*/bin/python -m pip install --quiet --constraint $(VENV)-$*/versions.txt --editable '.[study,keras]' --group test
+	$(VENV)-$*/bin/python -m pytest -n auto --ignore tests/benchmarks $(ARGS)
+
 # What a seed finds, `make fuzz FUZZ_SEED=...` finds again, as long as FUZZ_CASES is the same.
 FUZZ_CASES ?= 20000
 FUZZ_SEED  ?= $(shell date +%s)
@@ -79,6 +90,18 @@ lint: $(VENV)/.dev
 resolves: $(VENV)/.dev
 	$(BIN)/python scripts/resolves.py
 
+$(VENV)/.docs: $(VENV)/.kernels
+	$(PIP) --group docs
+	@touch $@
+
+# Warnings are errors: a link that leads nowhere, a name that is not there, a notebook that fails.
+docs: $(VENV)/.docs
+	KERAS_BACKEND=torch $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
+docs-serve: docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/docs 8000
+
 # What is released: built, its files and metadata checked, and tried in environments without this checkout.
 dist: $(VENV)/.dev
 	rm -rf dist
@@ -95,4 +118,4 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean:
-	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) runs dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -55,8 +55,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         epsilon: added to var.
         center: learn beta, `[C]`.
         scale: learn gamma, `[C]`.
-        beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer,
-            beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as in Keras.
+        beta_initializer, gamma_initializer: as in Keras.
+        moving_mean_initializer, moving_variance_initializer: as in Keras.
+        beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as in Keras.
         renorm: batch renormalization (Ioffe 2017): training uses ((x - mean) / std * r + d) * gamma + beta,
             with r = std / renorm_stddev and d = (mean - renorm_mean) / renorm_stddev as constants.
         renorm_clipping: bounds `rmin` and `rmax` of r, and `dmax` of |d|.
