@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,15 @@ import numpy.typing as npt
 from batchnorm.errors import DataError
 
 from . import packaged
+from .arrays import checked_classes, checked_inputs, checked_numbers, checked_targets
+from .loaders import Loaded, Names, is_loader, lengthened, read
 from .mnist import load_mnist
 from .padding import Array, Examples, Padded
+from .settings import display_name
 from .user_code import is_user_code, load_function, naming_the_line, source_of
 
-# Labels beyond this, and beyond the number of examples, count no classes: each would get an output.
-_CLASSES_OF_FEW_EXAMPLES = 1000
-_NUMBERED = "numpy.unique(y, return_inverse=True)[1] numbers classes of any kind"
+# What targets are: classes counted from 0, numbers, or whatever the user's own loss takes.
+Targets = Literal["classes", "numbers", "any"]
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,22 @@ class Dataset:
     Attributes:
         name: as reports show it; for the user's own, file and function without folders.
         source: where the examples come from, in one sentence.
-        x_train, x_test: float32 `[N, ...]`; pixels of images are scaled from 0..255 to 0..1.
-        y_train, y_test: int64 `[N]`, classes counted from 0.
+        x_train, x_test: float32 `[N, ...]`; pixels of images are scaled from 0..255 to 0..1. Whole
+            numbers that came under a name stay int64.
+        y_train, y_test: int64 `[N]`, classes counted from 0; or numbers, float32 `[N, K...]`.
         lengths_train, lengths_test: of the sequences padded in x, int64 `[N]`; None without padding.
+        names: the arguments by which the network takes them; None where they are positional.
     """
 
     name: str
     source: str
-    x_train: npt.NDArray[np.float32]
-    y_train: npt.NDArray[np.int64]
-    x_test: npt.NDArray[np.float32]
-    y_test: npt.NDArray[np.int64]
+    x_train: Array
+    y_train: Array
+    x_test: Array
+    y_test: Array
     lengths_train: npt.NDArray[np.int64] | None = None
     lengths_test: npt.NDArray[np.int64] | None = None
+    names: Names | None = None
 
     @property
     def train(self) -> Examples:
@@ -56,8 +61,16 @@ class Dataset:
         return self.x_test if self.lengths_test is None else Padded(self.x_test, self.lengths_test)
 
     @property
-    def classes(self) -> int:
-        return int(max(self.y_train.max(), self.y_test.max())) + 1
+    def has_classes(self) -> bool:
+        """Whether targets are classes."""
+        return self.y_train.dtype.kind == "i" and self.y_train.ndim == 1
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs a network has for each example: one for each class, or for each number."""
+        if self.y_train.dtype.kind == "i":
+            return int(max(self.y_train.max(), self.y_test.max())) + 1
+        return math.prod(self.y_train.shape[1:])
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -81,10 +94,16 @@ class Dataset:
             "source": self.source,
             "train": len(self.x_train),
             "held_out": len(self.x_test),
-            "classes": self.classes,
+            **self._describe_targets(),
             "input_shape": list(self.input_shape),
             **self._describe_lengths(),
         }
+
+    def _describe_targets(self) -> dict[str, object]:
+        if not self.has_classes:
+            return {"targets": f"{self.y_train.dtype} of shape {list(self.y_train.shape[1:])}"}
+        missing = np.setdiff1d(np.arange(self.outputs), self.y_test).tolist()
+        return {"classes": self.outputs, **({"classes_not_held_out": missing} if missing else {})}
 
     def _describe_lengths(self) -> dict[str, object]:
         if self.lengths_train is None or self.lengths_test is None:
@@ -151,22 +170,26 @@ SOURCES = {
 }
 
 
-def load_data(name: str, data_dir: Path | None = None, *, channels_last: bool = False) -> Dataset:
+def load_data(
+    name: str, data_dir: Path | None = None, *, channels_last: bool = False, targets: Targets = "classes"
+) -> Dataset:
     """Loads a data set by name.
 
     Args:
         name: of `SOURCES`, or the user's own as `package.module:function` or `file.py:function`. The
-            function takes nothing and returns NumPy arrays `(x_train, y_train, x_test, y_test)`: x numbers
-            `[N, ...]`, y whole numbers `[N]` counted from 0.
+            function takes nothing and returns what `own_data` takes.
         data_dir: where `mnist` is looked for (see `mnist.load_mnist`).
         channels_last: whether colours come last, as in Keras, or first, as in torch; the user's own stays as
             it is.
+        targets: what they have to be.
 
     Raises:
         DataError: no such data, a file that cannot be read, or arrays of the wrong form.
         StudyError: the user's function raised.
     """
     if name in SOURCES:
+        if targets == "numbers":
+            raise DataError(f"data {name} has classes, which loss mse is not for: take cross_entropy")
         (x_train, train, x_test, test), source = SOURCES[name].load(data_dir)
         y_train, y_test = np.asarray(train, np.int64), np.asarray(test, np.int64)
         if isinstance(x_train, Padded) and isinstance(x_test, Padded):
@@ -175,7 +198,9 @@ def load_data(name: str, data_dir: Path | None = None, *, channels_last: bool = 
         x_train, x_test = (_scaled(np.asarray(images), channels_last) for images in (x_train, x_test))
         return Dataset(name, source, x_train, y_train, x_test, y_test)
     if is_user_code(name):
-        return _load_own(name)
+        function = load_function(name)
+        with naming_the_line(f"data {name}", source_of(name), kept=DataError):
+            return own_data(f"data {name}", display_name(name), function(), targets)
     raise DataError(f"unknown data {name!r}: known are {', '.join(SOURCES)}, or your own as file.py:function")
 
 
@@ -195,106 +220,104 @@ def _scaled(images: Array, channels_last: bool) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(images, np.float32) * np.float32(1 / 255)
 
 
-def _load_own(spec: str) -> Dataset:
-    function = load_function(spec)
-    with naming_the_line(f"data {spec}", source_of(spec)):
-        returned = function()
-    if not isinstance(returned, tuple | list) or len(returned) != 4:
-        raise DataError(
-            f"data {spec} returned {_what(returned)}, not four arrays (x_train, y_train, x_test, y_test)"
-        )
-    x_train = _checked_inputs(f"data {spec}: x_train", returned[0])
-    y_train = _checked_classes(f"data {spec}: y_train", returned[1], len(x_train), least=2)
-    x_test = _checked_inputs(f"data {spec}: x_test", returned[2])
-    y_test = _checked_classes(f"data {spec}: y_test", returned[3], len(x_test), least=1)
-    if x_train.shape[1:] != x_test.shape[1:]:
-        raise DataError(
-            f"data {spec}: examples of x_train have shape {x_train.shape[1:]}, of x_test {x_test.shape[1:]}"
-        )
-    unseen = np.setdiff1d(y_test, y_train)
-    if len(unseen):
-        raise DataError(f"data {spec}: y_test holds classes that y_train has not: {unseen[:5].tolist()}")
-    name = f"{Path(spec.rpartition(':')[0]).name}:{spec.rpartition(':')[2]}"
-    return Dataset(name, f"the user's own, {name}", x_train, y_train, x_test, y_test)
-
-
-def _checked_inputs(what: str, values: object) -> npt.NDArray[np.float32]:
-    array = _as_array(what, values)
-    if array.dtype.kind not in "fiub":
-        raise DataError(f"{what} holds {array.dtype}, not real numbers: return it as .astype(numpy.float32)")
-    if array.ndim < 2 or array.size == 0:
-        raise DataError(f"{what} has shape {array.shape}, not [examples, ...] with some of each")
-    with np.errstate(over="ignore"):  # what overflows is found, and named, below
-        array = array.astype(np.float32)
-    if bad := int((~np.isfinite(array)).sum()):
-        raise DataError(f"{what} holds {bad} values that are NaN, infinite or beyond float32")
-    return array
-
-
-def _checked_classes(what: str, values: object, examples: int, *, least: int) -> npt.NDArray[np.int64]:
-    array = _as_array(what, values)
-    if array.ndim != 1 or len(array) != examples:
-        x = what.rpartition(": y_")[2]
-        raise DataError(f"{what} has shape {array.shape}, not [{examples}] as x_{x} asks")
-    if array.dtype.kind not in "iub" and not (
-        array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.round(array)).all()
-    ):
-        wanted = "whole numbers that count classes from 0"
-        raise DataError(f"{what} holds {array.dtype}, not {wanted}: {_NUMBERED}")
-    low, high = array.min(), array.max()
-    if low < 0 or high + 1 < least:
-        wanted = "two or more counted from 0"
-        raise DataError(f"{what} holds classes {low} to {high}, not {wanted}: {_NUMBERED}")
-    if high >= (most := max(_CLASSES_OF_FEW_EXAMPLES, examples)):
-        wanted = f"classes counted from 0 stay below {most}"
-        raise DataError(f"{what} holds labels up to {high}, and {wanted}: {_NUMBERED}")
-    return array.astype(np.int64)
-
-
-def _as_array(what: str, values: object) -> npt.NDArray[Any]:
-    """Returns values as an array, without gradients, and of a dtype that NumPy computes with.
+def own_data(what: str, name: str, value: object, targets: Targets = "classes") -> Dataset:
+    """Returns a user's own data as arrays.
 
     Args:
-        what: they are, for errors.
-        values: an array, a tensor, or lists of them.
+        what: the data, for errors.
+        name: of the data in reports.
+        value: four arrays `(x_train, y_train, x_test, y_test)`: x numbers `[N, ...]`, y the targets of each;
+            or two, `(train, held out)` or a dict of `train` and `test`: each a pair of arrays, a data set or
+            a loader (see `loaders.read`).
+        targets: what they have to be.
 
     Raises:
-        DataError: they are masked, ragged, or cannot be converted.
+        DataError: it is something else, or arrays do not go together.
     """
-    if _is_masked(values):
+    train, test = _parts_of(what, value)
+    x_train, y_train, lengths_train = _checked(f"{what}: %s_train", train, targets, least=2)
+    x_test, y_test, lengths_test = _checked(f"{what}: %s_test", test, targets, least=1)
+    if (lengths_train is None) != (lengths_test is None) or train.names != test.names:
         raise DataError(
-            f"{what} is a masked array, and a study has no use for the mask: leave masked examples out, or "
-            "fill them with .filled(value)"
+            f"{what}: training and held-out examples differ in names, or in whether they have lengths"
         )
-    try:
-        array = np.asarray(_without_gradient(values))
-    except (Exception, SystemExit) as error:  # whatever the user's __array__ raises
-        said = (str(error).strip() or "no message").splitlines()[0]
-        ragged = "; every example needs the same shape" if "inhomogeneous" in said else ""
+    if lengths_train is not None:
+        longest = max(x_train.shape[1], x_test.shape[1])
+        x_train, x_test = lengthened(x_train, longest), lengthened(x_test, longest)
+    if x_train.shape[1:] != x_test.shape[1:]:
         raise DataError(
-            f"{what} cannot be made an array: {type(error).__name__}: {said.rstrip('.')}{ragged}"
-        ) from error
-    is_of_another_library = array.dtype.kind == "V" and not issubclass(array.dtype.type, np.void)
-    return array.astype(np.float32) if is_of_another_library else array  # such as JAX's bfloat16
+            f"{what}: examples of x_train have shape {x_train.shape[1:]}, of x_test {x_test.shape[1:]}"
+        )
+    if y_train.shape[1:] != y_test.shape[1:] or y_train.dtype != y_test.dtype:
+        raise DataError(
+            f"{what}: targets are {y_train.dtype} {y_train.shape[1:]} in y_train, and {y_test.dtype} "
+            f"{y_test.shape[1:]} in y_test"
+        )
+    data = Dataset(
+        name,
+        f"the user's own, {name}",
+        x_train,
+        y_train,
+        x_test,
+        y_test,
+        lengths_train,
+        lengths_test,
+        train.names,
+    )
+    if data.has_classes and len(unseen := np.setdiff1d(y_test, y_train)):
+        raise DataError(f"{what}: y_test holds classes that y_train has not: {unseen[:5].tolist()}")
+    return data
 
 
-def _is_masked(values: object, depth: int = 0) -> bool:
-    if isinstance(values, list | tuple) and depth < 32:  # NumPy itself has no more dimensions than 64
-        return any(_is_masked(item, depth + 1) for item in values)
-    return np.ma.isMaskedArray(values)
+def _parts_of(what: str, value: object) -> tuple[Loaded, Loaded]:
+    """Returns training and held-out examples, not yet checked."""
+    found = (
+        (value["train"], value["test"])
+        if isinstance(value, Mapping) and {"train", "test"} <= value.keys()
+        else value
+    )
+    if isinstance(found, tuple | list) and len(found) == 4 and not any(map(is_loader, found)):
+        x_train, y_train, x_test, y_test = found
+        return Loaded(x_train, y_train), Loaded(x_test, y_test)
+    if isinstance(found, tuple | list) and len(found) == 2:
+        parts = {f"{what}: {part}": examples for part, examples in zip(("train", "test"), found, strict=True)}
+        pairs = [isinstance(examples, tuple | list) and len(examples) == 2 for examples in found]
+        if all(is_pair or is_loader(examples) for is_pair, examples in zip(pairs, found, strict=True)):
+            train, test = (
+                Loaded(*examples) if is_pair else read(part, examples)
+                for is_pair, (part, examples) in zip(pairs, parts.items(), strict=True)
+            )
+            return train, test
+    raise DataError(
+        f"{what} returned {_what(value)}, not four arrays (x_train, y_train, x_test, y_test), and not two "
+        "data sets or loaders (train, held out)"
+    )
 
 
-def _without_gradient(values: object) -> object:
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return values
-    if isinstance(values, torch.Tensor):
-        plain = values.detach().cpu().resolve_conj()
-        # NumPy has no bfloat16 and no float8; float32 holds all of their numbers.
-        return plain.float() if plain.is_floating_point() and plain.itemsize <= 2 else plain
-    if isinstance(values, Sequence) and len(values) and isinstance(values[0], torch.Tensor):
-        return [_without_gradient(item) for item in values]
-    return values
+def _checked(
+    what: str, found: Loaded, targets: Targets, *, least: int
+) -> tuple[Array, Array, npt.NDArray[np.int64] | None]:
+    """Returns inputs, targets and lengths of a part of the data; `what` has a place for x, y or lengths."""
+    x = checked_inputs(what % "x", found.x, keeps_integers=found.names is not None)
+    if targets == "classes":
+        y: Array = checked_classes(what % "y", found.y, len(x), least=least)
+        if least > 1 and (low := y.min()) > 0:
+            raise DataError(
+                f"{what % 'y'} holds labels from {low} on; classes are counted from 0: subtract {low}"
+            )
+    elif targets == "numbers":
+        y = checked_numbers(what % "y", found.y, len(x))
+    else:
+        y = checked_targets(what % "y", found.y, len(x))
+    if found.lengths is not None:
+        wrong = np.flatnonzero((found.lengths < 1) | (found.lengths > x.shape[1]))
+        if len(wrong):
+            length = found.lengths[wrong[0]]
+            raise DataError(
+                f"{what % 'x'}: example {wrong[0]} has length {length}, not 1 to {x.shape[1]}: leave "
+                f"{'it' if len(wrong) == 1 else f'the {len(wrong)} of them'} out"
+            )
+    return x, y, found.lengths
 
 
 def _what(value: object) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -19,10 +19,13 @@ from batchnorm.models.mask import mask
 
 from .arms import Arm
 from .data import Dataset
+from .loaders import Names
 from .networks_torch import build_network
+from .objectives import LOSSES, mean_loss
 from .padding import Array, Examples, Padded
 from .settings import Recipe, Setting
 from .training import EVALUATION_BATCH
+from .user_code import load_function, naming_the_line, source_of
 
 
 @contextlib.contextmanager
@@ -42,29 +45,36 @@ def make_learner(
     is_watched: bool,
 ) -> TorchLearner:
     """Builds a network and its optimizer; see `training.MakeLearner`."""
-    model = build_network(setting.network, arm, data.input_shape, data.classes, seed, setting.depth)
+    model = build_network(setting.network, arm, data.input_shape, data.outputs, seed, setting.depth)
     torch.manual_seed(seed)
-    return TorchLearner(model, arm, recipe, learning_rate, is_watched)
+    return TorchLearner(model, arm, recipe, learning_rate, is_watched, data.names)
 
 
 class TorchLearner:
     """A `training.Learner`."""
 
     def __init__(
-        self, model: nn.Module, arm: Arm, recipe: Recipe, learning_rate: float, is_watched: bool = False
+        self,
+        model: nn.Module,
+        arm: Arm,
+        recipe: Recipe,
+        learning_rate: float,
+        is_watched: bool = False,
+        names: Names | None = None,
     ) -> None:
         self.model = model.train()
         self.layers = list(weight_layers(model))
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.has_batch_norms = any(norm.running_mean is not None for norm in _batch_norms(model))
-        self._arm, self._is_watched = arm, is_watched
+        self._arm, self._is_watched, self._names = arm, is_watched, names
+        self._loss_name, self._loss = recipe.loss, _loss_named(recipe.loss)
         self._weights = [_weight(layer) for layer in weight_layers(model).values()]
         self._norms: list[Tensor | None] = []
         self._optimizer = _make_optimizer(recipe, learning_rate, self._weights, model.parameters())
 
     def step(self, x: Examples, y: Array) -> float:
         self._optimizer.zero_grad()
-        loss = cross_entropy(self._output(x), torch.from_numpy(y))
+        loss = self._loss(self._output(x), torch.from_numpy(y))
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [weight.grad for weight in self._weights]
         with torch.no_grad():
@@ -87,13 +97,19 @@ class TorchLearner:
         is_tensor = isinstance(output, Tensor)
         return output.numpy().astype(np.float64) if is_tensor else type(output).__name__
 
+    def loss(self, outputs: Array, y: Array) -> float:
+        if self._loss_name in LOSSES:
+            return mean_loss(self._loss_name, outputs, y)
+        with torch.no_grad():
+            return self._loss(torch.from_numpy(outputs).float(), torch.from_numpy(y)).item()
+
     def input_spread(self, x: Examples) -> dict[str, tuple[float, float]]:
         return input_spread(self.model, lambda: self._output(x))
 
     def bytes_kept(self, x: Examples, y: Array) -> int:
         with _state_kept(self.model):
             return saved_bytes(
-                lambda: cross_entropy(self._output(x), torch.from_numpy(y)), self.model.parameters()
+                lambda: self._loss(self._output(x), torch.from_numpy(y)), self.model.parameters()
             )
 
     def calibrate(self, x: Examples) -> None:
@@ -108,15 +124,47 @@ class TorchLearner:
     def _output(self, x: Examples) -> Any:  # of a user's network; checked before training
         """Returns what the model makes of a batch, which is masked by its lengths if the arm says so."""
         if not isinstance(x, Padded):
-            return self.model(torch.from_numpy(x))
+            return _logits(self._call(torch.from_numpy(x), None))
         values, lengths = torch.from_numpy(x.values), torch.from_numpy(x.lengths)
         masked = _batch_norms(self.model) and self._arm.is_masked
         size = values.shape[1]
         with mask(self.model, lengths=lengths, size=size) if masked else contextlib.nullcontext():
-            return self.model(values, lengths)
+            return _logits(self._call(values, lengths))
+
+    def _call(self, values: Tensor, lengths: Tensor | None) -> Any:
+        names = self._names
+        if names is None:
+            return self.model(values) if lengths is None else self.model(values, lengths)
+        arguments = {names.inputs: values}
+        if lengths is not None and names.padding is not None:
+            valid = torch.arange(values.shape[1]) < lengths[:, None]
+            arguments[names.padding] = valid.long() if names.takes_mask else lengths
+        return self.model(**arguments)
 
     def permutation(self, length: int, seed: int) -> Array:
         return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).numpy()
+
+
+def _logits(output: Any) -> Any:
+    """Returns the logits of an output that has some under that name, as those of Hugging Face do."""
+    return output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+
+
+def _loss_named(name: str) -> Callable[[Any, Tensor], Tensor]:
+    """Returns the function of a loss: of outputs and targets, to a scalar."""
+    if name in LOSSES:
+        return cross_entropy if name == "cross_entropy" else mse_loss
+    function = load_function(name)
+
+    def own(outputs: Any, targets: Tensor) -> Tensor:
+        with naming_the_line(f"loss {name}", source_of(name)):
+            value = function(outputs, targets)
+            if not isinstance(value, Tensor) or value.ndim:
+                shape = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise TypeError(f"it returned {shape}, not a tensor with one number: return its mean()")
+            return value
+
+    return own
 
 
 def _make_optimizer(
@@ -190,6 +238,8 @@ def input_spread(model: nn.Module, forward: Callable[[], object]) -> dict[str, t
 
     def look(name: str, unit_dim: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if not inputs:  # it came under a name
+                return
             values = inputs[0].movedim(unit_dim, -1).flatten(0, -2)
             std, mean = torch.std_mean(values, dim=0, correction=0)
             spread[name] = (float(mean.mean()), float(std.mean()))

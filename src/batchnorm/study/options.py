@@ -17,6 +17,7 @@ from .arms import UNMASKED, parse_arm, split_outside_brackets
 from .data import SOURCES, source_named
 from .frameworks import FRAMEWORKS, keras_backend
 from .networks import NETWORKS
+from .objectives import check_objective, default_metric
 from .settings import OPTIMIZERS, Recipe, Setting, display_name, run_name, shown_number, slug
 from .user_code import is_user_code
 
@@ -40,7 +41,8 @@ class StudyOptions:
         arms: see `arms.parse_arm`; `auto` alone is those of the data.
         learning_rates: each above 0; None for those of the optimizer.
         seeds: how many; they are 0, 1, 2, ...
-        epochs, weight_decay, target_accuracy: see `settings.Recipe`.
+        epochs, weight_decay, target_accuracy, loss: see `settings.Recipe`.
+        metric: see `settings.Recipe`; None for `accuracy` with `cross_entropy`, else `r2`.
         batch_sizes, depths: see `settings.Setting`; without depths networks have their own.
         optimizer: of `settings.OPTIMIZERS`.
         momentum: of SGD alone; None for 0.9.
@@ -48,6 +50,7 @@ class StudyOptions:
         out: the study's folder; None for `runs/study-<data>`, with the networks' names where they are chosen
             and `keras-<backend>` where it is Keras.
         framework: `torch`, or `keras` on the backend that it takes when it is imported.
+        padded: the user's own data that turned out to have padding when it was loaded.
 
     Raises:
         OptionError: a value outside its range, or an unknown name.
@@ -65,16 +68,22 @@ class StudyOptions:
     optimizer: str = "adam"
     momentum: float | None = None
     weight_decay: float = 0.0
+    loss: str = "cross_entropy"
+    metric: str | None = None
     target_accuracy: float = 0.85
     jobs: int | None = None
     out: Path | None = None
     framework: str = "torch"
+    padded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise OptionError(f"unknown optimizer {self.optimizer!r}: known are {', '.join(OPTIMIZERS)}")
         if self.learning_rates is None:
             object.__setattr__(self, "learning_rates", OPTIMIZERS[self.optimizer])
+        if self.metric is None:
+            object.__setattr__(self, "metric", default_metric(self.loss))
+        check_objective(self.loss, self.recipe.metric)
         for field, what in _LISTS.items():
             values = tuple(dict.fromkeys(getattr(self, field)))
             object.__setattr__(self, field, values)
@@ -140,7 +149,8 @@ class StudyOptions:
             has_no_padding = data in SOURCES and not SOURCES[data].is_padded
             left_out = UNMASKED if has_no_padding and len(self.data) > 1 else None
             return tuple(arm for arm in self.arms if arm != left_out)
-        return ARMS_WITH_PADDING if source_named(data).is_padded else ARMS
+        is_padded = source_named(data).is_padded or data in self.padded
+        return ARMS_WITH_PADDING if is_padded else ARMS
 
     def settings(self) -> tuple[Setting, ...]:
         """Returns every setting in which arms are compared: data, network, depth and batch size."""
@@ -162,12 +172,15 @@ class StudyOptions:
     def recipe(self) -> Recipe:
         """How every run trains."""
         momentum = self.momentum if self.momentum is not None else _MOMENTUM
+        assert self.metric is not None
         return Recipe(
             epochs=self.epochs,
             optimizer=self.optimizer,
             momentum=momentum if self.optimizer == "sgd" else 0.0,
             weight_decay=self.weight_decay,
             target_accuracy=self.target_accuracy,
+            loss=self.loss,
+            metric=self.metric,
         )
 
     def _check_that_no_two_runs_share_a_file(self) -> None:
@@ -204,6 +217,7 @@ class StudyOptions:
     def command(self) -> str:
         """Returns the command line of this study, without folders, as a shell reads it."""
         backend = f"KERAS_BACKEND={shlex.quote(keras_backend())} " if self.framework == "keras" else ""
+        metric = self.recipe.metric
         parts: dict[str, object] = {
             **({"framework": self.framework} if backend else {}),
             "data": ",".join(map(display_name, self.data)),
@@ -217,6 +231,8 @@ class StudyOptions:
             "seeds": self.seeds,
             "epochs": self.epochs,
             "batch-size": ",".join(map(str, self.batch_sizes)),
+            **({"loss": display_name(self.loss)} if self.loss != "cross_entropy" else {}),
+            **({"metric": display_name(metric)} if metric != default_metric(self.loss) else {}),
             "target-accuracy": shown_number(self.target_accuracy),
         }
         words = [word for name, value in parts.items() for word in (f"--{name}", str(value))]

@@ -17,7 +17,8 @@ class Padded:
     """Examples that are padded to one length; indexed by rows, as an array.
 
     Attributes:
-        values: float32, `[N, L]` tokens or `[N, L, C]` frames; padding is 0.
+        values: float32, `[N, L]` tokens or `[N, L, C]` frames; int64 tokens where they came under a name.
+            Padding that a study adds is 0.
         lengths: int64 `[N]`, 1 to L.
     """
 

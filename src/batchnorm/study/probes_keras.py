@@ -86,7 +86,9 @@ def batch_statistics(model: keras.Model) -> Iterator[None]:
         yield
 
 
-def input_spread(model: keras.Model, x: Array | list[Array]) -> dict[str, tuple[float, float]]:
+def input_spread(
+    model: keras.Model, x: Array | list[Array] | dict[str, Array]
+) -> dict[str, tuple[float, float]]:
     """Returns mean and standard deviation of each dense and convolution layer's input over a batch.
 
     Per unit (or channel) over the batch and positions, then averaged over units. Batch normalizations use the

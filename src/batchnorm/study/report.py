@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from batchnorm.study.frameworks import framework_in_words
 from batchnorm.study.html_page import render_template, write_html
+from batchnorm.study.objectives import METRICS_IN_WORDS
 from batchnorm.study.plots import Picture, axes_of, illustrate
 from batchnorm.study.settings import shown_number
 from batchnorm.study.verdicts import RULE, Claim, Grade, Network, Study, judge, read
@@ -47,6 +50,8 @@ _METHOD = {
     "seeds": "Seeds",
     "epochs": "Epochs",
     "batch_sizes": "Batch sizes (examples)",
+    "loss": "Loss",
+    "metric": "Metric",
     "target_accuracy": "Target for “steps to target” (held-out accuracy, fraction)",
     "optimizer": "Optimizer",
     "penalties": "Penalties added to the loss",
@@ -98,8 +103,16 @@ def write_report(folder: Path) -> Path:
     """
     study = read(folder / "results.json")
     path = folder / "report.html"
-    write_html(path, render(study))
+    write_html(path, _with_metric(render(study), study.provenance.get("metric")))
     return path
+
+
+def _with_metric(page: str, metric: object) -> str:
+    """Returns a page that was written for accuracy with another metric's name in its place; anchors stay."""
+    if not isinstance(metric, str) or metric == "accuracy":
+        return page
+    name = escape(METRICS_IN_WORDS.get(metric, metric))
+    return re.sub(r'(?<![-\w#"])[Aa]ccurac(?:y|ies)(?![-\w"])', lambda _: name, page)
 
 
 def render(study: Study) -> str:
@@ -233,9 +246,17 @@ def _facts(study: Study) -> str:
 def _caveats(study: Study) -> list[str]:
     """Returns what these runs cannot tell, and why, with their own numbers."""
     found = []
-    sizes = [data.get("held_out") for data in _data(study.provenance)]
-    for size in sizes:
-        if not (isinstance(size, int) and size > 0):
+    is_accuracy = study.provenance.get("metric", "accuracy") == "accuracy"
+    for data in _data(study.provenance):
+        if isinstance(missing := data.get("classes_not_held_out"), list) and missing:
+            classes = f"{'class' if len(missing) == 1 else 'classes'} {q.listed(list(map(str, missing[:5])))}"
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            found.append(
+                f"No held-out example of {data['name']} is of {classes}{more}: nothing here tells how well "
+                "these are recognized."
+            )
+        size = data.get("held_out")
+        if not (isinstance(size, int) and size > 0 and is_accuracy):
             continue
         error = q.points(math.sqrt(0.9 * 0.1 / size)).lstrip("+")
         found.append(

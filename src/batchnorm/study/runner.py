@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from .display import Display
 from .errors import StudyError, StudyInterrupted
 from .frameworks import Framework, find_framework
 from .json_files import json_safe, read_stored, settings_at, write_json
+from .objectives import targets_of
 from .options import StudyOptions
 from .padding import Padded
 from .pool import WorkerPool
 from .records import Run, Timing
-from .settings import Setting
+from .settings import Setting, display_name
 from .summary import curves_csv, summarize
 from .tasks import RunTask, TimingTask, plan, settings_of
+from .user_code import is_user_code
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,10 @@ class StudyResult:
     report: Path
 
 
-def run_study(options: StudyOptions, display: Display | None = None) -> StudyResult:
-    """Trains networks in every arm, and write what came out.
+def run_study(
+    options: StudyOptions, display: Display | None = None, loaded: Mapping[str, Dataset] | None = None
+) -> StudyResult:
+    """Trains networks in every arm, and writes what came out.
 
     Files: `runs/*.json` (one per training run), `timing.json`, `results.json`, `curves.csv` and `report.html`
     below `options.folder`. Each is written whole or not at all. Runs that are there already are not done
@@ -51,6 +55,11 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
 
     Training and timing happen in processes of their own: this process's random state and threads stay as they
     are. From a script, call it under `if __name__ == "__main__":`, as everything that spawns processes.
+
+    Args:
+        options: of the study.
+        display: hears how far it is.
+        loaded: data that is here already, by its name in `options.data`.
 
     Raises:
         MissingExtraError: the framework is not installed.
@@ -62,8 +71,10 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
     """
     framework = find_framework(options.framework)
     display = display or Display()
-    data = {name: _load(name, options) for name in options.data}
-    if UNMASKED in options.arms and not any(isinstance(one.train, Padded) for one in data.values()):
+    data = {name: _load(name, options, display, loaded or {}) for name in options.data}
+    with_padding = [name for name, one in data.items() if isinstance(one.train, Padded)]
+    options = replace(options, padded=tuple(with_padding))
+    if UNMASKED in options.arms and not with_padding:
         raise OptionError(
             f"arm {UNMASKED} is for data with padding; {options.data[0]} has none: use batchnorm"
         )
@@ -80,8 +91,15 @@ def run_study(options: StudyOptions, display: Display | None = None) -> StudyRes
         return StudyResult(study.folder, results, write_report(study.folder))
 
 
-def _load(name: str, options: StudyOptions) -> Dataset:
-    data = load_data(name, options.data_dir, channels_last=options.framework == "keras")
+def _load(name: str, options: StudyOptions, display: Display, loaded: Mapping[str, Dataset]) -> Dataset:
+    is_keras, targets = options.framework == "keras", targets_of(options.loss)
+    if is_user_code(name) and name not in loaded:
+        display.stage(f"reading {display_name(name)}")
+    data = loaded.get(name) or load_data(name, options.data_dir, channels_last=is_keras, targets=targets)
+    if options.metric == "accuracy" and not data.has_classes:
+        raise OptionError(
+            f"--metric accuracy needs classes, int64 [N]; targets of {name} are {data.y_train.dtype}"
+        )
     if (largest := max(options.batch_sizes)) > len(data.x_train):
         raise OptionError(f"--batch-size {largest} is more than the {len(data.x_train)} training examples")
     return data

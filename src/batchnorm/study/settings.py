@@ -56,7 +56,8 @@ class Recipe:
         momentum: of SGD.
         weight_decay: of the weights of dense and convolution layers, as `torch.optim` defines it: a part of
             the gradient in SGD and Adam, apart from it in AdamW.
-        target_accuracy: the fraction of held-out examples at which `steps_to_target` stops counting.
+        target_accuracy: the held-out accuracy, or other metric, at which `steps_to_target` stops counting.
+        loss, metric: of `objectives.LOSSES` and `objectives.METRICS`, or the user's own, `file.py:function`.
     """
 
     epochs: int = 10
@@ -64,6 +65,8 @@ class Recipe:
     momentum: float = 0.0
     weight_decay: float = 0.0
     target_accuracy: float = 0.85
+    loss: str = "cross_entropy"
+    metric: str = "accuracy"
 
     def describe_optimizer(self) -> str:
         """Returns the optimizer with its constants, in words."""

@@ -22,7 +22,7 @@ from .frameworks import Framework
 from .json_files import json_safe
 from .options import StudyOptions, usable_cores
 from .records import NAN, ArmTiming, Epoch, Run, Timing
-from .settings import Setting, setting_names
+from .settings import Setting, display_name, setting_names
 
 _NO_EPOCH = Epoch(NAN, NAN, NAN, NAN, NAN)
 
@@ -49,7 +49,9 @@ def summarize(
         place = setting.without_folders()
         networks[name] = {
             arm: _at_best_rate(
-                [run for run in runs if (run.setting, run.arm) == (place, arm)], timing[setting].arms[arm]
+                [run for run in runs if (run.setting, run.arm) == (place, arm)],
+                timing[setting].arms[arm],
+                options.recipe.metric,
             )
             for arm in options.arms_on(setting.data)
         }
@@ -102,13 +104,22 @@ def _no_formula(name: str) -> str:
     return f"'{line}" if line.lstrip().startswith(("=", "+", "-", "@")) else line
 
 
-def _at_best_rate(runs: Sequence[Run], timing: ArmTiming) -> dict[str, Any]:
-    """Returns an arm's measures at the rate of its highest mean accuracy; a diverged run counts as 0."""
+def _at_best_rate(runs: Sequence[Run], timing: ArmTiming, metric: str) -> dict[str, Any]:
+    """Returns an arm's measures at the rate of its highest mean accuracy; a diverged run counts as 0.
+
+    Other metrics may fall below 0: there the rates at which the fewest runs diverge come first.
+    """
     by_rate = {
         rate: [run for run in runs if run.learning_rate == rate]
         for rate in sorted({run.learning_rate for run in runs})
     }
-    best = max(by_rate, key=lambda rate: np.mean([np.nan_to_num(run.accuracy) for run in by_rate[rate]]))
+
+    def score(rate: float) -> tuple[int, float]:
+        runs = by_rate[rate]
+        finished = 0 if metric == "accuracy" else sum(not run.diverged for run in runs)
+        return finished, float(np.mean([np.nan_to_num(run.accuracy) for run in runs]))
+
+    best = max(by_rate, key=score)
     runs = by_rate[best]
     ends = [_NO_EPOCH if run.diverged else run.epochs[-1] for run in runs]
     steps = spread([NAN if run.diverged else run.steps_to_target for run in runs])
@@ -148,6 +159,8 @@ def _provenance(options: StudyOptions, data: Mapping[str, Dataset], framework: F
         "seeds": list(range(options.seeds)),
         "epochs": options.epochs,
         "batch_sizes": list(options.batch_sizes),
+        "loss": display_name(options.loss),
+        "metric": display_name(options.recipe.metric),
         "target_accuracy": options.target_accuracy,
         "train_accuracy": "on at most 1,000 training examples, the same ones in every run",
         "optimizer": options.recipe.describe_optimizer(),

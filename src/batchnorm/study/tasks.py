@@ -9,12 +9,11 @@ import batchnorm
 
 from .data import Dataset
 from .frameworks import Framework
-from .networks import NETWORKS
 from .options import StudyOptions
 from .settings import Recipe, Setting, display_name, run_name, shown_number
-from .user_code import source_of
+from .user_code import is_user_code, source_of
 
-_FORMAT = 3  # of the record that a run leaves; older ones are not mixed with newer ones
+_FORMAT = 4  # of the record that a run leaves; older ones are not mixed with newer ones
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,9 @@ def settings_of(
     if isinstance(task, TimingTask):
         settings["arms"] = list(task.arms)
     settings["network_source"] = _digest_of_source(network)
+    for what in ("loss", "metric"):
+        name = getattr(task.recipe, what)
+        settings[what], settings[f"{what}_source"] = display_name(name), _digest_of_source(name)
     settings["data"] = f"{data.name} {data_fingerprint}"
     settings |= framework.settings()
     settings["batchnorm"] = batchnorm.__version__
@@ -84,8 +86,7 @@ def _where(setting: Setting) -> str:
     return f"{where}, network {setting.network_name}"
 
 
-def _digest_of_source(network: str) -> str | None:
-    if network in NETWORKS:
-        return None
-    source = source_of(network)
+def _digest_of_source(name: str) -> str | None:
+    """Returns a digest of the user's file that a name points at; None for what a study knows by name."""
+    source = source_of(name) if is_user_code(name) else None
     return hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source and source.is_file() else None

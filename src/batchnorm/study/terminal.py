@@ -19,6 +19,7 @@ from .data import SOURCES
 from .display import Display
 from .frameworks import framework_in_words
 from .networks import NETWORKS
+from .objectives import METRICS_IN_WORDS
 from .settings import shown_number
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -107,6 +108,7 @@ def print_results(results: dict[str, Any]) -> None:
     console = _plain_console()
     provenance = results["provenance"]
     target = f"{provenance['target_accuracy']:.0%}"
+    metric = METRICS_IN_WORDS.get(provenance["metric"], provenance["metric"])
     framework = framework_in_words(provenance)
     for network, arms in results["networks"].items():
         kept = [measured["bytes_kept_for_backward"]["mean"] for measured in arms.values()]
@@ -119,11 +121,11 @@ def print_results(results: dict[str, Any]) -> None:
             box=SIMPLE_HEAD,  # without edges, for 80 columns
             show_edge=False,
             pad_edge=False,
-            caption="accuracy: held-out; kB kept: "
+            caption=f"{metric}: held-out; kB kept: "
             + ("from the forward of a step to its backward" if is_kept_known else "not measured"),
         )
         table.add_column("arm", no_wrap=True)
-        headings = ("rate", "accuracy", f"steps to {target}", "ms/step", "kB kept")
+        headings = ("rate", metric, f"steps to {target}", "ms/step", "kB kept")
         for heading in headings if is_kept_known else headings[:-1]:
             table.add_column(heading, justify="right", no_wrap=True)
         for (arm, measured), size in zip(arms.items(), kept, strict=True):

@@ -12,6 +12,7 @@ import numpy as np
 
 from .arms import Arm, parse_arm
 from .data import Dataset
+from .objectives import Metric, accuracy, metric_named, moved, targets_of
 from .padding import Array, Examples, Padded
 from .records import (
     NAN,
@@ -53,8 +54,7 @@ class Learner(Protocol):
     """A network with its optimizer and its arm's penalties, in one framework.
 
     The gradient of a penalty is added to the weights' gradients before the update, which is the same step as
-    adding the penalty to the loss; the losses that are recorded are the cross-entropy alone, so that arms
-    compare.
+    adding the penalty to the loss; the losses that are recorded are without it, so that arms compare.
 
     Attributes:
         layers: names of the dense and convolution layers.
@@ -67,16 +67,19 @@ class Learner(Protocol):
     has_batch_norms: bool
 
     def step(self, x: Examples, y: Array) -> float:
-        """Takes a training step on a batch, and return its mean cross-entropy before the step."""
+        """Takes a training step on a batch, and returns its mean loss before the step."""
 
     def gradient_norms(self) -> Sequence[float]:
         """Returns the norm of each layer's gradient in the last step, without penalties; NaN for none."""
 
     def predict(self, x: Examples, *, by_batch: bool = False) -> Array | str:
-        """Returns float64 logits `[N, classes]`, without dropout; or the name of the type that is no tensor.
+        """Returns float64 outputs `[N, ...]`, without dropout; or the name of the type that is no tensor.
 
         Batch normalizations use their running statistics, or with `by_batch` those of this batch.
         """
+
+    def loss(self, outputs: Array, y: Array) -> float:
+        """Returns the mean loss of such outputs."""
 
     def input_spread(self, x: Examples) -> Mapping[str, tuple[float, float]]:
         """Returns the mean and standard deviation of each layer's input over a batch.
@@ -159,14 +162,18 @@ class _Training:
         # Training examples that every run is evaluated on.
         sample = learner.permutation(len(data.x_train), 0)[: min(len(data.x_test), _TRAINING_SAMPLE)]
         self.seen = data.train[sample], data.y_train[sample]
+        self.metric = metric_named(task.recipe.metric)
 
     def run(self) -> Run:
         """Trains to the end, or until the loss is no longer finite."""
         task, data, size = self.task, self.data, self.batch_size
         output = self.learner.predict(data.held_out[:2], by_batch=True)
-        shape, wanted = output if isinstance(output, str) else output.shape, (2, data.classes)
-        if shape != wanted:
-            raise ValueError(f"the network gives {shape} for two examples, not {wanted}")
+        shape = output if isinstance(output, str) else output.shape
+        kind = targets_of(task.recipe.loss)
+        wanted = (2, data.outputs) if kind == "classes" else data.y_test[:2].shape
+        if isinstance(shape, str) or (shape[:1] != (2,) if kind == "any" else shape != wanted):
+            wanted_words = "a tensor of two" if kind == "any" else wanted
+            raise ValueError(f"the network gives {shape} for two examples, not {wanted_words}")
         first = np.arange(size)  # copies: a slice would share, and count, the memory of the whole data set
         kept = self.learner.bytes_kept(data.train[first], data.y_train[first])
         finished = all(map(self._epoch, range(1, task.recipe.epochs + 1)))
@@ -203,7 +210,10 @@ class _Training:
             rows = order[start : start + size]
             if not self._step(data.train[rows], data.y_train[rows]):
                 return False
-        losses = (*evaluate(self.learner, *self.seen), *evaluate(self.learner, data.held_out, data.y_test))
+        held_out = data.held_out, data.y_test
+        losses = [
+            value for part in (self.seen, held_out) for value in evaluate(self.learner, *part, self.metric)
+        ]
         self.epochs.append(Epoch(number, *losses))
         return math.isfinite(losses[0]) and math.isfinite(losses[2])
 
@@ -234,7 +244,8 @@ class _Training:
         """Looks up whether the target is reached; the next time is at most a tenth of the steps later."""
         later = self.step + max(self.check_every, self.step // 10)
         self.next_check = min(later, max(self.step + 1, self.total))
-        if reaches(self.learner, self.data.held_out, self.data.y_test, self.task.recipe.target_accuracy):
+        target = self.task.recipe.target_accuracy
+        if reaches(self.learner, self.data.held_out, self.data.y_test, target, self.metric):
             self.steps_to_target = self.step
 
     def _movements(self) -> Movements | None:
@@ -246,72 +257,70 @@ class _Training:
         order = self.learner.permutation(len(x), 2)
 
         def movement(*, by_batch: bool) -> Movement:
-            def probabilities(x: Examples) -> Array:
-                outputs = _outputs(self.learner, x, np.zeros(len(x)), size, by_batch=by_batch)
-                logits = np.concatenate([output for output, _ in outputs])
-                exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-                shares: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
-                return shares
+            def outputs(x: Examples) -> Array:
+                return _outputs(self.learner, x, size, by_batch=by_batch)
 
-            before = probabilities(x)
-            others, longer = probabilities(x[order]), probabilities(x.longer(MORE_PADDING))
-            return Movement(_moved(before[order], others), _moved(before, longer))
+            before = outputs(x)
+            others, longer = outputs(x[order]), outputs(x.longer(MORE_PADDING))
+            return Movement(self._moved(before[order], others), self._moved(before, longer))
 
         return Movements(running=movement(by_batch=False), batch=movement(by_batch=True))
+
+    def _moved(self, before: Array, after: Array) -> float:
+        """Returns how far predictions moved; below what float32 resolves it is 0."""
+        distance = moved(self.task.recipe.loss, before, after)
+        return 0.0 if distance < _RESOLVED else distance
 
     def _test_time_statistics(self) -> AccuracyByStatistics | None:
         if not self.learner.has_batch_norms:
             return None
         x, y = self.data.held_out, self.data.y_test
-        by_batch = _outputs(self.learner, x, y, self.batch_size, by_batch=True)
-        correct = sum(int((output.argmax(axis=1) == classes).sum()) for output, classes in by_batch)
+        by_batch = self.metric(_outputs(self.learner, x, self.batch_size, by_batch=True), y)
         self.learner.calibrate(self.data.train)  # the last thing that is done with the network
         return AccuracyByStatistics(
-            batch=correct / len(x),
+            batch=by_batch,
             running=self.epochs[-1].test_accuracy,
-            calibrated=evaluate(self.learner, x, y)[1],
+            calibrated=evaluate(self.learner, x, y, self.metric)[1],
         )
 
 
-def _moved(before: Array, after: Array) -> float:
-    """Returns the mean total variation of probabilities; below what float32 resolves it is 0."""
-    moved = float(np.abs(before - after).sum(axis=1).mean() / 2)
-    return 0.0 if moved < _RESOLVED else moved
+def evaluate(learner: Learner, x: Examples, y: Array, metric: Metric = accuracy) -> tuple[float, float]:
+    """Returns mean loss and metric, by running statistics and without dropout."""
+    outputs = _outputs(learner, x, EVALUATION_BATCH)
+    loss = learner.loss(outputs, y)
+    # A diverged network has no accuracy; its outputs are not finite, which a metric need not bear.
+    return loss, metric(outputs, y) if math.isfinite(loss) else NAN
 
 
-def evaluate(learner: Learner, x: Examples, y: Array) -> tuple[float, float]:
-    """Returns mean cross-entropy and accuracy, by running statistics and without dropout."""
-    loss, correct = 0.0, 0
-    for output, classes in _outputs(learner, x, y, EVALUATION_BATCH):
-        with np.errstate(invalid="ignore"):  # a diverged network's outputs are infinite, and its loss is NaN
-            shifted = output - output.max(axis=1, keepdims=True)
-            of_class = shifted[np.arange(len(classes)), classes]
-            loss += float(np.sum(np.log(np.exp(shifted).sum(axis=1)) - of_class))
-        correct += int((output.argmax(axis=1) == classes).sum())
-    return loss / len(x), correct / len(x)
+def reaches(learner: Learner, x: Examples, y: Array, target: float, metric: Metric = accuracy) -> bool:
+    """Returns whether the metric is at least `target`.
 
-
-def reaches(learner: Learner, x: Examples, y: Array, target: float) -> bool:
-    """Returns whether accuracy is at least `target`.
-
-    Stops as soon as the errors rule it out: a network far below the target costs a fraction of the examples.
+    Accuracy stops as soon as the errors rule it out: a network far below the target costs a fraction of the
+    examples.
     """
+    if metric is not accuracy:
+        return evaluate(learner, x, y, metric)[1] >= target
     wrong = 0
-    for output, classes in _outputs(learner, x, y, EVALUATION_BATCH):
-        wrong += int((output.argmax(axis=1) != classes).sum())
+    for rows, output in _batches(learner, x, EVALUATION_BATCH):
+        wrong += int((output.argmax(axis=1) != y[rows]).sum())
         if len(x) - wrong < target * len(x):
             return False
     return True
 
 
-def _outputs(
-    learner: Learner, x: Examples, y: Array, size: int, *, by_batch: bool = False
+def _outputs(learner: Learner, x: Examples, size: int, *, by_batch: bool = False) -> Array:
+    """Returns outputs of all examples."""
+    return np.concatenate([output for _, output in _batches(learner, x, size, by_batch=by_batch)])
+
+
+def _batches(
+    learner: Learner, x: Examples, size: int, *, by_batch: bool = False
 ) -> Iterator[tuple[Array, Array]]:
-    """Yields logits and classes in batches of nearly `size`: equal parts rather than a small last one."""
+    """Yields rows and outputs in batches of nearly `size`: equal parts rather than a small last one."""
     for rows in np.array_split(np.arange(len(x)), math.ceil(len(x) / size)):
         output = learner.predict(x[rows], by_batch=by_batch)
         assert not isinstance(output, str)  # checked before training
-        yield output, y[rows]
+        yield rows, output
 
 
 def time_steps(task: TimingTask, data: Dataset, make: MakeLearner) -> Timing:
