@@ -14,7 +14,7 @@ help:
 	@echo "             make test-oldest, make test-newest: with other versions of what it needs"
 	@echo "make fuzz    any call of any layer against the reference, and damaged files: FUZZ_CASES of them (20000), by FUZZ_SEED"
 	@echo "make mutants what the suite catches: mistakes made in the code by rule, 14 in each part of it; half an hour"
-	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make lint    ruff, mypy, pyright on what users write, import-linter"
 	@echo "make resolves  what users and developers install has a solution on every platform, by the registry's metadata"
 	@echo "make docs    the documentation as pages that can be read offline; make docs-serve: at http://127.0.0.1:8000"
 	@echo "make dist    the wheel and the source distribution of a release, checked and tried in empty environments"
@@ -85,6 +85,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typing/usage.py
 	$(BIN)/lint-imports
 
 resolves: $(VENV)/.dev

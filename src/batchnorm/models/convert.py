@@ -23,20 +23,20 @@ from .graph.module_hooks import is_forward_replaced
 from .norms.find import Found, find_norms
 from .norms.kinds import Layer, is_layer, is_ours, rebased
 from .norms.timm import BatchNormAct2d, inner_activation
-from .preconditions import verb
+from .preconditions import Model, verb
 from .verify import checked_change
 
 
 @verb()
 def convert(
-    model: nn.Module,
+    model: Model,
     statistics: Policy | None = None,
     *,
     domains: int | None = None,
     nonfinite: str | None = None,
     small_batch: str | None = None,
     example: Any = None,
-) -> nn.Module:
+) -> Model:
     """Turn the batch normalizations of `model` into layers of this library, in place.
 
     A layer stays the same module and changes its class: optimizers, hooks, shared modules, DDP and

@@ -12,12 +12,12 @@ from .contexts import norms_of
 from .convert import become_ours, check, check_options
 from .norms.find import Found
 from .norms.kinds import is_layer
-from .preconditions import verb
+from .preconditions import Model, verb
 from .rollback import untouched_on_error
 
 
 @verb()
-def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
+def freeze(model: Model, *, parameters: bool = False) -> Model:
     """Freeze every batch normalization of `model`: it uses and keeps its running statistics in training too.
 
         y = weight * (x - running_mean) / sqrt(running_var + eps) + bias
@@ -66,7 +66,7 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
 
 
 @verb()
-def unfreeze(model: nn.Module) -> nn.Module:
+def unfreeze(model: Model) -> Model:
     """Undo `freeze`: every batch normalization again uses and moves the statistics that it did before.
 
     In place. Layers get the policy that they had before `freeze`, copies and pickled ones too, or `Batch()`

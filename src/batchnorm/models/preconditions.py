@@ -17,6 +17,7 @@ from .norms.find import find_norms
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+Model = TypeVar("Model", bound=nn.Module)  # of a verb that returns the model that it was given
 
 
 def verb(*, masked: str = "", pooled: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:

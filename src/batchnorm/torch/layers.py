@@ -105,6 +105,16 @@ class _Layer(StoredState):
             nn.init.zeros_(self.bias)
         self._start_counting()
 
+    if TYPE_CHECKING:  # a module's call is Any to type checkers
+
+        def __call__(
+            self,
+            input: Tensor,
+            residual: Tensor | None = None,
+            mask: Tensor | None = None,
+            lengths: Tensor | None = None,
+        ) -> Tensor: ...
+
     def forward(
         self,
         input: Tensor,
