@@ -27,7 +27,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "docstrings",  # these three are in docs/site
     "mathml",
-    "repository_links",
+    "repository_pages",
 ]
 exclude_patterns = ["site"]
 suppress_warnings = ["myst.strikethrough"]
@@ -35,7 +35,7 @@ suppress_warnings = ["myst.strikethrough"]
 default_role = "py:obj"
 
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_enable_extensions = ["dollarmath", "attrs_inline"]
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120

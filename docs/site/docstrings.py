@@ -6,8 +6,10 @@ An indented block outside of the sections is a formula; Sphinx would join its li
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:  # tests run this without Sphinx
+    from sphinx.application import Sphinx
 
 SECTIONS = ("Args", "Attributes", "Call arguments", "Example", "Raises", "Returns", "Warns", "Yields")
 _SECTION = re.compile(f"({'|'.join(SECTIONS)}):$")
