@@ -22,7 +22,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 DATA = ".npz"  # what the study brings along
 MOST, MOST_WITHOUT_DATA = 3_000_000, 1_000_000  # bytes of the wheel, compressed
-IN_WHEEL = ("py.typed", "reference/__init__.py", "kernels/cpu/jit.py", "study/digits.npz", "study/digits.md")
+IN_WHEEL = (
+    "py.typed",
+    "reference/__init__.py",
+    "kernels/cpu/jit.py",
+    "studies/digits.npz",
+    "studies/digits.md",
+)
 IN_SDIST = ("Makefile", "constraints.txt", "tests/conftest.py", "docs/architecture.md", "CONTRIBUTING.md")
 
 

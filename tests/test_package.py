@@ -51,7 +51,7 @@ def test_users_see_no_extra_of_developers() -> None:
     ("change", "said"),
     [
         ({}, None),
-        ({"batchnorm/study/digits.npz": None}, "digits.npz"),
+        ({"batchnorm/studies/digits.npz": None}, "digits.npz"),
         ({"batchnorm/test_layers.py": b""}, "test_layers"),
         ({"tests/test_layers.py": b""}, "tests"),
         ({"batchnorm/large.bin": bytes(check_dist.MOST_WITHOUT_DATA)}, "without the data"),

@@ -73,5 +73,5 @@ def test_docstrings_become_restructured_text() -> None:
 def test_pages_of_the_repository_become_pages_of_the_site() -> None:
     from repository_pages import for_the_site
 
-    given = '| <a id="gap"></a>`gap` | [digits.md](../src/batchnorm/study/digits.md), [fold](fold.md) |'
+    given = '| <a id="gap"></a>`gap` | [digits.md](../src/batchnorm/studies/digits.md), [fold](fold.md) |'
     assert for_the_site(given) == "| [`gap`]{#gap} | `digits.md`, [fold](fold.md) |"

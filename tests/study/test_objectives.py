@@ -13,12 +13,12 @@ from torch import nn
 
 import batchnorm
 from batchnorm.errors import DataError, OptionError
-from batchnorm.study import StudyOptions, objectives, run_study, training
-from batchnorm.study.arms import parse_arm
-from batchnorm.study.data import Dataset, load_data
-from batchnorm.study.errors import StudyError
-from batchnorm.study.learner_torch import TorchLearner, make_learner
-from batchnorm.study.settings import Recipe, Setting
+from batchnorm.studies import StudyOptions, objectives, run_study, training
+from batchnorm.studies.arms import parse_arm
+from batchnorm.studies.data import Dataset, load_data
+from batchnorm.studies.errors import StudyError
+from batchnorm.studies.learner_torch import TorchLearner, make_learner
+from batchnorm.studies.settings import Recipe, Setting
 from tests.study.tasks import run_task
 
 _OWN = """

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from batchnorm.errors import OptionError
-from batchnorm.study import StudyOptions, run_study, training
-from batchnorm.study.data import Dataset, load_data
-from batchnorm.study.learner_torch import make_learner, session
-from batchnorm.study.records import Movement, Movements
-from batchnorm.study.verdicts import judge, read
+from batchnorm.studies import StudyOptions, run_study, training
+from batchnorm.studies.data import Dataset, load_data
+from batchnorm.studies.learner_torch import make_learner, session
+from batchnorm.studies.records import Movement, Movements
+from batchnorm.studies.verdicts import judge, read
 from tests.study.results_fixture import each_seed, record, results, write
 from tests.study.tasks import run_task
 

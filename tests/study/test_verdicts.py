@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from batchnorm.errors import DataError
-from batchnorm.study.records import Drift, Moments
-from batchnorm.study.verdicts import Claim, Comparison, Grade, judge, read
-from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.internals import layer_drift, total_drift
-from batchnorm.study.verdicts.results import Network, Sample
+from batchnorm.studies.records import Drift, Moments
+from batchnorm.studies.verdicts import Claim, Comparison, Grade, judge, read
+from batchnorm.studies.verdicts import formatting as q
+from batchnorm.studies.verdicts.internals import layer_drift, total_drift
+from batchnorm.studies.verdicts.results import Network, Sample
 from tests.study.results_fixture import Record, each_seed, record, results, usual, write
 
 
@@ -90,6 +90,18 @@ def test_the_interval_is_students() -> None:
     assert comparison.grade is Grade.UNCLEAR
     assert Comparison((2.0, 2.5, 3.0), minimal=0.0).grade is Grade.SUPPORTED
     assert Comparison(tuple([1.0, 1.1] * 40), minimal=0.0).half_width == pytest.approx(0.01133, rel=0.05)
+
+
+def test_what_is_not_clear_says_how_large_a_difference_would_have_shown() -> None:
+    unclear = Comparison((0.01, 0.02, 0.03), minimal=0.005)
+    assert unclear.visible == unclear.half_width == pytest.approx(0.01 * 4.303 / math.sqrt(3))
+    assert unclear.basis(q.points).endswith(
+        "3 seeds; 2.5 points or more would have shown".replace(" points", "\N{NO-BREAK SPACE}points")
+    )
+    assert Comparison((0.001, 0.001), minimal=0.005).visible == 0.005
+    for mean, grade in ((0.0247, Grade.UNCLEAR), (0.0249, Grade.SUPPORTED)):
+        assert Comparison((mean - 0.01, mean, mean + 0.01), minimal=0.005).grade is grade
+    assert "would have shown" not in Comparison((0.02, 0.021), minimal=0.005).basis(q.points)
 
 
 def test_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def _of_torch() -> Values:
 
 def _of_keras() -> Values:
     def backend() -> str:
-        from batchnorm.study.frameworks import keras_backend
+        from batchnorm.studies.frameworks import keras_backend
 
         return keras_backend()
 
