@@ -36,7 +36,7 @@ default_role = "py:obj"
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath", "attrs_inline"]
-nb_execution_mode = "cache"
+nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_merge_streams = True
