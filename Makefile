@@ -32,7 +32,7 @@ $(VENV)/.study: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --upgrade 'pip>=25.1'  # the first that knows dependency groups
-	$(PIP) --editable '.[study,keras]' --group dev
+	$(PIP) --editable '.[cluster,keras]' --group dev
 	@touch $@ $(VENV)/.study
 
 study: $(VENV)/.study
@@ -64,9 +64,9 @@ test-benchmarks: $(VENV)/.kernels
 test-oldest test-newest: test-%: $(VENV)/.dev
 	$(PYTHON) -m venv --clear $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/uv pip compile pyproject.toml --extra study --extra keras --quiet --no-header --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --extra cluster --extra keras --quiet --no-header --no-annotate \
 	  --resolution $(if $(filter oldest,$*),lowest-direct,highest) --python $(BIN)/python > $(VENV)-$*/versions.txt
-	$(VENV)-$*/bin/python -m pip install --quiet --constraint $(VENV)-$*/versions.txt --editable '.[study,keras]' --group test
+	$(VENV)-$*/bin/python -m pip install --quiet --constraint $(VENV)-$*/versions.txt --editable '.[cluster,keras]' --group test
 	$(VENV)-$*/bin/python -m pytest -n auto --ignore tests/benchmarks $(ARGS)
 
 # What a seed finds, `make fuzz FUZZ_SEED=...` finds again, as long as FUZZ_CASES is the same.

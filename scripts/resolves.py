@@ -30,8 +30,9 @@ REQUESTS = {
     "[study]": ["--extra", "study"],
     "[torch]": ["--extra", "torch"],
     "[keras]": ["--extra", "keras"],
-    "[study,keras] and every group": [
-        *("--extra", "study", "--extra", "keras", "--group", "dev", "--group", "docs"),
+    "[cluster]": ["--extra", "cluster"],
+    "[cluster,keras] and every group": [
+        *("--extra", "cluster", "--extra", "keras", "--group", "dev", "--group", "docs"),
     ],
 }
 
