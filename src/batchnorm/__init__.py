@@ -40,6 +40,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "lean": ("batchnorm.torch.lean", "lean"),
     "mask": ("batchnorm.models.mask", "mask"),
     "merge_statistics": ("batchnorm.models.merge_statistics", "merge_statistics"),
+    "monitor": ("batchnorm.models.monitor", "monitor"),
     "reuse_memory": ("batchnorm.allocator", "reuse_memory"),
     "revert": ("batchnorm.models.revert", "revert"),
     "unfreeze": ("batchnorm.models.freeze", "unfreeze"),
@@ -74,6 +75,7 @@ __all__ = [
     "lean",
     "mask",
     "merge_statistics",
+    "monitor",
     "reuse_memory",
     "revert",
     "unfreeze",
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from .models.inspect import inspect
     from .models.mask import mask
     from .models.merge_statistics import merge_statistics
+    from .models.monitor import monitor
     from .models.revert import revert
     from .statistics.adapted import Adapted
     from .statistics.batch import Batch
