@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from batchnorm.doctor.measurements import distance_of_statistics
 from batchnorm.doctor.state_checks import dead_channels
 from batchnorm.errors import BatchNormError, OptionError
-from batchnorm.loggers import Log, LogFunction, Row, log_function
+from batchnorm.loggers import Log, Row, log_function
 from batchnorm.statistics.calibration import Accumulator
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.torch.functional import moments
@@ -83,12 +83,10 @@ def monitor(model: nn.Module, log: Log, *, every: int = 100) -> Monitor:
         0 bn/1/weight_grad_norm
         2 bn/1/weight_grad_norm
     """
-    observer = StepObserver(model)
     check_every(every)
-    is_first = (
-        not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-    )
-    return Monitor(model, observer, log_function(log) if is_first else None, every)
+    is_alone = not (distributed.is_available() and distributed.is_initialized())
+    observer = StepObserver(model, log if is_alone or distributed.get_rank() == 0 else None)
+    return Monitor(model, observer, every)
 
 
 def check_every(every: object) -> None:
@@ -105,18 +103,14 @@ class Monitor:
         every: number of steps from one row to the next.
     """
 
-    def __init__(self, model: nn.Module, observer: StepObserver, log: LogFunction | None, every: int) -> None:
+    def __init__(self, model: nn.Module, observer: StepObserver, every: int) -> None:
         self.step = 0
         self.every = every
         self._model = model
         self._inner = inner_model(model)
-        self._observer = observer
-        self._log = log
-        self._observed: int | None = None  # the step that is not logged yet
+        self._observer: StepObserver | None = observer
         self._handles: list[RemovableHandle] = []
         self._compiled = model._compiled_call_impl
-        if log is None:
-            return
         if self._compiled is not None:  # by model.compile(), within which hooks would be compiled too
             model._compiled_call_impl = self._around(self._compiled)
             return
@@ -127,18 +121,17 @@ class Monitor:
 
     def remove(self) -> None:
         """Log what was observed and not logged yet, and leave the model as it was before `monitor`."""
-        if self._log is None:
+        if self._observer is None:
             return
         for handle in self._handles:
             handle.remove()
         if self._compiled is not None:
             self._model._compiled_call_impl = self._compiled
-        self._observer.detach()
-        self._flush()
+        observer, self._observer = self._observer, None
+        observer.log()
         if self.step == 0 and sys.exc_info()[0] is None:
             name = type(self._inner).__name__
             warnings.warn(f"monitor saw no forward of {name} in training mode{_COMPILED}", stacklevel=2)
-        self._log = None
 
     def __enter__(self) -> Self:
         return self
@@ -150,25 +143,17 @@ class Monitor:
 
     def _before(self, *_: object) -> None:
         """Count a forward, and observe it if it is its turn."""
-        if not self._inner.training or is_recomputed():
+        if not self._inner.training or is_recomputed() or self._observer is None:
             return
         step, self.step = self.step, self.step + 1
-        is_due = step % self.every == 0
-        if self._observed is not None and (is_due or not self._observer.awaits_gradients):
-            self._flush()
-        if is_due and not is_exporting():
-            self._observer.attach()
-            self._observed = step
+        if self._observer.is_complete:
+            self._observer.log()
+        if step % self.every == 0 and not is_exporting():
+            self._observer.attach(step)
 
     def _after(self, *_: object) -> None:
-        if self._observed is not None and not is_recomputed():
+        if self._observer is not None and not is_recomputed():
             self._observer.detach()
-
-    def _flush(self) -> None:
-        """Log the row of the step that was observed."""
-        observed, self._observed = self._observed, None
-        if observed is not None and self._log is not None:
-            self._log(self._observer.row(), observed)
 
     def _around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """Return the compiled call of the model with what hooks would do around it."""
@@ -187,16 +172,18 @@ class Monitor:
 
 
 class StepObserver:
-    """Observes what the norms of a model receive in a step, and the gradients of their parameters.
+    """Observes what the norms of a model receive in a step, and the gradients of their parameters; logs it.
 
     Args:
-        model: not changed but between `attach` and `row`.
+        model: not changed but between `attach` and `log`.
+        log: as `monitor` takes it; None = nothing is observed.
 
     Raises:
-        OptionError: it has no batch normalization.
+        OptionError: the model has no batch normalization.
+        ArgumentTypeError, FileError, DataError: of `log`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, log: Log | None) -> None:
         inner = inner_model(model)
         self.norms = {
             name or type(module).__name__: module
@@ -205,15 +192,18 @@ class StepObserver:
         }
         if not self.norms:
             raise OptionError(f"{type(inner).__name__} has no batch normalization to monitor")
+        self._log = None if log is None else log_function(log)
+        self._step: int | None = None  # which is observed and not logged
         self._clear()
         self._forward = contextlib.ExitStack()
         self._backward = contextlib.ExitStack()
 
-    def attach(self) -> None:
-        """Observe from now on: forwards until `detach`, and gradients until `row`."""
-        self.detach()
-        self._backward.close()
-        self._clear()
+    def attach(self, step: int) -> None:
+        """Observe a step: forwards until `detach`, gradients until `log`; one that is not logged yet is."""
+        self.log()
+        if self._log is None:
+            return
+        self._step = step
         if "torch._dynamo" in sys.modules:  # hooks of compiled parts are not called; else nothing is compiled
             with contextlib.suppress(RuntimeError):  # in the midst of a compiled function
                 self._forward.enter_context(torch.compiler.set_stance("force_eager"))
@@ -223,24 +213,33 @@ class StepObserver:
             self._forward.callback(handle.remove)
             for what in ("weight", "bias"):
                 parameter = norm._parameters.get(what)
-                if parameter is not None and _learns(parameter):
+                if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
                     self._may_learn = True
                     keep = functools.partial(self._keep_gradient, f"{name}/{what}_grad_norm")
                     handle = parameter.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
                     self._backward.callback(handle.remove)
 
     @property
-    def awaits_gradients(self) -> bool:
-        """Whether the backward of what was observed is still to come."""
-        return not self._gradients and self._may_learn
+    def is_complete(self) -> bool:
+        """Whether a step was observed, and its backward has begun unless there is none to come."""
+        return self._step is not None and (bool(self._gradients) or not self._may_learn)
 
     def detach(self) -> None:
         """Observe no more forwards."""
         self._forward.close()
 
-    def row(self, prefix: str = "bn/") -> Row:
-        """Return what was observed since `attach`, and observe no more; this waits for a GPU."""
+    def log(self) -> None:
+        """Log what was observed since `attach`, if anything, and observe no more."""
+        self.detach()
         self._backward.close()
+        step, self._step = self._step, None
+        if step is not None and self._log is not None:
+            row = self._row()
+            self._clear()
+            self._log(row, step)
+
+    def _row(self) -> Row:
+        """Return what was observed; this waits for a GPU."""
         if not self._calls and sys.exc_info()[0] is None:
             warnings.warn(f"monitor: no batch normalization was reached{_COMPILED}", stacklevel=4)
         received = Accumulator()
@@ -252,8 +251,7 @@ class StepObserver:
             found = {**self._of_batch(name, norm, received), **_of_state(norm)}
             row |= {f"{name}/{what}": value for what, value in found.items()}
         row |= {name: float(norm) for name, norm in self._gradients.items()}
-        self._clear()
-        return {prefix + name: value for name, value in row.items()}
+        return {f"bn/{name}": value for name, value in row.items()}
 
     def _clear(self) -> None:
         self._calls: list[tuple[str, PooledMoments]] = []
@@ -287,10 +285,6 @@ class StepObserver:
             batch = found.mean.numpy(), (found.m2 / (found.count - 1)).numpy()
             row["mean_distance"], row["std_ratio"] = distance_of_statistics(*batch, (mean, var), norm.eps)
         return row
-
-
-def _learns(parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad and not is_lazy(parameter)
 
 
 def _of_state(norm: BatchNormBase) -> Row:
