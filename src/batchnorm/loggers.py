@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from .errors import ArgumentTypeError, DataError
+from .errors import ArgumentTypeError, DataError, OptionError
 from .files import naming, open_regular
 
 Row: TypeAlias = dict[str, float]
@@ -40,6 +40,12 @@ class Run(Protocol):
 
 
 Log: TypeAlias = LogFunction | ScalarWriter | MetricsLogger | Run | str | Path
+
+
+def check_every(every: object) -> None:
+    """Raise OptionError unless `every` is a number of steps."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise OptionError(f"every is a number of steps, 1 or more; got {every!r}")
 
 
 def log_function(log: Log) -> LogFunction:

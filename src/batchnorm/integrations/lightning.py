@@ -10,12 +10,12 @@ from torch import nn
 
 from batchnorm.doctor.findings import Diagnosis
 from batchnorm.errors import OptionError
-from batchnorm.loggers import Log, log_function
+from batchnorm.loggers import Log, check_every, log_function
 from batchnorm.models.calibrate import calibrate, norms_to_calibrate
 from batchnorm.models.calibration.batches import Forward
 from batchnorm.models.diagnose import diagnose
 from batchnorm.models.freeze import affine_parameters, freeze, hold
-from batchnorm.models.monitor import StepObserver, check_every
+from batchnorm.models.monitor import StepObserver
 from batchnorm.statistics.calibration import CalibrationReport, check_repeatable
 
 __all__ = ["Calibrate", "Doctor", "Freeze", "Monitor"]

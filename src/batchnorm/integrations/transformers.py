@@ -9,12 +9,12 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from batchnorm.doctor.findings import Diagnosis
-from batchnorm.loggers import Log, Row
+from batchnorm.loggers import Log, Row, check_every
 from batchnorm.models.calibrate import calibrate, norms_to_calibrate
 from batchnorm.models.calibration.batches import Forward
 from batchnorm.models.diagnose import diagnose
 from batchnorm.models.freeze import affine_parameters, freeze, hold
-from batchnorm.models.monitor import StepObserver, check_every
+from batchnorm.models.monitor import StepObserver
 from batchnorm.statistics.calibration import CalibrationReport, check_repeatable
 
 __all__ = ["Calibrate", "Doctor", "Freeze", "Monitor"]

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from batchnorm.doctor.measurements import distance_of_statistics
 from batchnorm.doctor.state_checks import dead_channels
 from batchnorm.errors import BatchNormError, OptionError
-from batchnorm.loggers import Log, Row, log_function
+from batchnorm.loggers import Log, Row, check_every, log_function
 from batchnorm.statistics.calibration import Accumulator
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.torch.functional import moments
@@ -87,12 +87,6 @@ def monitor(model: nn.Module, log: Log, *, every: int = 100) -> Monitor:
     is_alone = not (distributed.is_available() and distributed.is_initialized())
     observer = StepObserver(model, log if is_alone or distributed.get_rank() == 0 else None)
     return Monitor(model, observer, every)
-
-
-def check_every(every: object) -> None:
-    """Raise OptionError unless `every` is a number of steps."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise OptionError(f"every is a number of steps, 1 or more; got {every!r}")
 
 
 class Monitor:
