@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from batchnorm import BatchNorm1d
 from batchnorm.integrations.lightning import Calibrate, Monitor
-from batchnorm.study.data import load_digits
+from batchnorm.studies.data import load_digits
 
 
 class Classifier(pl.LightningModule):

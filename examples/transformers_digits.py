@@ -6,7 +6,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from batchnorm import BatchNorm1d
 from batchnorm.integrations.transformers import Calibrate, Monitor
-from batchnorm.study.data import load_digits
+from batchnorm.studies.data import load_digits
 
 
 class Classifier(nn.Sequential):

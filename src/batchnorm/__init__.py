@@ -43,6 +43,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "monitor": ("batchnorm.models.monitor", "monitor"),
     "reuse_memory": ("batchnorm.allocator", "reuse_memory"),
     "revert": ("batchnorm.models.revert", "revert"),
+    "study": ("batchnorm.studies.study", "study"),
     "unfreeze": ("batchnorm.models.freeze", "unfreeze"),
 }
 
@@ -78,6 +79,7 @@ __all__ = [
     "monitor",
     "reuse_memory",
     "revert",
+    "study",
     "unfreeze",
 ]
 
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
     from .statistics.renorm import Renorm
     from .statistics.running import Running
     from .statistics.synced import Synced
+    from .studies.study import study
     from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from .torch.lean import lean
     from .torch.sync import SyncBatchNorm
