@@ -162,6 +162,16 @@ ROOMS = (
         ),
     ),
     Room(
+        "monitor and callbacks",
+        ("models/monitor.py", "keras/monitor.py", "loggers.py", "integrations/*.py"),
+        (
+            Run(_in("models", "monitor"), only=("models/*", "loggers.py")),
+            Run(_in("keras", "monitor"), backend="torch", only=("keras/*",)),
+            Run(_in("integrations", "lightning", "transformers"), only=("integrations/*", "models/*")),
+        ),
+        patience=120.0,
+    ),
+    Room(
         "statistics and policies",
         ("statistics/*.py", "torch/policy_step.py", "torch/autograd.py", "torch/composite.py"),
         (
