@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm
 from batchnorm.errors import ArgumentTypeError, DataError, FileError, OptionError
 from batchnorm.loggers import Row
+from tests.models import monitor_rank
+from tests.support.ranks import found_by_ranks
 
 Logged = list[tuple[int, Row]]
 
@@ -227,19 +229,40 @@ def test_compiled_models_are_observed_and_not_compiled_again(form: str) -> None:
     logged: Logged = []
     wanted: Logged = []
     with batchnorm.monitor(model, _logging(logged), every=3) as handle:
-        for x, target in _data(7):
+        for x, target in _data(4):
             _step(model, x, target)
-    assert handle.step == 7
+    assert handle.step == 4
     assert graphs == 1
     with batchnorm.monitor(plain, _logging(wanted), every=3):
-        for x, target in _data(7):
+        for x, target in _data(4):
             _step(plain, x, target)
-    assert [step for step, _ in logged] == [0, 3, 6]
+    assert [step for step, _ in logged] == [0, 3]
     for (_, found), (_, exact) in zip(logged, wanted, strict=True):
         assert found == pytest.approx(exact, rel=1e-3)
     assert torch.compiler.is_compiling() is False
     _step(model, *_data(1)[0])
     assert graphs == 1
+
+
+def test_under_ddp_rank_0_logs_its_own_batch_and_nothing_waits(tmp_path: Path) -> None:
+    """Training is the same bit for bit; the values and gradients are those of rank 0, before the average."""
+    first, second = found_by_ranks(monitor_rank, 2, tmp_path)
+    assert [found["steps"] for found in (first, second)] == [3, 3]
+    assert [step for step, _ in first["rows"]] == [0, 2]
+    assert second["rows"] == []
+    for found in (first, second):
+        for name, value in found["net"].items():
+            assert torch.equal(value, found["plain"][name]), name
+    row = first["rows"][0][1]
+    assert row["bn/1/values_per_channel"] == row["bn/4/values_per_channel"] == 8
+    x, target = monitor_rank.shard(0)
+    received = monitor_rank.network()[0](x).detach().double()
+    distance = (received.mean(0).square() / (received.var(0) + 1e-5)).mean().sqrt().item()
+    assert row["bn/1/mean_distance"] == pytest.approx(distance, rel=1e-5)
+    # The gradient of the last bias does not depend on what is before it: this rank's, not the mean of both.
+    assert row["bn/4/bias_grad_norm"] == pytest.approx(
+        (target.sum(0) / target.numel()).norm().item(), rel=1e-5
+    )
 
 
 def test_a_model_that_is_compiled_after_it_is_told() -> None:

@@ -18,7 +18,7 @@ from batchnorm.models.freeze import affine_parameters, freeze, hold
 from batchnorm.models.monitor import StepObserver
 from batchnorm.statistics.calibration import CalibrationReport, check_repeatable
 
-__all__ = ["Calibrate", "Doctor", "Freeze", "Monitor"]
+Data = Iterable[object]
 
 
 class Calibrate(Callback):
@@ -37,9 +37,7 @@ class Calibrate(Callback):
         report: of the last calibration; None before the first.
     """
 
-    def __init__(
-        self, data: Iterable[object], *, forward: Forward | None = None, samples: int | None = None
-    ) -> None:
+    def __init__(self, data: Data, *, forward: Forward | None = None, samples: int | None = None) -> None:
         check_repeatable(data)
         self.data, self.forward, self.samples = data, forward, samples
         self.report: CalibrationReport | None = None
@@ -137,11 +135,7 @@ class Doctor(Callback):
     """
 
     def __init__(
-        self,
-        data: Iterable[object] | None = None,
-        *,
-        forward: Forward | None = None,
-        ignore: Iterable[str] = (),
+        self, data: Data | None = None, *, forward: Forward | None = None, ignore: Iterable[str] = ()
     ) -> None:
         self.data, self.forward, self.ignore = data, forward, tuple(ignore)
         self.diagnosis: Diagnosis | None = None

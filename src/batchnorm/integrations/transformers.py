@@ -17,7 +17,7 @@ from batchnorm.models.freeze import affine_parameters, freeze, hold
 from batchnorm.models.monitor import StepObserver
 from batchnorm.statistics.calibration import CalibrationReport, check_repeatable
 
-__all__ = ["Calibrate", "Doctor", "Freeze", "Monitor"]
+Data = Iterable[object]
 
 
 class Calibrate(TrainerCallback):
@@ -36,9 +36,7 @@ class Calibrate(TrainerCallback):
         report: of the last calibration; None before the first.
     """
 
-    def __init__(
-        self, data: Iterable[object], *, forward: Forward | None = None, samples: int | None = None
-    ) -> None:
+    def __init__(self, data: Data, *, forward: Forward | None = None, samples: int | None = None) -> None:
         check_repeatable(data)
         self.data, self.forward, self.samples = data, forward, samples
         self.report: CalibrationReport | None = None
@@ -94,11 +92,9 @@ class Freeze(TrainerCallback):
 class Monitor(TrainerCallback):
     """Logs how each batch normalization does, at every `every`-th optimizer step: `batchnorm.monitor`.
 
-    The micro-batches of a step are pooled.
-
     Args:
         log: as `batchnorm.monitor` takes it; None = `trainer.state.log_history`, as an entry of its own.
-        every: number of optimizer steps from one row to the next.
+        every: number of optimizer steps from one row to the next; the micro-batches of a step are pooled.
     """
 
     def __init__(self, log: Log | None = None, *, every: int = 100) -> None:
@@ -112,6 +108,8 @@ class Monitor(TrainerCallback):
         def keep(row: Row, step: int) -> None:
             state.log_history.append({**row, "step": step})
 
+        if self._observer is not None:
+            self._observer.detach()  # of a training that ended by an exception
         if state.is_world_process_zero:
             self._observer = StepObserver(of["model"], keep if self.log is None else self.log)
 
@@ -137,11 +135,7 @@ class Doctor(TrainerCallback):
     """
 
     def __init__(
-        self,
-        data: Iterable[object] | None = None,
-        *,
-        forward: Forward | None = None,
-        ignore: Iterable[str] = (),
+        self, data: Data | None = None, *, forward: Forward | None = None, ignore: Iterable[str] = ()
     ) -> None:
         self.data, self.forward, self.ignore = data, forward, tuple(ignore)
         self.diagnosis: Diagnosis | None = None
