@@ -40,8 +40,10 @@ Arms = Annotated[
 ]
 LearningRates = Annotated[str, typer.Option(help="Comma-separated; auto: by the optimizer.")]
 Seeds = Annotated[int, typer.Option(help="Runs with different initial weights and orders.")]
-Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
-StepSizes = Annotated[str, typer.Option(help="Comma-separated: examples per training step.")]
+Epochs = Annotated[str, typer.Option(help="Passes over the training data; auto: by the data.")]
+StepSizes = Annotated[
+    str, typer.Option(help="Comma-separated: examples per training step; auto: by the data.")
+]
 Loss = Annotated[
     str,
     typer.Option(help="cross_entropy, mse, or your own as file.py:function of outputs and targets."),

@@ -34,7 +34,7 @@ class _Member:
     process: SpawnProcess
     connection: Connection
     task: Task | None = None
-    steps: int = 0
+    work: float = 0.0
 
 
 class WorkerPool:
@@ -64,15 +64,21 @@ class WorkerPool:
                 self._end(member)
             self._members.clear()
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
-        """Does tasks in any order, and yield each with its result; the display receives steps and deaths.
+    def run(
+        self, tasks: Sequence[Task], work_per_step: Mapping[Task, float] | None = None
+    ) -> Iterator[tuple[Task, Any]]:
+        """Does tasks in any order, and yields each with its result; the display receives progress and deaths.
 
         A task whose worker dies is tried once more.
+
+        Args:
+            tasks: what is to be done.
+            work_per_step: what the display hears of a task's step; nothing unless it is given.
 
         Raises:
             StudyError: a task failed, or the worker on it died twice.
         """
-        waiting, died = deque(tasks), set[Task]()
+        waiting, died, work = deque(tasks), set[Task](), work_per_step or {}
         while len(self._members) < min(self._size, len(tasks)):
             self._start()
         for member in self._members:
@@ -98,8 +104,9 @@ class WorkerPool:
                     self._assign(self._start(), waiting)
                     continue
                 if kind == "progress":
-                    member.steps += content[0]
-                    self._display.advance(content[0])
+                    done = content[0] * work.get(task, 0.0)
+                    member.work += done
+                    self._display.advance(done)
                     continue
                 member.task = None
                 if kind == "failed":
@@ -122,7 +129,7 @@ class WorkerPool:
 
     def _assign(self, member: _Member, waiting: deque[Task]) -> None:
         if waiting:
-            member.task, member.steps = waiting.popleft(), 0
+            member.task, member.work = waiting.popleft(), 0.0
             self._send(member, member.task)
 
     def _send(self, member: _Member, message: object) -> None:
@@ -136,7 +143,7 @@ class WorkerPool:
         how = f"{self._end(dead)}, on {task.describe()}"
         if again:
             raise StudyError(f"a worker process died again, {how}")
-        self._display.advance(-dead.steps)
+        self._display.advance(-dead.work)
         self._display.notice(f"a worker process died, {how}; it is done again")
 
     def _end(self, member: _Member) -> str:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -14,7 +15,7 @@ from batchnorm.errors import OptionError
 from batchnorm.files import naming, write_whole
 
 from .arms import UNMASKED
-from .data import Dataset, load_data
+from .data import Dataset, load_data, source_named
 from .display import Display
 from .errors import StudyError, StudyInterrupted
 from .frameworks import Framework, find_framework
@@ -24,10 +25,12 @@ from .options import StudyOptions
 from .padding import Padded
 from .pool import WorkerPool
 from .records import Run, Timing
-from .settings import Setting, display_name
-from .summary import curves_csv, summarize
+from .settings import Setting, display_name, setting_names
+from .summary import curves_csv, summarize, verdict_on
 from .tasks import RunTask, TimingTask, plan, settings_of
+from .training import EVALUATION_BATCH
 from .user_code import is_user_code
+from .worker import Task
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def _load(name: str, options: StudyOptions, display: Display, loaded: Mapping[st
         raise OptionError(
             f"--metric accuracy needs classes, int64 [N]; targets of {name} are {data.y_train.dtype}"
         )
-    if (largest := max(options.batch_sizes)) > len(data.x_train):
+    largest = max(options.batch_sizes, default=source_named(name).batch_size)
+    if largest > len(data.x_train):
         raise OptionError(f"--batch-size {largest} is more than the {len(data.x_train)} training examples")
     return data
 
@@ -153,7 +157,7 @@ class _Study:
         try:
             with WorkerPool(self.options.workers, self.data, self.framework, self.display) as pool:
                 timing = self._time(pool)
-                self._train(pool, runs)
+                self._train(pool, runs, timing)
         except KeyboardInterrupt:
             finished = sum(self._path(task).exists() for task in self.tasks)
             raise StudyInterrupted(finished, len(self.tasks), self.folder) from None
@@ -177,7 +181,7 @@ class _Study:
         missing: list[TimingTask] = []
         before: dict[Setting, dict[str, object] | None] = {}
         for setting in options.settings():
-            task = TimingTask(setting, options.recipe, options.arms_on(setting.data))
+            task = TimingTask(setting, options.recipe(setting.data), options.arms_on(setting.data))
             path, settings = self._timing_path(setting), self._settings_of(task)
             before[setting] = settings_at(path)
             if before[setting] == json_safe(settings):
@@ -201,20 +205,38 @@ class _Study:
     def _timing_path(self, setting: Setting) -> Path:
         return self.timing_folder / f"{setting.file_name}.json"
 
-    def _train(self, pool: WorkerPool, runs: dict[RunTask, Run]) -> None:
+    def _train(self, pool: WorkerPool, runs: dict[RunTask, Run], timing: Mapping[Setting, Timing]) -> None:
         """Does the runs that are missing, and store each when it is finished."""
         missing = [task for task in self.tasks if task not in runs]
         if not missing:
             return
-        steps = sum(self._steps(task) for task in missing)
+        names = setting_names(self.options.settings())
+        work = {task: self._work(task, timing[task.setting]) for task in missing}
         workers = min(self.options.workers, len(missing))
-        self.display.training(len(self.tasks), len(runs), steps, workers)
-        for task, run in pool.run(missing):
+        self.display.training(len(self.tasks), len(runs), sum(work.values()), workers)
+        per_step: dict[Task, float] = {task: work[task] / max(self._steps(task), 1) for task in missing}
+        for task, run in pool.run(missing, per_step):
             assert isinstance(task, RunTask)
             self._stored(task)  # raises where another study's came meanwhile
             write_json(self._path(task), {"settings": self._settings_of(task), **vars(run)})
             runs[task] = run
-            self.display.run_ended(task.describe(), run.diverged)
+            name = names[task.setting]
+            self.display.run_ended(task.describe(), name, run)
+            of_setting = [other for other in self.tasks if other.setting == task.setting]
+            if all(other in runs for other in of_setting):
+                found = [runs[other] for other in of_setting]
+                self.display.setting_ended(
+                    name, verdict_on(name, found, timing[task.setting], task.recipe.metric)
+                )
+
+    def _work(self, task: RunTask, timing: Timing) -> float:
+        """Returns about how many seconds a run takes: its steps, and evaluations between and after them."""
+        arm, held_out = timing.arms[task.arm], len(self.data[task.setting.data].x_test)
+        evaluations = 1.4 * task.recipe.epochs + 6
+        return (
+            self._steps(task) * median(arm.seconds_per_step)
+            + evaluations * held_out / EVALUATION_BATCH * arm.seconds_per_prediction
+        )
 
     def _steps(self, task: RunTask) -> int:
         per_epoch = len(self.data[task.setting.data].x_train) // task.setting.batch_size

@@ -22,15 +22,15 @@ T = TypeVar("T")
 
 
 def study(
-    data: object = "digits",
+    data: object = ("digits", "vowels", "languages"),
     network: Named | Sequence[Named] = "auto",
     *,
     arms: str | Sequence[str] = AUTO,
     learning_rate: float | Sequence[float] | None = None,
-    batch_size: int | Sequence[int] = 32,
+    batch_size: int | Sequence[int] = (),
     depth: int | Sequence[int] = (),
-    seeds: int = 3,
-    epochs: int = 10,
+    seeds: int = 5,
+    epochs: int | None = None,
     optimizer: str = "adam",
     momentum: float | None = None,
     weight_decay: float = 0.0,
@@ -70,10 +70,10 @@ def study(
             the arm's `norm` and returns a module; `"auto"`: those that go with the data.
         arms: names of arms; `"auto"`: those that go with the data.
         learning_rate: one or several; None for three that go with the optimizer.
-        batch_size: examples per step, one or several.
+        batch_size: examples per step, one or several; none for the data's own.
         depth: hidden layers or blocks of the network, one or several; none for its own.
         seeds: how many runs differ by initial weights and order alone.
-        epochs: passes over the training data.
+        epochs: passes over the training data; None for the data's own.
         optimizer: `"sgd"`, `"adam"` or `"adamw"`.
         momentum: of SGD; None for 0.9.
         weight_decay: of the weights of dense and convolution layers.
