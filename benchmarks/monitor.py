@@ -13,7 +13,7 @@ from .tables import Row, Rows, table_of, with_quartiles
 
 CASES = (StepCase("ResNet-18", 16, 128),)
 QUICK_CASES = (StepCase("ResNet-18", 2, 32),)
-ROUNDS, QUICK_ROUNDS = 21, 2
+ROUNDS, QUICK_ROUNDS = 9, 2
 EVERY = 100
 GOAL = 0.02  # of a step, at every=100
 

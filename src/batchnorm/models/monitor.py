@@ -85,7 +85,7 @@ def monitor(model: nn.Module, log: Log, *, every: int = 100) -> Monitor:
     """
     check_every(every)
     is_alone = not (distributed.is_available() and distributed.is_initialized())
-    observer = StepObserver(model, log if is_alone or distributed.get_rank() == 0 else None)
+    observer = StepObserver(model, log, logs=is_alone or distributed.get_rank() == 0)
     return Monitor(model, observer, every)
 
 
@@ -170,14 +170,15 @@ class StepObserver:
 
     Args:
         model: not changed but between `attach` and `log`.
-        log: as `monitor` takes it; None = nothing is observed.
+        log: as `monitor` takes it.
+        logs: whether this process logs; if not, nothing is observed.
 
     Raises:
         OptionError: the model has no batch normalization.
         ArgumentTypeError, FileError, DataError: of `log`.
     """
 
-    def __init__(self, model: nn.Module, log: Log | None) -> None:
+    def __init__(self, model: nn.Module, log: Log, *, logs: bool = True) -> None:
         inner = inner_model(model)
         self.norms = {
             name or type(module).__name__: module
@@ -186,7 +187,7 @@ class StepObserver:
         }
         if not self.norms:
             raise OptionError(f"{type(inner).__name__} has no batch normalization to monitor")
-        self._log = None if log is None else log_function(log)
+        self._log = log_function(log) if logs else None
         self._step: int | None = None  # which is observed and not logged
         self._clear()
         self._forward = contextlib.ExitStack()
