@@ -198,6 +198,7 @@ class StepObserver:
         self.log()
         if self._log is None:
             return
+        self._clear()
         self._step = step
         if "torch._dynamo" in sys.modules:  # hooks of compiled parts are not called; else nothing is compiled
             with contextlib.suppress(RuntimeError):  # in the midst of a compiled function
