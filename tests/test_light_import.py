@@ -27,6 +27,7 @@ HEAVY = (
     "lightning",
     "transformers",
     "tensorboard",
+    "distributed",
 )
 
 
