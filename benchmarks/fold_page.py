@@ -26,10 +26,10 @@ def zoo_findings(rows: Rows) -> list[Finding]:
         worst = min(row[part] / row[whole] for row in counted)
         found.append(Finding(what, f"≥ {goal:g}", share, worst, len(counted), share >= goal))
     branched = [row for row in rows if row["convolutions_left"] < row["convolutions"]]
-    share = sum(row["convolutions_left"] for row in branched) / sum(row["convolutions"] for row in branched)
-    least = max(row["convolutions_left"] / row["convolutions"] for row in branched)
+    shares_left = [row["convolutions_left"] / row["convolutions"] for row in branched] or [1.0]
+    share, most = sum(shares_left) / len(shares_left), max(shares_left)
     what = "networks with parallel convolutions: the share of convolutions that is left"
-    found.append(Finding(what, "–", share, least, len(branched), True))
+    found.append(Finding(what, "–", share, most, len(branched), True))
     wrong = sum(map(is_wrong, rows))
     found.append(Finding("networks whose outputs are wrong", "0", wrong, wrong, len(rows), wrong == 0))
     share = sum(row["fx"]["absorbed"] for row in rows) / sum(row["running"] for row in rows)
