@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from batchnorm.errors import DataError, FileError
-from batchnorm.study.json_files import json_safe, read_stored, settings_at, write_json
-from batchnorm.study.records import (
+from batchnorm.studies.json_files import json_safe, read_stored, settings_at, write_json
+from batchnorm.studies.records import (
     NAN,
     AccuracyByStatistics,
     Drift,
@@ -32,7 +32,7 @@ SETTINGS: dict[str, object] = {
 ARMS = ("none", "batchnorm")
 TIMING = {
     "settings": SETTINGS,
-    "arms": {arm: {"seconds_per_step": [0.1, 2e-3]} for arm in ARMS},
+    "arms": {arm: {"seconds_per_step": [0.1, 2e-3], "seconds_per_prediction": 0.1} for arm in ARMS},
 }
 
 

@@ -11,21 +11,22 @@ import numpy as np
 import pytest
 
 from batchnorm.errors import in_one_line
-from batchnorm.study.data import Dataset
-from batchnorm.study.frameworks import Framework
-from batchnorm.study.json_files import convert, json_safe, write_json
-from batchnorm.study.options import StudyOptions
-from batchnorm.study.records import ArmTiming, Run, Timing
-from batchnorm.study.summary import curves_csv, spread, summarize
+from batchnorm.studies.data import Dataset
+from batchnorm.studies.frameworks import Framework
+from batchnorm.studies.json_files import convert, json_safe, write_json
+from batchnorm.studies.options import StudyOptions
+from batchnorm.studies.records import ArmTiming, Run, Timing
+from batchnorm.studies.summary import curves_csv, spread, summarize
 
 OPTIONS = StudyOptions(
+    data=("digits",),
     networks=("mlp", "/home/someone/net.py:build"),
     arms=("none", "batchnorm"),
     learning_rates=(0.1, 0.01),
     seeds=2,
 )
 TORCH = Framework("torch", None, (("torch", "2.13.0"),))
-SECONDS = {"none": ArmTiming([1.0, 2.0, 9.0]), "batchnorm": ArmTiming([3.0])}
+SECONDS = {"none": ArmTiming([1.0, 2.0, 9.0], 0.1), "batchnorm": ArmTiming([3.0], 0.1)}
 TIMING = {setting: Timing(SECONDS) for setting in OPTIONS.settings()}
 NETWORKS = ("mlp", "net.py:build")
 
