@@ -6,6 +6,7 @@ from .fold_inference import FX, ONNX, ONNX_OURS, OURS, STOCK
 from .fold_zoo import WRONG
 from .goals import Finding, findings_table
 from .tables import Row, Rows, table_of
+from .zoo import OF_IMAGES
 
 _WRONG_FLOAT32 = 1e-4  # for fx, and for networks that do not run in float64: rounding is 1e-6
 
@@ -13,7 +14,7 @@ _WRONG_FLOAT32 = 1e-4  # for fx, and for networks that do not run in float64: ro
 def zoo_findings(rows: Rows) -> list[Finding]:
     """Return the goals of `fold` over the zoo."""
     run, allowed = ("absorbed", "running"), ("allowed_absorbed", "allowed")
-    images = [row for row in rows if row["takes_images"]]
+    images = [row for row in rows if row["network"] in OF_IMAGES]
     shares = (
         ("norms that run, all networks: the share absorbed", 0.85, run, rows),
         ("norms that run, networks of images: the share absorbed", 0.91, run, images),
@@ -25,11 +26,6 @@ def zoo_findings(rows: Rows) -> list[Finding]:
         share = sum(row[part] for row in counted) / sum(row[whole] for row in counted)
         worst = min(row[part] / row[whole] for row in counted)
         found.append(Finding(what, f"≥ {goal:g}", share, worst, len(counted), share >= goal))
-    branched = [row for row in rows if row["convolutions_left"] < row["convolutions"]]
-    shares_left = [row["convolutions_left"] / row["convolutions"] for row in branched] or [1.0]
-    share, most = sum(shares_left) / len(shares_left), max(shares_left)
-    what = "networks with parallel convolutions: the share of convolutions that is left"
-    found.append(Finding(what, "–", share, most, len(branched), True))
     wrong = sum(map(is_wrong, rows))
     found.append(Finding("networks whose outputs are wrong", "0", wrong, wrong, len(rows), wrong == 0))
     share = sum(row["fx"]["absorbed"] for row in rows) / sum(row["running"] for row in rows)
@@ -62,16 +58,10 @@ def zoo_table(rows: Rows) -> str:
             "off, float64": "–" if row["off_float64"] is None else f"{row['off_float64']:.0e}",
             "off, float32": f"{row['off_float32']:.0e}",
             "fx absorbs": _fx(row["fx"]),
-            "convolutions": _convolutions(row),
             "left because": _reasons(row["stay"]),
         }
         for row in rows
     )
-
-
-def _convolutions(row: Row) -> str:
-    before, left = row["convolutions"], row["convolutions_left"]
-    return str(before) if left == before else f"{before} → {left}"
 
 
 def _fx(found: Row) -> str:

@@ -50,19 +50,12 @@ def row(name: str) -> Row:
         "absorbed": len(running - left),
         "allowed": len(allowed),
         "allowed_absorbed": len(allowed - left),
-        "takes_images": name in zoo.OF_IMAGES,
-        "convolutions": _convolutions(model),
-        "convolutions_left": _convolutions(folded),
         "stay": dict(Counter(report[norm].stays for norm in running & left))
         | ({"a function, no module": functional} if functional else {}),
         "off_float32": _off(model, folded, example),
         "off_float64": _off_wide(model, example),
         "fx": _fx(model, example, len(running)),
     }
-
-
-def _convolutions(model: nn.Module) -> int:
-    return sum(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
 
 
 def _off_wide(model: nn.Module, example: Any) -> float | None:

@@ -62,7 +62,10 @@ def fold(model: nn.Module, example: object = None) -> nn.Module:
     compute their weight from constants (parametrized, weight-normalized, weight-standardized) become plain.
 
     What is next to a norm is read off the forward of each block, symbolically: that holds for every input.
-    With an example, one run of the model on it, in evaluation, tells instead, whatever its control flow.
+    With an example, one run of the model on it, in evaluation, tells instead, whatever its control flow. It
+    also shows what is added: convolutions of the same input, whose outputs nothing else reads, become one,
+
+        V x + c + W x + b = (V + W) x + (b + c),    V's window in the middle of W's
 
     Layers with `statistics=Adapted()` stay, as they adapt to each batch. A folded norm heeds no mask.
     The arithmetic is float64, rounded once to each weight's dtype. With an example the outputs of the copy
@@ -75,7 +78,8 @@ def fold(model: nn.Module, example: object = None) -> nn.Module:
 
     Returns:
         The copy, in evaluation mode, with parameters of its own. Where a norm was stands an `nn.Identity` or
-        the activation that it applied. A norm that does not fold stays; `inspect` says why.
+        the activation that it applied, and where a convolution became part of another, a module that gives
+        zeros. A norm that does not fold stays; `inspect` says why.
 
     Raises:
         OptionError: (a ValueError) a scripted or compiled model, one that is not initialized or cannot be
@@ -90,7 +94,7 @@ def fold(model: nn.Module, example: object = None) -> nn.Module:
     Differs from `torch.fx.experimental.optimization.fuse`: for models that cannot be traced, with every call
     of a layer checked, and more kinds of layers.
 
-    Source: Jacob et al. 2018, arXiv:1712.05877, sec. 3.2; https://github.com/pytorch/pytorch/issues/104593
+    Source: Jacob et al. 2018, arXiv:1712.05877, sec. 3.2; Ding et al. 2021, arXiv:2101.03697 (branches); https://github.com/pytorch/pytorch/issues/104593
     and 197539 (shared convolutions folded silently wrong).
     """
     twin = twin_of(model)
