@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import batchnorm
 from benchmarks import fold_page, fold_zoo, zoo
 from benchmarks.fold_possible import possible
 
@@ -70,6 +71,17 @@ def test_what_can_be_absorbed_is_and_nothing_is_wrong(name: str) -> None:
     assert row["off_float64"] is None or row["off_float64"] < 1e-12
     assert row["off_float32"] < 1e-5
     assert not fold_page.is_wrong(row)
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize(
+    ("name", "before", "left"), [("RepVGG", 12, 6), ("MobileOne", 32, 7), ("FastViT", 16, 4)]
+)
+def test_row_61_parallel_convolutions_become_one(name: str, before: int, left: int) -> None:
+    """Row 61: the figures in docs/fold.md."""
+    model, example = zoo.made(name)
+    for network, count in ((model, before), (batchnorm.fold(model, example), left)):
+        assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) == count
 
 
 def test_fx_folds_a_shared_convolution_wrongly() -> None:
