@@ -19,7 +19,7 @@ from batchnorm.studies.data import load_data
 from batchnorm.studies.errors import StudyError
 from batchnorm.studies.frameworks import find_framework
 from batchnorm.studies.options import parse_numbers, split_list
-from batchnorm.studies.pool import WorkerPool, _interrupt_held
+from batchnorm.studies.pool import WorkerPool, interrupt_held
 from batchnorm.studies.records import Run, Timing
 from batchnorm.studies.runner import _alone_in
 from batchnorm.studies.settings import setting_names
@@ -181,7 +181,7 @@ def test_ctrl_c_is_held_though_another_thread_takes_the_signal() -> None:
     done: list[str] = []
 
     def press() -> None:
-        with _interrupt_held():
+        with interrupt_held():
             begins.set()
             thread.join()
             done.append("all of the block")

@@ -54,6 +54,7 @@ def study(
     metric: options.Metric = None,
     target_accuracy: options.TargetAccuracy = 0.85,
     jobs: options.Jobs = "auto",
+    executor: options.Executor = None,
     out: options.StudyOut = None,
     list_choices: options.ListChoices = False,
     debug: options.Debug = False,
@@ -92,6 +93,7 @@ def study(
             metric=metric,
             target_accuracy=target_accuracy,
             jobs=_parse_count("--jobs", jobs),
+            executor=executor,
             out=out,
         )
         with TerminalDisplay() as display:

@@ -59,7 +59,16 @@ TargetAccuracy = Annotated[
     float,
     typer.Option(help="Held-out accuracy, or other metric, up to 1, that 'steps to target' counts up to."),
 ]
-Jobs = Annotated[str, typer.Option(help="Training runs at a time; auto is one per core.")]
+Jobs = Annotated[
+    str, typer.Option(help="Training runs at a time; auto is one per core, or per thread of the executor.")
+]
+Executor = Annotated[
+    str | None,
+    typer.Option(
+        help="Runs on a Dask cluster: dask:tcp://host:8786, the scheduler's address.",
+        show_default="processes of this machine",
+    ),
+]
 StudyOut = Annotated[
     Path | None,
     typer.Option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ FEWER_ARMS = ("none", "batchnorm", "layernorm")
 FEWER_ARMS_WITH_PADDING = ("none", "batchnorm", UNMASKED)
 AUTO = ("auto",)
 _MOMENTUM = 0.9  # of SGD
+# A host by its name or number, an IPv6 one in brackets, and a port.
+_EXECUTOR = re.compile(r"dask:(tcp|tls)://([\w.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 N = TypeVar("N", int, float)
 
@@ -50,7 +53,8 @@ class StudyOptions:
         batch_sizes, depths: see `settings.Setting`; without them data and networks have their own.
         optimizer: of `settings.OPTIMIZERS`.
         momentum: of SGD alone; None for 0.9.
-        jobs: training runs at a time, each on one thread; None for one per core.
+        jobs: training runs at a time, each on one thread; None for one per core, or thread of a cluster.
+        executor: `dask:` and the address of a scheduler, as in `dask:tcp://host:8786`; None for this machine.
         out: the study's folder; None for `runs/study-<data>`, with the networks' names where they are chosen
             and `keras-<backend>` where it is Keras.
         framework: `torch`, or `keras` on the backend that it takes when it is imported.
@@ -78,6 +82,7 @@ class StudyOptions:
     jobs: int | None = None
     out: Path | None = None
     framework: str = "torch"
+    executor: str | None = None
     padded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -98,6 +103,11 @@ class StudyOptions:
                 raise OptionError(f"no {what} was given")
         if self.framework not in FRAMEWORKS:
             raise OptionError(f"unknown framework {self.framework!r}: known are {', '.join(FRAMEWORKS)}")
+        if self.executor is not None and not _is_executor(self.executor):
+            raise OptionError(
+                f"--executor {self.executor!r} is no address of a Dask scheduler, such as "
+                "dask:tcp://host:8786 (or dask:tls://host:8786)"
+            )
         self._check_numbers()
         object.__setattr__(self, "learning_rates", tuple(map(float, self.rates)))
         for name in self.networks if self.networks != AUTO else ():
@@ -220,7 +230,13 @@ class StudyOptions:
 
     @property
     def workers(self) -> int:
+        """Training runs at a time on this machine."""
         return self.jobs if self.jobs is not None else usable_cores()
+
+    @property
+    def scheduler(self) -> str | None:
+        """The address of the Dask scheduler; None for this machine."""
+        return self.executor.removeprefix("dask:") if self.executor is not None else None
 
     def command(self) -> str:
         """Returns the command line of this study, without folders, as a shell reads it."""
@@ -255,6 +271,11 @@ _LISTS = {
     "batch_sizes": "batch size",
     "depths": "depth",
 }
+
+
+def _is_executor(text: str) -> bool:
+    parts = _EXECUTOR.fullmatch(text)
+    return parts is not None and 0 < int(parts[3]) < 2**16
 
 
 def _option(field: str) -> str:

@@ -58,6 +58,7 @@ _METHOD = {
     "device": "Device",
     "machine": "Machine",
     "cpu_count": "Processor cores",
+    "executor": "Executor",
     "threads": "Threads",
     "workers": "Training runs at a time",
     "versions": "Versions",

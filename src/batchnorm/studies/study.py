@@ -40,6 +40,7 @@ def study(
     framework: str = "torch",
     data_dir: Path | str | None = None,
     jobs: int | None = None,
+    executor: str | None = None,
     out: Path | str | None = None,
     progress: bool = True,
 ) -> StudyResult:
@@ -84,7 +85,8 @@ def study(
         target: the held-out metric, up to 1, that "steps to target" counts up to.
         framework: `"torch"` or `"keras"`.
         data_dir: where `mnist` is looked for.
-        jobs: training runs at a time; None for one per core.
+        jobs: training runs at a time; None for one per core, or per thread of the executor.
+        executor: where they run: `"dask:tcp://host:8786"`, the scheduler of a Dask cluster; None for here.
         out: the folder of results, where the same call goes on; None for `runs/study-<data>`.
         progress: whether progress and notices are shown on stderr.
 
@@ -114,6 +116,7 @@ def study(
         metric=None if metric is None else _spec(metric),
         target_accuracy=target,
         jobs=jobs,
+        executor=executor,
         out=None if out is None else Path(out),
         framework=framework,
     )

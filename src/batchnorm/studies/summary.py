@@ -27,6 +27,8 @@ from .settings import Setting, display_name, setting_names
 from .verdicts import Network, in_short, judge
 from .verdicts.results import Summary
 
+_ON_A_CLUSTER = "a Dask cluster, whose workers train and time; machine and cores are the client's"
+_ALL_THREADS = "one per thread of the workers"
 _NO_EPOCH = Epoch(NAN, NAN, NAN, NAN, NAN)
 
 
@@ -165,9 +167,10 @@ def _provenance(options: StudyOptions, data: Mapping[str, Dataset], framework: F
         "versions": {"python": platform.python_version(), **packages, "batchnorm": batchnorm.__version__},
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu_count": usable_cores(),
+        **({} if options.scheduler is None else {"executor": _ON_A_CLUSTER}),
         "device": "cpu",
         "threads": {"training": 1, "timing": 1},
-        "workers": options.workers,
+        "workers": options.jobs or (_ALL_THREADS if options.scheduler else options.workers),
         "data": [
             {**one.describe(), "baselines": dict(source_named(name).baselines)} for name, one in data.items()
         ],

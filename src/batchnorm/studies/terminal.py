@@ -180,7 +180,7 @@ def print_results(results: dict[str, Any]) -> None:
             caption=f"{metric}: held-out; kB kept: "
             + ("from the forward of a step to its backward" if is_kept_known else "not measured"),
         )
-        table.add_column("arm", no_wrap=True)
+        table.add_column("arm", overflow="fold")
         headings = ("rate", metric, f"steps to {target}", "ms/step", "kB kept")
         for heading in headings if is_kept_known else headings[:-1]:
             table.add_column(heading, justify="right", no_wrap=True)
