@@ -128,7 +128,7 @@ def _updates(norm: NormState, remedies: Remedies) -> Iterator[Finding]:
             "momentum of the last batch",
         )
         return
-    if not norm.batches or norm.var is None:
+    if not norm.batches or norm.var is None or norm.warm_start:
         return
     share = (1 - momentum) ** norm.batches
     # Batches add to the variance: one below the share of the initial 1 has come from elsewhere.
