@@ -25,26 +25,35 @@ PLATFORMS = {
     "Windows x86-64": "x86_64-pc-windows-msvc",
 }
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-EXTRAS = ("study", "torch", "keras", "cluster", "dev")
+# What a user installs, an extra each; and what the targets of the Makefile install.
+REQUESTS = {
+    "[study]": ["--extra", "study"],
+    "[torch]": ["--extra", "torch"],
+    "[keras]": ["--extra", "keras"],
+    "[cluster]": ["--extra", "cluster"],
+    "[cluster,keras] and every group": [
+        *("--extra", "cluster", "--extra", "keras", "--group", "dev", "--group", "docs"),
+    ],
+}
 
 
 class Resolution(NamedTuple):
-    """One extra of pyproject.toml on one platform: by constraints.txt, or by its lower bounds."""
+    """One request of pyproject.toml on one platform: by constraints.txt, or by its lower bounds."""
 
     platform: str
     python: str
-    extra: str
+    request: str
     lowest: bool
 
     def __str__(self) -> str:
         by = "lower bounds" if self.lowest else "constraints.txt"
-        return f"[{self.extra}] on {self.platform}, Python {self.python}, by {by}"
+        return f"{self.request} on {self.platform}, Python {self.python}, by {by}"
 
 
 def every_resolution() -> list[Resolution]:
-    """Every extra on every platform and Python; the lower bounds on Linux, by the oldest Python."""
-    pinned = [Resolution(*cell, lowest=False) for cell in itertools.product(PLATFORMS, PYTHONS, EXTRAS)]
-    lowest = [Resolution("Linux x86-64", PYTHONS[0], extra, lowest=True) for extra in EXTRAS]
+    """Every request on every platform and Python; the lower bounds on Linux, by the oldest Python."""
+    pinned = [Resolution(*cell, lowest=False) for cell in itertools.product(PLATFORMS, PYTHONS, REQUESTS)]
+    lowest = [Resolution("Linux x86-64", PYTHONS[0], request, lowest=True) for request in REQUESTS]
     return pinned + lowest
 
 
@@ -56,7 +65,7 @@ def explain_failure(resolution: Resolution) -> str | None:
     how = ["--resolution", "lowest-direct"] if resolution.lowest else ["--constraint", "constraints.txt"]
     where = ["--python-platform", PLATFORMS[resolution.platform], "--python-version", resolution.python]
     options = ["--only-binary", ":all:", "--no-python-downloads", "--no-header", "--quiet"]
-    what = ["pyproject.toml", "--extra", resolution.extra]
+    what = ["pyproject.toml", *REQUESTS[resolution.request]]
     done = subprocess.run(
         [sys.executable, "-m", "uv", "pip", "compile", *what, *how, *where, *options],
         cwd=ROOT,

@@ -126,7 +126,7 @@ def test_exported_models_run_without_the_users_code(own: Path, suffix: str) -> N
     if suffix == ".pt2":
         found = torch.export.load(out).module()(x)
     else:
-        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime, of the extra dev, is not there")
+        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime, of group test, is not there")
         session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -144,7 +144,7 @@ def test_fold_writes_a_model_to_run(own: Path, suffix: str) -> None:
     if suffix == ".pt2":
         found = torch.export.load(out).module()(x)
     elif suffix == ".onnx":
-        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime, of the extra dev, is not there")
+        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime, of group test, is not there")
         session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
     else:

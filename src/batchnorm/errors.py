@@ -14,6 +14,7 @@ from typing import Self
 # Top-level package that a missing import names -> the extra that brings it.
 EXTRAS = {
     "torch": "torch",
+    "numba": "torch",
     "keras": "keras",
     "rich": "study",
     "filelock": "study",

@@ -348,7 +348,7 @@ assert twice(tensorflow.ones((2, 2))).shape == (2, 2)
 def test_row_74_triton_loads_behind_tensorflow() -> None:
     """Row 74: TensorFlow's LLVM is global, and Triton's library took it for its own: the process ended."""
     if importlib.util.find_spec("tensorflow") is None:  # not imported here, which would be in the others' way
-        pytest.skip("TensorFlow, of the extra dev, is not there")
+        pytest.skip("TensorFlow, of the group test, is not there")
     # Without the variable, as TensorFlow imports Keras, and on torch that imports Triton.
     printed = run_python("-c", BEHIND_TENSORFLOW, TRITON_INTERPRET="1", KERAS_BACKEND=None)
     assert printed.startswith("gpu for float32 [5, 3] on cpu")

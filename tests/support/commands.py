@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from click.testing import Result
 from torch import nn
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from batchnorm.cli.commands import app
 

@@ -21,9 +21,9 @@ def run_onnx(
         exporter: "default"; "program": the same, of what torch.export has made before; or "traced": the older
             one, by torch.jit.trace.
     """
-    onnx = pytest.importorskip("onnx", reason="onnx, of the extra dev, is not there")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime, of the extra dev, is not there")
-    pytest.importorskip("onnxscript", reason="onnxscript, of the extra dev, is not there")
+    onnx = pytest.importorskip("onnx", reason="onnx, of the group test, is not there")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime, of the group test, is not there")
+    pytest.importorskip("onnxscript", reason="onnxscript, of the group test, is not there")
     with warnings.catch_warnings():
         # Of the exporter's own dependencies; nothing here is ours to mend.
         warnings.simplefilter("ignore", DeprecationWarning)

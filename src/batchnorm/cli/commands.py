@@ -1,4 +1,4 @@
-"""Defines the `batchnorm` command: its version, `batchnorm study`, and the verbs on a model."""
+"""Defines the `batchnorm` command: its version, `study`, `env`, and the verbs on a model."""
 
 from __future__ import annotations
 
@@ -100,6 +100,17 @@ def study(
             result = run_study(chosen, display)
         print_results(result.results)
         typer.echo(f"report: {result.report}")
+
+
+@app.command()
+def env(json: options.Json = False) -> None:
+    """What batchnorm runs on, for a bug report: versions, devices, engine, and where compiled kernels are.
+
+    This command works without the extra `study`, too.
+    """
+    from .environment import environment, in_words
+
+    typer.echo(in_words(environment(), as_json=json))
 
 
 def _parse_rates(text: str) -> tuple[float, ...] | None:

@@ -3,6 +3,6 @@
 from batchnorm.errors import naming_the_extra
 
 with naming_the_extra("batchnorm.kernels"):
-    from .choose import explain, use
+    from .choose import cache_folder, explain, use
 
-__all__ = ["explain", "use"]
+__all__ = ["cache_folder", "explain", "use"]

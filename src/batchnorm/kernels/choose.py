@@ -13,12 +13,13 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from batchnorm.errors import ArgumentTypeError, OptionError
+from batchnorm.errors import ArgumentTypeError, OptionError, naming_the_extra
 
 from . import eager
 from .interface import Engine
@@ -178,6 +179,29 @@ def explain(x: Tensor | torch.nn.Module) -> str:
     if x.is_nested:
         return f"{name} for a nested tensor on {x.device}: {reason}"
     return f"{name} for {str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}: {reason}"
+
+
+def cache_folder() -> Path | None:
+    """Returns the folder in which the compiled kernels for CPUs stay from one process to the next.
+
+    It lies beside their source; in the user's cache folder where that cannot be written to; or within
+    NUMBA_CACHE_DIR. A container image that holds it compiles nothing at its first call.
+
+    Returns:
+        The folder, which may not be there yet; None where no folder can be written to, so that every process
+        compiles its kernels.
+
+    Raises:
+        MissingExtraError: Numba, which compiles them, is not installed.
+
+    Example:
+        >>> batchnorm.kernels.cache_folder().name
+        '__pycache__'
+    """
+    with naming_the_extra("batchnorm.kernels.cache_folder"):
+        module = importlib.import_module("batchnorm.kernels.cpu.compile_cache")
+    found: Path | None = module.cache_folder()
+    return found
 
 
 @contextlib.contextmanager

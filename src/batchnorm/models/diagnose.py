@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from batchnorm.doctor.data_checks import check_data
@@ -27,6 +26,7 @@ from .diagnosis.passes import Samples, measure, random_numbers_kept, take
 from .diagnosis.perturbation import perturb
 from .diagnosis.ranks import distances, statistics_row
 from .diagnosis.structure import model_state
+from .norms.find import inner_model
 from .preconditions import verb
 
 
@@ -82,7 +82,7 @@ def diagnose(
     """
     started = time.perf_counter()
     ignored = check_ignored(ignore)
-    model = _inner(model)
+    model = inner_model(model)
     measured = Measured()
     states: list[tuple[ModelState, tuple[str, ...]]] = []
 
@@ -108,17 +108,6 @@ def diagnose(
         found = [of for of in found if of.check != "one-value"] + more
     seconds = time.perf_counter() - started
     return concluded(state, measured, found, layers, ignored, seconds, unchecked)
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """Return the model within what compiles it or runs it on several processes."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _check_options(model: nn.Module, data: object, samples: object, optimizer: object) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from batchnorm.errors import OptionError
@@ -10,14 +12,14 @@ from batchnorm.statistics.running import Running
 
 from .contexts import norms_of
 from .convert import become_ours, check, check_options
-from .norms.find import Found
+from .norms.find import Found, find_norms
 from .norms.kinds import is_layer
-from .preconditions import verb
+from .preconditions import Model, verb
 from .rollback import untouched_on_error
 
 
 @verb()
-def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
+def freeze(model: Model, *, parameters: bool = False) -> Model:
     """Freeze every batch normalization of `model`: it uses and keeps its running statistics in training too.
 
         y = weight * (x - running_mean) / sqrt(running_var + eps) + bias
@@ -66,7 +68,7 @@ def freeze(model: nn.Module, *, parameters: bool = False) -> nn.Module:
 
 
 @verb()
-def unfreeze(model: nn.Module) -> nn.Module:
+def unfreeze(model: Model) -> Model:
     """Undo `freeze`: every batch normalization again uses and moves the statistics that it did before.
 
     In place. Layers get the policy that they had before `freeze`, copies and pickled ones too, or `Batch()`
@@ -108,8 +110,18 @@ def _hold(norms: list[Found]) -> None:
     held = [found.module for found in norms if "_learned" not in vars(found.module)]
     for norm in held:
         vars(norm)["_learned"] = {name: p.requires_grad for name, p in _affine(norm).items()}
-    for norm in held:
-        for parameter in _affine(norm).values():
+    hold(parameter for found in norms for parameter in _affine(found.module).values())
+
+
+def affine_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights and biases of all batch normalizations of a model, which `freeze` holds."""
+    return [parameter for found in find_norms(model) for parameter in _affine(found.module).values()]
+
+
+def hold(parameters: Iterable[nn.Parameter]) -> None:
+    """Stop parameters from learning, whatever has made them learn again."""
+    for parameter in parameters:
+        if parameter.requires_grad:
             parameter.requires_grad = False
             parameter.grad = None  # else an optimizer would take one more step with it
 

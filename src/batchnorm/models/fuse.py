@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from batchnorm.errors import OptionError
 
 from .convert import become_ours, check_scripted
@@ -14,12 +12,12 @@ from .fusion.plan import Plan, plan
 from .fusion.rewrite import Rewrite, fused_class
 from .norms.activations import module_activation
 from .norms.kinds import is_ours
-from .preconditions import verb
+from .preconditions import Model, verb
 from .verify import checked_change
 
 
 @verb(masked="a fused layer masks what it adds and its activation, too, so that the outputs would differ")
-def fuse(model: nn.Module, example: Any = None) -> nn.Module:
+def fuse(model: Model, example: Any = None) -> Model:
     """Make one layer of each batch normalization and the addition and activation behind it, in place.
 
         activation(norm(x) + residual)        one pass over memory each way, and less kept for the backward

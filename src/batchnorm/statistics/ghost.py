@@ -20,9 +20,9 @@ class Ghost(Policy):
     Args:
         size: number of samples of a ghost batch, 1 or more.
         sequential: move and count the running statistics as if each ghost batch were a batch of its own, as
-            in the paper:
-                running = (1 - momentum)^G running + Σ_g (1 - momentum)^(G - 1 - g) momentum batch_g
-            This variance is the one within ghost batches, and lacks the variance of their means.
+            in the paper: of G ghost batches, batch_g then weighs (1 - momentum)^(G - 1 - g) momentum, and
+            what was there before (1 - momentum)^G. This variance is the one within ghost batches, and lacks
+            the variance of their means.
         shuffle: draw the ghost batches at random in every call, by the framework's generator, as dropout
             does, instead of taking consecutive samples; the output has the order of the input. In contrastive
             learning, the samples of a ghost batch then tell the network nothing about each other. It costs a

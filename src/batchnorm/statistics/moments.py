@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar
+
+if TYPE_CHECKING:  # Python has defaults of type variables from 3.13 on
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    T = TypeVarWithDefault("T", default=Any)
+else:
+    T = TypeVar("T")
 
 
 class Array(Protocol):
@@ -23,10 +30,10 @@ class Array(Protocol):
 A = TypeVar("A", bound=Array)
 
 
-class PooledMoments(NamedTuple):
-    """Count, mean and centred second moment, each an `Array`.
+class PooledMoments(NamedTuple, Generic[T]):
+    """Count, mean and centred second moment, each an array of type T.
 
-    The fields are Any, as the code of each framework also uses the methods of its own arrays.
+    Without a type they are Any, as the code of each framework also uses the methods of its own arrays.
 
     Attributes:
         count: number of values, a scalar or an array that broadcasts against `mean`.
@@ -34,9 +41,9 @@ class PooledMoments(NamedTuple):
         m2: `[..., C]`, sum of (x - mean)².
     """
 
-    count: Any
-    mean: Any
-    m2: Any
+    count: T  # type: ignore[assignment]  # the name of a method of tuples
+    mean: T
+    m2: T
 
 
 def merge(a: PooledMoments, b: PooledMoments) -> PooledMoments:

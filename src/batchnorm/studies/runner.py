@@ -10,9 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from batchnorm.errors import OptionError
+from batchnorm.errors import OptionError, naming_the_extra
 from batchnorm.files import naming, write_whole
 
 from .arms import UNMASKED
@@ -134,6 +132,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
         StudyError: another one is at work there.
         FileError: the folder, or the lock's file in it, cannot be made.
     """
+    with naming_the_extra("batchnorm.study"):  # here, so that the module imports without the extra
+        from filelock import FileLock, Timeout
+
     with naming(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)

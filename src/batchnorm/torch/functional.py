@@ -161,7 +161,7 @@ def pure_batch_norm(
 
 
 @one_node
-def moments(input: Tensor, mask: Tensor | None = None) -> PooledMoments:
+def moments(input: Tensor, mask: Tensor | None = None) -> PooledMoments[Tensor]:
     """Return count, mean and centred second moment of each channel.
 
         mean = Σ x / n        m2 = Σ (x - mean)²        var = m2 / n        var_unbiased = m2 / (n - 1)
@@ -196,7 +196,7 @@ def normalize_batch(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     batches: Tensor | None = None,
-) -> tuple[Tensor, PooledMoments]:
+) -> tuple[Tensor, PooledMoments[Tensor]]:
     """Normalize each channel by the batch, and return its moments: for layers that track their own.
 
     As `batch_norm`, but it moves nothing, and one value per channel is allowed (var = 0).

@@ -65,6 +65,15 @@ class _WholeFiles(IndexDataCacheFile):
             file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
 
 
+def cache_folder() -> Path | None:
+    """Returns the folder of the compiled functions, None where Numba finds none that can be written to."""
+    try:
+        # Numba chooses a folder by that of a function's source: it is the same for all in this folder.
+        return Path(FunctionCache(_is_whole).cache_path)
+    except RuntimeError:
+        return None
+
+
 def _is_whole(path: str) -> bool:
     """Returns whether the digest at the end of a file is right; true for a missing one, left to Numba."""
     try:

@@ -62,7 +62,7 @@ class Layout:
     def split(self, row: Tensor) -> dict[str, PooledMoments]:
         """Return the moments of each layer from such a row; one that counted nothing is missing."""
         parts = zip(self.channels, torch.split(row, list(self.channels.values()), 1), strict=True)
-        found = {
+        found: dict[str, PooledMoments] = {
             name: PooledMoments(float(part[0, 0]), part[1].clone(), part[2].clone()) for name, part in parts
         }
         return {name: moments for name, moments in found.items() if moments.count > 0}
