@@ -1,4 +1,4 @@
-"""Defines the `batchnorm` command: its version, `batchnorm study`, and the verbs on a model."""
+"""Defines the `batchnorm` command: its version, `batchnorm study` and `claims`, and the verbs on a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import batchnorm
 from batchnorm.errors import OptionError
 
 from . import models, options
+from .claims import claims
 from .errors import one_clear_line
 
 app = typer.Typer(
@@ -108,5 +109,5 @@ def _parse_jobs(text: str) -> int | None:
     return int(text)
 
 
-for command in (models.inspect, models.doctor, models.convert, models.calibrate, models.fold):
+for command in (claims, models.inspect, models.doctor, models.convert, models.calibrate, models.fold):
     app.command()(command)

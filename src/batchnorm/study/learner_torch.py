@@ -91,7 +91,7 @@ class TorchLearner:
         return input_spread(self.model, lambda: self._output(x))
 
     def bytes_kept(self, x: Examples, y: Array) -> int:
-        with _state_kept(self.model):
+        with statistics_kept(self.model):
             return saved_bytes(
                 lambda: cross_entropy(self._output(x), torch.from_numpy(y)), self.model.parameters()
             )
@@ -160,7 +160,7 @@ def evaluation(model: nn.Module, *, by_batch: bool = False) -> Iterator[None]:
         by_batch: whether batch normalizations use the statistics of each batch.
     """
     modes = [(module, module.training) for module in model.modules()]
-    with torch.no_grad(), _state_kept(model) if by_batch else contextlib.nullcontext():
+    with torch.no_grad(), statistics_kept(model) if by_batch else contextlib.nullcontext():
         try:
             model.eval()
             for norm in _batch_norms(model) if by_batch else ():
@@ -172,7 +172,8 @@ def evaluation(model: nn.Module, *, by_batch: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _state_kept(model: nn.Module) -> Iterator[None]:
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the running statistics of a model back on any exit."""
     kept = [
         (buffer, buffer.clone()) for norm in _batch_norms(model) for buffer in norm.buffers(recurse=False)
     ]
