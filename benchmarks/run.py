@@ -30,6 +30,7 @@ MEASUREMENTS = {
     "doctor-case": ("doctor_case.measure", "doctor_case.case_table"),
     "doctor-cpu": ("doctor.measure", "doctor.tables"),
     "study-digits": ("study.measure", "page.study_table"),
+    "claims-cpu": ("claims.measure", "claims.verdicts_table"),
 }
 ON_A_DEVICE = ("layers", "steps")
 

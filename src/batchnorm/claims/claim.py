@@ -117,7 +117,7 @@ class Source:
     read: str = "read in the source"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Claim:
     """A claim of the literature with the experiment that tests it.
 

@@ -213,7 +213,7 @@ def _path(folder: Path, claim: Claim, seed: int) -> Path:
 
 @functools.cache
 def _code_of(module: ModuleType) -> str:
-    """Returns the code of a module without comments, docstrings, annotations and layout: none changes a result."""
+    """Returns the code of a module without comments, docstrings, annotations and layout."""
     tree = ast.parse(inspect.getsource(module))
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

@@ -1,0 +1,108 @@
+"""Verdicts on claims of the literature: a row per claim, with its parts."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+from batchnorm.claims import CLAIMS, ClaimsOptions, run_claims
+from batchnorm.claims.rules import RULE, Part
+from batchnorm.claims.summary import band_in_words, shown
+from batchnorm.study.verdicts import formatting as q
+
+from .tables import Row, Rows, table, table_of
+
+
+def measure(quick: bool = False) -> Rows:
+    """Test every claim with five seeds, going on from what is in runs/claims; return a row per claim."""
+    if not quick:
+        return list(run_claims(ClaimsOptions()).results["claims"])
+    with tempfile.TemporaryDirectory() as folder:
+        options = ClaimsOptions(("dropout-before-norm",), seeds=1, out=Path(folder))
+        return list(run_claims(options).results["claims"])
+
+
+def verdicts_table(rows: Rows) -> str:
+    """Every claim with the first of its measures."""
+    return table_of(
+        {
+            "claim": f"[{row['number']}. {row['name']}](#{row['number']}-{row['name']})",
+            "published": _cell(row["parts"][0]["published"]),
+            "measured (95 % interval)": f"{_cell(row['parts'][0]['measure'])}: {row['measured']}",
+            "verdict": row["verdict"],
+        }
+        for row in rows
+    )
+
+
+def claims_section(rows: Rows) -> str:
+    """A section per claim: what was claimed and done, and a table of its parts."""
+    return "\n\n".join(map(_section, rows))
+
+
+def _section(row: Row) -> str:
+    parts = []
+    for measured in row["parts"]:
+        part = _part(measured)
+        parts.append(
+            (
+                _cell(measured["measure"]),
+                _cell(measured["published"]),
+                band_in_words(part),
+                _interval(part, measured),
+                shown(part, _number(measured["smallest effect"])),
+                measured["verdict"],
+            )
+        )
+    header = (
+        "part",
+        "published",
+        "counts as it",
+        "measured (95 % interval)",
+        "smallest effect found",
+        "verdict",
+    )
+    why = f"\n\nWhy: {row['known']}" if row["known"] else ""
+    return (
+        f"### {row['number']}. {row['name']}\n\n**{row['claim']}** {row['verdict'].capitalize()}.\n\n"
+        f"{row['source']} ({row['read']}): {row['published']}.\n\n"
+        f"Experiment: {row['setting']}; {row['seeds']} seeds, {row['seconds']:.0f} s each.\n\n"
+        f"{table(header, parts)}{why}"
+    )
+
+
+def _part(measured: Row) -> Part:
+    """Return the part as it was judged, to show its numbers in its unit."""
+    low, high = measured["band"]
+    band = (-math.inf if low is None else low, math.inf if high is None else high)
+    return Part(
+        measured["measure"], measured["measure"], measured["published"], band, measured["no effect"], 0.0,
+        measured["unit"],
+    )  # fmt: skip
+
+
+def _interval(part: Part, measured: Row) -> str:
+    low, mean, high = (
+        _number(value) for value in (measured["interval"][0], measured["mean"], measured["interval"][1])
+    )
+    if math.isnan(low):
+        return shown(part, mean)
+    return f"{shown(part, mean)} ({q.span(shown(part, low), shown(part, high), ' to ')})"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def rule(rows: Rows) -> str:
+    """The rule of the verdicts, and how many claims have which."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
+    told = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    return f"{RULE}\n\nOf {len(rows)} of {len(CLAIMS)} claims: {told}."
