@@ -15,8 +15,8 @@ from torch.optim.swa_utils import update_bn
 
 import batchnorm
 from batchnorm.statistics.calibration import CalibrationReport, LayerChange
-from batchnorm.study.data import load_digits
-from batchnorm.study.plots import calibration
+from batchnorm.studies.data import load_digits
+from batchnorm.studies.plots import calibration
 
 from . import networks
 from .interleaved import clocked, interleave, medians, ratio

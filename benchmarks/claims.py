@@ -9,7 +9,7 @@ from pathlib import Path
 from batchnorm.claims import CLAIMS, ClaimsOptions, run_claims
 from batchnorm.claims.rules import RULE, Part
 from batchnorm.claims.summary import band_in_words, shown
-from batchnorm.study.verdicts import formatting as q
+from batchnorm.studies.verdicts import formatting as q
 
 from .tables import Row, Rows, table, table_of
 

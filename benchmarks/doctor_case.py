@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import batchnorm
 from batchnorm.doctor.findings import Diagnosis
-from batchnorm.study.data import load_digits
+from batchnorm.studies.data import load_digits
 
 from .tables import Row, Rows, table_of
 

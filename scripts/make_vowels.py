@@ -1,4 +1,4 @@
-"""Write the utterances that `batchnorm study --data vowels` ships with: src/batchnorm/study/vowels.npz.
+"""Write the utterances that `batchnorm study --data vowels` ships with: src/batchnorm/studies/vowels.npz.
 
 Japanese Vowels (Kudo, Toyama and Shimbo 1999, Pattern Recognition Letters 20, 1103-1111; UCI Machine
 Learning Repository, CC BY 4.0): nine men say the vowels a and e; a frame holds 12 coefficients of linear
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-TARGET = Path(__file__).parents[1] / "src" / "batchnorm" / "study" / "vowels.npz"
+TARGET = Path(__file__).parents[1] / "src" / "batchnorm" / "studies" / "vowels.npz"
 COEFFICIENTS, SPEAKERS = 12, 9
 UTTERANCES = {"TRAIN": 270, "TEST": 370}
 SCALE = 1_000_000  # numbers have six decimals, and are kept as integers, which are a third smaller compressed

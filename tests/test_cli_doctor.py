@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batchnorm.doctor.findings import CHECKS, Cost, Diagnosis, Finding, LayerGap
-from batchnorm.study.doctor_page import render
+from batchnorm.studies.doctor_page import render
 from tests.support.commands import assert_fails, folder, run
 
 _TRAINED = """

@@ -39,7 +39,7 @@ def test_digits_need_no_extra() -> None:
         "import sys\n"
         "for name in ('torch', 'keras', 'typer', 'rich', 'matplotlib', 'jinja2'):\n"
         "    sys.modules[name] = None\n"
-        "from batchnorm.study.data import load_digits\n"
+        "from batchnorm.studies.data import load_digits\n"
         "assert load_digits().x_train.shape == (2500, 28, 28)\n"
     )
     run_python("-c", code)

@@ -42,6 +42,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "merge_statistics": ("batchnorm.models.merge_statistics", "merge_statistics"),
     "reuse_memory": ("batchnorm.allocator", "reuse_memory"),
     "revert": ("batchnorm.models.revert", "revert"),
+    "study": ("batchnorm.studies.study", "study"),
     "unfreeze": ("batchnorm.models.freeze", "unfreeze"),
 }
 
@@ -76,6 +77,7 @@ __all__ = [
     "merge_statistics",
     "reuse_memory",
     "revert",
+    "study",
     "unfreeze",
 ]
 
@@ -100,6 +102,7 @@ if TYPE_CHECKING:
     from .statistics.renorm import Renorm
     from .statistics.running import Running
     from .statistics.synced import Synced
+    from .studies.study import study
     from .torch.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from .torch.lean import lean
     from .torch.sync import SyncBatchNorm

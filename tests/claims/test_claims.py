@@ -16,7 +16,7 @@ from batchnorm.claims.experiments import statistics
 from batchnorm.claims.runner import Progress
 from batchnorm.cli.commands import app
 from batchnorm.errors import DataError, OptionError
-from batchnorm.study.errors import StudyInterrupted
+from batchnorm.studies.errors import StudyInterrupted
 from benchmarks import results_file
 
 ROOT = Path(__file__).parents[2]

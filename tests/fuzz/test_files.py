@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from batchnorm.errors import DataError, FileError, in_one_line
-from batchnorm.study.data import Dataset
-from batchnorm.study.frameworks import Framework
-from batchnorm.study.json_files import convert, settings_at, write_json
-from batchnorm.study.mnist import load_mnist, read_idx
-from batchnorm.study.options import StudyOptions
-from batchnorm.study.records import Run, Timing
-from batchnorm.study.summary import curves_csv, summarize
-from batchnorm.study.verdicts import judge, read
+from batchnorm.studies.data import Dataset
+from batchnorm.studies.frameworks import Framework
+from batchnorm.studies.json_files import convert, settings_at, write_json
+from batchnorm.studies.mnist import load_mnist, read_idx
+from batchnorm.studies.options import StudyOptions
+from batchnorm.studies.records import Run, Timing
+from batchnorm.studies.summary import curves_csv, summarize
+from batchnorm.studies.verdicts import judge, read
 from tests.study.idx import idx, some_mnist
 from tests.study.results_fixture import record, results
 from tests.study.test_records import STORED

@@ -15,21 +15,21 @@ import pytest
 
 from batchnorm.errors import DataError, OptionError
 from batchnorm.keras import BatchNormalization
-from batchnorm.study import StudyOptions, StudyResult, run_study, training
-from batchnorm.study import probes_keras as probes
-from batchnorm.study.arms import L1_STRENGTH, L2_STRENGTH, Arm, parse_arm
-from batchnorm.study.data import Dataset, load_data
-from batchnorm.study.errors import StudyError
-from batchnorm.study.learner_keras import KerasLearner, make_learner, session
-from batchnorm.study.networks import WS_EPS, WS_GAIN
-from batchnorm.study.networks_keras import NormFactory, build_network
-from batchnorm.study.optimizer_keras import make_optimizer
-from batchnorm.study.records import Movement
-from batchnorm.study.settings import Recipe
-from batchnorm.study.tasks import RunTask
-from batchnorm.study.terminal import Display
-from batchnorm.study.training import probe_steps
-from batchnorm.study.verdicts import judge, read
+from batchnorm.studies import StudyOptions, StudyResult, run_study, training
+from batchnorm.studies import probes_keras as probes
+from batchnorm.studies.arms import L1_STRENGTH, L2_STRENGTH, Arm, parse_arm
+from batchnorm.studies.data import Dataset, load_data
+from batchnorm.studies.errors import StudyError
+from batchnorm.studies.learner_keras import KerasLearner, make_learner, session
+from batchnorm.studies.networks import WS_EPS, WS_GAIN
+from batchnorm.studies.networks_keras import NormFactory, build_network
+from batchnorm.studies.optimizer_keras import make_optimizer
+from batchnorm.studies.records import Movement
+from batchnorm.studies.settings import Recipe
+from batchnorm.studies.tasks import RunTask
+from batchnorm.studies.terminal import Display
+from batchnorm.studies.training import probe_steps
+from batchnorm.studies.verdicts import judge, read
 from tests.keras.study_code import write_own_code
 from tests.study.tasks import run_task
 from tests.study.test_padding import sequences

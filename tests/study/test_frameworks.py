@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from batchnorm.errors import MissingExtraError, OptionError
-from batchnorm.study import StudyOptions, run_study
-from batchnorm.study.frameworks import Framework, find_framework, framework_in_words, keras_backend
-from batchnorm.study.report import write_report
-from batchnorm.study.tasks import plan, settings_of
-from batchnorm.study.terminal import print_results
+from batchnorm.studies import StudyOptions, run_study
+from batchnorm.studies.frameworks import Framework, find_framework, framework_in_words, keras_backend
+from batchnorm.studies.report import write_report
+from batchnorm.studies.tasks import plan, settings_of
+from batchnorm.studies.terminal import print_results
 from tests.study.own_code import write_own_code
 from tests.study.results_fixture import record, results, write
 
@@ -70,7 +70,7 @@ def test_the_backend_is_the_one_that_keras_takes_and_is_found_without_importing_
     (nobody_chose / "keras.json").write_text('{"backend": "jax"}')
     code = (
         "import sys\n"
-        "from batchnorm.study.frameworks import find_framework\n"
+        "from batchnorm.studies.frameworks import find_framework\n"
         "found = find_framework('keras')\n"
         "assert not {'keras', 'torch', 'tensorflow', 'jax'} & set(sys.modules)\n"
         "import keras\n"
@@ -94,7 +94,7 @@ def test_folders_and_stored_runs_tell_frameworks_apart(monkeypatch: pytest.Monke
 
 
 def test_torch_keeps_the_settings_that_its_stored_runs_have() -> None:
-    from batchnorm.study.data import load_digits
+    from batchnorm.studies.data import load_digits
 
     torch = find_framework("torch")
     settings = settings_of(plan(StudyOptions())[0], load_digits(), "f", torch)

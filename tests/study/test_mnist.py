@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from batchnorm.errors import DataError
-from batchnorm.study.data import load_data
-from batchnorm.study.mnist import load_mnist, read_idx
+from batchnorm.studies.data import load_data
+from batchnorm.studies.mnist import load_mnist, read_idx
 
 from .idx import idx, some_mnist
 

@@ -8,12 +8,12 @@ from torch import nn
 
 from batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Ghost, Renorm
 from batchnorm.errors import DataError, OptionError
-from batchnorm.study.arms import parse_arm
-from batchnorm.study.errors import StudyError
-from batchnorm.study.learner_torch import weight_layers
-from batchnorm.study.networks import WS_EPS, WS_GAIN
-from batchnorm.study.networks_torch import NormFactory, PositionGroupNorm, PositionNorm, build_network
-from batchnorm.study.options import ARMS
+from batchnorm.studies.arms import parse_arm
+from batchnorm.studies.errors import StudyError
+from batchnorm.studies.learner_torch import weight_layers
+from batchnorm.studies.networks import WS_EPS, WS_GAIN
+from batchnorm.studies.networks_torch import NormFactory, PositionGroupNorm, PositionNorm, build_network
+from batchnorm.studies.options import ARMS
 
 from .own_code import write_own_code
 

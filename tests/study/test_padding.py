@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from batchnorm.errors import OptionError
-from batchnorm.study import StudyOptions, run_study, training
-from batchnorm.study.data import Dataset, load_data
-from batchnorm.study.learner_torch import make_learner, session
-from batchnorm.study.records import Movement, Movements
-from batchnorm.study.verdicts import judge, read
+from batchnorm.studies import StudyOptions, run_study, training
+from batchnorm.studies.data import Dataset, load_data
+from batchnorm.studies.learner_torch import make_learner, session
+from batchnorm.studies.records import Movement, Movements
+from batchnorm.studies.verdicts import judge, read
 from tests.study.results_fixture import each_seed, record, results, write
 from tests.study.tasks import run_task
 
@@ -56,7 +56,7 @@ def test_other_arms_see_neither_padding_nor_their_mates(arm: str) -> None:
 
 def test_packaged_sequences_have_zeros_beyond_their_lengths() -> None:
     vowels, languages = load_data("vowels"), load_data("languages")
-    assert (vowels.x_train.shape, vowels.x_test.shape, vowels.classes) == ((270, 29, 12), (370, 29, 12), 9)
+    assert (vowels.x_train.shape, vowels.x_test.shape, vowels.outputs) == ((270, 29, 12), (370, 29, 12), 9)
     assert (languages.x_train.shape, languages.x_test.shape) == ((9000, 116), (3000, 116))
     assert np.bincount(languages.y_test).tolist() == [50] * 60
     for data in (vowels, languages):

@@ -12,7 +12,7 @@ from torch import nn
 import batchnorm
 from batchnorm.errors import OptionError
 from batchnorm.statistics.calibration import CalibrationReport, LayerChange
-from batchnorm.study.plots import calibration
+from batchnorm.studies.plots import calibration
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
-from batchnorm.study.plots import Picture, illustrate, layers, multiples
-from batchnorm.study.plots.canvas import draw, shown
-from batchnorm.study.verdicts import Network, read
+from batchnorm.studies.plots import Picture, illustrate, layers, multiples
+from batchnorm.studies.plots.canvas import draw, shown
+from batchnorm.studies.verdicts import Network, read
 from tests.study.results_fixture import ARMS, record, results, usual, write
 
 pytestmark = pytest.mark.xdist_group("plots")  # pictures take seconds to draw

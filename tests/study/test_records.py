@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from batchnorm.errors import DataError, FileError
-from batchnorm.study.json_files import json_safe, read_stored, settings_at, write_json
-from batchnorm.study.records import (
+from batchnorm.studies.json_files import json_safe, read_stored, settings_at, write_json
+from batchnorm.studies.records import (
     NAN,
     AccuracyByStatistics,
     Drift,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from batchnorm.errors import DataError, FileError
-from batchnorm.study.report import write_report
+from batchnorm.studies.report import write_report
 from tests.study.results_fixture import record, results, usual, write
 
 pytestmark = pytest.mark.xdist_group("report")  # a page takes seconds to draw

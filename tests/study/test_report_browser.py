@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from batchnorm.study.report import write_report
+from batchnorm.studies.report import write_report
 from tests.study.results_fixture import ARMS, usual, write
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

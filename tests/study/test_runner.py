@@ -14,19 +14,19 @@ import pytest
 import torch
 
 from batchnorm.errors import DataError, FileError, OptionError
-from batchnorm.study import StudyOptions, run_study
-from batchnorm.study.data import load_data
-from batchnorm.study.errors import StudyError
-from batchnorm.study.frameworks import find_framework
-from batchnorm.study.options import parse_numbers, split_list
-from batchnorm.study.pool import WorkerPool, _interrupt_held
-from batchnorm.study.records import Timing
-from batchnorm.study.runner import _alone_in
-from batchnorm.study.settings import setting_names
-from batchnorm.study.tasks import RunTask, plan
-from batchnorm.study.terminal import Display
-from batchnorm.study.verdicts import formatting
-from batchnorm.study.worker import Engine
+from batchnorm.studies import StudyOptions, run_study
+from batchnorm.studies.data import load_data
+from batchnorm.studies.errors import StudyError
+from batchnorm.studies.frameworks import find_framework
+from batchnorm.studies.options import parse_numbers, split_list
+from batchnorm.studies.pool import WorkerPool, _interrupt_held
+from batchnorm.studies.records import Timing
+from batchnorm.studies.runner import _alone_in
+from batchnorm.studies.settings import setting_names
+from batchnorm.studies.tasks import RunTask, plan
+from batchnorm.studies.terminal import Display
+from batchnorm.studies.verdicts import formatting
+from batchnorm.studies.worker import Engine
 
 from .own_code import write_own_code
 from .tasks import run_task, timing_task
@@ -84,7 +84,7 @@ def task(network: object) -> RunTask:
 
 
 def test_a_study_runs_grows_and_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.study.report.write_report", lambda folder: folder / "results.json")
+    monkeypatch.setattr("batchnorm.studies.report.write_report", lambda folder: folder / "results.json")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     first = Listening()

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from batchnorm.errors import in_one_line
-from batchnorm.study.data import Dataset
-from batchnorm.study.frameworks import Framework
-from batchnorm.study.json_files import convert, json_safe, write_json
-from batchnorm.study.options import StudyOptions
-from batchnorm.study.records import ArmTiming, Run, Timing
-from batchnorm.study.summary import curves_csv, spread, summarize
+from batchnorm.studies.data import Dataset
+from batchnorm.studies.frameworks import Framework
+from batchnorm.studies.json_files import convert, json_safe, write_json
+from batchnorm.studies.options import StudyOptions
+from batchnorm.studies.records import ArmTiming, Run, Timing
+from batchnorm.studies.summary import curves_csv, spread, summarize
 
 OPTIONS = StudyOptions(
     networks=("mlp", "/home/someone/net.py:build"),

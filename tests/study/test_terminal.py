@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from batchnorm.study.arms import KNOWN
-from batchnorm.study.data import SOURCES
-from batchnorm.study.networks import NETWORKS
-from batchnorm.study.terminal import TerminalDisplay, print_choices, print_results
+from batchnorm.studies.arms import KNOWN
+from batchnorm.studies.data import SOURCES
+from batchnorm.studies.networks import NETWORKS
+from batchnorm.studies.terminal import TerminalDisplay, print_choices, print_results
 from tests.study.test_summary import summary
 
 NAME = "[red]x.py:f[/] :warning: [link=file:///etc]y[/link]"

@@ -15,14 +15,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from batchnorm import BatchNorm1d
-from batchnorm.study import learner_torch, training
-from batchnorm.study.arms import L1_STRENGTH, L2_STRENGTH, parse_arm
-from batchnorm.study.data import Dataset
-from batchnorm.study.learner_torch import TorchLearner, evaluation, input_spread, make_learner, session
-from batchnorm.study.records import Run
-from batchnorm.study.settings import Recipe
-from batchnorm.study.tasks import RunTask
-from batchnorm.study.training import evaluate, probe_steps, time_steps
+from batchnorm.studies import learner_torch, training
+from batchnorm.studies.arms import L1_STRENGTH, L2_STRENGTH, parse_arm
+from batchnorm.studies.data import Dataset
+from batchnorm.studies.learner_torch import TorchLearner, evaluation, input_spread, make_learner, session
+from batchnorm.studies.records import Run
+from batchnorm.studies.settings import Recipe
+from batchnorm.studies.tasks import RunTask
+from batchnorm.studies.training import evaluate, probe_steps, time_steps
 
 from .own_code import write_own_code
 from .tasks import run_task, timing_task

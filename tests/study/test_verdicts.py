@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from batchnorm.errors import DataError
-from batchnorm.study.records import Drift, Moments
-from batchnorm.study.verdicts import Claim, Comparison, Grade, judge, read
-from batchnorm.study.verdicts import formatting as q
-from batchnorm.study.verdicts.internals import layer_drift, total_drift
-from batchnorm.study.verdicts.results import Network, Sample
+from batchnorm.studies.records import Drift, Moments
+from batchnorm.studies.verdicts import Claim, Comparison, Grade, judge, read
+from batchnorm.studies.verdicts import formatting as q
+from batchnorm.studies.verdicts.internals import layer_drift, total_drift
+from batchnorm.studies.verdicts.results import Network, Sample
 from tests.study.results_fixture import Record, each_seed, record, results, usual, write
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from batchnorm.study.records import Number
+from batchnorm.studies.records import Number
 
 from .rules import Part
 

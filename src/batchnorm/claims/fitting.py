@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.study.arms import parse_arm
-from batchnorm.study.data import Dataset, load_data
-from batchnorm.study.learner_torch import TorchLearner
-from batchnorm.study.networks_torch import NormFactory
-from batchnorm.study.padding import Array
-from batchnorm.study.settings import Recipe
-from batchnorm.study.training import evaluate
+from batchnorm.studies.arms import parse_arm
+from batchnorm.studies.data import Dataset, load_data
+from batchnorm.studies.learner_torch import TorchLearner
+from batchnorm.studies.networks_torch import NormFactory
+from batchnorm.studies.padding import Array
+from batchnorm.studies.settings import Recipe
+from batchnorm.studies.training import evaluate
 
 Build = Callable[[NormFactory], nn.Module]
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from batchnorm.study.networks_torch import NormFactory
+from batchnorm.studies.networks_torch import NormFactory
 
 from .fitting import Build
 

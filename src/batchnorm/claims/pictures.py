@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
 
-from batchnorm.study.plots import Picture
-from batchnorm.study.plots.canvas import (
+from batchnorm.studies.plots import Picture
+from batchnorm.studies.plots.canvas import (
     BASELINE_COLOR,
     GRID,
     INK,
@@ -25,9 +25,9 @@ from batchnorm.study.plots.canvas import (
     shown,
     ticks,
 )
-from batchnorm.study.plots.multiples import log_axis, percent_axis
-from batchnorm.study.plots.rows import ROW
-from batchnorm.study.verdicts import formatting as q
+from batchnorm.studies.plots.multiples import log_axis, percent_axis
+from batchnorm.studies.plots.rows import ROW
+from batchnorm.studies.verdicts import formatting as q
 
 from .claim import Bars, Claim, Drawing, Findings, Grid, Lines
 from .rules import Judged

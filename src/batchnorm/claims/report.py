@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import batchnorm
-from batchnorm.study.html_page import render_template, write_html
-from batchnorm.study.plots import Picture
-from batchnorm.study.verdicts import formatting as q
+from batchnorm.studies.html_page import render_template, write_html
+from batchnorm.studies.plots import Picture
+from batchnorm.studies.verdicts import formatting as q
 
 from .claim import Findings
 from .pictures import illustrate, intervals

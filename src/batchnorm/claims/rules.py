@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from batchnorm.study.records import NAN
-from batchnorm.study.verdicts.significance import Comparison
+from batchnorm.studies.records import NAN
+from batchnorm.studies.verdicts.significance import Comparison
 
 LEAST_SEEDS = 5
 

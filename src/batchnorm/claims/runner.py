@@ -20,10 +20,10 @@ from filelock import FileLock, Timeout
 import batchnorm
 from batchnorm.errors import OptionError
 from batchnorm.files import naming
-from batchnorm.study.errors import StudyError, StudyInterrupted
-from batchnorm.study.json_files import json_safe, read_stored, write_json
-from batchnorm.study.records import Number
-from batchnorm.study.settings import slug
+from batchnorm.studies.errors import StudyError, StudyInterrupted
+from batchnorm.studies.json_files import json_safe, read_stored, write_json
+from batchnorm.studies.records import Number
+from batchnorm.studies.settings import slug
 
 from . import fitting, networks
 from .claim import Claim, Curve, Findings, Report
@@ -213,8 +213,9 @@ def _path(folder: Path, claim: Claim, seed: int) -> Path:
 
 @functools.cache
 def _code_of(module: ModuleType) -> str:
-    """Returns the code of a module without comments, docstrings, annotations and layout."""
+    """Returns the code of a module without imports, comments, docstrings, annotations and layout."""
     tree = ast.parse(inspect.getsource(module))
+    tree.body = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = ""

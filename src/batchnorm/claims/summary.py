@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import batchnorm
-from batchnorm.study.verdicts import formatting as q
+from batchnorm.studies.verdicts import formatting as q
 
 from .claim import Claim
 from .rules import RULE, Judged, Part, Verdict, judge, worst

@@ -51,6 +51,8 @@ def study(
     seeds: options.Seeds = 3,
     epochs: options.Epochs = 10,
     batch_size: options.StepSizes = "32",
+    loss: options.Loss = "cross_entropy",
+    metric: options.Metric = None,
     target_accuracy: options.TargetAccuracy = 0.85,
     jobs: options.Jobs = "auto",
     out: options.StudyOut = None,
@@ -64,9 +66,9 @@ def study(
     there.
     """
     with one_clear_line(debug, "every finished run is kept"):
-        from batchnorm.study import StudyOptions, run_study
-        from batchnorm.study.options import parse_numbers, split_list
-        from batchnorm.study.terminal import TerminalDisplay, print_choices, print_results
+        from batchnorm.studies import StudyOptions, run_study
+        from batchnorm.studies.options import parse_numbers, split_list
+        from batchnorm.studies.terminal import TerminalDisplay, print_choices, print_results
 
         if list_choices:
             print_choices()
@@ -85,6 +87,8 @@ def study(
             optimizer=optimizer,
             momentum=momentum,
             weight_decay=weight_decay,
+            loss=loss,
+            metric=metric,
             target_accuracy=target_accuracy,
             jobs=_parse_jobs(jobs),
             out=out,
@@ -96,7 +100,7 @@ def study(
 
 
 def _parse_rates(text: str) -> tuple[float, ...] | None:
-    from batchnorm.study.options import parse_numbers, split_list
+    from batchnorm.studies.options import parse_numbers, split_list
 
     return None if text == "auto" else parse_numbers(split_list(text), float, "learning rate")
 

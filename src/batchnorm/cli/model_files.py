@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from batchnorm.errors import BatchNormError, DataError, OptionError
 from batchnorm.files import check_writable, write_whole
 from batchnorm.models.state_files import in_short
-from batchnorm.study.data import load_data
-from batchnorm.study.user_code import is_user_code, load_function, naming_the_line, source_of
+from batchnorm.studies.data import load_data
+from batchnorm.studies.user_code import is_user_code, load_function, naming_the_line, source_of
 
 from .weights import load_weights
 

@@ -67,7 +67,7 @@ def doctor(
         )
         typer.echo(found.to_json() if json else str(found))
         if out is not None:
-            from batchnorm.study.doctor_page import write_page
+            from batchnorm.studies.doctor_page import write_page
 
             write_page(found, out)
             typer.echo(f"written: {out}", err=json)
@@ -136,7 +136,7 @@ def calibrate(
         typer.echo(str(report))
         run.write(run.model, out, force)
         if picture is not None:
-            from batchnorm.study.plots.calibration import draw
+            from batchnorm.studies.plots.calibration import draw
 
             draw(report, picture)
             typer.echo(f"written: {picture}")

@@ -42,8 +42,20 @@ LearningRates = Annotated[str, typer.Option(help="Comma-separated; auto: by the 
 Seeds = Annotated[int, typer.Option(help="Runs with different initial weights and orders.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
 StepSizes = Annotated[str, typer.Option(help="Comma-separated: examples per training step.")]
+Loss = Annotated[
+    str,
+    typer.Option(help="cross_entropy, mse, or your own as file.py:function of outputs and targets."),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="accuracy, r2, or your own as file.py:function of outputs and targets in NumPy; more is better.",
+        show_default="accuracy with cross_entropy, else r2",
+    ),
+]
 TargetAccuracy = Annotated[
-    float, typer.Option(help="Held-out accuracy, 0 to 1, that 'steps to target' counts up to.")
+    float,
+    typer.Option(help="Held-out accuracy, or other metric, up to 1, that 'steps to target' counts up to."),
 ]
 Jobs = Annotated[str, typer.Option(help="Training runs at a time; auto is one per core.")]
 StudyOut = Annotated[

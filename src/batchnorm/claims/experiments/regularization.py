@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from batchnorm.claims.claim import Curve, Findings, Report
 from batchnorm.claims.fitting import accuracy, digits, fit, icons, learner_of, made, small_digits
 from batchnorm.claims.networks import conv_net, dense_net
-from batchnorm.study.data import Dataset
-from batchnorm.study.learner_torch import evaluation
-from batchnorm.study.padding import Array
-from batchnorm.study.training import evaluate
+from batchnorm.studies.data import Dataset
+from batchnorm.studies.learner_torch import evaluation
+from batchnorm.studies.padding import Array
+from batchnorm.studies.training import evaluate
 from batchnorm.torch.layers import BatchNorm1d
 
 _SMALL, _LARGE = 32, 1250

@@ -14,11 +14,11 @@ from batchnorm.claims.claim import Curve, Findings, Report
 from batchnorm.claims.fitting import accuracy, digits, fit, learner_of, made, small_digits
 from batchnorm.claims.networks import conv_net, residual_net
 from batchnorm.claims.tools.corruptions import CORRUPTIONS, STRENGTHS, adapted_error, corrupted
-from batchnorm.study.data import Dataset, load_data
-from batchnorm.study.learner_torch import make_learner
-from batchnorm.study.settings import Recipe, Setting
-from batchnorm.study.tasks import RunTask
-from batchnorm.study.training import train
+from batchnorm.studies.data import Dataset, load_data
+from batchnorm.studies.learner_torch import make_learner
+from batchnorm.studies.settings import Recipe, Setting
+from batchnorm.studies.tasks import RunTask
+from batchnorm.studies.training import train
 
 _TEST_BATCHES = (2, 8, 32, 150)
 _PRIORS = (0, 16, 256)

@@ -23,8 +23,8 @@ from batchnorm.claims.fitting import (
 )
 from batchnorm.claims.networks import conv_net, dense_net
 from batchnorm.claims.tools.noise import noise_behind_norms
-from batchnorm.study.learner_torch import evaluation
-from batchnorm.study.padding import Array
+from batchnorm.studies.learner_torch import evaluation
+from batchnorm.studies.padding import Array
 
 _SIGMOIDS = (784, 100, 100, 100, 10)
 _SPEED_STEPS, _SPEED_RATE = 1800, 0.3

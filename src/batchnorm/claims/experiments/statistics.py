@@ -14,12 +14,12 @@ from batchnorm.claims.fitting import accuracy, digits, first_held_out, fit, lear
 from batchnorm.claims.networks import conv_net, dense_net
 from batchnorm.claims.tools.statistics_error import error_over_samples, variance_shift
 from batchnorm.models.freeze import freeze
-from batchnorm.study.arms import parse_arm
-from batchnorm.study.data import Dataset
-from batchnorm.study.learner_torch import TorchLearner
-from batchnorm.study.padding import Array
-from batchnorm.study.settings import Recipe
-from batchnorm.study.training import evaluate
+from batchnorm.studies.arms import parse_arm
+from batchnorm.studies.data import Dataset
+from batchnorm.studies.learner_torch import TorchLearner
+from batchnorm.studies.padding import Array
+from batchnorm.studies.settings import Recipe
+from batchnorm.studies.training import evaluate
 
 _SAMPLES = (8, 16, 32, 64, 128, 256, 512, 1024, 2500)
 _EPOCHS = 6

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from batchnorm.study.learner_torch import statistics_kept
+from batchnorm.studies.learner_torch import statistics_kept
 
 
 @dataclass(frozen=True)

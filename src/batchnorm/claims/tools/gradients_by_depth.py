@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm.study.learner_torch import statistics_kept, weight_layers
+from batchnorm.studies.learner_torch import statistics_kept, weight_layers
 
 
 def gradients_by_depth(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:
