@@ -68,6 +68,7 @@ def test_a_claim_is_measured_stored_and_resumed(tmp_path: Path) -> None:
     assert page.count("<svg") == 3
     assert row["measured"] in page
     assert "<script" not in page
+    assert "1 claim of the literature" in page
 
 
 def test_the_same_seed_finds_the_same() -> None:

@@ -200,8 +200,7 @@ def _grid(key: str, drawing: Grid, findings: Sequence[Findings]) -> Picture:
         axes.set_xticks(range(0, columns, stride), labels[::stride])
         names = drawing.rows or tuple(str(i + 1) for i in range(rows))
         axes.set_yticks(range(0, rows, math.ceil(rows / 12)), names[:: math.ceil(rows / 12)])
-        axes.set_xlabel(drawing.x, loc="right")
-        axes.set_ylabel(drawing.y)
+        axes.set_xlabel(f"{drawing.x}; rows: {drawing.y}", loc="right")
 
     alt = (
         f"{drawing.title}: from {show(low)} to {show(high)}, by {drawing.x} and {drawing.y}. Mean over seeds."
@@ -239,6 +238,8 @@ def intervals(key: str, parts: Sequence[Judged]) -> Picture:
         _rows_of(axes, [f"part {row + 1}" for row in range(len(parts))])
         axes.set_xlim(-3, 6)
         axes.set_xticks([0, 1], ["no effect", "published"])
+        for label, side in zip(axes.get_xticklabels(), ("right", "left"), strict=True):
+            label.set_horizontalalignment(side)
 
     title = "Interval of each part; grey: the published effect"
     return draw(key, title, f"{title}. {told}.", 0.5 + ROW * max(len(parts), 2), paint)
