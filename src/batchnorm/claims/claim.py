@@ -67,13 +67,11 @@ class Bars:
         title: of the picture.
         rows: name of the row and name of the number.
         unit: how the numbers are shown.
-        log: whether the axis is logarithmic.
     """
 
     title: str
     rows: Mapping[str, str]
     unit: Literal["percent", "number"] = "number"
-    log: bool = False
 
 
 @dataclass(frozen=True)

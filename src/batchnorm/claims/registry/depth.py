@@ -16,22 +16,16 @@ CLAIMS = (
     Claim(
         name="exploding-gradients",
         number=6,
-        sentence="At initialization, batch normalization makes gradients explode with depth, by "
-        "about 1.21 a ReLU layer, "
-        "and networks of more than 50 layers do not "
-        ""
-        "train.",
+        sentence="At initialization, batch normalization makes gradients explode with depth, by about "
+        "1.21 a ReLU layer, and networks of more than 50 layers do not train.",
         source=Source(
             "Yang et al. 2019, arXiv:1902.08129, abstract and section 3",
             "√(π / (π − 1)) ≈ 1.21 a layer for ReLU, in the limit of width and batch; not trainable "
             "beyond 50 layers",
         ),
-        setting="digits, ReLU layers: gradient norms of 50 layers of 512 units, a batch of 256; "
-        "training accuracy of 10 "
-        "and 60 layers of 128 units after 100 steps of SGD in batches of 64 at the better of the "
-        ""
-        ""
-        "rates 0.01 and 0.1",
+        setting="digits, ReLU layers: gradient norms of 50 layers of 512 units, a batch of 256; training "
+        "accuracy of 10 and 60 layers of 128 units after 100 steps of SGD in batches of 64 at the better "
+        "of the rates 0.01 and 0.1",
         parts=(
             Part(
                 "growth, batchnorm",
@@ -76,25 +70,17 @@ CLAIMS = (
     Claim(
         name="residual-branches",
         number=7,
-        sentence="Batch normalization scales a residual branch down against its skip connection by "
-        "about the square root "
-        "of the depth, which makes deep networks trainable; SkipInit does as "
-        ""
-        "well.",
+        sentence="Batch normalization scales a residual branch down against its skip connection by about "
+        "the square root of the depth, which makes deep networks trainable; SkipInit does as well.",
         source=Source(
             "De & Smith 2020, arXiv:2002.10444, abstract",
-            "“a normalizing factor on the order of the square root of the network depth”; deep "
-            "networks train without "
-            "normalization from SkipInit, as well at moderate batch sizes",
+            "“a normalizing factor on the order of the square root of the network depth”; deep networks "
+            "train without normalization from SkipInit, as well at moderate batch sizes",
             "read in the abstract; no figure of the experiments is quoted",
         ),
-        setting="digits, blocks x + dense(relu(norm(x))) of 64 units with He's initialization: ratio "
-        "of standard "
-        "deviations in the last of 4 to 128 blocks; held-out accuracy of 32 blocks after 120 steps "
-        ""
-        ""
-        "of SGD in batches of "
-        "64 at the better of the rates 0.01 and 0.1",
+        setting="digits, blocks x + dense(relu(norm(x))) of 64 units with He's initialization: ratio of "
+        "standard deviations in the last of 4 to 128 blocks; held-out accuracy of 32 blocks after 120 "
+        "steps of SGD in batches of 64 at the better of the rates 0.01 and 0.1",
         parts=(
             Part(
                 "exponent, batchnorm",
@@ -144,21 +130,15 @@ CLAIMS = (
     Claim(
         name="affine-alone",
         number=16,
-        sentence="Training γ and β alone, with everything else random, reaches a high accuracy, "
-        "higher than as many other "
-        "weights, and turns a third of the features "
-        ""
-        "off.",
+        sentence="Training γ and β alone, with everything else random, reaches a high accuracy, higher "
+        "than as many other weights, and turns a third of the features off.",
         source=Source(
             "Frankle, Schwab & Morcos 2021, arXiv:2003.00152, sections 4 and 5",
-            "CIFAR-10: 82 % by γ and β of ResNet-866, more than by as many random weights; about a third of "
-            "γ below 0.01 in size",
+            "CIFAR-10: 82 % by γ and β of ResNet-866, more than by as many random weights; about a third "
+            "of γ below 0.01 in size",
         ),
         setting="2,500 digits, 6 residual blocks of 64 units, γ from 0 to 1 at the start, SGD with "
-        "momentum 0.9 at rate "
-        "0.1 in batches of 64, 300 steps; the output layer is frozen "
-        ""
-        "too",
+        "momentum 0.9 at rate 0.1 in batches of 64, 300 steps; the output layer is frozen too",
         parts=(
             Part(
                 "affine",

@@ -14,25 +14,18 @@ CLAIMS = (
     Claim(
         name="large-batches",
         number=12,
-        sentence="Large batches generalize worse at equal epochs; ghost batches narrow the gap, and "
-        "as many steps as small "
-        "batches take close "
-        ""
-        "it.",
+        sentence="Large batches generalize worse at equal epochs; ghost batches narrow the gap, and as "
+        "many steps as small batches take close it.",
         source=Source(
             "Hoffer, Hubara & Soudry 2017, arXiv:1705.08741, abstract",
-            "“stems from the relatively small number of updates … can be completely eliminated”; "
-            "ghost batch normalization: "
-            "“significant decrease in the generalization gap without increasing the number of "
-            "updates”. MNIST by memory: "
-            "98.27 % small, 97.05 large, 97.60 ghost, 98.53 longer",
+            "“stems from the relatively small number of updates … can be completely eliminated”; ghost "
+            "batch normalization: “significant decrease in the generalization gap without increasing the "
+            "number of updates”. MNIST by memory: 98.27 % small, 97.05 large, 97.60 ghost, 98.53 longer",
             "read in the abstract; the figures of MNIST are from memory and could not be verified",
         ),
-        setting="2,500 digits, two ReLU layers of 100 units, SGD: batches of 32 at rate 0.1 against "
-        "1,250 at 0.1 and at "
-        "0.1 √(1250/32), 4 epochs; Ghost(32); with as many steps as the small batches take. All "
-        ""
-        "calibrated",
+        setting="2,500 digits, two ReLU layers of 100 units, SGD: batches of 32 at rate 0.1 against 1,250 "
+        "at 0.1 and at 0.1 √(1250/32), 4 epochs; Ghost(32); with as many steps as the small batches take. "
+        "All calibrated",
         parts=(
             Part(
                 "gap",
@@ -81,22 +74,16 @@ CLAIMS = (
     Claim(
         name="gamma-decay",
         number=13,
-        sentence="As a regularizer, batch normalization is normalization by population statistics "
-        "and a decay of γ that "
-        "falls with the "
-        ""
-        "batch.",
+        sentence="As a regularizer, batch normalization is normalization by population statistics and a "
+        "decay of γ that falls with the batch.",
         source=Source(
             "Luo et al. 2019, arXiv:1809.00846, abstract",
             "“can be decomposed into population normalization (PN) and gamma decay”",
             "read in the abstract; no figure of the experiments is quoted",
         ),
-        setting="2,500 digits of 14 × 14, one ReLU layer of 128 units, SGD at rate 0.3 in batches of "
-        "128, 200 steps; "
-        "Ghost(8), (32), (128) against statistics of 512 samples with γ's decay 0.006 · 8 / batch "
-        ""
-        ""
-        "(found at 8 in trials)",
+        setting="2,500 digits of 14 × 14, one ReLU layer of 128 units, SGD at rate 0.3 in batches of 128, "
+        "200 steps; Ghost(8), (32), (128) against statistics of 512 samples with γ's decay 0.006 · 8 / "
+        "batch (found at 8 in trials)",
         parts=(
             Part(
                 "regularizes",
@@ -140,20 +127,17 @@ CLAIMS = (
         name="effective-rate",
         number=15,
         sentence=(
-            "With batch normalization, L2 does not regularize: all it does is set the effective "
-            "learning rate η / ‖w‖²."
+            "With batch normalization, L2 does not regularize: all it does is set the effective learning "
+            "rate η / ‖w‖²."
         ),
         source=Source(
             "van Laarhoven 2017, arXiv:1706.05350, sections 2 and 3",
-            "the output does not depend on ‖w‖, and the effective rate is η / ‖w‖²; in equilibrium "
-            "it goes with √(η λ)",
+            "the output does not depend on ‖w‖, and the effective rate is η / ‖w‖²; in equilibrium it "
+            "goes with √(η λ)",
         ),
-        setting="2,500 digits of 14 × 14, ReLU layers of 100 units: one layer, SGD in batches of 64, "
-        "500 steps, η 0.3 and 1, "
-        "λ 0.01 to 0.1; and two layers in float64, 100 steps at η = 0.1, λ = 0.03, L2 replaced by "
-        ""
-        ""
-        "rates that keep η / ‖w‖²",
+        setting="2,500 digits of 14 × 14, ReLU layers of 100 units: one layer, SGD in batches of 64, 500 "
+        "steps, η 0.3 and 1, λ 0.01 to 0.1; and two layers in float64, 100 steps at η = 0.1, λ = 0.03, L2 "
+        "replaced by rates that keep η / ‖w‖²",
         parts=(
             Part(
                 "explained",
@@ -193,20 +177,16 @@ CLAIMS = (
         name="placement",
         number=17,
         sentence=(
-            "Behind ReLU the norm does better than before it, and a little dropout beside it "
-            "better than much or none."
+            "Behind ReLU the norm does better than before it, and a little dropout beside it better than "
+            "much or none."
         ),
         source=Source(
             "ducha-aiki/caffenet-benchmark, batch normalization",
-            "CaffeNet at 128 × 128 on ImageNet: 0.478 before and 0.493 behind ReLU; dropout 0.5, 0.2 "
-            "and 0: 0.499, 0.527, "
-            "0.513",
+            "CaffeNet at 128 × 128 on ImageNet: 0.478 before and 0.493 behind ReLU; dropout 0.5, 0.2 and "
+            "0: 0.499, 0.527, 0.513",
         ),
-        setting="1,270 icons of 16 × 16, two convolutions and a dense layer of 64 units with "
-        "dropout, SGD with momentum 0.9 "
-        "at rate 0.05 in batches of 64, 120 "
-        ""
-        "steps",
+        setting="1,270 icons of 16 × 16, two convolutions and a dense layer of 64 units with dropout, SGD "
+        "with momentum 0.9 at rate 0.05 in batches of 64, 120 steps",
         parts=(
             Part(
                 "after less before",

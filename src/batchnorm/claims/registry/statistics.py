@@ -16,22 +16,15 @@ CLAIMS = (
     Claim(
         name="samples-for-statistics",
         number=8,
-        sentence="A thousand to ten thousand samples give precise statistics; running ones are "
-        "erratic early in "
-        "training and with large "
-        ""
-        "batches.",
+        sentence="A thousand to ten thousand samples give precise statistics; running ones are erratic "
+        "early in training and with large batches.",
         source=Source(
             f"{_WU}, section 3",
-            "ImageNet: 10³ to 10⁴ samples suffice; validation error by running statistics far above "
-            "that by precise ones "
-            "in early epochs at large batches; in pictures",
+            "ImageNet: 10³ to 10⁴ samples suffice; validation error by running statistics far above that "
+            "by precise ones in early epochs at large batches; in pictures",
         ),
-        setting="2,500 digits of 14 × 14, two convolutions and a dense layer, SGD at rate 0.5 in "
-        "batches of 500, 6 "
-        "epochs of 5 steps; running statistics with momentum 0.1 against calibrated "
-        ""
-        "ones",
+        setting="2,500 digits of 14 × 14, two convolutions and a dense layer, SGD at rate 0.5 in batches "
+        "of 500, 6 epochs of 5 steps; running statistics with momentum 0.1 against calibrated ones",
         parts=(
             Part(
                 "1,024 samples",
@@ -77,22 +70,16 @@ CLAIMS = (
     Claim(
         name="normalization-batch",
         number=9,
-        sentence="Whatever the batch of SGD, the batch that normalizes decides: small ones cost "
-        "accuracy, and "
-        "freezing the statistics late in training wins some of it "
-        ""
-        "back.",
+        sentence="Whatever the batch of SGD, the batch that normalizes decides: small ones cost accuracy, "
+        "and freezing the statistics late in training wins some of it back.",
         source=Source(
             f"{_WU}, sections 3 and 4",
             "ImageNet, normalization batches of 2 to 1,024 at a fixed batch of SGD; in pictures",
             "read in the source; its figures are not quoted",
         ),
         setting="2,500 digits of 14 × 14, two convolutions and a dense layer, SGD in batches of 128, "
-        "Ghost(2) to "
-        "Ghost(128), 100 steps at rate 0.3, the last quarter at 0.03; frozen in that quarter, after "
-        ""
-        ""
-        "calibration",
+        "Ghost(2) to Ghost(128), 100 steps at rate 0.3, the last quarter at 0.03; frozen in that quarter, "
+        "after calibration",
         parts=(
             Part(
                 "batches of 2",
@@ -128,22 +115,17 @@ CLAIMS = (
     Claim(
         name="ordered-batches",
         number=10,
-        sentence="Batches that are ordered by class leak the label: training looks good, and serving "
-        "does not; statistics of "
-        "all samples together, or a shuffle, mend "
-        ""
-        "it.",
+        sentence="Batches that are ordered by class leak the label: training looks good, and serving does "
+        "not; statistics of all samples together, or a shuffle, mend it.",
         source=Source(
             f"{_WU}, section 6, tables 3 and 6",
-            "heads of R-CNN whose batches are in an order lose average precision; SyncBN and "
-            "shuffling win it back",
+            "heads of R-CNN whose batches are in an order lose average precision; SyncBN and shuffling "
+            "win it back",
             "read in the source; its figures are of detection and are not quoted",
         ),
-        setting="2,500 digits, two ReLU layers of 100 units, SGD at rate 0.1 in batches of ten "
-        "samples of each class, "
-        "200 steps; norm over groups of ten (Ghost(10)), which are of one class each if the batch is "
-        ""
-        "ordered",
+        setting="2,500 digits, two ReLU layers of 100 units, SGD at rate 0.1 in batches of ten samples of "
+        "each class, 200 steps; norm over groups of ten (Ghost(10)), which are of one class each if the "
+        "batch is ordered",
         parts=(
             Part(
                 "leak",
@@ -202,22 +184,17 @@ CLAIMS = (
         name="adaptation",
         number=11,
         sentence=(
-            "Statistics of the test batch, alone or mixed with the running ones, cut the error "
-            "on corrupted images."
+            "Statistics of the test batch, alone or mixed with the running ones, cut the error on "
+            "corrupted images."
         ),
         source=Source(
             f"{_SCHNEIDER}, abstract and table 1",
-            "ResNet-50 on ImageNet-C, mean corruption error: 76.7 without, 65.0 with partial (−15.3 "
-            "%), 62.2 with full "
-            "adaptation (−18.9 %); group normalization 72.4 (−5.6 %)",
+            "ResNet-50 on ImageNet-C, mean corruption error: 76.7 without, 65.0 with partial (−15.3 %), "
+            "62.2 with full adaptation (−18.9 %); group normalization 72.4 (−5.6 %)",
         ),
         setting="2,500 digits of 14 × 14, two convolutions and a dense layer, 150 steps of SGD with "
-        "momentum; 300 "
-        "held-out images with noise, blur and less contrast of five strengths; partial: prior 16, "
-        ""
-        ""
-        "batches of 8; full: "
-        "prior 0, one batch",
+        "momentum; 300 held-out images with noise, blur and less contrast of five strengths; partial: "
+        "prior 16, batches of 8; full: prior 0, one batch",
         parts=(
             Part(
                 "saved: full",
@@ -262,22 +239,15 @@ CLAIMS = (
     Claim(
         name="dropout-before-norm",
         number=14,
-        sentence="Dropout before a norm shifts the variance of its input between training and "
-        "evaluation, and costs accuracy; "
-        "behind all norms it does "
-        ""
-        "not.",
+        sentence="Dropout before a norm shifts the variance of its input between training and evaluation, "
+        "and costs accuracy; behind all norms it does not.",
         source=Source(
             "Li et al. 2019, arXiv:1801.05134, sections 3 and 4",
-            "for units kept with probability p the variance in training is 1/p + (1/p − 1) "
-            "mean²/variance times that in "
-            "evaluation: 2 or more for p = 0.5",
+            "for units kept with probability p the variance in training is 1/p + (1/p − 1) mean²/variance "
+            "times that in evaluation: 2 or more for p = 0.5",
         ),
-        setting="2,500 digits, three ReLU layers of 100 units, dropout 0.5 before each norm or "
-        "behind all of them, SGD at "
-        "rate 0.1 in batches of 64, 250 "
-        ""
-        "steps",
+        setting="2,500 digits, three ReLU layers of 100 units, dropout 0.5 before each norm or behind all "
+        "of them, SGD at rate 0.1 in batches of 64, 250 steps",
         parts=(
             Part(
                 "shift",
@@ -316,22 +286,16 @@ CLAIMS = (
     Claim(
         name="padding",
         number=18,
-        sentence="Padding corrupts the statistics: predictions depend on how much of it there is; a "
-        "mask prevents it, and "
-        "accuracy "
-        ""
-        "gains.",
+        sentence="Padding corrupts the statistics: predictions depend on how much of it there is; a mask "
+        "prevents it, and accuracy gains.",
         source=Source(
             "github.com/pytorch/audio issue 4205, github.com/espnet/espnet pull request 6660",
-            "outputs of convolutions with batch normalization change with the padding of the batch; "
-            "no figure of accuracy",
+            "outputs of convolutions with batch normalization change with the padding of the batch; no "
+            "figure of accuracy",
         ),
         setting="speech (vowels, 270 utterances, 8 epochs) and text (languages, 1,000 fragments, 1 "
-        "epoch), the study's "
-        "networks conv1d and characters, Adam at 0.001 in batches of 32; 20 % more padding; "
-        ""
-        ""
-        "statistics of the batch",
+        "epoch), the study's networks conv1d and characters, Adam at 0.001 in batches of 32; 20 % more "
+        "padding; statistics of the batch",
         parts=(
             Part(
                 "vowels: moved",

@@ -20,12 +20,12 @@ CLAIMS = (
         sentence="A network of sigmoid layers trains faster, and the input of its last sigmoid is stable.",
         source=Source(
             f"{_IOFFE}, section 4.1 and figure 1",
-            "MNIST, 3 layers of 100 sigmoid units, batches of 60, 50,000 steps: higher accuracy sooner, and "
-            "percentiles of a unit's input that move little; in pictures, without numbers",
+            "MNIST, 3 layers of 100 sigmoid units, batches of 60, 50,000 steps: higher accuracy sooner, "
+            "and percentiles of a unit's input that move little; in pictures, without numbers",
         ),
         setting=(
-            "2,500 digits, the same network and batches, SGD at rate 0.3, 1,800 steps; no norm "
-            "against batchnorm"
+            "2,500 digits, the same network and batches, SGD at rate 0.3, 1,800 steps; no norm against "
+            "batchnorm"
         ),
         parts=(
             Part(
@@ -39,9 +39,8 @@ CLAIMS = (
             ),
             Part(
                 "steadier",
-                "movement of the 15th, 50th and 85th percentile of a unit's input to the last "
-                "sigmoid, in widths "
-                "from 15 to 85 %, after a sixteenth of the steps: without over with the norm",
+                "movement of the 15th, 50th and 85th percentile of a unit's input to the last sigmoid, in "
+                "widths from 15 to 85 %, after a sixteenth of the steps: without over with the norm",
                 "more stable, without a number: a fifth counts",
                 (1.2, _AT_LEAST),
                 1.0,
@@ -59,20 +58,16 @@ CLAIMS = (
     Claim(
         name="larger-rates",
         number=2,
-        sentence="Batch normalization reaches the same accuracy in fewer steps, the more so at larger rates, "
-        "which the plain network does not bear; and it makes sigmoid networks trainable.",
+        sentence="Batch normalization reaches the same accuracy in fewer steps, the more so at larger "
+        "rates, which the plain network does not bear; and it makes sigmoid networks trainable.",
         source=Source(
             f"{_IOFFE}, section 4.2, figures 2 and 3",
-            "Inception on ImageNet, steps to 72.2 %: 31.0 M without; with it 13.3 M (÷ 2.33), 2.1 M "
-            "at 5 times the rate "
-            "(÷ 14.8), 2.7 M at 30 times (÷ 11.5); sigmoid with it 69.8 %, without it chance; "
-            "without it, 5 times the "
-            "rate diverges",
+            "Inception on ImageNet, steps to 72.2 %: 31.0 M without; with it 13.3 M (÷ 2.33), 2.1 M at 5 "
+            "times the rate (÷ 14.8), 2.7 M at 30 times (÷ 11.5); sigmoid with it 69.8 %, without it "
+            "chance; without it, 5 times the rate diverges",
         ),
-        setting="2,500 digits of 14 × 14, two convolutions and a dense layer, SGD in batches of 32, "
-        "200 steps; the "
-        "rate 0.2, at which the plain network is fastest, times 1, 5 and 30; 500 held-out "
-        ""
+        setting="2,500 digits of 14 × 14, two convolutions and a dense layer, SGD in batches of 32, 200 "
+        "steps; the rate 0.2, at which the plain network is fastest, times 1, 5 and 30; 500 held-out "
         "examples",
         parts=(
             Part(
@@ -141,21 +136,14 @@ CLAIMS = (
         name="noise-behind-norm",
         number=3,
         sentence="With noise behind the norm, whose inputs are less steady than without any norm, "
-        "training still beats "
-        "the plain network: steady inputs are not why batch normalization "
-        ""
-        "helps.",
+        "training still beats the plain network: steady inputs are not why batch normalization helps.",
         source=Source(
             f"{_SANTURKAR}, section 2.1 and figure 2",
-            "VGG on CIFAR-10: the noisy network trains as well as the normalized one and better than "
-            "the plain one, "
-            "with the least steady inputs; in pictures, without numbers",
+            "VGG on CIFAR-10: the noisy network trains as well as the normalized one and better than the "
+            "plain one, with the least steady inputs; in pictures, without numbers",
         ),
         setting="2,500 digits, 3 layers of 100 sigmoid units, SGD at rate 0.1 in batches of 60, 500 "
-        "steps; noise with "
-        "mean −0.5 to 0.5 and scale 0.8 to 1.25, drawn for each unit and "
-        ""
-        "step",
+        "steps; noise with mean −0.5 to 0.5 and scale 0.8 to 1.25, drawn for each unit and step",
         parts=(
             Part(
                 "gain with noise",
@@ -197,20 +185,15 @@ CLAIMS = (
     Claim(
         name="smoother-loss",
         number=4,
-        sentence="Along the gradient, the loss varies less, the gradient changes less, and the "
-        "effective smoothness "
-        "constant is "
-        ""
-        "smaller.",
+        sentence="Along the gradient, the loss varies less, the gradient changes less, and the effective "
+        "smoothness constant is smaller.",
         source=Source(
             f"{_SANTURKAR}, section 3.1 and figure 4",
             "VGG on CIFAR-10: bands over training several times narrower; in pictures, without numbers",
         ),
         setting="2,500 digits of 14 × 14, three convolutions and a dense layer, SGD at rate 0.1 in "
-        "batches of 64, 160 "
-        "steps; every 20 steps, eight step lengths of 0.05 to 0.4 along the gradient of 128 "
-        ""
-        "examples",
+        "batches of 64, 160 steps; every 20 steps, eight step lengths of 0.05 to 0.4 along the gradient "
+        "of 128 examples",
         parts=(
             Part(
                 "loss",
@@ -250,22 +233,16 @@ CLAIMS = (
     Claim(
         name="only-larger-rates",
         number=5,
-        sentence="At an equal small rate nothing is gained; what batch normalization allows is "
-        "larger rates, at which "
-        "activations explode with depth without "
-        ""
-        "it.",
+        sentence="At an equal small rate nothing is gained; what batch normalization allows is larger "
+        "rates, at which activations explode with depth without it.",
         source=Source(
             f"{_BJORCK}, sections 2 and 3, figures 1 to 4",
             "ResNet-110 on CIFAR-10: at rate 0.0001 the same accuracy with and without; with it 0.1 "
-            "works; on the way to "
-            "divergence, activations of upper layers grow by orders of magnitude; in pictures",
+            "works; on the way to divergence, activations of upper layers grow by orders of magnitude; in "
+            "pictures",
         ),
-        setting="2,500 digits, ten ReLU layers of 64 units, SGD in batches of 64, 300 steps, rates "
-        "0.01, 0.1, 0.3 and 1; "
-        "activations at rate 1.0 up to divergence, and with the norm for as many "
-        ""
-        "steps",
+        setting="2,500 digits, ten ReLU layers of 64 units, SGD in batches of 64, 300 steps, rates 0.01, "
+        "0.1, 0.3 and 1; activations at rate 1.0 up to divergence, and with the norm for as many steps",
         parts=(
             Part(
                 "at rate 0.01",
@@ -287,8 +264,8 @@ CLAIMS = (
             ),
             Part(
                 "explosion",
-                "activations of the last hidden layer over the first at the last finite step: none "
-                "over batchnorm",
+                "activations of the last hidden layer over the first at the last finite step: none over "
+                "batchnorm",
                 "orders of magnitude: ten times counts",
                 (10.0, _AT_LEAST),
                 1.0,
