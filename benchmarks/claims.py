@@ -1,4 +1,7 @@
-"""Verdicts on claims of the literature: a row per claim, with its parts."""
+"""Verdicts on claims of the literature: a row per claim, with its parts.
+
+`python -m benchmarks.claims` measures nothing: it writes the claims that `batchnorm claims` has finished.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from pathlib import Path
 
 from batchnorm.claims import CLAIMS, ClaimsOptions, run_claims
 from batchnorm.claims.rules import RULE, Part
+from batchnorm.claims.runner import finished
 from batchnorm.claims.summary import band_in_words, shown
 from batchnorm.studies.verdicts import formatting as q
 
+from . import page, results_file
 from .tables import Row, Rows, table, table_of
 
 
@@ -21,6 +26,17 @@ def measure(quick: bool = False) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
         options = ClaimsOptions(("dropout-before-norm",), seeds=1, out=Path(folder))
         return list(run_claims(options).results["claims"])
+
+
+def write_finished() -> Path:
+    """Write the result file of the claims whose five seeds are in runs/claims, and their page."""
+    names = finished(ClaimsOptions())
+    if not names:
+        raise SystemExit("no claim is finished in runs/claims: batchnorm claims measures them")
+    rows = list(run_claims(ClaimsOptions(names)).results["claims"])
+    path = results_file.save("claims-cpu", "batchnorm claims; python -m benchmarks.claims", rows)
+    page.write([page.ROOT / "docs" / "claims.md"])
+    return path
 
 
 def verdicts_table(rows: Rows) -> str:
@@ -106,3 +122,7 @@ def rule(rows: Rows) -> str:
         counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
     told = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
     return f"{RULE}\n\nOf {len(rows)} of {len(CLAIMS)} claims: {told}."
+
+
+if __name__ == "__main__":
+    print(write_finished())

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from batchnorm.claims import CLAIMS, Claim, ClaimsOptions, measure, run_claims
 from batchnorm.claims.experiments import statistics
-from batchnorm.claims.runner import Progress
+from batchnorm.claims.runner import Progress, finished
 from batchnorm.cli.commands import app
 from batchnorm.errors import DataError, OptionError
 from batchnorm.studies.errors import StudyInterrupted
@@ -53,6 +53,8 @@ def test_a_claim_is_measured_stored_and_resumed(tmp_path: Path) -> None:
     heard = _Heard()
     result = run_claims(ClaimsOptions(("14",), seeds=2, out=tmp_path), heard)
     assert heard.seeds == [1]
+    assert finished(ClaimsOptions(seeds=2, out=tmp_path)) == (TINY,)
+    assert finished(ClaimsOptions(seeds=3, out=tmp_path)) == ()
     assert heard.seconds == pytest.approx(heard.total)
     assert (tmp_path / "records" / f"{TINY}-0.json").read_bytes() == first
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -140,6 +140,25 @@ def run_claims(options: ClaimsOptions, progress: Progress | None = None) -> Clai
         return ClaimsResult(options.out, results, write_report(options.out, records))
 
 
+def finished(options: ClaimsOptions) -> tuple[str, ...]:
+    """Returns the names of the claims whose seeds are all on disk, measured by this code.
+
+    Raises:
+        DataError: a record in the folder was measured by other code or versions.
+        FileError: a file could not be read.
+    """
+    folder = options.out / "records"
+    return tuple(
+        claim.name
+        for claim in options.claims()
+        if all(_stored(folder, claim, seed) is not None for seed in range(options.seeds))
+    )
+
+
+def _stored(folder: Path, claim: Claim, seed: int) -> Record | None:
+    return read_stored(_path(folder, claim, seed), _settings(claim, seed), Record)
+
+
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / ".lock", timeout=0)
@@ -160,7 +179,7 @@ def _measure(
     tasks = [(claim, seed) for seed in range(options.seeds) for claim in claims]
     found: dict[tuple[str, int], Record] = {}
     for claim, seed in tasks:
-        stored = read_stored(_path(folder, claim, seed), _settings(claim, seed), Record)
+        stored = _stored(folder, claim, seed)
         if stored is not None:
             found[claim.name, seed] = stored
     missing = [(claim, seed) for claim, seed in tasks if (claim.name, seed) not in found]
