@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -33,7 +34,8 @@ from .claim import Bars, Claim, Drawing, Findings, Grid, Lines
 from .rules import Judged
 from .summary import shown as shown_value
 
-_DASHES = ("-", "--", ":", "-.")
+Dash = Literal["-", "--", ":", "-."]
+_DASHES: tuple[Dash, ...] = ("-", "--", ":", "-.")
 
 
 def illustrate(claim: Claim, findings: Sequence[Findings]) -> tuple[Picture, ...]:
@@ -52,9 +54,9 @@ def _draw(key: str, drawing: Drawing, findings: Sequence[Findings]) -> Picture:
     return _grid(key, drawing, findings)
 
 
-def _styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+def _styles(names: Sequence[str]) -> dict[str, tuple[str, Dash]]:
     """Returns a colour and a dash for each line: batch normalization and its absence have their own."""
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, tuple[str, Dash]] = {}
     counts: dict[str, int] = {}
     for name in names:
         plain = name.startswith(("none", "not adapted", "without"))
@@ -83,8 +85,8 @@ def _lines(key: str, drawing: Lines, findings: Sequence[Findings]) -> Picture:
             Line2D([], [], color=color, linestyle=dash, label=shown(name, 34))
             for name, (color, dash) in styles.items()
         ]
-        for name, (x, y) in drawing.references.items():
-            axes.plot(x, y, color=SOFT, linestyle=":", linewidth=1.0)
+        for name, (places, values) in drawing.references.items():
+            axes.plot(places, values, color=SOFT, linestyle=":", linewidth=1.0)
             handles.append(Line2D([], [], color=SOFT, linestyle=":", label=name))
         _axes_of_lines(axes, drawing)
         legend(figure, handles, 2 if len(handles) > 1 else 1, 2.2)
@@ -238,8 +240,9 @@ def intervals(key: str, parts: Sequence[Judged]) -> Picture:
         _rows_of(axes, [f"part {row + 1}" for row in range(len(parts))])
         axes.set_xlim(-3, 6)
         axes.set_xticks([0, 1], ["no effect", "published"])
-        for label, side in zip(axes.get_xticklabels(), ("right", "left"), strict=True):
-            label.set_horizontalalignment(side)
+        left, right = axes.get_xticklabels()
+        left.set_horizontalalignment("right")
+        right.set_horizontalalignment("left")
 
     title = "Interval of each part; grey: the published effect"
     return draw(key, title, f"{title}. {told}.", 0.5 + ROW * max(len(parts), 2), paint)

@@ -63,7 +63,7 @@ class TorchLearner:
         names: Names | None = None,
     ) -> None:
         self.model = model.train()
-        self.layers = list(weight_layers(model))
+        self.layers: Sequence[str] = list(weight_layers(model))
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.has_batch_norms = any(norm.running_mean is not None for norm in _batch_norms(model))
         self._arm, self._is_watched, self._names = arm, is_watched, names

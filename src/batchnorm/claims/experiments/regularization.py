@@ -80,7 +80,7 @@ def gamma_decay(seed: int, report: Report) -> Findings:
     left = [abs(gap - other) for gap, other in zip(replaced, by_batch, strict=True)]
     differences = [abs(plain - other) for other in by_batch]
     numbers["left by decay"] = float(np.mean(left))
-    numbers["replaced"] = float(np.mean(differences) / max(np.mean(left), 1e-6))
+    numbers["replaced"] = float(np.mean(differences) / max(np.mean(left), 1e-6))  # type: ignore[operator]
     curves = {
         "batchnorm": Curve(_NORM_BATCHES, by_batch),
         "population, decay of γ": Curve(_NORM_BATCHES, replaced),
@@ -126,11 +126,11 @@ def effective_rate(seed: int, report: Report) -> Findings:
         row = []
         for decay in _WEIGHT_DECAYS:
             learner = learner_of(made(dense_net((196, 100, 10)), "batchnorm", seed), rate)
-            weight, norms = _hidden(learner.model)[0], []
+            weight, norms = _hidden(learner.model)[0], []  # type: ignore[var-annotated]
 
             def decayed(
                 _: int,
-                weight: nn.Parameter = weight,
+                weight: Tensor = weight,
                 factor: float = 1 - rate * decay,
                 norms: list[float] = norms,
             ) -> None:
@@ -153,7 +153,7 @@ def effective_rate(seed: int, report: Report) -> Findings:
     return Findings(numbers, {"norms": curves}, {"rates": grid})
 
 
-def _hidden(model: nn.Module) -> list[nn.Parameter]:
+def _hidden(model: nn.Module) -> list[Tensor]:
     """Returns the weights that a norm stands behind."""
     return [module.weight for module in model.modules() if isinstance(module, nn.Linear)][:-1]
 

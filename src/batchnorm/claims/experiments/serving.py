@@ -169,7 +169,7 @@ def _choose(model: nn.Module, norms: list[_BatchNorm], which: str, generator: to
     total = sum(parameter.numel() for parameter in others)
     rows = torch.randperm(total, generator=generator)[:chosen]
     mask = torch.zeros(total).scatter_(0, rows, 1.0)
-    for parameter, own in zip(others, mask.split([parameter.numel() for parameter in others]), strict=True):
+    for parameter, own in zip(others, mask.split([parameter.numel() for parameter in others]), strict=True):  # type: ignore[no-untyped-call]
         shaped = own.view_as(parameter)
-        parameter.register_hook(lambda gradient, shaped=shaped: gradient * shaped)
+        parameter.register_hook(lambda gradient, shaped=shaped: gradient * shaped)  # type: ignore[no-untyped-call]
     return

@@ -77,6 +77,7 @@ def adapted_error(model: nn.Module, x: Tensor, y: Tensor, *, prior: float | None
     model.eval()
     wrong = 0
     with torch.no_grad():
-        for images, classes in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        for start in range(0, len(x), batch_size):
+            images, classes = x[start : start + batch_size], y[start : start + batch_size]
             wrong += int((model(images).argmax(1) != classes).sum())
     return wrong / len(x)

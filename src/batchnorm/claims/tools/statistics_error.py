@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def error_over_samples(
     error: Callable[[nn.Module], float],
     *,
     batch_size: int = 250,
-    method: str = "batch",
+    method: Literal["batch", "layerwise"] = "batch",
 ) -> dict[int, float]:
     """Returns the error of a model whose running statistics are those of so many training samples.
 
@@ -42,9 +43,8 @@ def error_over_samples(
     found = {}
     for size in samples:
         copied = copy.deepcopy(model)
-        calibrate(
-            copied, x[:size].split(batch_size), method="layerwise" if method == "layerwise" else "batch"
-        )
+        batches = [x[start : min(start + batch_size, size)] for start in range(0, size, batch_size)]
+        calibrate(copied, batches, method=method)
         found[size] = error(copied)
     return found
 
