@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 .PHONY: study test test-slow differs-on-jax differs-on-tensorflow test-jax test-tensorflow test-benchmarks fuzz mutants lint resolves format bench clean help
 
 help:
-	@echo "make study   train networks with and without batch normalization on real digits, write a report"
+	@echo "make study   train networks with and without batch normalization on images, speech and text, write a report"
 	@echo "make test    the test suite; make test-slow: what it leaves out of large grids, and what takes long;"
 	@echo "             make test-jax, make test-tensorflow: all tests of Keras on another backend;"
 	@echo "             make test-benchmarks: that the measurements run"

@@ -25,7 +25,7 @@ PLATFORMS = {
     "Windows x86-64": "x86_64-pc-windows-msvc",
 }
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-EXTRAS = ("study", "torch", "keras", "dev")
+EXTRAS = ("study", "torch", "keras", "cluster", "dev")
 
 
 class Resolution(NamedTuple):

@@ -24,6 +24,7 @@ HEAVY = (
     "rich",
     "typer",
     "jinja2",
+    "distributed",
 )
 
 

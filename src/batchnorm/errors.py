@@ -12,7 +12,13 @@ from collections.abc import Iterator
 from typing import Self
 
 # Top-level package that a missing import names -> the extra that brings it.
-EXTRAS = {"torch": "torch", "keras": "keras", "rich": "study", "filelock": "study"}
+EXTRAS = {
+    "torch": "torch",
+    "keras": "keras",
+    "rich": "study",
+    "filelock": "study",
+    "distributed": "cluster",
+}
 
 
 # What moves the cursor or colours a terminal, ends a line, or turns the direction of writing.

@@ -82,7 +82,7 @@ def test_the_backend_is_the_one_that_keras_takes_and_is_found_without_importing_
 
 @pytest.mark.usefixtures("nobody_chose")
 def test_folders_and_stored_runs_tell_frameworks_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    keras = StudyOptions(networks=("mlp",), framework="keras")
+    keras = StudyOptions(networks=("mlp",), data=("digits",), framework="keras")
     assert keras.folder == Path("runs/study-keras-tensorflow-digits-mlp")
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     assert keras.folder == Path("runs/study-keras-jax-digits-mlp")
@@ -99,7 +99,8 @@ def test_torch_keeps_the_settings_that_its_stored_runs_have() -> None:
     torch = find_framework("torch")
     settings = settings_of(plan(StudyOptions())[0], load_digits(), "f", torch)
     expected = ["format", "data", "network", "batch_size", "depth", "epochs", "optimizer", "momentum"]
-    expected += ["weight_decay", "target_accuracy", "arm", "learning_rate", "seed", "network_source"]
+    expected += ["weight_decay", "target_accuracy", "loss", "metric", "arm", "learning_rate", "seed"]
+    expected += ["network_source", "loss_source", "metric_source"]
     assert list(settings) == [*expected, "torch", "batchnorm"]
 
 

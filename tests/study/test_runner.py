@@ -19,8 +19,8 @@ from batchnorm.studies.data import load_data
 from batchnorm.studies.errors import StudyError
 from batchnorm.studies.frameworks import find_framework
 from batchnorm.studies.options import parse_numbers, split_list
-from batchnorm.studies.pool import WorkerPool, _interrupt_held
-from batchnorm.studies.records import Timing
+from batchnorm.studies.pool import WorkerPool, interrupt_held
+from batchnorm.studies.records import Run, Timing
 from batchnorm.studies.runner import _alone_in
 from batchnorm.studies.settings import setting_names
 from batchnorm.studies.tasks import RunTask, plan
@@ -38,25 +38,30 @@ class Listening(Display):
     """Keeps what it hears."""
 
     def __init__(self) -> None:
-        self.left = 0
+        self.left = self.work = 0.0
         self.ended: list[str] = []
         self.diverged: list[str] = []
         self.started: tuple[int, int] | None = None
         self.notices: list[str] = []
+        self.verdicts: list[tuple[str, str]] = []
 
     def notice(self, text: str) -> None:
         self.notices.append(text)
 
-    def training(self, runs: int, finished: int, steps: int, workers: int) -> None:
+    def training(self, runs: int, finished: int, work: float, workers: int) -> None:
         assert workers == 1
         self.started = (runs, finished)
-        self.left = steps
+        self.left = self.work = work
 
-    def advance(self, steps: int) -> None:
-        self.left -= steps
+    def advance(self, work: float) -> None:
+        self.left -= work
 
-    def run_ended(self, name: str, diverged: bool) -> None:
-        (self.diverged if diverged else self.ended).append(name)
+    def run_ended(self, name: str, setting: str, run: Run) -> None:
+        assert setting.startswith("own.py:")
+        (self.diverged if run.diverged else self.ended).append(name)
+
+    def setting_ended(self, setting: str, verdict: str) -> None:
+        self.verdicts.append((setting, verdict))
 
 
 @pytest.fixture
@@ -91,7 +96,10 @@ def test_a_study_runs_grows_and_goes_on(own: Path, monkeypatch: pytest.MonkeyPat
     result = run_study(options(own), first)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
-    assert (first.started, len(first.ended), first.left) == ((4, 0), 4, 0)
+    assert (first.started, len(first.ended)) == ((4, 0), 4)
+    assert first.left == pytest.approx(0, abs=1e-9 * first.work)
+    assert [setting for setting, _ in first.verdicts] == ["own.py:net"]
+    assert first.verdicts[0][1].startswith("batch normalization ")
     assert result.report.is_file()
     assert result.results == json.loads((result.folder / "results.json").read_text())
     assert (result.folder / "curves.csv").read_text().count("\n") == 1 + 4 * 2
@@ -100,7 +108,9 @@ def test_a_study_runs_grows_and_goes_on(own: Path, monkeypatch: pytest.MonkeyPat
     # A rate more, with which one run diverges: a result, not an error; what is there stays.
     second = Listening()
     grown = run_study(options(own, seeds=1, learning_rates=(1e-2, 1e30), arms=("none",)), second)
-    assert (second.started, second.ended, len(second.diverged), second.left) == ((2, 1), [], 1, 0)
+    assert (second.started, second.ended, len(second.diverged)) == ((2, 1), [], 1)
+    assert second.left == pytest.approx(0, abs=1e-9 * second.work)
+    assert 0 < second.work < first.work
     assert [run["status"] for run in grown.results["runs"]] == ["finished", "diverged"]
     assert grown.results["arms"]["none"]["test_accuracy"]["values"] == [
         result.results["arms"]["none"]["test_accuracy"]["values"][0]
@@ -114,9 +124,10 @@ def test_a_study_runs_grows_and_goes_on(own: Path, monkeypatch: pytest.MonkeyPat
         run_study(options(own))
 
 
-def test_the_plan_finishes_one_seed_before_the_next(own: Path) -> None:
+def test_the_plan_finishes_one_setting_before_the_next_and_in_it_one_seed(own: Path) -> None:
     tasks = plan(options(own, networks=("mlp", "deep"), learning_rates=(1e-2, 1e-3), seeds=2))
-    assert [task.seed for task in tasks] == [0] * 8 + [1] * 8
+    assert [task.setting.network for task in tasks] == ["mlp"] * 8 + ["deep"] * 8
+    assert [task.seed for task in tasks] == 2 * ([0] * 4 + [1] * 4)
     assert len({task.name for task in tasks}) == 16
 
 
@@ -170,7 +181,7 @@ def test_ctrl_c_is_held_though_another_thread_takes_the_signal() -> None:
     done: list[str] = []
 
     def press() -> None:
-        with _interrupt_held():
+        with interrupt_held():
             begins.set()
             thread.join()
             done.append("all of the block")
@@ -205,9 +216,9 @@ def test_a_network_that_forks_is_trained_once_and_its_child_ended(
     running: tuple[Path, WorkerPool, Listening], network: str
 ) -> None:
     own, pool, display = running
-    display.left = 30
+    display.left = 15.0
     run = run_task(f"{own}:{network}", epochs=10)
-    ((done, result),) = pool.run([run])
+    ((done, result),) = pool.run([run], {run: 0.5})
     assert (done, display.left) == (run, 0)
     assert result.network == f"own.py:{network}"
     assert len(list(pool.run([task(f"{own}:net")]))) == 1
@@ -251,7 +262,7 @@ def test_networks_are_trained_and_timed_on_one_thread(own: Path) -> None:
             {"networks": ("a/net.py:f", "b/net.py:f")},
             "a/net.py:f, none, .* and digits, b/net.py:f, none, .*; rename",
         ),
-        ({"networks": ("net.py:f", "net.py:F")}, "share the file digits-net.py-F-32-none-0.0001-0.json"),
+        ({"networks": ("net.py:f", "net.py:F")}, "share the file digits-net.py-F-32-none-0.001-0.json"),
         ({"networks": ("ä.py:f", "ö.py:f")}, "share the file"),
         ({"learning_rates": (0.0,)}, "learning rate 0.0"),
         ({"learning_rates": (float("nan"),)}, "learning rate nan"),
@@ -334,7 +345,7 @@ def test_lists_are_split_and_repeats_fall_out() -> None:
 
 def test_rates_that_differ_in_the_last_place_have_names_and_texts_of_their_own() -> None:
     rates = (1e-3, math.nextafter(1e-3, 1), 1.0000001e-3, 1.0, 3e-5, 1e30)
-    study = StudyOptions(networks=("mlp",), arms=("none",), learning_rates=rates, seeds=1)
+    study = StudyOptions(networks=("mlp",), data=("digits",), arms=("none",), learning_rates=rates, seeds=1)
     tasks = plan(study)
     assert len({task.name for task in tasks}) == len({task.describe() for task in tasks}) == len(rates)
     assert tasks[0].name == "digits-mlp-32-none-0.001-0"
@@ -350,7 +361,7 @@ def test_the_command_is_one_that_a_shell_reads() -> None:
 
 
 def test_the_default_folder_is_the_same_for_the_same_study() -> None:
-    assert StudyOptions().folder == Path("runs/study-digits")
+    assert StudyOptions().folder == Path("runs/study-digits-vowels-languages")
     own = StudyOptions(networks=("/x/my net.py:build",), data=("/y/d.py:load",))
     assert own.folder == Path("runs/study-d.py-load-my-net.py-build")
 
@@ -359,8 +370,22 @@ def test_settings_are_named_by_what_tells_them_apart() -> None:
     study = StudyOptions(networks=("deep",), depths=(2, 4), data=("digits", "icons"), batch_sizes=(8, 16))
     names = list(setting_names(study.settings()).values())
     assert (len(names), names[0]) == (8, "deep(2) on digits, batches of 8")
-    assert list(setting_names(StudyOptions(networks=("mlp",)).settings()).values()) == ["mlp"]
-    assert StudyOptions(optimizer="sgd").learning_rates == (1e-2, 1e-1, 1.0)
+    assert list(setting_names(StudyOptions(networks=("mlp",), data=("digits",)).settings()).values()) == [
+        "mlp"
+    ]
+    assert StudyOptions(optimizer="sgd", data=("digits",)).learning_rates == (1e-2, 1e-1, 1.0)
+
+
+def test_several_data_sets_are_a_first_look_at_each() -> None:
+    study, one = StudyOptions(), StudyOptions(data=("languages",))
+    assert [setting.data for setting in study.settings()] == ["digits", "digits", "vowels", "languages"]
+    assert study.arms_on("digits") == ("none", "batchnorm", "layernorm")
+    assert study.arms_on("languages") == ("none", "batchnorm", "batchnorm:unmasked")
+    assert len(one.arms_on("languages")) == 7
+    assert (study.rates, one.rates) == ((1e-3, 1e-2), (1e-4, 1e-3, 1e-2))
+    assert [study.recipe(name).epochs for name in study.data] == [10, 10, 3]
+    assert StudyOptions(epochs=2).recipe("languages").epochs == 2
+    assert [setting.batch_size for setting in one.settings()] == [64]
 
 
 @pytest.mark.slow

@@ -19,13 +19,14 @@ from batchnorm.studies.records import ArmTiming, Run, Timing
 from batchnorm.studies.summary import curves_csv, spread, summarize
 
 OPTIONS = StudyOptions(
+    data=("digits",),
     networks=("mlp", "/home/someone/net.py:build"),
     arms=("none", "batchnorm"),
     learning_rates=(0.1, 0.01),
     seeds=2,
 )
 TORCH = Framework("torch", None, (("torch", "2.13.0"),))
-SECONDS = {"none": ArmTiming([1.0, 2.0, 9.0]), "batchnorm": ArmTiming([3.0])}
+SECONDS = {"none": ArmTiming([1.0, 2.0, 9.0], 0.1), "batchnorm": ArmTiming([3.0], 0.1)}
 TIMING = {setting: Timing(SECONDS) for setting in OPTIONS.settings()}
 NETWORKS = ("mlp", "net.py:build")
 

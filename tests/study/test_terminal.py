@@ -8,7 +8,7 @@ from batchnorm.studies.arms import KNOWN
 from batchnorm.studies.data import SOURCES
 from batchnorm.studies.networks import NETWORKS
 from batchnorm.studies.terminal import TerminalDisplay, print_choices, print_results
-from tests.study.test_summary import summary
+from tests.study.test_summary import record, summary
 
 NAME = "[red]x.py:f[/] :warning: [link=file:///etc]y[/link]"
 
@@ -20,7 +20,7 @@ def test_a_name_is_no_markup(capsys: pytest.CaptureFixture[str], monkeypatch: py
     print_results(results)
     with TerminalDisplay() as display:
         display.stage(NAME)
-        display.run_ended(f"{NAME}\x1b[2J", diverged=True)
+        display.run_ended(f"{NAME}\x1b[2J", "mlp", record("mlp", "none", 0.1, 0, None))
         display.notice(f"{NAME}\nand more")
     told = capsys.readouterr()
     assert f"{NAME}\\x1b[2J on own, each arm" in " ".join(told.out.split())

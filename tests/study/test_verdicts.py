@@ -92,6 +92,18 @@ def test_the_interval_is_students() -> None:
     assert Comparison(tuple([1.0, 1.1] * 40), minimal=0.0).half_width == pytest.approx(0.01133, rel=0.05)
 
 
+def test_what_is_not_clear_says_how_large_a_difference_would_have_shown() -> None:
+    unclear = Comparison((0.01, 0.02, 0.03), minimal=0.005)
+    assert unclear.visible == unclear.half_width == pytest.approx(0.01 * 4.303 / math.sqrt(3))
+    assert unclear.basis(q.points).endswith(
+        "3 seeds; 2.5 points or more would have shown".replace(" points", "\N{NO-BREAK SPACE}points")
+    )
+    assert Comparison((0.001, 0.001), minimal=0.005).visible == 0.005
+    for mean, grade in ((0.0247, Grade.UNCLEAR), (0.0249, Grade.SUPPORTED)):
+        assert Comparison((mean - 0.01, mean, mean + 0.01), minimal=0.005).grade is grade
+    assert "would have shown" not in Comparison((0.02, 0.021), minimal=0.005).basis(q.points)
+
+
 def test_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:
     """Seeds differ by far more than the arms do; the arms differ by the same everywhere."""
     runs = [

@@ -38,7 +38,7 @@ def _root(
 
 @app.command()
 def study(
-    data: options.StudyData = "digits",
+    data: options.StudyData = "digits,vowels,languages",
     data_dir: options.DataDir = None,
     network: options.Networks = "auto",
     depth: options.Depths = "",
@@ -48,13 +48,14 @@ def study(
     momentum: options.Momentum = None,
     weight_decay: options.WeightDecay = 0.0,
     learning_rate: options.LearningRates = "auto",
-    seeds: options.Seeds = 3,
-    epochs: options.Epochs = 10,
-    batch_size: options.StepSizes = "32",
+    seeds: options.Seeds = 5,
+    epochs: options.Epochs = "auto",
+    batch_size: options.StepSizes = "auto",
     loss: options.Loss = "cross_entropy",
     metric: options.Metric = None,
     target_accuracy: options.TargetAccuracy = 0.85,
     jobs: options.Jobs = "auto",
+    executor: options.Executor = None,
     out: options.StudyOut = None,
     list_choices: options.ListChoices = False,
     debug: options.Debug = False,
@@ -81,8 +82,10 @@ def study(
             arms=split_list(arms),
             learning_rates=_parse_rates(learning_rate),
             seeds=seeds,
-            epochs=epochs,
-            batch_sizes=parse_numbers(split_list(batch_size), int, "batch size"),
+            epochs=_parse_count("--epochs", epochs),
+            batch_sizes=parse_numbers(split_list(batch_size), int, "batch size")
+            if batch_size != "auto"
+            else (),
             depths=parse_numbers(split_list(depth), int, "depth"),
             optimizer=optimizer,
             momentum=momentum,
@@ -90,7 +93,8 @@ def study(
             loss=loss,
             metric=metric,
             target_accuracy=target_accuracy,
-            jobs=_parse_jobs(jobs),
+            jobs=_parse_count("--jobs", jobs),
+            executor=executor,
             out=out,
         )
         with TerminalDisplay() as display:
@@ -105,11 +109,11 @@ def _parse_rates(text: str) -> tuple[float, ...] | None:
     return None if text == "auto" else parse_numbers(split_list(text), float, "learning rate")
 
 
-def _parse_jobs(text: str) -> int | None:
+def _parse_count(option: str, text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal():
-        raise OptionError(f"--jobs {text!r} is neither a number nor auto")
+        raise OptionError(f"{option} {text!r} is neither a number nor auto")
     return int(text)
 
 

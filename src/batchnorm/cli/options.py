@@ -40,8 +40,10 @@ Arms = Annotated[
 ]
 LearningRates = Annotated[str, typer.Option(help="Comma-separated; auto: by the optimizer.")]
 Seeds = Annotated[int, typer.Option(help="Runs with different initial weights and orders.")]
-Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
-StepSizes = Annotated[str, typer.Option(help="Comma-separated: examples per training step.")]
+Epochs = Annotated[str, typer.Option(help="Passes over the training data; auto: by the data.")]
+StepSizes = Annotated[
+    str, typer.Option(help="Comma-separated: examples per training step; auto: by the data.")
+]
 Loss = Annotated[
     str,
     typer.Option(help="cross_entropy, mse, or your own as file.py:function of outputs and targets."),
@@ -57,7 +59,16 @@ TargetAccuracy = Annotated[
     float,
     typer.Option(help="Held-out accuracy, or other metric, up to 1, that 'steps to target' counts up to."),
 ]
-Jobs = Annotated[str, typer.Option(help="Training runs at a time; auto is one per core.")]
+Jobs = Annotated[
+    str, typer.Option(help="Training runs at a time; auto is one per core, or per thread of the executor.")
+]
+Executor = Annotated[
+    str | None,
+    typer.Option(
+        help="Runs on a Dask cluster: dask:tcp://host:8786, the scheduler's address.",
+        show_default="processes of this machine",
+    ),
+]
 StudyOut = Annotated[
     Path | None,
     typer.Option(

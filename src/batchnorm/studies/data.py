@@ -123,6 +123,7 @@ class DataSource:
         description: what it is, in one line.
         networks: those that a study takes unless it is told.
         is_padded: whether x is sequences of several lengths.
+        epochs, batch_size: those of a study unless it is told.
         baselines: plain models of scikit-learn, with their held-out accuracy by `scripts/baselines.py`.
     """
 
@@ -130,6 +131,8 @@ class DataSource:
     description: str
     networks: tuple[str, ...] = ("mlp", "deep")
     is_padded: bool = False
+    epochs: int = 10
+    batch_size: int = 32
     baselines: tuple[tuple[str, float], ...] = ()
 
 
@@ -162,6 +165,8 @@ SOURCES = {
         "12,000 fragments of 5 to 80 characters; which of 60 languages is it?",
         ("characters",),
         is_padded=True,
+        epochs=3,
+        batch_size=64,
         baselines=(
             ("logistic regression on a bag of characters", 0.6840),
             ("naive Bayes on 1- to 3-grams of characters (multinomial, alpha 0.1)", 0.8883),

@@ -55,7 +55,7 @@ def find_framework(name: str) -> Framework:
     if name == "torch":
         if not _is_installed("torch"):
             raise MissingExtraError("batchnorm study", "torch", "study")
-        return Framework("torch", None, _versions("torch"))
+        return Framework("torch", None, installed_versions("torch"))
     if not _is_installed("keras"):
         raise MissingExtraError("batchnorm study --framework keras", "keras", "keras")
     backend, origin = _chosen_backend()
@@ -67,7 +67,7 @@ def find_framework(name: str) -> Framework:
         others = ", ".join(other for other in _BACKENDS if _is_installed(other))
         choose = f", or set KERAS_BACKEND to one that is: {others}" if others else ""
         raise OptionError(f"{origin}, which is not installed: pip install {backend}{choose}")
-    return Framework("keras", backend, _versions("keras", *_BACKENDS[backend]))
+    return Framework("keras", backend, installed_versions("keras", *_BACKENDS[backend]))
 
 
 def framework_in_words(provenance: Mapping[str, Any]) -> str | None:
@@ -107,7 +107,8 @@ def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _versions(*modules: str) -> tuple[tuple[str, str], ...]:
+def installed_versions(*modules: str) -> tuple[tuple[str, str], ...]:
+    """Returns the version of each of these packages, `unknown` where it has none."""
     return tuple((module, _version(module)) for module in modules)
 
 

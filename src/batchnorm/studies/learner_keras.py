@@ -141,7 +141,7 @@ class _OwnLoss(keras.losses.Loss):
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         del sample_weight
         with naming_the_line(f"loss {self._spec}", source_of(self._spec)):
-            value = self._function(y_pred, y_true)
+            value = self._function(y_pred, keras.ops.convert_to_tensor(y_true))
             if not keras.ops.is_tensor(value) or len(value.shape):
                 what = f"a tensor of shape {list(value.shape)}" if keras.ops.is_tensor(value) else repr(value)
                 raise TypeError(f"it returned {what}, not a tensor with one number: return its mean")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,6 @@ METRICS = {
     "r2": "the share of the targets' variance that is explained, 1 - residual/total; mean over outputs",
 }
 
-METRICS_IN_WORDS = {"accuracy": "accuracy", "r2": "R²"}
-
 Metric = Callable[[Array, Array], float]
 
 
@@ -38,6 +37,18 @@ def check_objective(loss: str, metric: str) -> None:
     wrong = {"cross_entropy": "r2", "mse": "accuracy"}
     if wrong.get(loss) == metric:
         raise OptionError(f"--metric {metric} is not for --loss {loss}: leave it out")
+
+
+def with_metric(text: str, metric: str) -> str:
+    """Returns a text that was written for accuracy with another metric's name; anchors of HTML stay."""
+    if metric == "accuracy":
+        return text
+    return re.sub(r'(?<![-\w#"])[Aa]ccurac(?:y|ies)(?![-\w"])', lambda _: metric_in_words(metric), text)
+
+
+def metric_in_words(metric: str) -> str:
+    """Returns a metric's name as a sentence has it."""
+    return {"r2": "R²"}.get(metric, metric)
 
 
 def default_metric(loss: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,8 +24,13 @@ from .user_code import is_user_code
 
 ARMS = ("none", "batchnorm", "dropout", "l1", "l2", "layernorm", "batchnorm+dropout")
 ARMS_WITH_PADDING = ("none", "batchnorm", UNMASKED, "dropout", "l2", "layernorm", "batchnorm+dropout")
+# Of several data sets, unless they are told: a first look at each, in minutes.
+FEWER_ARMS = ("none", "batchnorm", "layernorm")
+FEWER_ARMS_WITH_PADDING = ("none", "batchnorm", UNMASKED)
 AUTO = ("auto",)
 _MOMENTUM = 0.9  # of SGD
+# A host by its name or number, an IPv6 one in brackets, and a port.
+_EXECUTOR = re.compile(r"dask:(tcp|tls)://([\w.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 N = TypeVar("N", int, float)
 
@@ -38,15 +44,17 @@ class StudyOptions:
             the data.
         data: of `data.SOURCES`, or the user's own as `file.py:function`.
         data_dir: where `mnist` is looked for.
-        arms: see `arms.parse_arm`; `auto` alone is those of the data.
-        learning_rates: each above 0; None for those of the optimizer.
+        arms: see `arms.parse_arm`; `auto` alone is those of the data, and fewer with several data sets.
+        learning_rates: each above 0; None for those of the optimizer, and fewer with several data sets.
         seeds: how many; they are 0, 1, 2, ...
-        epochs, weight_decay, target_accuracy, loss: see `settings.Recipe`.
+        epochs: passes over the training data; None for those of the data.
+        weight_decay, target_accuracy, loss: see `settings.Recipe`.
         metric: see `settings.Recipe`; None for `accuracy` with `cross_entropy`, else `r2`.
-        batch_sizes, depths: see `settings.Setting`; without depths networks have their own.
+        batch_sizes, depths: see `settings.Setting`; without them data and networks have their own.
         optimizer: of `settings.OPTIMIZERS`.
         momentum: of SGD alone; None for 0.9.
-        jobs: training runs at a time, each on one thread; None for one per core.
+        jobs: training runs at a time, each on one thread; None for one per core, or thread of a cluster.
+        executor: `dask:` and the address of a scheduler, as in `dask:tcp://host:8786`; None for this machine.
         out: the study's folder; None for `runs/study-<data>`, with the networks' names where they are chosen
             and `keras-<backend>` where it is Keras.
         framework: `torch`, or `keras` on the backend that it takes when it is imported.
@@ -57,13 +65,13 @@ class StudyOptions:
     """
 
     networks: tuple[str, ...] = AUTO
-    data: tuple[str, ...] = ("digits",)
+    data: tuple[str, ...] = ("digits", "vowels", "languages")
     data_dir: Path | None = None
     arms: tuple[str, ...] = AUTO
     learning_rates: tuple[float, ...] | None = None
-    seeds: int = 3
-    epochs: int = 10
-    batch_sizes: tuple[int, ...] = (32,)
+    seeds: int = 5
+    epochs: int | None = None
+    batch_sizes: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
     optimizer: str = "adam"
     momentum: float | None = None
@@ -74,23 +82,32 @@ class StudyOptions:
     jobs: int | None = None
     out: Path | None = None
     framework: str = "torch"
+    executor: str | None = None
     padded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise OptionError(f"unknown optimizer {self.optimizer!r}: known are {', '.join(OPTIMIZERS)}")
         if self.learning_rates is None:
-            object.__setattr__(self, "learning_rates", OPTIMIZERS[self.optimizer])
+            rates = OPTIMIZERS[self.optimizer]
+            fewer = rates[:2] if self.optimizer == "sgd" else rates[1:]
+            object.__setattr__(self, "learning_rates", fewer if len(self.data) > 1 else rates)
         if self.metric is None:
             object.__setattr__(self, "metric", default_metric(self.loss))
-        check_objective(self.loss, self.recipe.metric)
+        assert self.metric is not None
+        check_objective(self.loss, self.metric)
         for field, what in _LISTS.items():
             values = tuple(dict.fromkeys(getattr(self, field)))
             object.__setattr__(self, field, values)
-            if not values and field != "depths":
+            if not values and field not in ("depths", "batch_sizes"):
                 raise OptionError(f"no {what} was given")
         if self.framework not in FRAMEWORKS:
             raise OptionError(f"unknown framework {self.framework!r}: known are {', '.join(FRAMEWORKS)}")
+        if self.executor is not None and not _is_executor(self.executor):
+            raise OptionError(
+                f"--executor {self.executor!r} is no address of a Dask scheduler, such as "
+                "dask:tcp://host:8786 (or dask:tls://host:8786)"
+            )
         self._check_numbers()
         object.__setattr__(self, "learning_rates", tuple(map(float, self.rates)))
         for name in self.networks if self.networks != AUTO else ():
@@ -150,6 +167,8 @@ class StudyOptions:
             left_out = UNMASKED if has_no_padding and len(self.data) > 1 else None
             return tuple(arm for arm in self.arms if arm != left_out)
         is_padded = source_named(data).is_padded or data in self.padded
+        if len(self.data) > 1:
+            return FEWER_ARMS_WITH_PADDING if is_padded else FEWER_ARMS
         return ARMS_WITH_PADDING if is_padded else ARMS
 
     def settings(self) -> tuple[Setting, ...]:
@@ -159,7 +178,7 @@ class StudyOptions:
             for data in self.data
             for network in (source_named(data).networks if self.networks == AUTO else self.networks)
             for depth in self.depths or (None,)
-            for batch_size in self.batch_sizes
+            for batch_size in self.batch_sizes or (source_named(data).batch_size,)
         )
 
     @property
@@ -168,13 +187,12 @@ class StudyOptions:
         assert self.learning_rates is not None
         return self.learning_rates
 
-    @property
-    def recipe(self) -> Recipe:
-        """How every run trains."""
+    def recipe(self, data: str) -> Recipe:
+        """Returns how every run on a data set trains."""
         momentum = self.momentum if self.momentum is not None else _MOMENTUM
         assert self.metric is not None
         return Recipe(
-            epochs=self.epochs,
+            epochs=self.epochs or source_named(data).epochs,
             optimizer=self.optimizer,
             momentum=momentum if self.optimizer == "sgd" else 0.0,
             weight_decay=self.weight_decay,
@@ -212,12 +230,18 @@ class StudyOptions:
 
     @property
     def workers(self) -> int:
+        """Training runs at a time on this machine."""
         return self.jobs if self.jobs is not None else usable_cores()
+
+    @property
+    def scheduler(self) -> str | None:
+        """The address of the Dask scheduler; None for this machine."""
+        return self.executor.removeprefix("dask:") if self.executor is not None else None
 
     def command(self) -> str:
         """Returns the command line of this study, without folders, as a shell reads it."""
         backend = f"KERAS_BACKEND={shlex.quote(keras_backend())} " if self.framework == "keras" else ""
-        metric = self.recipe.metric
+        recipe = self.recipe(self.data[0])
         parts: dict[str, object] = {
             **({"framework": self.framework} if backend else {}),
             "data": ",".join(map(display_name, self.data)),
@@ -225,14 +249,14 @@ class StudyOptions:
             **({"depth": ",".join(map(str, self.depths))} if self.depths else {}),
             "arms": ",".join(self.arms),
             "optimizer": self.optimizer,
-            **({"momentum": shown_number(self.recipe.momentum)} if self.optimizer == "sgd" else {}),
+            **({"momentum": shown_number(recipe.momentum)} if self.optimizer == "sgd" else {}),
             **({"weight-decay": shown_number(self.weight_decay)} if self.weight_decay else {}),
             "learning-rate": ",".join(map(shown_number, self.rates)),
             "seeds": self.seeds,
-            "epochs": self.epochs,
-            "batch-size": ",".join(map(str, self.batch_sizes)),
+            "epochs": self.epochs or "auto",
+            "batch-size": ",".join(map(str, self.batch_sizes)) or "auto",
             **({"loss": display_name(self.loss)} if self.loss != "cross_entropy" else {}),
-            **({"metric": display_name(metric)} if metric != default_metric(self.loss) else {}),
+            **({"metric": display_name(recipe.metric)} if recipe.metric != default_metric(self.loss) else {}),
             "target-accuracy": shown_number(self.target_accuracy),
         }
         words = [word for name, value in parts.items() for word in (f"--{name}", str(value))]
@@ -247,6 +271,11 @@ _LISTS = {
     "batch_sizes": "batch size",
     "depths": "depth",
 }
+
+
+def _is_executor(text: str) -> bool:
+    parts = _EXECUTOR.fullmatch(text)
+    return parts is not None and 0 < int(parts[3]) < 2**16
 
 
 def _option(field: str) -> str:

@@ -13,12 +13,12 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from .data import Dataset
 from .display import Display
@@ -34,22 +34,52 @@ class _Member:
     process: SpawnProcess
     connection: Connection
     task: Task | None = None
-    steps: int = 0
+    work: float = 0.0
+
+
+class Pool(Protocol):
+    """Runs tasks, several at a time; what it started ends with the `with` block."""
+
+    @property
+    def size(self) -> int:
+        """How many tasks run at a time, at most."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def run(
+        self, tasks: Sequence[Task], work_per_step: Mapping[Task, float] | None = None
+    ) -> Iterator[tuple[Task, Any]]:
+        """Does tasks in any order, and yields each with its result; see `WorkerPool.run`."""
 
 
 class WorkerPool:
     """Runs tasks in at most `size` processes, which start when needed and end with the `with` block.
 
     Processes are spawned, never forked: a fork of a process that has used torch's threads may hang.
+
+    Args:
+        size: how many processes, at most.
+        data: what they train on, by name.
+        framework: what they train in.
+        display: receives steps and deaths.
+        check: called at least every half second while tasks run; what it raises ends `run`.
     """
 
     def __init__(
-        self, size: int, data: Mapping[str, Dataset], framework: Framework, display: Display
+        self,
+        size: int,
+        data: Mapping[str, Dataset],
+        framework: Framework,
+        display: Display,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._size = size
+        self.size = size
         self._data = data
         self._framework = framework
         self._display = display
+        self._check = check
         self._context = multiprocessing.get_context("spawn")
         self._members: list[_Member] = []
 
@@ -57,29 +87,36 @@ class WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _interrupt_held():
+        with interrupt_held():
             for member in self._members:
                 member.process.terminate()
             for member in self._members:
                 self._end(member)
             self._members.clear()
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
-        """Does tasks in any order, and yield each with its result; the display receives steps and deaths.
+    def run(
+        self, tasks: Sequence[Task], work_per_step: Mapping[Task, float] | None = None
+    ) -> Iterator[tuple[Task, Any]]:
+        """Does tasks in any order, and yields each with its result; the display receives progress and deaths.
 
         A task whose worker dies is tried once more.
+
+        Args:
+            tasks: what is to be done.
+            work_per_step: what the display hears of a task's step; nothing unless it is given.
 
         Raises:
             StudyError: a task failed, or the worker on it died twice.
         """
-        waiting, died = deque(tasks), set[Task]()
-        while len(self._members) < min(self._size, len(tasks)):
+        waiting, died, work = deque(tasks), set[Task](), work_per_step or {}
+        while len(self._members) < min(self.size, len(tasks)):
             self._start()
         for member in self._members:
             self._assign(member, waiting)
         while busy := [member for member in self._members if member.task is not None]:
             # The timeout lets Ctrl-C through where a platform's wait cannot be interrupted.
             ready = wait([member.connection for member in busy], timeout=0.5)
+            self._check()
             for member in busy:
                 if member.connection not in ready:
                     continue
@@ -98,8 +135,9 @@ class WorkerPool:
                     self._assign(self._start(), waiting)
                     continue
                 if kind == "progress":
-                    member.steps += content[0]
-                    self._display.advance(content[0])
+                    done = content[0] * work.get(task, 0.0)
+                    member.work += done
+                    self._display.advance(done)
                     continue
                 member.task = None
                 if kind == "failed":
@@ -110,7 +148,7 @@ class WorkerPool:
     def _start(self) -> _Member:
         # It unblocks SIGINT when it starts itself, so it has to be there before.
         resource_tracker.ensure_running()
-        with _interrupt_held():
+        with interrupt_held():
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=serve, args=(theirs,), daemon=True)
             process.start()
@@ -122,7 +160,7 @@ class WorkerPool:
 
     def _assign(self, member: _Member, waiting: deque[Task]) -> None:
         if waiting:
-            member.task, member.steps = waiting.popleft(), 0
+            member.task, member.work = waiting.popleft(), 0.0
             self._send(member, member.task)
 
     def _send(self, member: _Member, message: object) -> None:
@@ -136,7 +174,7 @@ class WorkerPool:
         how = f"{self._end(dead)}, on {task.describe()}"
         if again:
             raise StudyError(f"a worker process died again, {how}")
-        self._display.advance(-dead.steps)
+        self._display.advance(-dead.work)
         self._display.notice(f"a worker process died, {how}; it is done again")
 
     def _end(self, member: _Member) -> str:
@@ -158,7 +196,7 @@ class WorkerPool:
 
 
 @contextlib.contextmanager
-def _interrupt_held() -> Iterator[None]:
+def interrupt_held() -> Iterator[None]:
     """Holds Ctrl-C back until the block is done; a process started inside never sees it.
 
     A process that starts inherits that the signal is blocked. Here that is not enough: a thread of a library,

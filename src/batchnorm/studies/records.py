@@ -159,9 +159,15 @@ class Run:
 
 @dataclass(frozen=True)
 class ArmTiming:
-    """Seconds per training step of an arm, one median per block."""
+    """The time that an arm takes.
+
+    Attributes:
+        seconds_per_step: one median per block of training steps.
+        seconds_per_prediction: of a batch of held-out examples.
+    """
 
     seconds_per_step: Sequence[float]
+    seconds_per_prediction: float
 
 
 @dataclass(frozen=True)

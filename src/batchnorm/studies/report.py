@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,24 +10,23 @@ from pathlib import Path
 
 from batchnorm.studies.frameworks import framework_in_words
 from batchnorm.studies.html_page import render_template, write_html
-from batchnorm.studies.objectives import METRICS_IN_WORDS
+from batchnorm.studies.objectives import with_metric
 from batchnorm.studies.plots import Picture, axes_of, illustrate
 from batchnorm.studies.settings import shown_number
-from batchnorm.studies.verdicts import RULE, Claim, Grade, Network, Study, judge, read
+from batchnorm.studies.verdicts import RULE, Claim, Grade, Network, Study, in_short, judge, read
 from batchnorm.studies.verdicts import formatting as q
 from batchnorm.studies.verdicts.results import Sample
 
-# Of each claim: the heading of its pictures where it could not be judged, and what it is about, for the
-# sentence on claims without a clear difference.
-_TOPICS = {
-    "speed": ("How training went", "steps to the target"),
-    "rates": ("Accuracy by learning rate", "the learning rates it bears"),
-    "accuracy": ("Held-out accuracy", "held-out accuracy"),
-    "padding": ("Padding", "accuracy with padding masked"),
-    "gradients": ("Gradients", "how even gradients are"),
-    "drift": ("Inputs of layers", "how far inputs of layers move"),
-    "statistics": ("Statistics at test time", "accuracy with calibrated statistics"),
-    "cost": ("Cost of a step", ""),
+# Of each claim, in this order: the heading of its pictures where it could not be judged.
+_HEADINGS = {
+    "speed": "How training went",
+    "rates": "Accuracy by learning rate",
+    "accuracy": "Held-out accuracy",
+    "padding": "Padding",
+    "gradients": "Gradients",
+    "drift": "Inputs of layers",
+    "statistics": "Statistics at test time",
+    "cost": "Cost of a step",
 }
 
 _BADGES = {
@@ -60,6 +58,7 @@ _METHOD = {
     "device": "Device",
     "machine": "Machine",
     "cpu_count": "Processor cores",
+    "executor": "Executor",
     "threads": "Threads",
     "workers": "Training runs at a time",
     "versions": "Versions",
@@ -103,16 +102,11 @@ def write_report(folder: Path) -> Path:
     """
     study = read(folder / "results.json")
     path = folder / "report.html"
-    write_html(path, _with_metric(render(study), study.provenance.get("metric")))
+    page = render(study)
+    if isinstance(metric := study.provenance.get("metric"), str):
+        page = with_metric(page, escape(metric))
+    write_html(path, page)
     return path
-
-
-def _with_metric(page: str, metric: object) -> str:
-    """Returns a page that was written for accuracy with another metric's name in its place; anchors stay."""
-    if not isinstance(metric, str) or metric == "accuracy":
-        return page
-    name = escape(METRICS_IN_WORDS.get(metric, metric))
-    return re.sub(r'(?<![-\w#"])[Aa]ccurac(?:y|ies)(?![-\w"])', lambda _: name, page)
 
 
 def render(study: Study) -> str:
@@ -129,7 +123,7 @@ def render(study: Study) -> str:
             (f"By {axis.what}: {axis.name}", axis.pictures(f"axis{i}"))
             for i, axis in enumerate(axes_of(study.networks), start=1)
         ],
-        labels={key: labels[key] for key in _TOPICS if key in labels},
+        labels={key: labels[key] for key in _HEADINGS if key in labels},
         badges=_BADGES,
         rule=RULE,
         caveats=_caveats(study),
@@ -140,34 +134,14 @@ def render(study: Study) -> str:
 
 def _section(network: Network, anchor: str) -> Section:
     judged = {claim.key: claim for claim in judge(network)}
-    claims = {key: judged[key] for key in _TOPICS if key in judged}
+    claims = {key: judged[key] for key in _HEADINGS if key in judged}
     pictures = illustrate(network, anchor)
     topics = [
         Topic(claims[key].question if key in claims else heading, claims.get(key), pictures.get(key, ()))
-        for key, (heading, _) in _TOPICS.items()
+        for key, heading in _HEADINGS.items()
         if key in claims or pictures.get(key)
     ]
-    return Section(network.name, anchor, _summary(claims), claims, tuple(topics), _table(network))
-
-
-def _summary(claims: Mapping[str, Claim]) -> str:
-    """Returns the summary of a network: which claims stand out, which do not, and the cost."""
-    if not claims:
-        return "nothing to compare; verdicts take the arms none and batchnorm, or batchnorm and another one."
-    found = [
-        f"{claim.phrase} ({claim.figure})" if key in ("speed", "rates") else claim.phrase
-        for key, claim in claims.items()
-        if claim.grade not in (Grade.UNCLEAR, Grade.MEASURED)
-    ]
-    open_ones = [_TOPICS[key][1] for key, claim in claims.items() if claim.grade is Grade.UNCLEAR]
-    sentences = ["batch normalization " + ("; ".join(found) or "shows no clear difference") + "."]
-    if open_ones:
-        sentences.append(f"No clear difference in {q.listed(open_ones)}.")
-    if "cost" in claims:
-        sentences.append(f"It {claims['cost'].phrase}.")
-    if any(claim.grade is Grade.INDICATION for claim in claims.values()):
-        sentences.append("With one seed, this is an indication and no more.")
-    return " ".join(sentences)
+    return Section(network.name, anchor, in_short(claims), claims, tuple(topics), _table(network))
 
 
 def _table(network: Network) -> tuple[tuple[str, ...], ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -14,7 +16,7 @@ from batchnorm.errors import OptionError
 from batchnorm.files import naming, write_whole
 
 from .arms import UNMASKED
-from .data import Dataset, load_data
+from .data import Dataset, load_data, source_named
 from .display import Display
 from .errors import StudyError, StudyInterrupted
 from .frameworks import Framework, find_framework
@@ -22,12 +24,14 @@ from .json_files import json_safe, read_stored, settings_at, write_json
 from .objectives import targets_of
 from .options import StudyOptions
 from .padding import Padded
-from .pool import WorkerPool
+from .pool import Pool, WorkerPool
 from .records import Run, Timing
-from .settings import Setting, display_name
-from .summary import curves_csv, summarize
+from .settings import Setting, display_name, setting_names
+from .summary import curves_csv, summarize, verdict_on
 from .tasks import RunTask, TimingTask, plan, settings_of
+from .training import EVALUATION_BATCH
 from .user_code import is_user_code
+from .worker import Task
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class StudyResult:
     folder: Path
     results: dict[str, Any]
     report: Path
+
+    def _repr_html_(self) -> str:
+        """Shows the report within a notebook."""
+        page = escape(self.report.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" width="100%" height="700" style="border: 0"></iframe>'
 
 
 def run_study(
@@ -64,10 +73,10 @@ def run_study(
         loaded: data that is here already, by its name in `options.data`.
 
     Raises:
-        MissingExtraError: the framework is not installed.
+        MissingExtraError: the framework, or what the executor needs, is not installed.
         OptionError, DataError: an option or the data is wrong, or the folder holds another study's runs.
-        StudyError: a network raised, a worker process died twice on the same run, or another study is at
-            work in the folder.
+        StudyError: a network raised, a worker process died twice on the same run, another study is at work in
+            the folder, or the executor's cluster cannot be used.
         StudyInterrupted: Ctrl-C; every finished run is kept.
         FileError: a file could not be read or written; every finished run is kept.
     """
@@ -80,8 +89,9 @@ def run_study(
         raise OptionError(
             f"arm {UNMASKED} is for data with padding; {options.data[0]} has none: use batchnorm"
         )
+    pool = _pool(options, data, framework, display)
     with _alone_in(options.folder):
-        study = _Study(options, data, framework, display)
+        study = _Study(options, data, framework, display, pool)
         runs, timing = study.measure()
         display.stage("writing the report")
         results = json_safe(summarize(options, data, runs, timing, framework))
@@ -102,9 +112,18 @@ def _load(name: str, options: StudyOptions, display: Display, loaded: Mapping[st
         raise OptionError(
             f"--metric accuracy needs classes, int64 [N]; targets of {name} are {data.y_train.dtype}"
         )
-    if (largest := max(options.batch_sizes)) > len(data.x_train):
+    largest = max(options.batch_sizes, default=source_named(name).batch_size)
+    if largest > len(data.x_train):
         raise OptionError(f"--batch-size {largest} is more than the {len(data.x_train)} training examples")
     return data
+
+
+def _pool(options: StudyOptions, data: Mapping[str, Dataset], framework: Framework, display: Display) -> Pool:
+    if options.scheduler is None:
+        return WorkerPool(options.workers, data, framework, display)
+    from .cluster import DaskPool
+
+    return DaskPool(options.scheduler, options.jobs, data, framework, display)
 
 
 @contextlib.contextmanager
@@ -134,9 +153,15 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 class _Study:
     def __init__(
-        self, options: StudyOptions, data: Mapping[str, Dataset], framework: Framework, display: Display
+        self,
+        options: StudyOptions,
+        data: Mapping[str, Dataset],
+        framework: Framework,
+        display: Display,
+        pool: Pool,
     ) -> None:
         self.options, self.data, self.framework, self.display = options, data, framework, display
+        self.pool = pool
         self.folder = options.folder
         self.runs_folder = options.folder / "runs"
         self.timing_folder = options.folder / "timing"
@@ -151,9 +176,9 @@ class _Study:
         stored = {task: self._stored(task) for task in self.tasks}
         runs = {task: run for task, run in stored.items() if run is not None}
         try:
-            with WorkerPool(self.options.workers, self.data, self.framework, self.display) as pool:
+            with self.pool as pool:
                 timing = self._time(pool)
-                self._train(pool, runs)
+                self._train(pool, runs, timing)
         except KeyboardInterrupt:
             finished = sum(self._path(task).exists() for task in self.tasks)
             raise StudyInterrupted(finished, len(self.tasks), self.folder) from None
@@ -171,13 +196,13 @@ class _Study:
         run = read_stored(self._path(task), settings, Run)
         return run if run is not None and run.answers(settings) else None
 
-    def _time(self, pool: WorkerPool) -> dict[Setting, Timing]:
+    def _time(self, pool: Pool) -> dict[Setting, Timing]:
         """Measures seconds per step while nothing else of ours runs, unless the same was measured before."""
         options, timings = self.options, dict[Setting, Timing]()
         missing: list[TimingTask] = []
         before: dict[Setting, dict[str, object] | None] = {}
         for setting in options.settings():
-            task = TimingTask(setting, options.recipe, options.arms_on(setting.data))
+            task = TimingTask(setting, options.recipe(setting.data), options.arms_on(setting.data))
             path, settings = self._timing_path(setting), self._settings_of(task)
             before[setting] = settings_at(path)
             if before[setting] == json_safe(settings):
@@ -201,20 +226,38 @@ class _Study:
     def _timing_path(self, setting: Setting) -> Path:
         return self.timing_folder / f"{setting.file_name}.json"
 
-    def _train(self, pool: WorkerPool, runs: dict[RunTask, Run]) -> None:
+    def _train(self, pool: Pool, runs: dict[RunTask, Run], timing: Mapping[Setting, Timing]) -> None:
         """Does the runs that are missing, and store each when it is finished."""
         missing = [task for task in self.tasks if task not in runs]
         if not missing:
             return
-        steps = sum(self._steps(task) for task in missing)
-        workers = min(self.options.workers, len(missing))
-        self.display.training(len(self.tasks), len(runs), steps, workers)
-        for task, run in pool.run(missing):
+        names = setting_names(self.options.settings())
+        work = {task: self._work(task, timing[task.setting]) for task in missing}
+        workers = min(pool.size, len(missing))
+        self.display.training(len(self.tasks), len(runs), sum(work.values()), workers)
+        per_step: dict[Task, float] = {task: work[task] / max(self._steps(task), 1) for task in missing}
+        for task, run in pool.run(missing, per_step):
             assert isinstance(task, RunTask)
             self._stored(task)  # raises where another study's came meanwhile
             write_json(self._path(task), {"settings": self._settings_of(task), **vars(run)})
             runs[task] = run
-            self.display.run_ended(task.describe(), run.diverged)
+            name = names[task.setting]
+            self.display.run_ended(task.describe(), name, run)
+            of_setting = [other for other in self.tasks if other.setting == task.setting]
+            if all(other in runs for other in of_setting):
+                found = [runs[other] for other in of_setting]
+                self.display.setting_ended(
+                    name, verdict_on(name, found, timing[task.setting], task.recipe.metric)
+                )
+
+    def _work(self, task: RunTask, timing: Timing) -> float:
+        """Returns about how many seconds a run takes: its steps, and evaluations between and after them."""
+        arm, held_out = timing.arms[task.arm], len(self.data[task.setting.data].x_test)
+        evaluations = 1.4 * task.recipe.epochs + 6
+        return (
+            self._steps(task) * median(arm.seconds_per_step)
+            + evaluations * held_out / EVALUATION_BATCH * arm.seconds_per_prediction
+        )
 
     def _steps(self, task: RunTask) -> int:
         per_epoch = len(self.data[task.setting.data].x_train) // task.setting.batch_size

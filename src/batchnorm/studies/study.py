@@ -22,15 +22,15 @@ T = TypeVar("T")
 
 
 def study(
-    data: object = "digits",
+    data: object = ("digits", "vowels", "languages"),
     network: Named | Sequence[Named] = "auto",
     *,
     arms: str | Sequence[str] = AUTO,
     learning_rate: float | Sequence[float] | None = None,
-    batch_size: int | Sequence[int] = 32,
+    batch_size: int | Sequence[int] = (),
     depth: int | Sequence[int] = (),
-    seeds: int = 3,
-    epochs: int = 10,
+    seeds: int = 5,
+    epochs: int | None = None,
     optimizer: str = "adam",
     momentum: float | None = None,
     weight_decay: float = 0.0,
@@ -40,6 +40,7 @@ def study(
     framework: str = "torch",
     data_dir: Path | str | None = None,
     jobs: int | None = None,
+    executor: str | None = None,
     out: Path | str | None = None,
     progress: bool = True,
 ) -> StudyResult:
@@ -70,10 +71,10 @@ def study(
             the arm's `norm` and returns a module; `"auto"`: those that go with the data.
         arms: names of arms; `"auto"`: those that go with the data.
         learning_rate: one or several; None for three that go with the optimizer.
-        batch_size: examples per step, one or several.
+        batch_size: examples per step, one or several; none for the data's own.
         depth: hidden layers or blocks of the network, one or several; none for its own.
         seeds: how many runs differ by initial weights and order alone.
-        epochs: passes over the training data.
+        epochs: passes over the training data; None for the data's own.
         optimizer: `"sgd"`, `"adam"` or `"adamw"`.
         momentum: of SGD; None for 0.9.
         weight_decay: of the weights of dense and convolution layers.
@@ -84,7 +85,8 @@ def study(
         target: the held-out metric, up to 1, that "steps to target" counts up to.
         framework: `"torch"` or `"keras"`.
         data_dir: where `mnist` is looked for.
-        jobs: training runs at a time; None for one per core.
+        jobs: training runs at a time; None for one per core, or per thread of the executor.
+        executor: where they run: `"dask:tcp://host:8786"`, the scheduler of a Dask cluster; None for here.
         out: the folder of results, where the same call goes on; None for `runs/study-<data>`.
         progress: whether progress and notices are shown on stderr.
 
@@ -114,6 +116,7 @@ def study(
         metric=None if metric is None else _spec(metric),
         target_accuracy=target,
         jobs=jobs,
+        executor=executor,
         out=None if out is None else Path(out),
         framework=framework,
     )

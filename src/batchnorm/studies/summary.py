@@ -19,11 +19,16 @@ from batchnorm.errors import in_one_line
 from .arms import L1_STRENGTH, L2_STRENGTH
 from .data import Dataset, source_named
 from .frameworks import Framework
-from .json_files import json_safe
+from .json_files import convert, json_safe
+from .objectives import with_metric
 from .options import StudyOptions, usable_cores
 from .records import NAN, ArmTiming, Epoch, Run, Timing
 from .settings import Setting, display_name, setting_names
+from .verdicts import Network, in_short, judge
+from .verdicts.results import Summary
 
+_ON_A_CLUSTER = "a Dask cluster, whose workers train and time; machine and cores are the client's"
+_ALL_THREADS = "one per thread of the workers"
 _NO_EPOCH = Epoch(NAN, NAN, NAN, NAN, NAN)
 
 
@@ -51,7 +56,7 @@ def summarize(
             arm: _at_best_rate(
                 [run for run in runs if (run.setting, run.arm) == (place, arm)],
                 timing[setting].arms[arm],
-                options.recipe.metric,
+                options.recipe(setting.data).metric,
             )
             for arm in options.arms_on(setting.data)
         }
@@ -67,6 +72,17 @@ def summarize(
         "timing": {names[setting]: measured.arms for setting, measured in timing.items()},
         "runs": runs,
     }
+
+
+def verdict_on(name: str, runs: Sequence[Run], timing: Timing, metric: str) -> str:
+    """Returns what the runs of one setting say, in short, by the rules of the report."""
+    arms = {
+        arm: _at_best_rate([run for run in runs if run.arm == arm], timing.arms[arm], metric)
+        for arm in timing.arms
+    }
+    summaries = {arm: convert(json_safe(found), Summary, exact=False) for arm, found in arms.items()}
+    verdict = in_short({claim.key: claim for claim in judge(Network(name, runs, summaries))})
+    return with_metric(verdict, display_name(metric))
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -139,6 +155,10 @@ def _at_best_rate(runs: Sequence[Run], timing: ArmTiming, metric: str) -> dict[s
 
 
 def _provenance(options: StudyOptions, data: Mapping[str, Dataset], framework: Framework) -> dict[str, Any]:
+    recipe, epochs = (
+        options.recipe(options.data[0]),
+        {name: options.recipe(name).epochs for name in options.data},
+    )
     packages = {**dict(framework.versions), "numpy": version("numpy")}
     return {
         "command": options.command(),
@@ -147,9 +167,10 @@ def _provenance(options: StudyOptions, data: Mapping[str, Dataset], framework: F
         "versions": {"python": platform.python_version(), **packages, "batchnorm": batchnorm.__version__},
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu_count": usable_cores(),
+        **({} if options.scheduler is None else {"executor": _ON_A_CLUSTER}),
         "device": "cpu",
         "threads": {"training": 1, "timing": 1},
-        "workers": options.workers,
+        "workers": options.jobs or (_ALL_THREADS if options.scheduler else options.workers),
         "data": [
             {**one.describe(), "baselines": dict(source_named(name).baselines)} for name, one in data.items()
         ],
@@ -157,13 +178,13 @@ def _provenance(options: StudyOptions, data: Mapping[str, Dataset], framework: F
         "arms": list(dict.fromkeys(arm for name in options.data for arm in options.arms_on(name))),
         "learning_rates": list(options.rates),
         "seeds": list(range(options.seeds)),
-        "epochs": options.epochs,
-        "batch_sizes": list(options.batch_sizes),
+        "epochs": next(iter(epochs.values())) if len(set(epochs.values())) == 1 else epochs,
+        "batch_sizes": list(dict.fromkeys(setting.batch_size for setting in options.settings())),
         "loss": display_name(options.loss),
-        "metric": display_name(options.recipe.metric),
+        "metric": display_name(recipe.metric),
         "target_accuracy": options.target_accuracy,
         "train_accuracy": "on at most 1,000 training examples, the same ones in every run",
-        "optimizer": options.recipe.describe_optimizer(),
+        "optimizer": recipe.describe_optimizer(),
         "penalties": {"l1": f"{L1_STRENGTH:g} * sum |w|", "l2": f"{L2_STRENGTH:g} * sum w^2"},
         "best_rate": "highest mean held-out accuracy after the last epoch, on the examples that are reported",
         "std": "sample standard deviation over seeds; of seconds_per_step, over blocks of steps",

@@ -51,11 +51,14 @@ class TimingTask:
 
 
 def plan(options: StudyOptions) -> list[RunTask]:
-    """Returns every run of a study, one seed after the other, so that a study cut short compares all arms."""
+    """Returns every run of a study: one setting after the other, and in each one seed after the other.
+
+    So the first verdict comes early, and a study cut short compares all arms.
+    """
     return [
-        RunTask(setting, options.recipe, arm, rate, seed)
-        for seed in range(options.seeds)
+        RunTask(setting, options.recipe(setting.data), arm, rate, seed)
         for setting in options.settings()
+        for seed in range(options.seeds)
         for rate in options.rates
         for arm in options.arms_on(setting.data)
     ]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, Self
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -19,74 +23,126 @@ from .data import SOURCES
 from .display import Display
 from .frameworks import framework_in_words
 from .networks import NETWORKS
-from .objectives import METRICS_IN_WORDS
+from .objectives import metric_in_words
+from .records import Run
 from .settings import shown_number
 
 _SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_OF_SPEED = 3600.0  # all of them: the speed of arms differs, that of the whole does not
+_BARS = "▁▂▃▄▅▆▇█"
 # Brackets and colons may be part of a name.
 _plain_console = functools.partial(Console, highlight=False, markup=False, emoji=False)
 
 
 class TerminalDisplay(Display):
-    """A progress bar on a terminal, a line now and then elsewhere; on stderr: stdout is for the results."""
+    """Shows a study while it runs, on stderr: stdout is for the results.
+
+    On a terminal it is a table of the setting that is trained, with a curve of held-out accuracy by arm,
+    above a bar with the time left; elsewhere a line now and then. Each setting's verdict is a line when it is
+    there.
+    """
 
     def __init__(self) -> None:
         self._console = _plain_console(stderr=True, soft_wrap=True)
-        self._bar: Progress | None = None
+        self._live: Live | None = None
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            TextColumn("{task.fields[finished]}/{task.fields[runs]} runs"),
+            TextColumn("time left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            speed_estimate_period=_SECONDS_OF_SPEED,
+        )
         self._bar_task = TaskID(0)
-        self._runs = self._finished = self._steps = self._taken = 0
+        self._runs = self._finished = 0
+        self._work = self._done = 0.0
+        self._so_far: dict[str, list[Run]] = {}  # by setting, of those that are not complete
         self._began = self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end_bar()
+        self._end_live()
 
     def stage(self, text: str) -> None:
-        self._end_bar()
+        self._end_live()
         self._console.print(in_one_line(text))
 
-    def training(self, runs: int, finished: int, steps: int, workers: int) -> None:
-        self._runs, self._finished, self._steps, self._taken = runs, finished, steps, 0
+    def training(self, runs: int, finished: int, work: float, workers: int) -> None:
+        self._runs, self._finished, self._work, self._done = runs, finished, work, 0.0
         self._began = self._last_line = time.monotonic()
         kept = f", of which {finished} are finished already" if finished else ""
         self.stage(f"{runs} training runs{kept}, {workers} at a time")
         if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                TextColumn("{task.fields[finished]}/{task.fields[runs]} runs"),
-                TextColumn("time left"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._bar_task = self._bar.add_task("", total=steps, runs=runs, finished=finished)
-            self._bar.start()
+            self._bar_task = self._bar.add_task("", total=work, runs=runs, finished=finished)
+            self._live = Live(self._view(), console=self._console, transient=True, refresh_per_second=4)
+            self._live.start()
 
-    def advance(self, steps: int) -> None:
-        self._taken += steps
-        if self._bar is not None:
-            self._bar.advance(self._bar_task, steps)
-        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES and self._taken > 0:
+    def advance(self, work: float) -> None:
+        self._done += work
+        if self._live is not None:
+            self._bar.advance(self._bar_task, work)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES and self._done > 0:
             self._last_line = time.monotonic()
-            left = (self._last_line - self._began) * (self._steps - self._taken) / self._taken
+            left = (self._last_line - self._began) * (self._work - self._done) / self._done
             self._console.print(f"{self._finished}/{self._runs} runs, about {max(left, 0):.0f} s left")
 
-    def run_ended(self, name: str, diverged: bool) -> None:
+    def run_ended(self, name: str, setting: str, run: Run) -> None:
         self._finished += 1
-        if self._bar is not None:
+        self._so_far.setdefault(setting, []).append(run)
+        if self._live is not None:
             self._bar.update(self._bar_task, finished=self._finished)
-        if diverged:
+            self._live.update(self._view())
+        if run.diverged:
             self.notice(f"{name}: diverged, its loss is no longer finite; kept as a result")
+
+    def setting_ended(self, setting: str, verdict: str) -> None:
+        self._so_far.pop(setting, None)
+        self.notice(f"{setting}: {verdict}")
 
     def notice(self, text: str) -> None:
         self._console.print(in_one_line(text))
 
-    def _end_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+    def _view(self) -> Group:
+        return Group(*(_table_so_far(name, runs) for name, runs in self._so_far.items()), self._bar)
+
+    def _end_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            self._bar.remove_task(self._bar_task)
+
+
+def _table_so_far(setting: str, runs: Sequence[Run]) -> Table:
+    """Returns a table of a setting's arms, each at the rate that is its best so far."""
+    table = Table(title=in_one_line(f"{setting}, so far"), box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("arm", no_wrap=True)
+    for heading in ("rate", "seeds", "held-out"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("by epoch", no_wrap=True)
+    for arm in dict.fromkeys(run.arm for run in runs):
+        by_rate: dict[float, list[Run]] = {}
+        for run in runs:
+            if run.arm == arm:
+                by_rate.setdefault(run.learning_rate, []).append(run)
+        best = max(by_rate, key=lambda rate: fmean(run.accuracy for run in by_rate[rate]))
+        found = [run for run in by_rate[best] if not run.diverged]
+        curves = zip(*([epoch.test_accuracy for epoch in run.epochs] for run in found), strict=False)
+        table.add_row(
+            arm,
+            shown_number(best),
+            str(len(by_rate[best])),
+            f"{fmean(run.accuracy for run in found):.1%}" if found else "diverged",
+            "".join(map(_bar_of, map(fmean, curves))),
+        )
+    return table
+
+
+def _bar_of(share: float) -> str:
+    """Returns a bar as high as a fraction from 0 to 1."""
+    return _BARS[min(max(int(share * len(_BARS)), 0), len(_BARS) - 1)] if math.isfinite(share) else " "
 
 
 def print_choices() -> None:
@@ -108,7 +164,7 @@ def print_results(results: dict[str, Any]) -> None:
     console = _plain_console()
     provenance = results["provenance"]
     target = f"{provenance['target_accuracy']:.0%}"
-    metric = METRICS_IN_WORDS.get(provenance["metric"], provenance["metric"])
+    metric = metric_in_words(provenance.get("metric", "accuracy"))
     framework = framework_in_words(provenance)
     for network, arms in results["networks"].items():
         kept = [measured["bytes_kept_for_backward"]["mean"] for measured in arms.values()]
@@ -124,7 +180,7 @@ def print_results(results: dict[str, Any]) -> None:
             caption=f"{metric}: held-out; kB kept: "
             + ("from the forward of a step to its backward" if is_kept_known else "not measured"),
         )
-        table.add_column("arm", no_wrap=True)
+        table.add_column("arm", overflow="fold")
         headings = ("rate", metric, f"steps to {target}", "ms/step", "kB kept")
         for heading in headings if is_kept_known else headings[:-1]:
             table.add_column(heading, justify="right", no_wrap=True)

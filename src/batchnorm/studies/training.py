@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -47,7 +48,9 @@ _RESOLVED = 1e-4  # sums over other lengths and batches round differently
 _BLOCKS = 9
 _STEPS_PER_BLOCK = 10
 _WARM_UP_STEPS = 5
-_SECONDS_PER_BLOCK = 0.1  # slow networks take fewer steps per block, so that timing stays a matter of seconds
+_SECONDS_PER_BLOCK = (
+    0.05  # slow networks take fewer steps per block, so that timing stays a matter of seconds
+)
 
 
 class Learner(Protocol):
@@ -342,13 +345,18 @@ def time_steps(task: TimingTask, data: Dataset, make: MakeLearner) -> Timing:
     for _ in range(_BLOCKS):
         for name, learner in learners.items():
             seconds[name].append(_median_seconds(learner, x, y, counts[name]))
-    return Timing({name: ArmTiming(values) for name, values in seconds.items()})
+    held_out = data.held_out[:EVALUATION_BATCH]
+    predictions = {
+        name: _seconds(functools.partial(learner.predict, held_out)) for name, learner in learners.items()
+    }
+    return Timing({name: ArmTiming(values, predictions[name]) for name, values in seconds.items()})
 
 
 def _median_seconds(learner: Learner, x: Examples, y: Array, steps: int) -> float:
-    def seconds() -> float:
-        start = time.perf_counter()
-        learner.step(x, y)
-        return time.perf_counter() - start
+    return statistics.median(_seconds(lambda: learner.step(x, y)) for _ in range(steps))
 
-    return statistics.median(seconds() for _ in range(steps))
+
+def _seconds(act: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start

@@ -4,9 +4,10 @@ from .internals import drift, gradients
 from .results import Network, Study, read
 from .serving import cost, padding, statistics_at_test_time
 from .significance import RULE, Claim, Comparison, Grade
+from .summary import in_short
 from .training import faster, generalizes, larger_rates
 
-__all__ = ["RULE", "Claim", "Comparison", "Grade", "Network", "Study", "judge", "read"]
+__all__ = ["RULE", "Claim", "Comparison", "Grade", "Network", "Study", "in_short", "judge", "read"]
 
 # Those of batch normalization against the plain network take the runs of both, each at its best rate.
 _OF_PAIR = (faster, larger_rates, gradients, drift, cost)

@@ -97,12 +97,23 @@ class Comparison:
             return same
         return better if self.mean > 0 else worse
 
+    @property
+    def visible(self) -> float:
+        """The smallest mean difference that counts as real at this spread; NaN for fewer than two pairs."""
+        return max(self.minimal, self.half_width) if self.n > 1 else NAN
+
     def basis(self, show: Show) -> str:
-        """Returns the interval and the number of seeds, to stand beside a difference."""
+        """Returns the interval and the number of seeds, to stand beside a difference.
+
+        Where no difference is clear, it says how large one would have had to be.
+        """
         if self.n < 2:
             return "1 seed, spread unknown"
         low, high = (show(self.mean + side * self.half_width) for side in (-1, 1))
-        return f"95{SPACE}% interval {span(low, high, ' to ')}, {self.n} seeds"
+        text = f"95{SPACE}% interval {span(low, high, ' to ')}, {self.n} seeds"
+        if self.grade is not Grade.UNCLEAR:
+            return text
+        return f"{text}; {show(self.visible).removeprefix('+')} or more would have shown"
 
 
 def compare(ours: Runs, theirs: Runs, measure: Callable[[Run], float], *, minimal: float) -> Comparison:
