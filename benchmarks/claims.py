@@ -121,7 +121,10 @@ def rule(rows: Rows) -> str:
     for row in rows:
         counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
     told = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
-    return f"{RULE}\n\nOf {len(rows)} of {len(CLAIMS)} claims: {told}."
+    done = {row["name"] for row in rows}
+    left = ", ".join(claim.name for claim in CLAIMS if claim.name not in done)
+    rest = f" Not run yet: {left}." if left else ""
+    return f"{RULE}\n\nOf {len(rows)} claims: {told}.{rest}"
 
 
 if __name__ == "__main__":
