@@ -56,9 +56,10 @@ CLAIMS = (
             ),
         ),
         experiment=regularization.large_batches,
-        known="After eight steps at equal epochs, steps are what is missing: the scaled rate brings most of them "
-        "back, as many steps as small batches take leave a third of a point or so, and the noise of ghost "
-        "batches costs some tenths. The gain of 0.05 points remembered for MNIST is excluded as well.",
+        known="After eight steps at equal epochs, steps are what is missing: the scaled rate brings most "
+        "of them back, as many steps as small batches take leave a third of a point or so, and the noise "
+        "of ghost batches costs some tenths. The gain of 0.05 points remembered for MNIST is excluded as "
+        "well.",
         drawings=(
             Bars(
                 "Held-out accuracy",
