@@ -40,16 +40,20 @@ def write_finished() -> Path:
 
 
 def verdicts_table(rows: Rows) -> str:
-    """Every claim with the first of its measures."""
+    """Every claim with the part that decides."""
     return table_of(
         {
             "claim": f"[{row['number']}. {row['name']}](#{row['number']}-{row['name']})",
-            "published": _cell(row["parts"][0]["published"]),
-            "measured (95 % interval)": f"{_cell(row['parts'][0]['measure'])}: {row['measured']}",
+            "the part that decides (95 % interval)": f"{_cell(row['measure'])}: {row['measured']}",
+            "published": _cell(_deciding(row)["published"]),
             "verdict": row["verdict"],
         }
         for row in rows
     )
+
+
+def _deciding(row: Row) -> Row:
+    return next(part for part in row["parts"] if part["verdict"] == row["verdict"])
 
 
 def claims_section(rows: Rows) -> str:

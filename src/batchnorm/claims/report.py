@@ -64,7 +64,7 @@ def render(records: Records) -> str:
         articles=articles,
         badges=_BADGES,
         counts=q.listed([f"{number} {verdict.value}" for verdict, number in counts.items() if number]),
-        measured=[measured_in_words(one.outcome.parts[0]) for one in articles],
+        measured=[measured_in_words(one.outcome.deciding) for one in articles],
         seeds=max(len(found) for found in records.values()),
         rule=RULE,
         version=batchnorm.__version__,

@@ -41,6 +41,11 @@ class Outcome:
         """That of the worst part."""
         return worst(judged.verdict for judged in self.parts)
 
+    @property
+    def deciding(self) -> Judged:
+        """The first part that has this verdict: where there is room for one, it is shown."""
+        return next(judged for judged in self.parts if judged.verdict is self.verdict)
+
 
 def judge_claim(claim: Claim, records: Sequence[Record]) -> Outcome:
     """Judges a claim by the records of its seeds."""
@@ -75,7 +80,7 @@ def summarize(records: Records) -> dict[str, Any]:
 def row(outcome: Outcome) -> dict[str, Any]:
     """Returns a claim as the results have it: published, measured, interval and verdict, and its parts."""
     claim = outcome.claim
-    first = outcome.parts[0]
+    deciding = outcome.deciding
     return {
         "name": claim.name,
         "number": claim.number,
@@ -84,11 +89,12 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "published": claim.source.figure,
         "read": claim.source.read,
         "setting": claim.setting,
-        "measured": measured_in_words(first),
-        "interval": list(first.interval),
+        "measure": deciding.part.measure,
+        "measured": measured_in_words(deciding),
+        "interval": list(deciding.interval),
         "verdict": outcome.verdict.value,
         "known": claim.known,
-        "seeds": len(first.values),
+        "seeds": len(deciding.values),
         "seconds": outcome.seconds,
         "parts": [
             {
@@ -111,7 +117,8 @@ def row(outcome: Outcome) -> dict[str, Any]:
 def shown(part: Part, value: float) -> str:
     """Returns a value of a part's measure as people read it."""
     if part.unit == "ratio":
-        return f"× {q.times(value)}" if math.isfinite(value) else q.MISSING
+        digits = 4 if 0.5 < value < 2 else 2
+        return f"× {q.significant(value, digits)}" if math.isfinite(value) else q.MISSING
     if part.unit == "points":
         return q.points(value)
     if part.unit == "percent":
@@ -131,8 +138,9 @@ def measured_in_words(judged: Judged) -> str:
 def band_in_words(part: Part) -> str:
     """Returns which values count as the published effect: "at least × 2", "from × 1.18 to × 1.24"."""
     low, high = part.band
-    if math.isinf(high):
+    is_share = part.unit in ("points", "percent")  # of which 1 is all
+    if math.isinf(high) or (is_share and high == 1.0):
         return f"at least {shown(part, low)}"
-    if math.isinf(low):
+    if math.isinf(low) or (is_share and low == -1.0):
         return f"at most {shown(part, high)}"
     return f"from {shown(part, low)} to {shown(part, high)}"
