@@ -27,6 +27,7 @@ MEASUREMENTS = {
     "fold-inference-cpu": ("fold_inference.measure", "fold_page.inference_table"),
     "policies-cpu": ("policies.measure", "policies.policies_table"),
     "synced-cpu": ("synced.measure", "synced.layers_table"),
+    "monitor-cpu": ("monitor.measure", "monitor.monitor_table"),
     "doctor-case": ("doctor_case.measure", "doctor_case.case_table"),
     "doctor-cpu": ("doctor.measure", "doctor.tables"),
     "study-digits": ("study.measure", "page.study_table"),

@@ -47,10 +47,9 @@ def _stock(name: str) -> Callable[[], Made]:
     return lambda: (networks.NETWORKS[name](networks.stock), torch.randn(1, 3, 64, 64))
 
 
-ZOO: dict[str, Callable[[], Made]] = {
+OF_IMAGES: dict[str, Callable[[], Made]] = {
     **{name: _stock(name) for name in networks.NETWORKS},
     **BRANCHES,
     **IMAGES,
-    **SEQUENCES,
-    **NASTY,
 }
+ZOO: dict[str, Callable[[], Made]] = {**OF_IMAGES, **SEQUENCES, **NASTY}

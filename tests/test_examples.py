@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import runpy
+from pathlib import Path
 
+import pytest
 import torch
 
 import batchnorm
@@ -14,6 +17,18 @@ from .support.programs import EXAMPLES, held_out_accuracy, run_python
 
 def test_torch_digits() -> None:
     assert held_out_accuracy(EXAMPLES / "torch_digits.py") > 0.85
+
+
+def test_torch_monitor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = runpy.run_path(str(EXAMPLES / "torch_monitor.py"))
+    told = re.findall(r"step (\d+): the running mean is ([\d.]+) off", capsys.readouterr().out)
+    assert [step for step, _ in told] == ["0", "25", "50", "75", "100", "125"]
+    distances = [float(distance) for _, distance in told]
+    assert distances[0] > 0.5 > max(distances[1:])  # the running mean begins at 0
+    assert ran["accuracy"] > 0.85
 
 
 def test_federated_statistics_are_those_of_the_pooled_data() -> None:

@@ -40,6 +40,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "lean": ("batchnorm.torch.lean", "lean"),
     "mask": ("batchnorm.models.mask", "mask"),
     "merge_statistics": ("batchnorm.models.merge_statistics", "merge_statistics"),
+    "monitor": ("batchnorm.models.monitor", "monitor"),
     "reuse_memory": ("batchnorm.allocator", "reuse_memory"),
     "revert": ("batchnorm.models.revert", "revert"),
     "study": ("batchnorm.studies.study", "study"),
@@ -75,6 +76,7 @@ __all__ = [
     "lean",
     "mask",
     "merge_statistics",
+    "monitor",
     "reuse_memory",
     "revert",
     "study",
@@ -95,6 +97,7 @@ if TYPE_CHECKING:
     from .models.inspect import inspect
     from .models.mask import mask
     from .models.merge_statistics import merge_statistics
+    from .models.monitor import monitor
     from .models.revert import revert
     from .statistics.adapted import Adapted
     from .statistics.batch import Batch

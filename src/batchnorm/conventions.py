@@ -38,7 +38,7 @@ ACTIVATIONS = {
     "elu": "elu",
 }
 # Option of our layers -> the value that both frameworks have; each has a default of its own besides.
-_SHARED = {"nonfinite": "skip", "small_batch": "running"}
+_SHARED = {"nonfinite": "skip", "small_batch": "running", "warm_start": True}
 
 
 def opposite_momentum(momentum: float) -> float:

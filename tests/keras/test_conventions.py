@@ -309,8 +309,10 @@ def test_missing_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         conventions.keras_to_torch(layer)
 
 
-@pytest.mark.parametrize(("name", "value"), [("nonfinite", "skip"), ("small_batch", "running")])
-def test_options_that_both_have_come_along(name: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("nonfinite", "skip"), ("small_batch", "running"), ("warm_start", True)]
+)
+def test_options_that_both_have_come_along(name: str, value: str | bool) -> None:
     layer = batchnorm.keras.BatchNormalization(**{name: value})
     layer.build((None, 3))
     settings, state = conventions.keras_to_torch(layer)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.programs import EXAMPLES, held_out_accuracy
+from tests.support.programs import EXAMPLES, held_out_accuracy, run_python
 
 PROGRAM = EXAMPLES / "keras_digits.py"
 
@@ -14,6 +14,16 @@ PROGRAM = EXAMPLES / "keras_digits.py"
 @pytest.mark.slow
 def test_keras_digits() -> None:
     assert held_out_accuracy(PROGRAM) > 0.85
+
+
+@pytest.mark.slow
+def test_keras_callbacks(tmp_path: Path) -> None:
+    printed = run_python(EXAMPLES / "keras_callbacks.py", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert "1 batch normalization, 0 serious" in printed
+    assert float(printed.split()[-1].rstrip("%")) > 85
+    rows = (tmp_path / "norms.csv").read_text(encoding="utf-8").splitlines()
+    steps = {line.split(",")[0] for line in rows[1:] if "mean_distance" in line}
+    assert steps == {"0", "50", "100", "150", "200"}
 
 
 def test_older_spellings(tmp_path: Path, backend: str) -> None:

@@ -24,6 +24,7 @@ OURS_ONLY = {
     "statistics": {"policy": "Batch"},
     "nonfinite": "propagate",
     "small_batch": "allow",
+    "warm_start": False,
 }
 
 

@@ -273,7 +273,7 @@ LEFT: dict[Body, tuple[str, str]] = {
     branch_is_read: ("norm", "conv (Conv2d) is read by something else"),
     norm_is_read: ("norm", "after it is add"),
     scaled_sum: ("norm", "after it is add"),
-    mixed_dtypes: ("norm", "before it is add"),
+    mixed_dtypes: ("norm", "before it is add; after it is relu"),
     branch_called_twice: ("norm", "conv (Conv2d) is called 2 times"),
     broadcast: ("norm", "before it is add"),
     padded_average: ("norm", "before it is avg_pool2d"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import batchnorm
 from benchmarks import fold_page, fold_zoo, zoo
 from benchmarks.fold_possible import possible
 
@@ -72,6 +73,17 @@ def test_what_can_be_absorbed_is_and_nothing_is_wrong(name: str) -> None:
     assert not fold_page.is_wrong(row)
 
 
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize(
+    ("name", "before", "left"), [("RepVGG", 12, 6), ("MobileOne", 32, 7), ("FastViT", 16, 4)]
+)
+def test_row_61_parallel_convolutions_become_one(name: str, before: int, left: int) -> None:
+    """Row 61: the figures in docs/fold.md."""
+    model, example = zoo.made(name)
+    for network, count in ((model, before), (batchnorm.fold(model, example), left)):
+        assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) == count
+
+
 def test_fx_folds_a_shared_convolution_wrongly() -> None:
     """Row 12: PT 104593, 197539. What the table says of fx's fuse is so."""
     found = measured("shared convolution")["fx"]
@@ -110,8 +122,8 @@ def test_the_independent_count() -> None:
 )
 def test_a_goal_that_is_missed_is_said_to_be(change: dict[str, Any], what: str) -> None:
     row = {
-        "running": 4, "absorbed": 4, "allowed": 4, "allowed_absorbed": 4, "off_float64": 1e-15,
-        "off_float32": 1e-7, "fx": {"absorbed": 0, "error": "TraceError: no"},
+        "network": "RepVGG", "running": 4, "absorbed": 4, "allowed": 4, "allowed_absorbed": 4,
+        "off_float64": 1e-15, "off_float32": 1e-7, "fx": {"absorbed": 0, "error": "TraceError: no"},
     }  # fmt: skip
     assert all(found.reached for found in fold_page.zoo_findings([row]))
     assert [f.what for f in fold_page.zoo_findings([row | change]) if not f.reached and what in f.what]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -102,3 +104,64 @@ def test_row_46_folded_and_then_quantized() -> None:
     prepared(x)
     found = ran["convert_fx"](prepared)(x)
     assert (found - lone(x)).abs().max() < 0.06 * lone(x).abs().max()
+
+
+def _pooled(layer: nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased variance of what a linear layer gives for all samples, in float64."""
+    received = x.double() @ layer.weight.detach().double().T + layer.bias.detach().double()
+    return received.mean(0).float(), received.var(0).float()
+
+
+def _assert_statistics(norm: nn.Module, wanted: tuple[torch.Tensor, torch.Tensor]) -> None:
+    torch.testing.assert_close(norm.running_mean, wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, wanted[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("average", ["ema", "swa", "swa, with buffers"])
+def test_row_39_an_average_has_statistics_of_its_own_weights(average: str) -> None:
+    """Rows 11 and 39: copied or averaged, buffers are off; calibrated, they are those of its weights."""
+    ran = _program("AveragedModel")
+    averaged, x, model = ran["averaged"], ran["x"], ran["model"]
+    _assert_statistics(averaged.module[1], _pooled(averaged.module[0], x))
+    if average != "ema":
+        averaged = ran["AveragedModel"](model, use_buffers="buffers" in average)
+        for batch in x.split(100):
+            with torch.no_grad():
+                model[0].weight.add_(0.1 * torch.randn_like(model[0].weight))
+            model(batch)
+            averaged.update_parameters(model)
+        wanted = _pooled(averaged.module[0], x)
+        if "buffers" not in average:
+            assert torch.equal(averaged.module[1].running_mean, model[1].running_mean)
+        assert not torch.allclose(averaged.module[1].running_var, wanted[1], rtol=0.01)
+        batchnorm.calibrate(averaged, x.split(64))
+        _assert_statistics(averaged.module[1], wanted)
+
+
+def test_row_38_a_target_network_follows_with_its_running_statistics() -> None:
+    """Row 38: parameters, statistics and counters; in float64 by hand; and calibrated, by its own weights."""
+    ran = _program("def follow")
+    _assert_statistics(ran["target"][1], _pooled(ran["target"][0], ran["states"]))
+    critic, target = ran["critic"], copy.deepcopy(ran["target"])
+    by_hand = {name: value.double() for name, value in target.state_dict().items()}
+    for part in ran["states"].split(300):
+        critic(part)
+        ran["follow"](target, critic, share=0.25)
+        for name, value in critic.state_dict().items():
+            by_hand[name] += 0.25 * (value.double() - by_hand[name])
+    for name, value in target.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, by_hand[name].float())
+    assert target[1].num_batches_tracked == critic[1].num_batches_tracked
+    assert not target.training
+
+
+def test_scripts_of_timm() -> None:
+    """The recipe is Python, and runs where timm imports: it needs torchvision, which not every torch has."""
+    (code,) = (code for code in _PROGRAMS if "import timm" in code)
+    program = compile(code, "recipe", "exec")
+    if all(importlib.util.find_spec(name) for name in ("timm", "torchvision")):
+        names: dict[str, Any] = {}
+        exec(program, names)
+        norms = [m for m in names["ema"].module.modules() if isinstance(m, batchnorm.BatchNorm2d)]
+        assert norms

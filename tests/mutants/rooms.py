@@ -77,9 +77,11 @@ ROOMS = (
     Room(
         "masks",
         ("torch/contexts/masks.py", "torch/contexts/checkpointing.py", "torch/contexts/domains.py",
-         "models/mask.py", "models/domain.py", "models/contexts.py", "keras/batch_layout.py"),
+         "torch/contexts/samples.py", "models/mask.py", "models/domain.py", "models/contexts.py",
+         "keras/batch_layout.py"),
         (
-            Run((*_in("torch", "masks", "masks_of_layers", "domains", "checkpoint", "checkpoint_contexts"),
+            Run((*_in("torch", "masks", "masks_of_layers", "domains", "domains_of_samples",
+                      "checkpoint", "checkpoint_contexts"),
                  *_in("models", "calibrate_masked")), only=("torch/*", "models/*")),
             Run(_in("models", "arguments"), choice="mask or lengths or other_functions", only=("models/*",)),
             Run(_in("keras", "masks", "policy_options"), backend="torch", only=("keras/*",)),
@@ -92,14 +94,14 @@ ROOMS = (
          "torch/contexts/accumulation.py", "torch/tracing.py", "models/accumulate.py",
          "keras/moving_statistics.py", "statistics/running.py"),
         (
-            Run((*_in("torch", "statistics", "accumulate"), *_in("kernels", "running"),
+            Run((*_in("torch", "statistics", "warm_start", "accumulate"), *_in("kernels", "running"),
                  *_in("statistics", "statistics"),
                  *_in("torch", "checkpoint", "checkpoint_contexts", "against_reference", "trouble")),
                 choice=f"{_NOT_COMPILED} and not (test_running and gpu)",
                 only=("torch/*", "models/*", "statistics/*", "kernels/cpu/*")),
             Run((*_in("torch", "gpu"), *_in("kernels", "running")), choice="gpu", only=("kernels/gpu/*",)),
             Run(_in("keras", "numbers"), backend="jax", only=("keras/*",)),
-            Run(_in("keras", "numbers"), backend="torch", only=("keras/*",)),
+            Run(_in("keras", "numbers", "warm_start"), backend="torch", only=("keras/*",)),
             Run(_in("keras", "policies"), choice="in-turn", backend="jax", only=("keras/*",)),
         ),
         patience=240.0,
@@ -162,6 +164,16 @@ ROOMS = (
         ),
     ),
     Room(
+        "monitor and callbacks",
+        ("models/monitor.py", "keras/monitor.py", "loggers.py", "integrations/*.py"),
+        (
+            Run(_in("models", "monitor"), only=("models/*", "loggers.py")),
+            Run(_in("keras", "monitor"), backend="torch", only=("keras/*",)),
+            Run(_in("integrations", "lightning", "transformers"), only=("integrations/*", "models/*")),
+        ),
+        patience=120.0,
+    ),
+    Room(
         "statistics and policies",
         ("statistics/*.py", "torch/policy_step.py", "torch/autograd.py", "torch/composite.py"),
         (
@@ -190,8 +202,8 @@ ROOMS = (
         "folding and fusion",
         ("folding/*.py", "models/fold.py", "models/folding/*.py", "models/verify.py", "models/fuse.py",
          "models/fusion/*.py", "models/graph/*.py", "models/norms/activations.py"),
-        (Run(_in("models", "fold", "fold_left", "fold_joined", "fuse", "verbs", "fold_copy", "policies",
-                 "fold_zoo")),
+        (Run(_in("models", "fold", "fold_left", "fold_joined", "fold_parallel", "fuse", "verbs", "fold_copy",
+                 "policies", "fold_zoo")),
          Run(_in("keras", "fold", "fold_left"), backend="torch", only=("folding/*",))),
     ),
     Room(

@@ -19,6 +19,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
         "tests.models.calibrate_rank",
+        "tests.models.monitor_rank",
         "tests.models.sharded_rank",
         "tests.torch.collectives_rank",
         "tests.torch.contexts_rank",

@@ -50,6 +50,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "adapted": {"statistics": batchnorm.Adapted(4)},
     "running": {"statistics": batchnorm.Running(), "activation": "gelu"},
     "skip": {"nonfinite": "skip"},
+    "warm-start": {"warm_start": True},
     "lenient": {"small_batch": "running", "statistics": batchnorm.Ghost(3)},
 }
 

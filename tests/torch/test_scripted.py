@@ -32,6 +32,7 @@ CASES: dict[str, Any] = {
     "nonfinite": ["skip", "raise"],
     "small_batch": ["running"],
     "domains": [2],
+    "warm_start": [True],
 }
 EACH = pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in CASES.items() for value in values], ids=str

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import thresholds as t
 from .findings import Finding, LayerGap, Severity
-from .measurements import Measured, Received, Score
+from .measurements import Measured, Received, Score, distance_of_statistics
 from .records import ModelState, NormState
 from .remedies import Remedies, remedies_of
 
@@ -37,11 +37,9 @@ def _layer(norm: NormState, received: Received, measured: Measured) -> LayerGap:
     found = measured.population.get(norm.name)
     mean_off, std_ratio = 0.0, 1.0
     if norm.mean is not None and norm.var is not None and found is not None and found.count > 1:
-        var = found.m2 / found.count + norm.eps
-        with np.errstate(invalid="ignore", over="ignore"):
-            mean_off = float(np.sqrt(np.mean((found.mean - norm.mean) ** 2 / var)))
-            logs = 0.5 * np.log(var / (norm.var + norm.eps))
-            std_ratio = float(np.exp(min(np.sqrt(np.mean(logs**2)), 700.0)))
+        mean_off, std_ratio = distance_of_statistics(
+            found.mean, found.m2 / found.count, (norm.mean, norm.var), norm.eps
+        )
     cost = None
     if norm.name in measured.alone:
         cost = _gain(measured.scores["running"], measured.alone[norm.name])

@@ -84,6 +84,26 @@ class Received:
         return noise, float(np.mean(between[usable] / within[usable])) if usable.any() else math.nan
 
 
+def distance_of_statistics(
+    mean: Array, var: Array, running: tuple[Array, Array], eps: float
+) -> tuple[float, float]:
+    """Return how far running statistics are from those of data, over the channels.
+
+        mean_off  = sqrt(mean((mean - running_mean)² / (var + eps)))
+        std_ratio = exp(sqrt(mean(log(std / running_std)²))),    1 or more
+
+    Args:
+        mean: of the data, `[C]`.
+        var: of the data, `[C]`.
+        running: mean and variance, `[C]` each.
+        eps: added to both variances, as the layer does.
+    """
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        mean_off = float(np.sqrt(np.mean((mean - running[0]) ** 2 / (var + eps))))
+        logs = 0.5 * np.log((var + eps) / (running[1] + eps))
+        return mean_off, float(np.exp(min(np.sqrt(np.mean(logs**2)), 700.0)))
+
+
 @dataclass(frozen=True)
 class Score:
     """How well outputs fit.

@@ -24,6 +24,7 @@ class NormState:
         is_tracked: whether it has running statistics.
         moves: whether they move in training.
         momentum: in torch's convention, the batch's share; None = plain average.
+        warm_start: whether the first batch replaces the initial 0 and 1.
         eps: added to var.
         mean, var: the running statistics, `[C]`; None without.
         batches: number of batches that have moved them; None where it is not counted.
@@ -43,6 +44,7 @@ class NormState:
     is_tracked: bool = True
     moves: bool = True
     momentum: float | None = 0.1
+    warm_start: bool = False
     eps: float = 1e-5
     mean: Array | None = None
     var: Array | None = None

@@ -128,7 +128,7 @@ def _updates(norm: NormState, remedies: Remedies) -> Iterator[Finding]:
             "momentum of the last batch",
         )
         return
-    if not norm.batches or norm.var is None:
+    if not norm.batches or norm.var is None or norm.warm_start:
         return
     share = (1 - momentum) ** norm.batches
     # Batches add to the variance: one below the share of the initial 1 has come from elsewhere.
@@ -155,10 +155,16 @@ def _parameters(norm: NormState, remedies: Remedies) -> Iterator[Finding]:
             yield _counted(norm, "serious", "nonfinite-parameters", what, ~np.isfinite(values), why, remedy)
     if norm.weight is None or not np.isfinite(norm.weight).all():
         return
-    size = np.abs(norm.weight)
-    dead = (size == 0) | (size < t.DEAD * np.median(size))
+    dead = dead_channels(norm.weight)
     if dead.any():
         yield _dead(norm, dead, remedies)
+
+
+def dead_channels(weight: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which channels have a weight of 0, or next to 0 beside the others, `[C]`."""
+    size = np.abs(weight)
+    dead: NDArray[np.bool_] = (size == 0) | (size < t.DEAD * np.median(size))
+    return dead
 
 
 def _dead(norm: NormState, dead: NDArray[np.bool_], remedies: Remedies) -> Finding:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic
 
 from .flow import Call, Concatenation, Flow, Layer, Sum, Value, origin
+from .parallel import Merge, merges
 from .sums import Term, whole_sum
 from .table import Direction, FoldRow
 
@@ -92,10 +93,25 @@ class FoldPlan(Generic[Layer]):
     Attributes:
         steps: in this order; several may go into one layer, and compose in their order.
         reasons: norm -> why it stays.
+        merges: after the steps, the layers that become part of one beside them.
     """
 
     steps: list[Step[Layer]] = field(default_factory=list)
     reasons: dict[Layer, str] = field(default_factory=dict)
+    merges: list[Merge[Layer]] = field(default_factory=list)
+
+    def of(self, twins: Mapping[Layer, Layer]) -> FoldPlan[Layer]:
+        """Return the same decisions for a copy of the model, given each layer's twin."""
+        steps = [
+            replace(
+                step,
+                norm=twins[step.norm],
+                into=tuple(replace(part, layer=twins[part.layer]) for part in step.into),
+            )
+            for step in self.steps
+        ]
+        merged = [replace(one, layer=twins[one.layer], into=twins[one.into]) for one in self.merges]
+        return FoldPlan(steps, {twins[norm]: reason for norm, reason in self.reasons.items()}, merged)
 
     def rows(self, names: Mapping[Layer, str]) -> dict[Layer, FoldRow]:
         """Return what to say of each norm, given the names of all layers."""
@@ -170,6 +186,10 @@ class Planner(ABC, Generic[Layer]):
         """Return why the layers that read a value cannot each take the norm before it; "" if they can."""
         return ""
 
+    def fits(self, _layer: Layer, _into: Layer) -> bool:
+        """Whether a layer of the same input, added to another, can be part of that one."""
+        return False
+
     def plan(self, norms: Iterable[Layer]) -> FoldPlan[Layer]:
         """Decide for every norm: into what is before all of its calls, else after them, else beside them.
 
@@ -182,6 +202,7 @@ class Planner(ABC, Generic[Layer]):
         while progress:
             left = [norm for norm in waiting if not self._fold(norm, decided)]
             progress, waiting = len(left) < len(waiting), left
+        decided.merges = merges(self.flow, self.fits)
         return decided
 
     def changes_dtype(self, norm: Layer) -> str:

@@ -192,8 +192,7 @@ class Calibration:
                 f"calibrate takes a Keras model or layer; got a {kind.__module__}.{kind.__name__} (for "
                 "models of torch there is batchnorm.calibrate)"
             )
-        if hasattr(model, "jax_state_sync"):  # inside `fit` on JAX, the weights are not in the variables
-            model.jax_state_sync()
+        synchronize(model)
         found, total = batches(model, data, self.batch_size, self.steps)
         bar = keras.utils.Progbar(total, verbose=self.verbose)
         accumulator = _Accumulator()
@@ -334,6 +333,12 @@ def _statistics(
     if not all(np.isfinite(values).all() for values in held):
         raise DataError(f"received NaN or inf, or values too large for {dtype} statistics; {unchanged}", name)
     return mean, var
+
+
+def synchronize(model: keras.Model) -> None:
+    """Put the weights into the model's variables: inside `fit` on JAX, they are elsewhere."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
 
 
 def float64_of(variable: keras.Variable) -> Array:

@@ -83,3 +83,50 @@ def diagnose(
         found += more
     seconds = time.perf_counter() - started
     return concluded(state, measured, found, layers, ignored, seconds, unchecked)
+
+
+class Doctor(keras.callbacks.Callback):
+    """Diagnoses the model when `fit` starts, and prints what it finds: see `batchnorm.keras.diagnose`.
+
+    Args:
+        data: training samples, as `diagnose` takes them; None = the state of the model only, which is built.
+        samples: number of samples that are taken of the data.
+        batch_size: samples per batch, for arrays.
+        ignore: checks to leave out.
+
+    Attributes:
+        diagnosis: what was found; None before `fit`.
+
+    Raises:
+        OptionError, DataError: (a ValueError) as `diagnose`, at the start of training.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="norm")])
+        >>> model.compile("sgd", "mse")
+        >>> x, doctor = numpy.random.rand(64, 3), batchnorm.keras.Doctor()
+        >>> history = model.fit(x, x, verbose=0, callbacks=[doctor])  # doctest: +ELLIPSIS
+        Sequential: 1 batch normalization, 0 serious, ...
+        >>> doctor.diagnosis.findings[0].check
+        'never-updated'
+    """
+
+    def __init__(
+        self,
+        data: Data | None = None,
+        *,
+        samples: int = 512,
+        batch_size: int = 32,
+        ignore: Iterable[str] = (),
+    ) -> None:
+        super().__init__()
+        self.data = data
+        self.samples, self.batch_size = samples, batch_size
+        self.ignore = tuple(ignore)
+        self.diagnosis: Diagnosis | None = None
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
+        """Diagnose the model, by the optimizer that it is compiled with."""
+        self.diagnosis = diagnose(
+            self.model, self.data, samples=self.samples, batch_size=self.batch_size, ignore=self.ignore
+        )
+        print(self.diagnosis)

@@ -74,6 +74,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
             in Keras, or "skip": they stay, and the weight `skipped` counts the batch.
         small_batch: statistics for a batch, or ghost batch, of one value per channel (keyword only): "allow",
             as in Keras: its own, so that the output is beta; "running": the moving ones, which stay.
+        warm_start: let the first batch replace the initial moving statistics (keyword only), where momentum
+            would keep that fraction of their 0 and 1: a channel whose moving mean is 0 and moving variance 1
+            takes the batch's own. With renorm=True, renorm_mean and renorm_stddev do the same.
         **kwargs: of `keras.layers.Layer`: name, dtype, trainable.
 
     Call arguments:
@@ -100,8 +103,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Differs from Keras: moving statistics of 16-bit layers are float32; float32 is accurate for |mean|/std up
     to 1e6, where cancellation costs the stock layer its digits; masks are right for channels-first data and
     for one channel; a batch with no valid value leaves the moving statistics alone; `synchronized` works on
-    every backend and counts masked values right; `activation`, `frozen`, `statistics`, `nonfinite` and
-    `small_batch` are new. A `Renorm` whose bounds open with time has one weight more, `batches`.
+    every backend and counts masked values right; `activation`, `frozen`, `statistics`, `nonfinite`,
+    `small_batch` and `warm_start` are new. A `Renorm` whose bounds open with time has one weight more,
+    `batches`.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; Ioffe 2017, arXiv:1702.03275.
     """
@@ -131,6 +135,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         statistics: Policy | dict[str, Any] = Batch(),  # noqa: B008 -- frozen
         nonfinite: str = "propagate",
         small_batch: str = "allow",
+        warm_start: bool = False,
         **kwargs: Any,
     ) -> None:
         self._frozen = False  # read by `trainable`, which the base class sets
@@ -163,6 +168,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.statistics = statistics
         self.nonfinite = self._checked("nonfinite", nonfinite)
         self.small_batch = self._checked("small_batch", small_batch)
+        if not isinstance(warm_start, bool):
+            raise OptionError(f"warm_start must be True or False; got {warm_start!r}", self._label)
+        self.warm_start = warm_start
 
     @property
     def statistics(self) -> Policy:
@@ -312,6 +320,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             "statistics": json.loads(self.statistics.text),  # tuples are lists there
             "nonfinite": self.nonfinite,
             "small_batch": self.small_batch,
+            "warm_start": self.warm_start,
         }
 
 

@@ -32,9 +32,11 @@ def move(layer: KerasLayer, groups: Moments) -> None:
         if layer.skipped is not None:
             layer.skipped.assign(layer.skipped + ops.cast(ops.logical_not(fine), layer.skipped.dtype))
     moved = _in_turn if in_turn else _at_once
+    # Read before either moves; `renorm` gives all of its statistics the same values at first.
+    starts = _is_initial(layer) if layer.warm_start else None
 
     def assign(moving: keras.Variable, values: Tensor, momentum: float) -> Tensor:
-        new = moved(ops.cast(moving, values.dtype), values, counted, momentum)
+        new = moved(ops.cast(moving, values.dtype), values, counted, momentum, starts)
         moving.assign(new)
         return new
 
@@ -52,22 +54,36 @@ def move(layer: KerasLayer, groups: Moments) -> None:
         layer.batches.assign(layer.batches + ops.cast(ops.any(counted), layer.batches.dtype))
 
 
-def _at_once(old: Tensor, values: Tensor, counted: Tensor, momentum: float) -> Tensor:
-    return ops.where(counted, running_update(old, values, 1 - momentum), old)
+def _is_initial(layer: KerasLayer) -> Tensor:
+    """Return which channels have the initial moving statistics, mean 0 and variance 1, `[C]` bool."""
+    mean, var = ops.convert_to_tensor(layer.moving_mean), ops.convert_to_tensor(layer.moving_variance)
+    return ops.logical_and(ops.equal(mean, 0), ops.equal(var, 1))
 
 
-def _in_turn(old: Tensor, values: Tensor, counted: Tensor, momentum: float) -> Tensor:
+def _at_once(old: Tensor, values: Tensor, counted: Tensor, momentum: float, starts: Tensor | None) -> Tensor:
+    """Return the statistic `[C]` after a batch; it is the batch's own where it `starts`."""
+    new = running_update(old, values, 1 - momentum)
+    return ops.where(counted, new if starts is None else ops.where(starts, values, new), old)
+
+
+def _in_turn(old: Tensor, values: Tensor, counted: Tensor, momentum: float, starts: Tensor | None) -> Tensor:
     """Return the statistic `[C]` after all groups `[G, C]`, one after the other.
 
     Of k groups that count, the first is followed by k - 1 others:
 
         moving = momentum^k moving + Σ_g momentum^(number of those after g) (1 - momentum) group_g
+
+    Where it `starts`, the first of them takes the place of `moving`.
     """
     one = ops.cast(counted, old.dtype)
     # On torch, Keras's `cumsum` makes float32 of float64; these counts are exact in either.
     after = ops.sum(one, axis=0) - ops.cast(ops.cumsum(one, axis=0), old.dtype)
     weight = one * (1 - momentum) * ops.power(momentum * ops.ones_like(after), after)
     kept = ops.power(momentum * ops.ones_like(old), ops.sum(one, axis=0))
+    if starts is not None:
+        is_first = one * ops.cast(ops.logical_and(starts, after == ops.sum(one, axis=0) - 1), old.dtype)
+        weight = weight + is_first * kept
+        kept = ops.where(ops.logical_and(starts, ops.any(counted, axis=0)), ops.zeros_like(kept), kept)
     return kept * old + ops.sum(weight * ops.where(counted, values, ops.zeros_like(values)), axis=0)
 
 

@@ -36,6 +36,7 @@ class KerasLayer(Protocol):
     synchronized: bool
     nonfinite: str
     small_batch: str
+    warm_start: bool
     compute_dtype: str
     activation: Callable[[Tensor], Tensor]
     gamma: keras.Variable

@@ -101,6 +101,8 @@ class RunningState(NamedTuple):
         memory, accumulator: of the layers; no engine reads them. The first remembers the statistics for
             forwards that checkpointing may recompute (`torch/contexts/checkpointing.py`), the second collects
             the moments of several batches, which move them as one (`torch/contexts/accumulation.py`).
+        warm_start: a channel with mean 0 and var 1, the initial values, takes a momentum of 1. No engine does
+            that: the framework's own operations move them then.
     """
 
     mean: Tensor | None = None
@@ -111,6 +113,7 @@ class RunningState(NamedTuple):
     sequential: bool = False
     memory: Any = None
     accumulator: Any = None
+    warm_start: bool = False
 
     @property
     def is_tracked(self) -> bool:

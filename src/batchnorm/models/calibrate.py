@@ -107,7 +107,7 @@ def _calibrate(model: nn.Module, data: Iterable[object], options: Options, ranks
 
     def prepare() -> Tensor:
         options.check(data)
-        frozen, norms = _norms(model)
+        frozen, norms = norms_to_calibrate(model)
         passes = Passes(model, norms, data, options, ranks)
         prepared.append((frozen, passes))
         same = [options.method, options.spill is None, options.keep_progress, dict(passes.layout.channels)]
@@ -139,8 +139,12 @@ def _found(passes: Passes) -> Accumulator:
     return found
 
 
-def _norms(model: nn.Module) -> tuple[tuple[str, ...], dict[str, BatchNormBase]]:
-    """Return the names of the layers that are frozen, and the others."""
+def norms_to_calibrate(model: nn.Module) -> tuple[tuple[str, ...], dict[str, BatchNormBase]]:
+    """Return the names of the layers that are frozen, and the others.
+
+    Raises:
+        OptionError: there are no others, or the model has no values yet.
+    """
     frozen, norms = split_frozen(tracking_norms(model))
     if not norms:
         but = "that is not frozen: batchnorm.unfreeze" if frozen else "with running statistics to calibrate"

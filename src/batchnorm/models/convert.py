@@ -13,7 +13,7 @@ from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.policy_config import check_policy
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
-from batchnorm.torch.checks import check_nonfinite, check_small_batch
+from batchnorm.torch.checks import check_nonfinite, check_small_batch, check_warm_start
 from batchnorm.torch.contexts.domains import check_domains
 from batchnorm.torch.layers import OPTIONS
 from batchnorm.torch.stored_state import counter
@@ -35,6 +35,7 @@ def convert(
     domains: int | None = None,
     nonfinite: str | None = None,
     small_batch: str | None = None,
+    warm_start: bool | None = None,
     example: Any = None,
 ) -> nn.Module:
     """Turn the batch normalizations of `model` into layers of this library, in place.
@@ -49,7 +50,7 @@ def convert(
         statistics: the policy of every layer, such as `batchnorm.Synced()`; None = `Running()` for frozen
             ones, `Synced()` of its process group for a SyncBatchNorm, no change for the others.
         domains: number of running statistics of every layer (`batchnorm.domain`); None = no change.
-        nonfinite, small_batch: as of `batchnorm.BatchNorm2d`, of every layer; None = no change.
+        nonfinite, small_batch, warm_start: as of `batchnorm.BatchNorm2d`, of every layer; None = no change.
         example: arguments of the model: a tensor, a tuple or a dict of keyword arguments. The outputs on it
             are compared before and after, in evaluation and in training. None = no comparison.
 
@@ -76,7 +77,12 @@ def convert(
     """
     norms = find_norms(model)
     check(model, norms, "convert")
-    options = {"domains": domains, "nonfinite": nonfinite, "small_batch": small_batch}
+    options = {
+        "domains": domains,
+        "nonfinite": nonfinite,
+        "small_batch": small_batch,
+        "warm_start": warm_start,
+    }
     check_options(norms, {"statistics": statistics, **options})
     with checked_change(model, example, "convert"):
         for found in norms:
@@ -138,6 +144,7 @@ _CHECKS: dict[str, Callable[[object, bool], object]] = {
     "domains": check_domains,
     "nonfinite": check_nonfinite,
     "small_batch": check_small_batch,
+    "warm_start": check_warm_start,
 }
 
 
@@ -159,7 +166,7 @@ def _check_domains(norms: list[Found], domains: int) -> None:
 
 
 def _set_options(norm: nn.Module, options: Mapping[str, Any]) -> None:
-    for name in ("nonfinite", "small_batch"):
+    for name in ("nonfinite", "small_batch", "warm_start"):
         if options[name] is not None:
             setattr(norm, name, options[name])
     if options["domains"] is not None and isinstance(norm, Layer) and norm.domains == 1:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from batchnorm.doctor.data_checks import check_data
@@ -22,6 +21,7 @@ from .calibration.batches import Forward, cut, samples_in
 from .diagnosis.passes import Samples, measure, random_numbers_kept, take
 from .diagnosis.perturbation import perturb
 from .diagnosis.structure import model_state
+from .norms.find import inner_model
 from .preconditions import verb
 
 
@@ -73,7 +73,7 @@ def diagnose(
     started = time.perf_counter()
     ignored = check_ignored(ignore)
     _check_options(samples, optimizer)
-    model = _inner(model)
+    model = inner_model(model)
     is_ready = not any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers()))
     if data is not None and not is_ready:
         raise OptionError("the model has layers that are not initialized: run it once, or pass no data")
@@ -93,17 +93,6 @@ def diagnose(
             found = [of for of in check_model(state) if of.check != "one-value"] + more
     seconds = time.perf_counter() - started
     return concluded(state, measured, found, layers, ignored, seconds, unchecked)
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """Return the model within what compiles it or runs it on several processes."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _check_options(samples: object, optimizer: object) -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import OptionError
 from batchnorm.folding.affine import Affine
-from batchnorm.folding.plan import FoldPlan, Part, Step
+from batchnorm.folding.plan import FoldPlan, Part
 from batchnorm.folding.table import Direction
 from batchnorm.torch.contexts.domains import domain_of, keep_one
 
 from .convert import check_scripted
 from .folding.affine import affine, own_activation
-from .folding.arithmetic import add_beside, scale_inputs, scale_outputs
+from .folding.arithmetic import add_beside, add_window, padding_of, place_within, scale_inputs, scale_outputs
 from .folding.foldable_layers import (
     Weights,
     absorber_of,
@@ -62,7 +62,10 @@ def fold(model: nn.Module, example: object = None) -> nn.Module:
     compute their weight from constants (parametrized, weight-normalized, weight-standardized) become plain.
 
     What is next to a norm is read off the forward of each block, symbolically: that holds for every input.
-    With an example, one run of the model on it, in evaluation, tells instead, whatever its control flow.
+    With an example, one run of the model on it, in evaluation, tells instead, whatever its control flow. It
+    also shows what is added: convolutions of the same input, whose outputs nothing else reads, become one,
+
+        V x + c + W x + b = (V + W) x + (b + c),    V's window in the middle of W's
 
     Layers with `statistics=Adapted()` stay, as they adapt to each batch. A folded norm heeds no mask.
     The arithmetic is float64, rounded once to each weight's dtype. With an example the outputs of the copy
@@ -75,7 +78,8 @@ def fold(model: nn.Module, example: object = None) -> nn.Module:
 
     Returns:
         The copy, in evaluation mode, with parameters of its own. Where a norm was stands an `nn.Identity` or
-        the activation that it applied. A norm that does not fold stays; `inspect` says why.
+        the activation that it applied, and where a convolution became part of another, a module that gives
+        zeros. A norm that does not fold stays; `inspect` says why.
 
     Raises:
         OptionError: (a ValueError) a scripted or compiled model, one that is not initialized or cannot be
@@ -90,17 +94,17 @@ def fold(model: nn.Module, example: object = None) -> nn.Module:
     Differs from `torch.fx.experimental.optimization.fuse`: for models that cannot be traced, with every call
     of a layer checked, and more kinds of layers.
 
-    Source: Jacob et al. 2018, arXiv:1712.05877, sec. 3.2; https://github.com/pytorch/pytorch/issues/104593
+    Source: Jacob et al. 2018, arXiv:1712.05877, sec. 3.2; Ding et al. 2021, arXiv:2101.03697 (branches); https://github.com/pytorch/pytorch/issues/104593
     and 197539 (shared convolutions folded silently wrong).
     """
     twin = twin_of(model)
-    steps = fold_plan(twin, example).steps
+    decided = fold_plan(twin, example)
     if example is None:
-        _apply(twin, steps)
+        _apply(twin, decided)
         return twin
     before = observe(twin, example, training=False)
-    is_checked = _agrees_in_float64(model, twin, steps, example)
-    _apply(twin, steps)
+    is_checked = _agrees_in_float64(model, twin, decided, example)
+    _apply(twin, decided)
     if not is_checked:
         assert_agree(before, twin, example, "fold", training=False)
     return twin
@@ -189,27 +193,43 @@ def _unseen(twin: nn.Module, untraceable: dict[nn.Module, str], norm: Found) -> 
     return "no forward is seen to call it: pass example="
 
 
-def _apply(twin: nn.Module, steps: list[Step[nn.Module]]) -> None:
+def _apply(twin: nn.Module, decided: FoldPlan[nn.Module]) -> None:
     """Fold, in place; every layer that computes its weight from constants gets it as a parameter."""
     weights = {
         module: read_weights(module)
         for module in twin.modules()
         if absorber_of(module) is not None and not is_plain(module) and not why_not(module)
     }
-    for step in steps:
+    for step in decided.steps:
         for part in step.into:
             now = weights.get(part.layer) or read_weights(part.layer)
             weights[part.layer] = _changed(now, part, affine(step.norm), step.direction)
+    for merge in decided.merges:
+        own, other = (weights.get(one) or read_weights(one) for one in (merge.layer, merge.into))
+        weights.pop(merge.layer, None)
+        place = place_within(merge.layer, merge.into)
+        assert place is not None
+        weights[merge.into] = add_window(other, own, place, merge.sign)
     for layer, changed in weights.items():
         if not write_weights(layer, changed):
             name = next(name for name, module in twin.named_modules() if module is layer)
             raise AgreementError("fold was taken back: a weight would be too large for its dtype", name)
-    for step in steps:
+    for step in decided.steps:
         if step.direction == "beside":
             become(step.norm, FoldedBeside(step.is_overwritten))
         else:
             become(step.norm, stand_in(own_activation(step.norm), adds=step.adds, rank=step.rank))
         vars(step.norm)[FOLDED] = True
+    for merge in decided.merges:
+        become(merge.layer, _zeros_of(merge.layer, merge.is_overwritten))
+
+
+def _zeros_of(layer: nn.Module, is_overwritten: bool) -> FoldedBeside:
+    """Return what stands in the place of a convolution that is part of another one."""
+    assert isinstance(layer, _ConvNd)
+    axes = zip(layer.stride, padding_of(layer), layer.dilation, layer.kernel_size, strict=True)
+    windows = tuple((by, int(2 * pad) - step * (size - 1)) for by, pad, step, size in axes)
+    return FoldedBeside(is_overwritten, layer.out_channels, windows)
 
 
 def _changed(now: Weights, part: Part[nn.Module], found: Affine, direction: Direction) -> Weights:
@@ -223,7 +243,7 @@ def _changed(now: Weights, part: Part[nn.Module], found: Affine, direction: Dire
 
 
 def _agrees_in_float64(
-    model: nn.Module, twin: nn.Module, steps: list[Step[nn.Module]], example: object
+    model: nn.Module, twin: nn.Module, decided: FoldPlan[nn.Module], example: object
 ) -> bool:
     """Raise AgreementError if the plan is wrong; return False if the model does not run in float64.
 
@@ -235,16 +255,7 @@ def _agrees_in_float64(
         before = observe(wide, wide_example, training=False)
     except Exception:  # a model may insist on its dtype
         return False
-    twins = dict(zip(twin.modules(), wide.modules(), strict=True))
-    _apply(
-        wide,
-        [
-            replace(
-                s, norm=twins[s.norm], into=tuple(replace(part, layer=twins[part.layer]) for part in s.into)
-            )
-            for s in steps
-        ],
-    )
+    _apply(wide, decided.of(dict(zip(twin.modules(), wide.modules(), strict=True))))
     assert_agree(before, wide, wide_example, "fold", training=False)
     return True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from batchnorm.errors import OptionError
@@ -10,7 +12,7 @@ from batchnorm.statistics.running import Running
 
 from .contexts import norms_of
 from .convert import become_ours, check, check_options
-from .norms.find import Found
+from .norms.find import Found, find_norms
 from .norms.kinds import is_layer
 from .preconditions import verb
 from .rollback import untouched_on_error
@@ -108,8 +110,18 @@ def _hold(norms: list[Found]) -> None:
     held = [found.module for found in norms if "_learned" not in vars(found.module)]
     for norm in held:
         vars(norm)["_learned"] = {name: p.requires_grad for name, p in _affine(norm).items()}
-    for norm in held:
-        for parameter in _affine(norm).values():
+    hold(parameter for found in norms for parameter in _affine(found.module).values())
+
+
+def affine_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights and biases of all batch normalizations of a model, which `freeze` holds."""
+    return [parameter for found in find_norms(model) for parameter in _affine(found.module).values()]
+
+
+def hold(parameters: Iterable[nn.Parameter]) -> None:
+    """Stop parameters from learning, whatever has made them learn again."""
+    for parameter in parameters:
+        if parameter.requires_grad:
             parameter.requires_grad = False
             parameter.grad = None  # else an optimizer would take one more step with it
 

@@ -46,8 +46,14 @@ def verb(*, masked: str = "", pooled: str = "") -> Callable[[Callable[_P, _R]], 
 
 
 def _check_contexts(model: nn.Module, name: str, masked: str, pooled: str) -> None:
-    for found in find_norms(model) if masked or pooled else []:
+    for found in find_norms(model):
         scope = getattr(found.module, "_scope", None)
+        if scope is not None and scope.samples is not None:
+            raise OptionError(
+                f"{name} within batchnorm.domain(model, ids), where several are in use: call it outside "
+                "of the block, or within domain(model, k)",
+                str(found),
+            )
         if masked and scope is not None and scope.masked is not None:
             raise OptionError(
                 f"{name} within batchnorm.mask: {masked}. Call it outside of the block", str(found)

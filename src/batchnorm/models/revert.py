@@ -53,9 +53,9 @@ def revert(model: nn.Module, *, example: Any = None) -> nn.Module:
 
     Raises:
         OptionError: (a ValueError) by name: a layer with other statistics than `Batch()` (`unfreeze` first),
-            or options that no stock layer has (nonfinite, small_batch, domains); one that is called with a
-            residual, a user's subclass of one of our layers, a model that is itself a layer with an
-            activation, or a SyncBatchNorm for whose input nothing tells the rank.
+            or options that no stock layer has (nonfinite, small_batch, domains, warm_start); one that is
+            called with a residual, a user's subclass of one of our layers, a model that is itself a layer
+            with an activation, or a SyncBatchNorm for whose input nothing tells the rank.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:

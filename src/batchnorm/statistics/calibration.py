@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -17,6 +17,12 @@ from batchnorm.text_table import aligned
 from .moments import PooledMoments, merge
 
 _Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def check_repeatable(data: object) -> None:
+    """Raise DataError for data that serves one calibration only, before the first of several."""
+    if isinstance(data, Iterator):
+        raise DataError(f"a {type(data).__name__} is used up by one calibration: pass a list or a DataLoader")
 
 
 @dataclass

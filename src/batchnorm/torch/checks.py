@@ -52,7 +52,7 @@ def is_plain(call: Call) -> bool:
     if len(shape) < 2 or shape[0] < 1 + training or not x.numel():
         return False
     channels, learned = shape[1], weight.dtype
-    mean, var, batches, momentum, _, _, _, accumulator = running
+    mean, var, batches, momentum, _, _, _, accumulator, warm_start = running
     if learned is not bias.dtype or (learned is not real and learned is not dtype):
         return False
     if weight.grad_fn is not None or bias.grad_fn is not None:  # a layer would keep their graph alive
@@ -70,6 +70,7 @@ def is_plain(call: Call) -> bool:
     if not (
         type(momentum) is float
         and accumulator is None
+        and not warm_start
         and type(batches) is Tensor
         and batches.dtype is _int64
         and batches.is_cpu
@@ -139,6 +140,14 @@ def check_nonfinite(value: object, tracked: bool) -> None:
     check_choice("nonfinite", value, ("propagate", "skip", "raise"))
     if value == "skip" and not tracked:
         raise _untracked('nonfinite="skip" leaves running statistics as they are')
+
+
+def check_warm_start(value: object, tracked: bool) -> None:
+    """Raise OptionError unless `warm_start` is True or False; True needs running statistics."""
+    if not isinstance(value, bool):
+        raise OptionError(f"warm_start must be True or False; got {value!r}")
+    if value and not tracked:
+        raise _untracked("warm_start=True begins running statistics with the first batch's")
 
 
 def _untracked(what: str) -> OptionError:

@@ -156,7 +156,7 @@ def _smallest_group(call: Call) -> int:
 def _for_kernels(call: Call) -> RunningState | None:
     """Return the running statistics that a kernel may move in its launch; None where they move afterwards."""
     running, nonfinite = call.running, call.nonfinite
-    is_apart = running.accumulator is not None or nonfinite == "raise"
+    is_apart = running.accumulator is not None or nonfinite == "raise" or running.warm_start
     return None if is_apart or (nonfinite == "skip" and running.skipped is None) else running
 
 
@@ -290,5 +290,5 @@ def is_exported_as_stock(call: Call, mode: Mode) -> bool:
             '(model.eval()), or set layer.nonfinite = "skip" or "propagate"'
         )
     is_plain = policy.is_plain(training) and call.group_size is None and not mode.small_batch_fallback
-    is_plain = is_plain and not (mode.moves and call.nonfinite == "skip")
+    is_plain = is_plain and not (mode.moves and (call.nonfinite == "skip" or call.running.warm_start))
     return call.mask is None and (not mode.measures or is_plain)

@@ -19,6 +19,7 @@ from .checks import (
     check_activation,
     check_nonfinite,
     check_small_batch,
+    check_warm_start,
     mask_of_lengths,
     not_a_tensor,
 )
@@ -26,10 +27,11 @@ from .contexts.checkpointing import Memory
 from .contexts.domains import add_domains, check_domains, fill, selected
 from .dispatch import batch_norm, may_repeat_plain, plain_call
 from .quantization import refuse_to_fuse
+from .running_stats import is_initial
 from .scripted import stock_twin
 from .stored_state import StoredState, qualified_name
 from .symbolic import ITSELF, is_symbolic
-from .tracing import may_be_recomputed, may_hide_addresses
+from .tracing import is_transforming, is_watched, may_be_recomputed, may_hide_addresses
 
 if TYPE_CHECKING:
     from batchnorm.kernels.cpu.plain_call import PlainCall
@@ -62,12 +64,14 @@ class _Layer(StoredState):
         nonfinite: str = "propagate",
         small_batch: str = "raise",
         domains: int = 1,
+        warm_start: bool = False,
     ) -> None:
         check_activation(activation)
         try:
             check_small_batch(small_batch, track_running_stats)
             check_nonfinite(nonfinite, track_running_stats)
             check_domains(domains, track_running_stats)
+            check_warm_start(warm_start, track_running_stats)
         except BatchNormError as error:
             raise error.at(type(self).__name__) from None
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -78,6 +82,7 @@ class _Layer(StoredState):
         self.statistics = statistics
         self.nonfinite = nonfinite
         self.small_batch = small_batch
+        self.warm_start = warm_start
         self._add_domains(domains)
 
     def _add_domains(self, domains: int) -> None:
@@ -157,6 +162,7 @@ class _Layer(StoredState):
                 and self._accumulator is None
                 and self.track_running_stats
                 and plain.takes(input, residual, self._parameters, self._buffers)
+                and not (self._warm_start and self.training and _may_begin(*plain.tensors[2:4]))
             ):
                 try:
                     return normalize_plain(plain, input, residual)
@@ -217,6 +223,7 @@ class _Layer(StoredState):
             self._statistics.is_sequential,
             None,
             self._accumulator,
+            self._warm_start and _may_begin(mean, var),
         )
 
     def _recall(self, policy: Policy) -> Memory | None:
@@ -271,6 +278,21 @@ class _Layer(StoredState):
         return stock_twin(self, forward=_Layer.forward, own=OURS, options=OPTIONS, changed=beyond_stock(self))
 
 
+def _may_begin(mean: Tensor | None, var: Tensor | None) -> bool:
+    """Whether the next batch may replace running statistics, of a layer with `warm_start`.
+
+    The host reads them where that takes no time: on a CPU. Elsewhere, and where torch only records the call,
+    operations on tensors decide.
+    """
+    if mean is None or var is None:
+        return False
+    if is_watched() or is_transforming() or not (type(mean) is type(var) is Tensor and mean.is_cpu):
+        return True
+    if int(torch.count_nonzero(mean)) == mean.numel():  # a fifth of the time of `all`
+        return False
+    return bool(is_initial(mean, var).any())
+
+
 # Attributes of our layers that no stock layer has; and options, each with the value that is stock's way.
 OURS = (*StoredState.__annotations__, *_Layer.__annotations__)
 OPTIONS = {
@@ -315,6 +337,9 @@ _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
             weight and bias are shared. `batchnorm.domain` says whose are in use; outside of it, those of
             domain 0. They are further buffers, `running_mean_1` and so on. A state that does not have them,
             such as a stock layer's, loads (strict too): they then start from its domain 0.
+        warm_start: let the first batch replace the initial running statistics (keyword only), where momentum
+            would keep 1 - momentum of their 0 and 1: a channel whose running mean is 0 and variance 1 takes
+            the batch's own. It can be set.
 
     Shapes:
         input {shapes}, output the same; `layer(x, residual)` adds a residual of the same shape before the

@@ -30,7 +30,8 @@ def moved(running: RunningState, batch: PooledMoments, *, is_counted: Tensor | N
 
         running = (1 - momentum) * running + momentum * batch,    with var = m2 / (n - 1)
 
-    Fewer than two values, which have no variance, leave them as they are.
+    Fewer than two values, which have no variance, leave them as they are. With `running.warm_start`, momentum
+    is 1 in channels that have the initial values.
 
     Args:
         running: running statistics, or None each.
@@ -46,6 +47,8 @@ def moved(running: RunningState, batch: PooledMoments, *, is_counted: Tensor | N
     mean, var = (None if t is None else t.detach().to(batch.mean.dtype) for t in (running.mean, running.var))
     for number, part in enumerate(parts):
         momentum = _momentum(running, number, batch.mean)
+        if running.warm_start and mean is not None and var is not None:
+            momentum = torch.where(is_initial(mean, var), torch.ones_like(batch.mean[0]), momentum)
         mean = _update(mean, part.mean, part.count, momentum)
         var = _update(var, part.m2, part.count, momentum, corrected=True)
     if is_counted is None:
@@ -82,6 +85,11 @@ def _momentum(running: RunningState, number: int, like: Tensor) -> float | Tenso
     if running.batches is None:
         return 0.0  # as torch.nn does, which then has nothing to average over
     return 1.0 / (running.batches + (number + 1)).to(like.dtype)  # the host does not wait for it
+
+
+def is_initial(mean: Tensor, var: Tensor) -> Tensor:
+    """Return which channels have the initial running statistics, mean 0 and var 1, `[C]` bool."""
+    return (mean == 0) & (var == 1)
 
 
 def _check_writable(running: RunningState) -> None:

@@ -21,7 +21,7 @@ from batchnorm.statistics.policy import Policy
 from batchnorm.statistics.policy_config import check_policy
 
 from .call import HALVES
-from .checks import check_nonfinite, check_small_batch
+from .checks import check_nonfinite, check_small_batch, check_warm_start
 from .contexts.accumulation import Accumulator
 from .contexts.checkpointing import Scope
 from .contexts.domains import running_names, select
@@ -39,6 +39,7 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
     _statistics: Policy = Batch()
     _nonfinite: str = "propagate"
     _small_batch: str = "raise"
+    _warm_start: bool = False
     _label: str | None = None
     _thawed: Policy  # what `unfreeze` gives back
     _accumulator: Accumulator | None = None
@@ -92,6 +93,18 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
             check_small_batch(value, self._is_tracked())
         if value != self._small_batch:
             self._small_batch = value
+
+    @property
+    def warm_start(self) -> bool:
+        """Whether the first update of the running statistics takes the batch's own, unmixed with 0 and 1."""
+        return self._warm_start
+
+    @warm_start.setter
+    def warm_start(self, value: bool) -> None:
+        with self._named():
+            check_warm_start(value, self._is_tracked())
+        if value != self._warm_start:
+            self._warm_start = value
 
     @property
     def skipped(self) -> Tensor | None:

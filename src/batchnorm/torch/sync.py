@@ -36,7 +36,8 @@ class SyncBatchNorm(_Layer):
         track_running_stats: keep running statistics; without them, evaluation uses the rank's own batch.
         process_group: the ranks that share statistics: a group of torch.distributed, or global ranks; None =
             all ranks. The layer stores the ranks only, so it can be copied and saved.
-        device, dtype, bias, activation, nonfinite, small_batch, domains: as of `batchnorm.BatchNorm2d`.
+        device, dtype, bias, activation, nonfinite, small_batch, domains, warm_start: as of
+            `batchnorm.BatchNorm2d`.
 
     Shapes:
         input `[N, C, *S]`, output the same; ranks may have different N and S, and empty batches.
@@ -75,6 +76,7 @@ class SyncBatchNorm(_Layer):
         nonfinite: str = "propagate",
         small_batch: str = "raise",
         domains: int = 1,
+        warm_start: bool = False,
     ) -> None:
         super().__init__(
             num_features,
@@ -90,6 +92,7 @@ class SyncBatchNorm(_Layer):
             nonfinite=nonfinite,
             small_batch=small_batch,
             domains=domains,
+            warm_start=warm_start,
         )
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -53,6 +53,7 @@ def _norm_state(name: str, norm: Norm) -> NormState:
         is_stock=not isinstance(norm, BatchNormalization),
         moves=not is_frozen(norm) and momentum < 1,
         momentum=opposite_momentum(momentum),
+        warm_start=getattr(norm, "warm_start", False) is True,
         eps=float(norm.epsilon),
         mean=array(norm.moving_mean),
         var=array(norm.moving_variance),

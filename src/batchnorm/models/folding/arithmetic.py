@@ -3,6 +3,7 @@
 After a layer W x + b, scale y + shift has the weights scale W and scale b + shift. Before one,
 W (scale x + shift) + b has W scale and b + W shift, where W shift sums over the whole window: every value in
 it must be data. Beside one, W x + b + scale x + shift has W + scale I, I being 1 in the middle of the window.
+Two beside each other, V x + c + W x + b, have W + V, the smaller window within the larger.
 """
 
 from __future__ import annotations
@@ -48,16 +49,56 @@ def why_not_identity(module: nn.Module) -> str:
     assert isinstance(module, _ConvNd)
     if module.in_channels != module.out_channels or max(module.stride) > 1:
         return "has other channels or a stride, so that it never gives its input"
-    padding: list[float] = [0.0] * len(module.kernel_size)
-    if module.padding == "same":
-        steps = zip(module.kernel_size, module.dilation, strict=True)
-        padding = [step * (size - 1) / 2 for size, step in steps]
-    elif not isinstance(module.padding, str):
-        padding = list(map(float, module.padding))
-    sizes = zip(module.kernel_size, module.dilation, padding, strict=True)
+    sizes = zip(module.kernel_size, module.dilation, padding_of(module), strict=True)
     if any(size % 2 == 0 or 2 * pad != step * (size - 1) for size, step, pad in sizes):
         return f"has no middle on its input (kernel_size={module.kernel_size}, padding={module.padding!r})"
     return ""
+
+
+def padding_of(module: _ConvNd) -> list[float]:
+    """Return how many positions a convolution adds at each end of an axis; halves where the ends differ."""
+    if module.padding == "same":
+        sizes = zip(module.kernel_size, module.dilation, strict=True)
+        return [step * (size - 1) / 2 for size, step in sizes]
+    return (
+        [0.0] * len(module.kernel_size)
+        if isinstance(module.padding, str)
+        else list(map(float, module.padding))
+    )
+
+
+def place_within(module: nn.Module, other: nn.Module) -> list[int] | None:
+    """Return where the window of a convolution begins in that of another, on each axis.
+
+    None unless the second one can be both: it has the same channels, groups and strides, and each value of
+    the smaller window is one of the larger, in the middle, so that both give the same positions.
+    """
+    assert isinstance(module, _ConvNd)
+    assert isinstance(other, _ConvNd)
+    names = ("in_channels", "out_channels", "groups", "stride")
+    if any(getattr(module, name) != getattr(other, name) for name in names):
+        return None
+    pads = padding_of(module)
+    if module.padding_mode != other.padding_mode and any(pads):
+        return None
+    places = []
+    for axis, (size, larger) in enumerate(zip(module.kernel_size, other.kernel_size, strict=True)):
+        step = other.dilation[axis]
+        is_single = size == 1 or module.dilation[axis] == step
+        more = larger - size
+        if more < 0 or more % 2 or not is_single or padding_of(other)[axis] - pads[axis] != more // 2 * step:
+            return None
+        places.append(more // 2)
+    return places
+
+
+def add_window(weights: Weights, added: Weights, place: list[int], sign: int) -> Weights:
+    """Return the weights of a convolution that gives y + sign v, where these give y and the added ones v."""
+    weight = weights.weight.clone()
+    sizes = added.weight.shape[2:]
+    window = tuple(slice(start, start + size) for start, size in zip(place, sizes, strict=True))
+    weight[(slice(None), slice(None), *window)] += sign * added.weight
+    return Weights(weight, weights.bias + sign * added.bias)
 
 
 def _times(weight: Tensor, layer: nn.Module, values: Array, axis: int) -> Tensor:

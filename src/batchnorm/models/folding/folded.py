@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import InputShapeError
@@ -45,19 +44,33 @@ class Folded(OneNode):
 
 
 class FoldedBeside(OneNode):
-    """Zero: what is left of a norm that a convolution of the same input, added to it, computes too.
+    """Zero: what is left of a norm or convolution that a convolution of the same input computes too.
 
     Args:
         is_overwritten: the sum is written over this output, which has memory of its own therefore.
+        channels: of the convolution's output; None for a norm, whose output has the input's shape.
+        windows: of the convolution, on each axis: stride, and the positions by which the padding is longer
+            than the window is beyond its first value.
     """
 
-    def __init__(self, is_overwritten: bool = False) -> None:
+    def __init__(
+        self,
+        is_overwritten: bool = False,
+        channels: int | None = None,
+        windows: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         super().__init__()
         self.is_overwritten = is_overwritten
+        self.channels, self.windows = channels, windows
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return zeros of the input's shape, one number in memory where that is enough."""
-        return torch.zeros_like(input) if self.is_overwritten else input.new_zeros(()).expand(input.shape)
+        """Return zeros of the output's shape, one number in memory where that is enough."""
+        shape: tuple[int, ...] = input.shape
+        if self.channels is not None:
+            before, sizes = shape[: -len(self.windows) - 1], shape[-len(self.windows) :]
+            positions = zip(sizes, self.windows, strict=True)
+            shape = (*before, self.channels, *((size + more - 1) // by + 1 for size, (by, more) in positions))
+        return input.new_zeros(shape) if self.is_overwritten else input.new_zeros(()).expand(shape)
 
     def extra_repr(self) -> str:
         """Return whether its output has memory of its own."""

@@ -14,7 +14,7 @@ from batchnorm.models.norms.find import Found
 from batchnorm.models.norms.kinds import BatchNormBase
 
 from .affine import affine, own_activation, why_not_affine
-from .arithmetic import why_not_identity, why_not_inputs
+from .arithmetic import place_within, why_not_identity, why_not_inputs
 from .foldable_layers import absorber_of, inputs_of, outputs_of, why_not
 
 
@@ -88,6 +88,13 @@ class TorchPlanner(Planner[nn.Module]):
 
     def folded(self, step: Step[nn.Module]) -> bool:
         return not step.adds and own_activation(step.norm) is None
+
+    def fits(self, layer: nn.Module, into: nn.Module) -> bool:
+        kinds = (absorber_of(layer), absorber_of(into))
+        if any(kind is None or kind.family != "conv" for kind in kinds):
+            return False
+        is_fixed = self._unchangeable(into, layer) or self._unchangeable(layer, into)
+        return not is_fixed and place_within(layer, into) is not None
 
     def rank(self, norm: nn.Module, beside: Neighbour[nn.Module]) -> int | None:
         kind = absorber_of(beside.layer)

@@ -5,8 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .kinds import BatchNormBase, Kind, is_layer, kind_of
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the model within what compiles it or runs it on several processes."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def tracking_norms(model: nn.Module) -> dict[str, BatchNormBase]:

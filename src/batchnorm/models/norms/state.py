@@ -38,6 +38,7 @@ def norm_state(found: Found) -> NormState:
         is_tracked=has_statistics,
         moves=has_statistics and not is_frozen,
         momentum=None if momentum is None else float(momentum),
+        warm_start=getattr(norm, "warm_start", False) is True,
         eps=float(getattr(norm, "eps", 0.0)),
         dtype=str(present["running_var"].dtype).removeprefix("torch.") if has_statistics else "",
         learns=any(parameter.requires_grad for parameter in norm.parameters()),

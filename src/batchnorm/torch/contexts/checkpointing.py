@@ -24,6 +24,7 @@ from batchnorm.torch.tracing import is_recomputed, is_transforming, may_be_recom
 
 from .domains import ContextLayer, domain_of, selected
 from .masks import Masked
+from .samples import Samples
 
 # Forwards that one layer remembers. A pipeline that runs the forwards of all micro-batches first has as many.
 KEPT = 32
@@ -97,10 +98,10 @@ def _key(batch: PooledMoments) -> Tensor:
 
 
 class _Within(NamedTuple):
-    """The mask and the domain that a call takes from its contexts."""
+    """The mask and the domain, or domains, that a call takes from its contexts."""
 
     masked: Masked | None
-    domain: int
+    domain: int | Samples
 
 
 class _ScopedForward:
@@ -126,19 +127,21 @@ class Scope:
 
     Attributes:
         masked: the mask of the innermost `batchnorm.mask`; None = all values count.
+        samples: the domains of the innermost `batchnorm.domain`; None = that of the layer, for all samples.
         used: the mask of the latest call.
     """
 
     def __init__(self) -> None:
         self.masked: Masked | None = None
+        self.samples: Samples | None = None
         self.used: Tensor | None = None
         self._passes: deque[_ScopedForward] = deque()  # the newest first
         self._has_forgotten = False
 
     @property
     def is_over(self) -> bool:
-        """Whether the layer needs no scope: it is in no mask's context, and nothing may be recomputed."""
-        return self.masked is None and not self._passes
+        """Whether the layer needs no scope: it is in no context, and nothing may be recomputed."""
+        return self.masked is None and self.samples is None and not self._passes
 
     def call(
         self, layer: ContextLayer, input: Tensor, residual: Tensor | None, mask: Tensor | None
@@ -146,11 +149,15 @@ class Scope:
         """Call the layer in its contexts; a mask that the call itself passes comes first."""
         if torch.compiler.is_compiling():  # the current contexts hold: the compiler itself handles recomputes
             self.used = self.masked.of(input) if mask is None and self.masked is not None else mask
+            if self.samples is not None:
+                return self.samples.call(layer, input, residual, self.used)
             return layer._normalize(input, residual, self.used)
         within = self._within(layer, input)
         if mask is None and within.masked is not None:
             mask = within.masked.of(input)
         self.used = mask
+        if isinstance(within.domain, Samples):
+            return within.domain.call(layer, input, residual, mask)
         if within.domain == domain_of(layer):
             return layer._normalize(input, residual, mask)
         with selected(layer, within.domain):
@@ -158,7 +165,7 @@ class Scope:
 
     def _within(self, layer: ContextLayer, input: Tensor) -> _Within:
         """Return the contexts of this call: of a recomputed forward, those of the original one."""
-        now = _Within(self.masked, domain_of(layer))
+        now = _Within(self.masked, domain_of(layer) if self.samples is None else self.samples)
         if is_recomputed():
             return self._found(input)
         if may_be_recomputed(layer.training):

@@ -1,0 +1,1 @@
+"""Callbacks for libraries that train torch models: a file for each, which alone imports its library."""
