@@ -12,7 +12,18 @@ from .results_file import FOLDER, load
 from .tables import Row, Rows, table_of, with_quartiles
 
 ROOT = Path(__file__).parent.parent
-_DOCS = ("benchmarks", "calibrate", "doctor", "fold", "gpu", "lean", "statistics", "study", "training")
+_DOCS = (
+    "benchmarks",
+    "calibrate",
+    "claims",
+    "doctor",
+    "fold",
+    "gpu",
+    "lean",
+    "statistics",
+    "study",
+    "training",
+)
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _DOCS))
 GPU_PAGE = ROOT / "docs" / "gpu.md"
 
@@ -127,6 +138,9 @@ BLOCKS: dict[str, tuple[str, str]] = {
     "synced": ("synced-cpu", "synced.layers_table"),
     "synced-model": ("synced-cpu", "synced_model.fitted_table"),
     "synced-packets": ("synced-cpu", "synced.packets_table"),
+    "claims": ("claims-cpu", "claims.verdicts_table"),
+    "claims-rule": ("claims-cpu", "claims.rule"),
+    "claims-parts": ("claims-cpu", "claims.claims_section"),
     "monitor": ("monitor-cpu", "monitor.monitor_table"),
     "study": ("study-digits", "page.study_table"),
     "study-summary": ("study-digits", "page.study_summary"),

@@ -16,6 +16,8 @@ import batchnorm
 from .tables import Row, Rows
 
 FOLDER = Path(__file__).parent / "results"
+# What the list in a file is called where it is not "rows".
+_LISTS = {"claims-cpu": "claims"}
 
 
 def _commit() -> str:
@@ -59,15 +61,16 @@ def write(name: str, origin: Row, rows: Rows, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"provenance": origin, "rows": rows}, indent=1) + "\n")
+    content = {"provenance": origin, _LISTS.get(name, "rows"): rows}
+    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.replace(path)
     return path
 
 
 def load(name: str, folder: Path = FOLDER) -> Row:
     """Return a result file's provenance and rows."""
-    found: Row = json.loads((folder / f"{name}.json").read_text())
-    return found
+    found: Row = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return {"provenance": found["provenance"], "rows": found[_LISTS.get(name, "rows")]}
 
 
 def _processor() -> str:

@@ -226,6 +226,11 @@ ROOMS = (
          Run(_in("keras", "fold", "calibrate", "calibrate_distributed"), backend="tensorflow"),
          Run(_in("keras", "fold", "calibrate", "calibrate_distributed"), backend="jax")),
     ),
+    Room(
+        "claims",
+        ("claims/rules.py", "claims/summary.py", "claims/runner.py", "claims/tools/*.py"),
+        (Run(_in("claims", "rules", "tools", "claims")),),
+    ),
 )  # fmt: skip
 
 # Speed alone hangs on these.

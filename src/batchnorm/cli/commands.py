@@ -1,4 +1,4 @@
-"""Defines the `batchnorm` command: its version, `study`, `env`, and the verbs on a model."""
+"""Defines the `batchnorm` command: its version, `study`, `claims`, `env`, and the verbs on a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import batchnorm
 from batchnorm.errors import OptionError
 
 from . import models, options
+from .claims import claims
 from .errors import one_clear_line
 
 app = typer.Typer(
@@ -127,5 +128,5 @@ def _parse_count(option: str, text: str) -> int | None:
     return int(text)
 
 
-for command in (models.inspect, models.doctor, models.convert, models.calibrate, models.fold):
+for command in (claims, models.inspect, models.doctor, models.convert, models.calibrate, models.fold):
     app.command()(command)

@@ -77,6 +77,19 @@ StudyOut = Annotated[
     ),
 ]
 
+# Of the claims.
+ClaimNames = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims, or their numbers; all, unless given.")
+]
+ClaimSeeds = Annotated[
+    int, typer.Option("--seeds", help="Runs of each experiment; a verdict takes 5 or more.")
+]
+ClaimsOut = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder of results; a second call goes on there.", show_default="runs/claims"),
+]
+ListClaims = Annotated[bool, typer.Option("--list", help="List the claims, and stop.")]
+
 # Of the verbs on a model.
 Model = Annotated[
     str,

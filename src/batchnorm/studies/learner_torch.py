@@ -63,7 +63,7 @@ class TorchLearner:
         names: Names | None = None,
     ) -> None:
         self.model = model.train()
-        self.layers = list(weight_layers(model))
+        self.layers: Sequence[str] = list(weight_layers(model))
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.has_batch_norms = any(norm.running_mean is not None for norm in _batch_norms(model))
         self._arm, self._is_watched, self._names = arm, is_watched, names
@@ -107,7 +107,7 @@ class TorchLearner:
         return input_spread(self.model, lambda: self._output(x))
 
     def bytes_kept(self, x: Examples, y: Array) -> int:
-        with _state_kept(self.model):
+        with statistics_kept(self.model):
             return saved_bytes(
                 lambda: self._loss(self._output(x), torch.from_numpy(y)), self.model.parameters()
             )
@@ -208,7 +208,7 @@ def evaluation(model: nn.Module, *, by_batch: bool = False) -> Iterator[None]:
         by_batch: whether batch normalizations use the statistics of each batch.
     """
     modes = [(module, module.training) for module in model.modules()]
-    with torch.no_grad(), _state_kept(model) if by_batch else contextlib.nullcontext():
+    with torch.no_grad(), statistics_kept(model) if by_batch else contextlib.nullcontext():
         try:
             model.eval()
             for norm in _batch_norms(model) if by_batch else ():
@@ -220,7 +220,8 @@ def evaluation(model: nn.Module, *, by_batch: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _state_kept(model: nn.Module) -> Iterator[None]:
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the running statistics of a model back on any exit."""
     kept = [
         (buffer, buffer.clone()) for norm in _batch_norms(model) for buffer in norm.buffers(recurse=False)
     ]
