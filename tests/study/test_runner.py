@@ -373,7 +373,7 @@ def test_settings_are_named_by_what_tells_them_apart() -> None:
     assert list(setting_names(StudyOptions(networks=("mlp",), data=("digits",)).settings()).values()) == [
         "mlp"
     ]
-    assert StudyOptions(optimizer="sgd", data=("digits",)).learning_rates == (1e-2, 1e-1, 1.0)
+    assert StudyOptions(optimizer="sgd", data=("digits",)).rates_on("digits") == (1e-2, 1e-1, 1.0)
 
 
 def test_several_data_sets_are_a_first_look_at_each() -> None:
@@ -382,10 +382,12 @@ def test_several_data_sets_are_a_first_look_at_each() -> None:
     assert study.arms_on("digits") == ("none", "batchnorm", "layernorm")
     assert study.arms_on("languages") == ("none", "batchnorm", "batchnorm:unmasked")
     assert len(one.arms_on("languages")) == 7
-    assert (study.rates, one.rates) == ((1e-3, 1e-2), (1e-4, 1e-3, 1e-2))
-    assert [study.recipe(name).epochs for name in study.data] == [10, 10, 3]
+    assert [study.rates_on(name) for name in study.data] == [(1e-3, 1e-2), (1e-3, 1e-2), (1e-2,)]
+    assert one.rates_on("languages") == (1e-4, 1e-3, 1e-2)
+    assert [study.recipe(name).epochs for name in study.data] == [5, 10, 1]
+    assert [StudyOptions(data=(name,)).recipe(name).epochs for name in study.data] == [10, 10, 4]
     assert StudyOptions(epochs=2).recipe("languages").epochs == 2
-    assert [setting.batch_size for setting in one.settings()] == [64]
+    assert [setting.batch_size for setting in one.settings()] == [32]
 
 
 @pytest.mark.slow

@@ -124,6 +124,8 @@ class DataSource:
         networks: those that a study takes unless it is told.
         is_padded: whether x is sequences of several lengths.
         epochs, batch_size: those of a study unless it is told.
+        fewer_epochs, fewer_rates: passes, and how many learning rates, of a study of several data sets unless
+            it is told: a first look.
         baselines: plain models of scikit-learn, with their held-out accuracy by `scripts/baselines.py`.
     """
 
@@ -133,6 +135,8 @@ class DataSource:
     is_padded: bool = False
     epochs: int = 10
     batch_size: int = 32
+    fewer_epochs: int = 5
+    fewer_rates: int = 2
     baselines: tuple[tuple[str, float], ...] = ()
 
 
@@ -158,6 +162,7 @@ SOURCES = {
         "640 utterances of 7 to 29 frames; which of 9 speakers is it?",
         ("conv1d",),
         is_padded=True,
+        fewer_epochs=10,
         baselines=(("logistic regression on mean, deviation, first and last frame", 0.9838),),
     ),
     "languages": DataSource(
@@ -165,8 +170,9 @@ SOURCES = {
         "12,000 fragments of 5 to 80 characters; which of 60 languages is it?",
         ("characters",),
         is_padded=True,
-        epochs=3,
-        batch_size=64,
+        epochs=4,
+        fewer_epochs=1,
+        fewer_rates=1,
         baselines=(
             ("logistic regression on a bag of characters", 0.6840),
             ("naive Bayes on 1- to 3-grams of characters (multinomial, alpha 0.1)", 0.8883),

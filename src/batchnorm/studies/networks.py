@@ -226,8 +226,8 @@ def _characters(example: Example, _: int) -> Layers:
     """Embedding of bytes, convolutions over 5 and 3 of them, and the rest as conv1d."""
     if len(example.shape) != 1:
         raise DataError(f"network characters needs bytes [L], and one example has shape {example.shape}")
-    embedding = Layer("embedding", "embedding", (256, 32))
-    return [embedding, *_over_positions(32, (64, 64), (5, 3), example.outputs)]
+    embedding = Layer("embedding", "embedding", (256, 16))
+    return [embedding, *_over_positions(16, (48, 48), (5, 3), example.outputs)]
 
 
 def _over_positions(channels: int, filters: tuple[int, ...], widths: tuple[int, ...], outputs: int) -> Layers:

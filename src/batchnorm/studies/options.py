@@ -47,7 +47,7 @@ class StudyOptions:
         arms: see `arms.parse_arm`; `auto` alone is those of the data, and fewer with several data sets.
         learning_rates: each above 0; None for those of the optimizer, and fewer with several data sets.
         seeds: how many; they are 0, 1, 2, ...
-        epochs: passes over the training data; None for those of the data.
+        epochs: passes over the training data; None for those of the data, and fewer with several data sets.
         weight_decay, target_accuracy, loss: see `settings.Recipe`.
         metric: see `settings.Recipe`; None for `accuracy` with `cross_entropy`, else `r2`.
         batch_sizes, depths: see `settings.Setting`; without them data and networks have their own.
@@ -88,15 +88,13 @@ class StudyOptions:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise OptionError(f"unknown optimizer {self.optimizer!r}: known are {', '.join(OPTIMIZERS)}")
-        if self.learning_rates is None:
-            rates = OPTIMIZERS[self.optimizer]
-            fewer = rates[:2] if self.optimizer == "sgd" else rates[1:]
-            object.__setattr__(self, "learning_rates", fewer if len(self.data) > 1 else rates)
         if self.metric is None:
             object.__setattr__(self, "metric", default_metric(self.loss))
         assert self.metric is not None
         check_objective(self.loss, self.metric)
         for field, what in _LISTS.items():
+            if getattr(self, field) is None:
+                continue
             values = tuple(dict.fromkeys(getattr(self, field)))
             object.__setattr__(self, field, values)
             if not values and field not in ("depths", "batch_sizes"):
@@ -109,7 +107,8 @@ class StudyOptions:
                 "dask:tcp://host:8786 (or dask:tls://host:8786)"
             )
         self._check_numbers()
-        object.__setattr__(self, "learning_rates", tuple(map(float, self.rates)))
+        if self.learning_rates is not None:
+            object.__setattr__(self, "learning_rates", tuple(map(float, self.learning_rates)))
         for name in self.networks if self.networks != AUTO else ():
             self._check_network(name)
         if self.depths and self.networks == AUTO:
@@ -121,7 +120,7 @@ class StudyOptions:
         self._check_that_no_two_runs_share_a_file()
 
     def _check_numbers(self) -> None:
-        for rate in self.rates:
+        for rate in self.learning_rates or ():
             if not (math.isfinite(rate) and rate > 0):
                 raise OptionError(f"learning rate {rate} is not a number above 0")
         least = {"seeds": 1, "epochs": 1, "batch_sizes": 1, "depths": 1, "jobs": 1}
@@ -181,18 +180,20 @@ class StudyOptions:
             for batch_size in self.batch_sizes or (source_named(data).batch_size,)
         )
 
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """The learning rates."""
-        assert self.learning_rates is not None
-        return self.learning_rates
+    def rates_on(self, data: str) -> tuple[float, ...]:
+        """Returns the learning rates on one data set."""
+        if self.learning_rates is not None:
+            return self.learning_rates
+        rates = OPTIMIZERS[self.optimizer]
+        return tuple(sorted(rates[: source_named(data).fewer_rates] if len(self.data) > 1 else rates))
 
     def recipe(self, data: str) -> Recipe:
         """Returns how every run on a data set trains."""
+        source = source_named(data)
         momentum = self.momentum if self.momentum is not None else _MOMENTUM
         assert self.metric is not None
         return Recipe(
-            epochs=self.epochs or source_named(data).epochs,
+            epochs=self.epochs or (source.fewer_epochs if len(self.data) > 1 else source.epochs),
             optimizer=self.optimizer,
             momentum=momentum if self.optimizer == "sgd" else 0.0,
             weight_decay=self.weight_decay,
@@ -208,7 +209,7 @@ class StudyOptions:
         """
         runs: dict[str, str] = {}
         for setting in self.settings():
-            for arm, rate in itertools.product(self.arms_on(setting.data), self.rates):
+            for arm, rate in itertools.product(self.arms_on(setting.data), self.rates_on(setting.data)):
                 name = run_name(setting, arm, rate, 0)
                 run = f"{setting.data}, {setting.network}, {arm}, {shown_number(rate)}"
                 if (other := runs.setdefault(name.casefold(), run + name)) != run + name:
@@ -251,7 +252,7 @@ class StudyOptions:
             "optimizer": self.optimizer,
             **({"momentum": shown_number(recipe.momentum)} if self.optimizer == "sgd" else {}),
             **({"weight-decay": shown_number(self.weight_decay)} if self.weight_decay else {}),
-            "learning-rate": ",".join(map(shown_number, self.rates)),
+            "learning-rate": ",".join(map(shown_number, self.learning_rates or ())) or "auto",
             "seeds": self.seeds,
             "epochs": self.epochs or "auto",
             "batch-size": ",".join(map(str, self.batch_sizes)) or "auto",

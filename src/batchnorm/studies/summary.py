@@ -176,7 +176,7 @@ def _provenance(options: StudyOptions, data: Mapping[str, Dataset], framework: F
         ],
         "networks": list(dict.fromkeys(setting.network_name for setting in options.settings())),
         "arms": list(dict.fromkeys(arm for name in options.data for arm in options.arms_on(name))),
-        "learning_rates": list(options.rates),
+        "learning_rates": sorted({rate for name in options.data for rate in options.rates_on(name)}),
         "seeds": list(range(options.seeds)),
         "epochs": next(iter(epochs.values())) if len(set(epochs.values())) == 1 else epochs,
         "batch_sizes": list(dict.fromkeys(setting.batch_size for setting in options.settings())),

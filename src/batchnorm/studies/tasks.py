@@ -59,7 +59,7 @@ def plan(options: StudyOptions) -> list[RunTask]:
         RunTask(setting, options.recipe(setting.data), arm, rate, seed)
         for setting in options.settings()
         for seed in range(options.seeds)
-        for rate in options.rates
+        for rate in options.rates_on(setting.data)
         for arm in options.arms_on(setting.data)
     ]
 
