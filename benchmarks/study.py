@@ -10,7 +10,7 @@ from batchnorm.studies.runner import run_study
 
 from .tables import Rows
 
-_QUICK = {"networks": ("mlp",), "learning_rates": (1e-3,), "seeds": 1, "epochs": 1}
+_QUICK = {"data": ("digits",), "networks": ("mlp",), "learning_rates": (1e-3,), "seeds": 1, "epochs": 1}
 _MEASURES = (
     "best_learning_rate",
     "test_accuracy",

@@ -31,7 +31,12 @@ from .mutations import mutated
 
 FEW = 60
 STUDY = StudyOptions(
-    networks=("mlp",), arms=("batchnorm",), learning_rates=(1e-3,), seeds=1, batch_sizes=(5,)
+    data=("digits",),
+    networks=("mlp",),
+    arms=("batchnorm",),
+    learning_rates=(1e-3,),
+    seeds=1,
+    batch_sizes=(5,),
 )
 MOST_BYTES = 50e6
 

@@ -85,7 +85,7 @@ def test_the_verdict_compares_the_norm_with_and_without_the_mask(tmp_path: Path)
 
 
 def test_the_unmasked_norm_is_for_padding_alone(tmp_path: Path) -> None:
-    options = StudyOptions(arms=("none", "batchnorm:unmasked"), out=tmp_path)
+    options = StudyOptions(data=("digits",), arms=("none", "batchnorm:unmasked"), out=tmp_path)
     with pytest.raises(OptionError, match="batchnorm:unmasked is for data with padding; digits has none"):
         run_study(options)
     assert "batchnorm:unmasked" in StudyOptions(data=("vowels",)).arms_on("vowels")
