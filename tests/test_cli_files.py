@@ -46,7 +46,7 @@ def test_the_progress_stays_until_all_is_written(own: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise FileError("the disk is full")
 
-    for write in ("cli.model_files", "study.plots.canvas"):
+    for write in ("cli.model_files", "studies.plots.canvas"):
         with monkeypatch.context() as patched:
             patched.setattr(f"batchnorm.{write}.write_whole", full)
             done = run("calibrate", f"{own}:net", *options, "--out", out, "--force")
