@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm
 from batchnorm.errors import ArgumentTypeError, DataError, FileError, OptionError
 from batchnorm.loggers import Row
+from batchnorm.models.monitor import StepObserver
 from tests.models import monitor_rank
 from tests.support.ranks import found_by_ranks
 
@@ -320,3 +321,25 @@ def test_csv_files(tmp_path: Path) -> None:
         batchnorm.monitor(net, str(other))
     assert other.read_text() == "my notes\n"
     assert not net._forward_pre_hooks
+
+
+def test_two_monitors_whose_steps_overlap_leave_compilation_as_it_was() -> None:
+    torch.compiler.reset()
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    first, second = (StepObserver(_net(), lambda *_: None) for _ in range(2))
+    compiled = torch.compile(torch.nn.Linear(2, 2), backend=backend)
+    first.attach(0)
+    second.attach(0)
+    compiled(torch.ones(1, 2))
+    first.detach()
+    compiled(torch.ones(1, 2))
+    assert graphs == 0
+    second.detach()
+    compiled(torch.ones(1, 2))
+    assert graphs == 1

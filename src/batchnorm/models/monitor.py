@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -202,7 +202,7 @@ class StepObserver:
         self._step = step
         if "torch._dynamo" in sys.modules:  # hooks of compiled parts are not called; else nothing is compiled
             with contextlib.suppress(RuntimeError):  # in the midst of a compiled function
-                self._forward.enter_context(torch.compiler.set_stance("force_eager"))
+                self._forward.enter_context(_compiled_code_left_out())
         for name, norm in self.norms.items():
             hook = functools.partial(self._receive, name)
             handle = norm.register_forward_pre_hook(_Hook(hook), with_kwargs=True)
@@ -292,6 +292,27 @@ def _of_state(norm: BatchNormBase) -> Row:
     if skipped is not None:
         row["skipped"] = float(skipped)
     return row
+
+
+class _LeftOut:
+    """The monitors that leave compiled code out, and how to end that when the last of them is done."""
+
+    monitors = 0
+    stance = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _compiled_code_left_out() -> Iterator[None]:
+    """Runs compiled code eagerly in this block; blocks may end in any order, as steps of two monitors do."""
+    if _LeftOut.monitors == 0:
+        _LeftOut.stance.enter_context(torch.compiler.set_stance("force_eager"))
+    _LeftOut.monitors += 1
+    try:
+        yield
+    finally:
+        _LeftOut.monitors -= 1
+        if _LeftOut.monitors == 0:
+            _LeftOut.stance.close()
 
 
 _COMPILED = ": pass the model that is trained, and compile it before (monitor(torch.compile(model), ...))"
