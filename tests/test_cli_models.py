@@ -16,6 +16,7 @@ from safetensors.torch import load_file, load_model
 import batchnorm
 from batchnorm.cli.model_files import Run
 from batchnorm.kernels import choose
+from batchnorm.studies.data import load_data
 from tests.support.commands import assert_fails, built, folder, run
 
 
@@ -205,3 +206,25 @@ def test_an_engine_that_is_none_is_one_line(command: str, own: Path, monkeypatch
         choose._environment.cache_clear()
     assert_fails(done, 1 if command == "convert" else 2, "BATCHNORM_ENGINE asks for the engine 'nonsense'")
     assert folder(own) == {"own.py"}
+
+
+def test_calibrate_leaves_padding_out(tmp_path: Path) -> None:
+    """Row 18: data with lengths goes to the model as in a study, and statistics are those of valid frames."""
+    (tmp_path / "speech.py").write_text(
+        "import batchnorm\nfrom torch import nn\n\n\n"
+        "class Speech(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.norm = batchnorm.BatchNorm1d(12)\n\n"
+        "    def forward(self, x, lengths):\n        return self.norm(x.transpose(1, 2))\n"
+    )
+    out, spec = tmp_path / "new.safetensors", f"{tmp_path}/speech.py:Speech"
+    done = run("calibrate", spec, "--data", "vowels", "--batch-size", 50, "--samples", 120, "--out", out)
+    assert done.exit_code == 0, done.output
+    vowels = load_data("vowels")
+    assert vowels.lengths_train is not None
+    valid = np.arange(vowels.x_train.shape[1]) < vowels.lengths_train[:120, None]
+    frames = vowels.x_train[:120][valid].astype(np.float64)
+    state = load_file(out)
+    np.testing.assert_allclose(state["norm.running_mean"].numpy(), frames.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(state["norm.running_var"].numpy(), frames.var(0, ddof=1), rtol=1e-4)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, DataError, OptionError
 from batchnorm.files import check_writable, write_whole
+from batchnorm.models.mask import mask
 from batchnorm.models.state_files import in_short
 from batchnorm.studies.data import load_data
 from batchnorm.studies.user_code import is_user_code, load_function, naming_the_line, source_of
@@ -63,7 +64,9 @@ class Run:
         self._inputs = None if data is None else self._load(data, data_dir, samples, takes_lengths)
 
     def _load(self, data: str, data_dir: Path | None, samples: int | None, takes_lengths: bool) -> Tensor:
-        loaded = load_data(data, data_dir)
+        loaded = load_data(data, data_dir, targets="any")
+        if loaded.names is not None:
+            raise OptionError(f"--data {data} has dicts; this command calls model(x): return (x, y) from it")
         if loaded.lengths_train is not None:
             if not takes_lengths:
                 raise OptionError(f"--data {data} has padding, which this command cannot mask")
@@ -81,6 +84,22 @@ class Run:
                 f"--input: an example of {data} has shape {list(inputs.shape[1:])}, which is no "
                 f"{list(self._shape[1:])}"
             ) from None
+
+    def calibration(self) -> dict[str, Any]:
+        """Return what `calibrate` is told of the data: batches, and with padding how the model takes them.
+
+        Padded examples go to the model as in a study, as `model(x, lengths)`, and norms of its positions
+        leave the padding out.
+        """
+        if self._lengths is None:
+            return {"data": self.batches()}
+        lengths = torch.split(self._lengths[: sum(map(len, self.batches()))], len(self.batches()[0]))
+
+        def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> object:
+            with mask(model, lengths=batch[1], size=batch[0].shape[1]):
+                return model(*batch)
+
+        return {"data": list(zip(self.batches(), lengths, strict=True)), "forward": forward}
 
     def batches(self) -> tuple[Tensor, ...]:
         """Return the training examples in batches."""

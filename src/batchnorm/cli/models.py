@@ -127,10 +127,10 @@ def calibrate(
             check_out(picture, (".svg",), force, "--picture")
         if resume is not None:
             check_progress(resume, out, picture, weights)
-        run = Run(model, weights, data, data_dir, samples, batch_size, input)
+        run = Run(model, weights, data, data_dir, samples, batch_size, input, takes_lengths=True)
         kept = resume is not None  # until all is written
         given = {"progress": True, "method": method, "progress_file": resume, "keep_progress": kept}
-        report = run.verb(batchnorm.calibrate, run.batches(), **given)
+        report = run.verb(batchnorm.calibrate, **run.calibration(), **given)
         typer.echo(str(report))
         run.write(run.model, out, force)
         if picture is not None:
