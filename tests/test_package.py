@@ -35,7 +35,7 @@ def test_every_target_that_is_called_exists() -> None:
 def test_the_version_is_said_once() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" not in project["project"]
-    assert project["tool"]["hatch"]["version"]["path"] == "src/batchnorm/__init__.py"
+    assert project["tool"]["hatch"]["version"]["path"] == "src/batchnorm/version.py"
     assert not re.search(r"^version:", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert re.fullmatch(r"\d+\.\d+\.\d+", batchnorm.__version__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from .version import __version__
 
 # Public name -> (the module that defines it, its name there; None for a module, which has that name itself).
 _HOMES: dict[str, tuple[str, str | None]] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from batchnorm.studies.records import Number
+from batchnorm.studies.records import NAN, Number
 
 from .rules import Part
 
@@ -35,6 +35,13 @@ class Findings:
     numbers: Mapping[str, Number]
     curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
     grids: Mapping[str, Sequence[Sequence[Number]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record(Findings):
+    """What a seed of an experiment leaves on disk: its findings, and the seconds that it took."""
+
+    seconds: Number = NAN
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,11 +22,10 @@ from batchnorm.errors import OptionError
 from batchnorm.files import naming
 from batchnorm.studies.errors import StudyError, StudyInterrupted
 from batchnorm.studies.json_files import json_safe, read_stored, write_json
-from batchnorm.studies.records import Number
 from batchnorm.studies.settings import slug
 
 from . import fitting, networks
-from .claim import Claim, Curve, Findings, Report
+from .claim import Claim, Findings, Record, Report
 from .registry import CLAIMS
 from .summary import summarize
 
@@ -67,16 +66,6 @@ class ClaimsOptions:
             for claim in CLAIMS
             if not self.names or claim.name in self.names or str(claim.number) in self.names
         )
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a seed of an experiment leaves on disk: its findings, and the seconds that it took."""
-
-    numbers: Mapping[str, Number]
-    curves: Mapping[str, Mapping[str, Curve]]
-    grids: Mapping[str, Sequence[Sequence[Number]]]
-    seconds: Number
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,15 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import batchnorm
 from batchnorm.studies.verdicts import formatting as q
 
-from .claim import Claim
+from .claim import Claim, Record
 from .rules import RULE, Judged, Part, Verdict, judge, worst
 
-if TYPE_CHECKING:
-    from .runner import Record
-
-Records = Mapping[Claim, Sequence["Record"]]
+Records = Mapping[Claim, Sequence[Record]]
 
 
 @dataclass(frozen=True)

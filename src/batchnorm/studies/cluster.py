@@ -16,8 +16,8 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-import batchnorm
 from batchnorm.errors import naming_the_extra
+from batchnorm.version import __version__
 
 from .data import Dataset
 from .display import Display
@@ -76,7 +76,7 @@ class DaskPool:
             import distributed  # noqa: F401
         self._address, self._jobs, self._display = address, jobs, display
         self._content = framework, data
-        self._versions = {"batchnorm": batchnorm.__version__, **dict(framework.versions)}
+        self._versions = {"batchnorm": __version__, **dict(framework.versions)}
         self._topic = f"batchnorm-study-{uuid.uuid4().hex}"
         self._connected: tuple[Client, Future] | None = None  # the future is of the parcel
         # From other threads: the key of a Dask task, "ended", "steps" or "notice", and what goes with it.

@@ -21,8 +21,8 @@ from typing import Any, Literal, TypeVar
 
 from distributed import Status, Worker, get_worker
 
-import batchnorm
 from batchnorm.files import write_whole
+from batchnorm.version import __version__
 
 from .data import Dataset
 from .display import Display
@@ -159,7 +159,7 @@ def do(parcel: Parcel, topic: str, content: bytes) -> Answer:
 
 def differences(wanted: Mapping[str, str]) -> str:
     """Returns in words which packages have other versions here; nothing where none has."""
-    here = dict(installed_versions(*wanted)) | {"batchnorm": batchnorm.__version__}
+    here = dict(installed_versions(*wanted)) | {"batchnorm": __version__}
     return ", ".join(
         f"{package} {here[package]}, not {version}"
         for package, version in wanted.items()

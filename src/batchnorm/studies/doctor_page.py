@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import batchnorm
 from batchnorm.doctor.findings import CHECKS, Diagnosis, listed, printable
+from batchnorm.version import __version__
 
 from .html_page import render_template, write_html
 from .plots import diagnosis as plot
@@ -34,5 +34,5 @@ def render(diagnosis: Diagnosis) -> str:
         ],
         badges=_BADGES,
         pictures=[plot.picture("layers", diagnosis)] if diagnosis.layers else [],
-        version=batchnorm.__version__,
+        version=__version__,
     )

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-import batchnorm
 from batchnorm.errors import in_one_line
+from batchnorm.version import __version__
 
 from .arms import L1_STRENGTH, L2_STRENGTH
 from .data import Dataset, source_named
@@ -164,7 +164,7 @@ def _provenance(options: StudyOptions, data: Mapping[str, Dataset], framework: F
         "command": options.command(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **framework.describe(),
-        "versions": {"python": platform.python_version(), **packages, "batchnorm": batchnorm.__version__},
+        "versions": {"python": platform.python_version(), **packages, "batchnorm": __version__},
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu_count": usable_cores(),
         **({} if options.scheduler is None else {"executor": _ON_A_CLUSTER}),

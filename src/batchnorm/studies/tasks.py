@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 
-import batchnorm
+from batchnorm.version import __version__
 
 from .data import Dataset
 from .frameworks import Framework
@@ -80,7 +80,7 @@ def settings_of(
         settings[what], settings[f"{what}_source"] = display_name(name), _digest_of_source(name)
     settings["data"] = f"{data.name} {data_fingerprint}"
     settings |= framework.settings()
-    settings["batchnorm"] = batchnorm.__version__
+    settings["batchnorm"] = __version__
     return settings
 
 
