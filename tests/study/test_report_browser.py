@@ -75,13 +75,11 @@ onload = () => setTimeout(() => {
     legend[out.names.indexOf("none")].click();
     out.pressed = pressed();
     out.everywhere = page.querySelectorAll(".legend [aria-pressed=false]").length;
-    point(2);
-    return later(() => (out.without = text()));
-  }).then(() => {
+    return later(() => point(2));
+  }).then(() => later(() => (out.without = text()))).then(() => {
     page.querySelector(".seeds button").click();
-    point(2);
-    return later(() => (out.oneSeed = text()));
-  }).then(() => {
+    return later(() => point(2));
+  }).then(() => later(() => (out.oneSeed = text()))).then(() => {
     const table = page.querySelector("table.numbers");
     table.tHead.rows[0].cells[2].querySelector("button").click();
     out.sorted = [...table.tBodies[0].rows].map((row) => row.cells[2].textContent);
