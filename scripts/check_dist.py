@@ -10,6 +10,7 @@ PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes its CPU build.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -88,6 +89,7 @@ def main() -> None:
     """Checks the one wheel and the one sdist of dist/."""
     (wheel,), (sdist,) = (ROOT / "dist").glob("*.whl"), (ROOT / "dist").glob("*.tar.gz")
     check_wheel(wheel)
+    check_description(wheel)
     check_sdist(sdist)
     for case in CASES:
         check_case(case, wheel)
@@ -109,6 +111,16 @@ def check_wheel(wheel: Path) -> None:
     assert not missing, missing
     stray = {name for name in names if "__pycache__" in name or "test" in Path(name).stem.split("_")}
     assert not stray, stray
+
+
+def check_description(wheel: Path) -> None:
+    """Checks that what a package index shows is the README, without a link that leads nowhere there."""
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+        text = file.read(name).decode("utf-8")
+    assert "batchnorm.convert(model)" in text, "the README is not in the metadata"
+    nowhere = re.findall(r"\]\((?!https?:)[^)]*\)", text)
+    assert not nowhere, nowhere
 
 
 def check_sdist(sdist: Path) -> None:
