@@ -223,6 +223,20 @@ def test_any_subset_of_arms_is_reported(tmp_path: Path, arms: list[str]) -> None
     assert not re.search(r"\b(nan|NaN|None|null)\b", page.text)
 
 
+@pytest.mark.parametrize("finished", [1, 8])
+def test_a_report_before_the_end_says_how_much_is_missing(tmp_path: Path, finished: int) -> None:
+    content = usual(["none", "batchnorm"], seeds=2)
+    planned = len(content["runs"])
+    content["runs"] = content["runs"][:finished]
+    content["networks"] = {"mlp": {"none": content["networks"]["mlp"]["none"]}}
+    content["provenance"] |= {"runs_planned": planned, "runs_finished": finished}
+    source = _report(tmp_path, content)
+    assert f"{finished} of {planned} training runs are finished." in Page(source).text
+    assert 'http-equiv="refresh"' in source
+    assert "Runs planned" not in source
+    assert 'http-equiv="refresh"' not in _report(tmp_path, usual(["none"], seeds=1))
+
+
 def test_one_seed_is_called_an_indication(tmp_path: Path) -> None:
     page = Page(_report(tmp_path, results([record(arm=arm) for arm in ("none", "batchnorm")])))
     assert "With one seed, this is an indication and no more." in page.text
