@@ -89,17 +89,18 @@ def main() -> None:
     """Checks the one wheel and the one sdist of dist/."""
     (wheel,), (sdist,) = (ROOT / "dist").glob("*.whl"), (ROOT / "dist").glob("*.tar.gz")
     check_wheel(wheel)
-    check_description(wheel)
     check_sdist(sdist)
     for case in CASES:
         check_case(case, wheel)
 
 
 def check_wheel(wheel: Path) -> None:
-    """Checks the size and the files of the wheel."""
+    """Checks the size, the files and the description of the wheel."""
     with zipfile.ZipFile(wheel) as file:
         entries = file.infolist()
-    names = {entry.filename for entry in entries}
+        names = {entry.filename for entry in entries}
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        check_description(file.read(metadata).decode("utf-8"))
     data = sum(entry.compress_size for entry in entries if entry.filename.endswith(DATA))
     size = wheel.stat().st_size
     print(f"{wheel.name}: {size:,} bytes, {size - data:,} without the study's data")
@@ -113,14 +114,11 @@ def check_wheel(wheel: Path) -> None:
     assert not stray, stray
 
 
-def check_description(wheel: Path) -> None:
+def check_description(text: str) -> None:
     """Checks that what a package index shows is the README, without a link that leads nowhere there."""
-    with zipfile.ZipFile(wheel) as file:
-        (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
-        text = file.read(name).decode("utf-8")
     assert "batchnorm.convert(model)" in text, "the README is not in the metadata"
     nowhere = re.findall(r"\]\((?!https?:)[^)]*\)", text)
-    assert not nowhere, nowhere
+    assert not nowhere, f"links into the repository: {nowhere}"
 
 
 def check_sdist(sdist: Path) -> None:
