@@ -67,8 +67,8 @@ def headline_table(folder: Path) -> str:
         (_steps(of("step-time-cpu")), "step-time-cpu"),
         (_small_step(of("small-step-time-cpu")), "small-step-time-cpu"),
     )
-    header = ("", "without", "with batchnorm", "`benchmarks/results/`")
-    return table(header, [(*cells, f"`{file}.json`") for cells, file in rows])
+    header = ("", "without", "with batchnorm", "measured in")
+    return table(header, [(*cells, f"[`{file}`](benchmarks/results/{file}.json)") for cells, file in rows])
 
 
 def _of_padding(study: Rows) -> Bars:

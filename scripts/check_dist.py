@@ -117,7 +117,7 @@ def check_wheel(wheel: Path) -> None:
 def check_description(text: str) -> None:
     """Checks that what a package index shows is the README, without a link that leads nowhere there."""
     assert "batchnorm.convert(model)" in text, "the README is not in the metadata"
-    nowhere = re.findall(r"\]\((?!https?:)[^)]*\)", text)
+    nowhere = re.findall(r"\]\((?!https?:)[^)]*\)|<img src=\"(?!https?:)[^>]*>", text)
     assert not nowhere, f"links into the repository: {nowhere}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-_PICTURE = re.compile(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n\n")
+_PICTURE = re.compile(r'<img src="(?!https?:)[^>]*>\n\n')
 _LINK = re.compile(r"\[([^\]]*)\]\((?!https?:)[^)]*\)")
 
 

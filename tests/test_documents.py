@@ -117,7 +117,7 @@ def test_a_changed_figure_is_found() -> None:
 
 def test_local_links_lead_somewhere() -> None:
     for path in ROOT.glob("*.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+        for target in re.findall(r'(?:\]\(|src=")([^)#:"]+)[)"]', path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 

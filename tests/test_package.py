@@ -58,7 +58,8 @@ def test_users_see_no_extra_of_developers() -> None:
         ({"batchnorm/large.bin": bytes(check_dist.MOST_WITHOUT_DATA)}, "without the data"),
         ({"batchnorm/large.npz": bytes(check_dist.MOST)}, "more than 3,000,000"),
         ({"batchnorm-0.dist-info/METADATA": b"Name: batchnorm"}, "README is not in"),
-        ({"batchnorm-0.dist-info/METADATA": DESCRIPTION + b"![](docs/a.svg)"}, "links into the repository"),
+        ({"batchnorm-0.dist-info/METADATA": DESCRIPTION + b"[a](b.md)"}, "links into the repository"),
+        ({"batchnorm-0.dist-info/METADATA": DESCRIPTION + b'<img src="a.svg">'}, "links into the repository"),
     ],
 )
 def test_a_wheel_that_is_not_as_it_should_be(
