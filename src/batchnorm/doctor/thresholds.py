@@ -181,8 +181,13 @@ CALLS_LIKELY = Threshold(
 ALL = tuple(value for value in list(globals().values()) if isinstance(value, Threshold))
 
 
+def _cell(text: str) -> str:
+    """Return the text for a cell of a table, where a bare | would begin another cell."""
+    return text.replace("|", r"\|")
+
+
 def markdown() -> str:
     """Return all thresholds as a table of the documentation."""
     lines = ["| check | limit | of what | why |", "|---|---|---|---|"]
-    lines += [f"| `{t.check}` | {t:g} | {t.meaning} | {t.reason} |" for t in ALL]
+    lines += [f"| `{t.check}` | {t:g} | {_cell(t.meaning)} | {_cell(t.reason)} |" for t in ALL]
     return "\n".join(lines)
