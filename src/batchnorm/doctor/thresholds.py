@@ -141,8 +141,8 @@ ORDERED_SIGMAS = Threshold(
 RANKS_LIKELY = Threshold(
     0.1,
     "different-ranks",
-    "distance of the running means of two processes (or of the logarithms of their standard deviations), root "
-    "mean square over channels, in standard deviations; from this on: likely; below: note",
+    "distance of the running means of two processes (or of the logarithms of their standard deviations), "
+    "root mean square over channels, in standard deviations; from this on: likely; below: note",
     "one update with momentum 0.1 from batches of 4 independent values leaves 0.07 between two processes",
 )
 FEWEST_BATCHES = Threshold(
