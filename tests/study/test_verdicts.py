@@ -284,6 +284,23 @@ def test_calibration_is_judged_against_the_running_statistics(tmp_path: Path) ->
     assert claim.figure == "+4.0 points"
 
 
+def test_cost_stands_beside_the_framework_s_layer_where_that_was_timed(tmp_path: Path) -> None:
+    content = results(_arms(none={}, batchnorm={}))
+    name = next(iter(content["networks"]))
+    measured = content["networks"][name]
+    measured["batchnorm"]["seconds_per_step"] = {"values": [2e-3, 3e-3, 4e-3]}
+    stock = {"seconds_per_step": [1e-3, 2e-3, 2e-3], "seconds_per_prediction": 1.0}
+    content["timing"] = {name: {"stock": {**stock, "bytes_kept_for_backward": 240_000}}}
+    (network,) = read(write(tmp_path, content) / "results.json").networks
+    assert network.arms == ("none", "batchnorm")
+    assert network.timed == ("none", "batchnorm", "stock")
+    claim = next(_plain(claim) for claim in judge(network) if claim.key == "cost")
+    assert (
+        "With the framework's own layer a step takes 2.00 ms and keeps 0.240 MB: ours takes 2.0 times its "
+        "time and 0.70 times its memory." in claim.answer
+    )
+
+
 def test_cost_is_in_medians_of_pairs_and_says_when_the_machine_was_busy(tmp_path: Path) -> None:
     content = results(_arms(none={}, batchnorm={}))
     times = {"none": [1e-3, 2e-3, 1e-3], "batchnorm": [2e-3, 4e-3, 9e-2]}

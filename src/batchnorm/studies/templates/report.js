@@ -79,6 +79,8 @@
       const isClear = curves.length < 9 && !(data.geometric && data.band === "std");
       if (isClear) bands.push({ series: [3 * i + 3, 3 * i + 2], fill: `${color(curve.color)}26` });
     });
+    const whole = !data.logX && table[0].every(Number.isInteger) ? [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5] : null;
+    const name = (value) => (value === null ? "" : number(value));
     const plot = new uPlot({
       width: box.clientWidth, height: figure.panels.length > 1 ? 210 : 280, legend: { show: false }, series, bands,
       cursor: { points: { size: 8 }, drag: { x: true, y: false } },
@@ -87,7 +89,7 @@
         y: log ? { distr: 3, range: [round(low), round(high, true)] } : { range: uPlot.rangeNum(low, high, 0.1, true) },
       },
       axes: [
-        axis({ label: data.x, size: 30, values: (_, ticks) => ticks.map((value) => (value === null ? "" : number(value))) }),
+        axis({ label: data.x, size: 30, values: (_, ticks) => ticks.map(name), ...(whole && { incrs: whole }) }),
         axis({ size: 62, values: (_, ticks) => ticks.map((value) => (value === null ? "" : shown(data, value))) }),
       ],
       hooks: { setCursor: [(moved) => hover(figure, moved, names)] },
