@@ -312,7 +312,7 @@ CLAIMS = (
             ),
             Part(
                 "languages: moved",
-                "the same: text",
+                "mean total variation of predictions by padding, without the mask: text",
                 "they move, without a number: 0.01 counts",
                 (0.01, 1.0),
                 0.0,
@@ -321,7 +321,7 @@ CLAIMS = (
             ),
             Part(
                 "vowels: moved by padding, masked",
-                "the same with the mask: speech",
+                "mean total variation of predictions by padding, with the mask: speech",
                 "they do not move",
                 (-1e-4, 1e-4),
                 None,
@@ -330,7 +330,7 @@ CLAIMS = (
             ),
             Part(
                 "languages: moved by padding, masked",
-                "the same with the mask: text",
+                "mean total variation of predictions by padding, with the mask: text",
                 "they do not move",
                 (-1e-4, 1e-4),
                 None,
@@ -348,7 +348,7 @@ CLAIMS = (
             ),
             Part(
                 "languages: gain",
-                "the same: text",
+                "held-out accuracy with the mask, less without: text",
                 "gains, without a number: half a point counts",
                 (0.005, 1.0),
                 0.0,
