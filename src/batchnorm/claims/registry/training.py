@@ -99,7 +99,7 @@ CLAIMS = (
             ),
             Part(
                 "sigmoid",
-                "accuracy with sigmoids, with less without the norm, at 5 times the rate",
+                "accuracy with sigmoids, with minus without the norm, at 5 times the rate",
                 "69.8 % against chance (0.1 %)",
                 (0.5, 1.0),
                 0.0,
@@ -149,7 +149,7 @@ CLAIMS = (
         parts=(
             Part(
                 "gain with noise",
-                "mean held-out accuracy over training: noisy less none",
+                "mean held-out accuracy over training: noisy minus none",
                 "better, without a number: half a point counts",
                 (0.005, _AT_LEAST),
                 0.0,
@@ -167,7 +167,7 @@ CLAIMS = (
             ),
             Part(
                 "lost by noise",
-                "mean held-out accuracy over training: without noise less with it",
+                "mean held-out accuracy over training: without noise minus with it",
                 "about as good: less than two points lost",
                 (-math.inf, 0.02),
                 None,
@@ -248,7 +248,7 @@ CLAIMS = (
         parts=(
             Part(
                 "at rate 0.01",
-                "held-out accuracy at rate 0.01: batchnorm less none",
+                "held-out accuracy at rate 0.01: batchnorm minus none",
                 "nothing is gained: less than half a point",
                 (-math.inf, 0.005),
                 None,
