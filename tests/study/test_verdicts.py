@@ -284,6 +284,28 @@ def test_calibration_is_judged_against_the_running_statistics(tmp_path: Path) ->
     assert claim.figure == "+4.0 points"
 
 
+def test_equal_rates_are_compared_in_blocks_and_a_seed_counts_once(tmp_path: Path) -> None:
+    """By hand: at each rate the steps of a seed halve, however far the rates are apart."""
+    runs = [
+        record(arm=arm, rate=rate, seed=seed, steps=steps * (2 if arm == "none" else 1) * factor)
+        for arm in ("none", "batchnorm")
+        for rate, steps in ((1e-3, 200), (1e-2, 20))
+        for seed, factor in enumerate((1.0, 1.1, 0.9))
+    ]
+    claim = _claims(tmp_path, runs)["speed"]
+    (line,) = [line for line in claim.details if line.startswith("At equal rates")]
+    assert line == (
+        "At equal rates, averaged over the 2 at which either gets there: 2.0 times fewer steps "
+        "(95 % interval 2.0 to 2.0, 3 seeds): faster with it."
+    )
+    # With a seed that is slower at one rate by as much as it is faster at the other, its difference is 0.
+    for run in runs:
+        if run["arm"] == "batchnorm" and run["learning_rate"] == 1e-2:
+            run["steps_to_target"] *= 4
+    (line,) = [line for line in _claims(tmp_path, runs)["speed"].details if line.startswith("At equal")]
+    assert "no clear difference" in line
+
+
 def test_cost_stands_beside_the_framework_s_layer_where_that_was_timed(tmp_path: Path) -> None:
     content = results(_arms(none={}, batchnorm={}))
     name = next(iter(content["networks"]))
