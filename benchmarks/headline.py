@@ -29,7 +29,10 @@ def picture(study: Rows, case: Rows, zoo: Rows) -> canvas.Picture:
     )
 
     def paint(figure: Figure) -> None:
-        panels = figure.subplots(len(groups), height_ratios=[len(bars) + 0.35 for *_, bars in groups])
+        figure.set_layout_engine("none")  # the engine rounds three panels otherwise from run to run
+        edges = {"left": 0.29, "right": 0.985, "top": 0.9, "bottom": 0.02, "hspace": 0.42}
+        rows = [len(bars) for *_, bars in groups]
+        panels = figure.subplots(len(groups), height_ratios=rows, gridspec_kw=edges)
         for axes, (verb, what, bars) in zip(panels, groups, strict=True):
             axes.barh(range(len(bars)), [bar[1] for bar in bars], 0.68, color=[bar[2] for bar in bars])
             for row, (_, share, _) in enumerate(bars):
