@@ -166,6 +166,7 @@
         if (isEach) dots.push([target, of[0]]);
       }
     }
+    return marks.length;
   };
   const choose = (set, value) => {
     if (set && !set.delete(value)) set.add(value);
@@ -250,7 +251,7 @@
     element.querySelector("figcaption").append(buttons);
     element.querySelector("figcaption").after(figure.legend);
     figures.push(figure);
-    if (data.x === null) return wake(figure);
+    if (data.x === null) return wake(figure) || figure.legend.remove();
     figure.chart = make("div", { className: "chart" });
     svg.before(figure.chart);
     element.classList.add("alive");
@@ -268,7 +269,7 @@
       one.setAttribute("aria-pressed", !hidden.seeds.has(seed));
     }, true));
     const note = "Curves follow the choice; verdicts, tables and marks of means are of all seeds.";
-    document.querySelector("header").append(make("div", { className: "seeds" }, "Seeds ", ...each, make("span", { textContent: note })));
+    document.querySelector("header").after(make("div", { className: "seeds" }, "Seeds ", ...each, make("span", { textContent: note })));
   };
   const sortable = (table) => {
     const headings = [...table.tHead.rows[0].cells], body = table.tBodies[0];
