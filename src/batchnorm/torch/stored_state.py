@@ -6,6 +6,7 @@ Running statistics are float32 at least, and the counter of skipped batches star
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -24,7 +25,7 @@ from .call import HALVES
 from .checks import check_nonfinite, check_small_batch, check_warm_start
 from .contexts.accumulation import Accumulator
 from .contexts.checkpointing import Scope
-from .contexts.domains import running_names, select
+from .contexts.domains import AFFINE, running_names, select
 from .symbolic import OneNode
 
 # Attributes of a context, of forwards that may be recomputed, or of prepared calls: no copy or file has them.
@@ -36,6 +37,7 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
 
     activation: str | None = None
     domains: int = 1
+    domain_affine: bool = False
     _statistics: Policy = Batch()
     _nonfinite: str = "propagate"
     _small_batch: str = "raise"
@@ -44,7 +46,13 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
     _thawed: Policy  # what `unfreeze` gives back
     _accumulator: Accumulator | None = None
     _scope: Scope | None = None
-    _domain: int | None = None  # whose statistics are in use; None = of domain 0, outside of any context
+    _domain: int | None = None  # which is in use; None = domain 0, outside of any context
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """As `torch.nn.Module.__getattr__`; weight and bias are those of the domain in use."""
+        if name in AFFINE and self._domain and self.domain_affine:
+            name = f"{name}_{self._domain}"
+        return super().__getattr__(name)
 
     @property
     def statistics(self) -> Policy:
@@ -177,6 +185,14 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
             state["_buffers"] = dict(self._buffers)
             select(state["_buffers"], self._domain, 0)
         return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As `copy.deepcopy`; what torch gives a parametrized layer would copy its contexts too."""
+        is_plain = not nn.utils.parametrize.is_parametrized(self)
+        state = self.__getstate__() if is_plain else StoredState.__getstate__(self)
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
+        return twin
 
 
 def counter(device: torch.device | None) -> Tensor:
