@@ -142,8 +142,8 @@ BLOCKS: dict[str, tuple[str, str]] = {
     "claims-rule": ("claims-cpu", "claims.rule"),
     "claims-parts": ("claims-cpu", "claims.claims_section"),
     "monitor": ("monitor-cpu", "monitor.monitor_table"),
-    "study": ("study-digits", "page.study_table"),
-    "study-summary": ("study-digits", "page.study_summary"),
+    "study": ("study-cpu", "page.study_table"),
+    "study-summary": ("study-cpu", "page.study_summary"),
 }
 # The same for files that have a device's name behind that of the section.
 DEVICE_BLOCKS: dict[str, tuple[str, str]] = {

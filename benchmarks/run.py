@@ -32,7 +32,7 @@ MEASUREMENTS = {
     "doctor-cpu": ("doctor.measure", "doctor.tables"),
     "doctor-faults": ("doctor_faults.measure", "doctor_faults.faults_table"),
     "doctor-trained": ("doctor_trained.measure", "doctor_trained.trained_table"),
-    "study-digits": ("study.measure", "page.study_table"),
+    "study-cpu": ("study.measure", "page.study_table"),
     "claims-cpu": ("claims.measure", "claims.verdicts_table"),
 }
 ON_A_DEVICE = ("layers", "steps")
