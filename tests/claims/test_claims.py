@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from batchnorm.claims import CLAIMS, Claim, ClaimsOptions, measure, run_claims
+from batchnorm.claims import CLAIMS, Claim, ClaimsOptions, measure, run_claims, runner
 from batchnorm.claims.experiments import statistics
 from batchnorm.claims.runner import Progress, finished
 from batchnorm.cli.commands import app
@@ -45,10 +46,14 @@ class _Heard(Progress):
         self.seeds.append(seed)
 
 
-def test_a_claim_is_measured_stored_and_resumed(tmp_path: Path) -> None:
+def test_a_claim_is_measured_stored_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_SECONDS_BETWEEN_REPORTS", 0.0)
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     with pytest.raises(StudyInterrupted, match="1 of 2"):
         run_claims(ClaimsOptions((TINY,), seeds=2, out=tmp_path), _Heard(stop_at=1))
+    so_far = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1 experiment is still to come." in so_far
+    assert 'http-equiv="refresh"' in so_far
     first = (tmp_path / "records" / f"{TINY}-0.json").read_bytes()
     heard = _Heard()
     result = run_claims(ClaimsOptions(("14",), seeds=2, out=tmp_path), heard)
@@ -69,7 +74,10 @@ def test_a_claim_is_measured_stored_and_resumed(tmp_path: Path) -> None:
     page = result.report.read_text(encoding="utf-8")
     assert page.count("<svg") == 3
     assert row["measured"] in page
-    assert "<script" not in page
+    assert "still to come" not in page
+    assert 'http-equiv="refresh"' not in page
+    assert page in unescape(result._repr_html_())
+    assert page.count("<script>") == 2  # those that the policy knows
     assert "1 claim of the literature" in page
 
 

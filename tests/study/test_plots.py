@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,7 +11,7 @@ import matplotlib
 import pytest
 
 from batchnorm.studies.plots import Picture, illustrate, layers, multiples
-from batchnorm.studies.plots.canvas import draw, shown
+from batchnorm.studies.plots.canvas import color_name, draw, shown
 from batchnorm.studies.verdicts import Network, read
 from tests.study.results_fixture import ARMS, record, results, usual, write
 
@@ -69,25 +70,65 @@ def test_each_arm_has_its_row_and_number(pictures: dict[str, Picture], topic: st
     assert "not reached" in texts or topic == "cost1"
 
 
-def test_curves_are_drawn_in_the_roles_of_their_arms(pictures: dict[str, Picture]) -> None:
+def test_curves_are_drawn_in_the_colours_of_their_arms(pictures: dict[str, Picture]) -> None:
     """In seven arms' curves, batch normalization and none are in every panel, each other arm in its own."""
     svg = pictures["n1-speed1"].svg
-    lines = re.findall(
-        r'<path d="[^"]*"[^>]*style="fill: none; stroke[^"]*var\(--(subject|baseline|other)\)', svg
-    )
-    others = len(ARMS) - 2
-    assert lines.count("subject") == 1 + others + 1  # the wide panel, the small ones, the legend
-    assert lines.count("baseline") == 1 + others + 1
-    assert lines.count("other") == others + 1
+    lines = re.findall(r'<path d="[^"]*"[^>]*style="fill: none; stroke[^"]*var\(--([a-z]+\d?)\)', svg)
+    others = [arm for arm in ARMS if arm not in ("none", "batchnorm")]
+    assert lines.count("subject") == 1 + len(others) + 1  # the wide panel, the small ones, the legend
+    assert lines.count("baseline") == 1 + len(others) + 1
+    for arm in others:
+        assert lines.count(color_name(arm)) == 1, arm
+    assert len(set(map(color_name, ARMS))) == len(ARMS)
 
 
-def test_gradients_have_a_line_per_layer_and_arm(
+def test_gradients_have_a_line_per_layer_in_the_colour_of_the_arm(
     pictures: dict[str, Picture], networks: tuple[Network, ...]
 ) -> None:
     layers = len(networks[1].runs[0].gradient_norm.layers)
-    lines = re.findall(r"stroke: #[0-9a-f]{6}", pictures["n1-gradients1"].svg)
-    assert len(lines) == 2 * layers + 2  # and the two of the legend
+    lines = re.findall(
+        r'style="fill: none; stroke: var\(--(\w+)\); stroke-(?:opacity|width)', pictures["n1-gradients1"].svg
+    )
+    for arm, color in (("none", "baseline"), ("batchnorm", "subject")):
+        assert lines.count(color) == layers, arm
     assert {"none", "batchnorm"} <= set(_texts(pictures["n1-gradients1"]))
+
+
+def test_the_values_are_those_of_the_runs(
+    pictures: dict[str, Picture], networks: tuple[Network, ...]
+) -> None:
+    """What a page draws anew and what a reader saves are each seed's own values."""
+    network = networks[1]
+    values = pictures["n1-speed1"].values
+    assert values is not None
+    curves = {curve.labels: (list(curve.x), list(curve.y)) for curve in values.curves}
+    assert len(curves) == 2 * len(ARMS)
+    for (arm, seed), (x, y) in curves.items():
+        epochs = network.at_best(str(arm))[int(seed)].epochs
+        assert x == [epoch.epoch for epoch in epochs]
+        assert y == [epoch.test_accuracy for epoch in epochs]
+    rows = pictures["n1-speed3"]
+    assert rows.values is not None
+    steps = {curve.labels: curve.y for curve in rows.values.curves}
+    for arm in ARMS:
+        for seed, run in network.at_best(arm).items():
+            reached = not math.isnan(run.steps_to_target)
+            assert steps.get((arm, seed)) == ([run.steps_to_target] if reached else None)
+
+
+@pytest.mark.parametrize("topic", ["speed3", "accuracy1", "statistics1", "cost1"])
+def test_each_mark_stands_for_a_curve_of_its_arm(pictures: dict[str, Picture], topic: str) -> None:
+    picture = pictures[f"n1-{topic}"]
+    assert picture.values is not None
+    found = set()
+    for mark in _root(picture).iter("g"):
+        if places := mark.get("data-curves"):
+            curves = [picture.values.curves[int(place)] for place in places.split(",")]
+            found.update(curve.labels for curve in curves)
+            assert len({curve.labels[0] for curve in curves}) == 1
+            color = curves[0].style.color
+            assert f"--{color})" in ElementTree.tostring(mark, encoding="unicode")
+    assert found == {curve.labels for curve in picture.values.curves}
 
 
 def test_descriptions_say_the_numbers(pictures: dict[str, Picture]) -> None:

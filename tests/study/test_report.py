@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import hashlib
+import json
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +52,7 @@ class Page(HTMLParser):
             self.unbalanced.append(tag)
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.texts.append(data)
 
     @property
@@ -91,15 +95,56 @@ def test_ids_are_unique_and_links_lead_somewhere(page: Page) -> None:
 
 
 def test_nothing_is_asked_of_the_network(source: str, page: Page) -> None:
-    assert not re.search(r"https?:|url\((?!#)|@import|//[a-z]", source)
+    """The library's own text names its home; the policy lets no script of the page load anything."""
+    scripts = re.compile(r"<script>.*?</script>", re.DOTALL)
+    assert not re.search(r"https?:|url\((?!#)|@import|//[a-z]", scripts.sub("", source))
     for tag, attributes in page.tags:
-        assert tag not in ("script", "iframe", "img", "object", "embed", "base", "form")
+        assert tag not in ("iframe", "img", "object", "embed", "base", "form")
+        assert tag != "script" or set(attributes) <= {"type"}
         for name in ("src", "href", "srcset", "action"):
             assert (attributes.get(name) or "#").startswith(("#", "data:"))
+
+
+def test_the_policy_allows_the_two_scripts_by_hash_and_nothing_else(source: str, page: Page) -> None:
     policy = next(
         a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     )
-    assert (policy or "").startswith("default-src 'none'")
+    assert policy is not None
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert set(rules) == {"default-src", "script-src", "style-src", "img-src"}
+    run = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in run]
+    assert rules["script-src"].split() == [f"'sha256-{one}'" for one in hashes]
+    assert len(hashes) == 2
+
+
+def test_the_library_is_the_one_that_its_authors_released() -> None:
+    """Version 1.6.32 of uPlot, from the package registry npm."""
+    folder = files("batchnorm.studies") / "templates"
+    found = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16]
+        for name in ("uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE")
+    }
+    assert found == {
+        "uPlot.iife.min.js": "19c8d4c6ad88929a",
+        "uPlot.min.css": "df630c6a8d6f8eea",
+        "uPlot.LICENSE": "8f989229699b4fe2",
+    }
+    own = (folder / "report.js").read_text(encoding="utf-8")
+    assert own.count("\n") <= 300
+    assert "</script" not in own
+
+
+def test_every_picture_brings_its_values(source: str) -> None:
+    values = re.findall(r'<script type="application/json">(.*?)</script>', source, re.DOTALL)
+    assert len(values) == source.count("<svg") == 2 * 9
+    for text in values:
+        content = json.loads(text)
+        assert content["curves"]
+        for curve in content["curves"]:
+            assert len(curve["of"]) == len(content["labels"])
+            assert len(curve["x"]) in (0, len(curve["y"]))
 
 
 def test_every_picture_has_a_name(page: Page) -> None:
@@ -155,7 +200,9 @@ def test_names_from_outside_are_escaped(tmp_path: Path) -> None:
     source = _report(tmp_path, content)
     page = Page(source)
     assert page.unbalanced == []
-    assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert source.count("<script>") == 2
+    assert len([tag for tag, _ in page.tags if tag == "script"]) == 2 + source.count("<svg")
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert "49" not in page.text.split("To repeat it")[1]
     assert "<script>alert(1)</script>" in page.text  # as text
@@ -174,6 +221,20 @@ def test_any_subset_of_arms_is_reported(tmp_path: Path, arms: list[str]) -> None
     assert page.unbalanced == []
     assert "Trains faster" not in page.text
     assert not re.search(r"\b(nan|NaN|None|null)\b", page.text)
+
+
+@pytest.mark.parametrize("finished", [1, 8])
+def test_a_report_before_the_end_says_how_much_is_missing(tmp_path: Path, finished: int) -> None:
+    content = usual(["none", "batchnorm"], seeds=2)
+    planned = len(content["runs"])
+    content["runs"] = content["runs"][:finished]
+    content["networks"] = {"mlp": {"none": content["networks"]["mlp"]["none"]}}
+    content["provenance"] |= {"runs_planned": planned, "runs_finished": finished}
+    source = _report(tmp_path, content)
+    assert f"{finished} of {planned} training runs are finished." in Page(source).text
+    assert 'http-equiv="refresh"' in source
+    assert "Runs planned" not in source
+    assert 'http-equiv="refresh"' not in _report(tmp_path, usual(["none"], seeds=1))
 
 
 def test_one_seed_is_called_an_indication(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class Listening(Display):
         self.started: tuple[int, int] | None = None
         self.notices: list[str] = []
         self.verdicts: list[tuple[str, str]] = []
+        self.parts: list[tuple[int, int]] = []
 
     def notice(self, text: str) -> None:
         self.notices.append(text)
@@ -62,6 +63,11 @@ class Listening(Display):
 
     def setting_ended(self, setting: str, verdict: str) -> None:
         self.verdicts.append((setting, verdict))
+
+    def published(self, report: Path) -> None:
+        results = json.loads((report.parent / "results.json").read_text())
+        assert len(results["runs"]) == results["provenance"]["runs_finished"]
+        self.parts.append((len(results["runs"]), results["provenance"]["runs_planned"]))
 
 
 @pytest.fixture
@@ -90,6 +96,8 @@ def task(network: object) -> RunTask:
 
 def test_a_study_runs_grows_and_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchnorm.studies.report.write_report", lambda folder: folder / "results.json")
+    monkeypatch.setattr("batchnorm.studies.runner._SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr("batchnorm.studies.runner._TIMES_A_REPORT", 0)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     first = Listening()
@@ -100,6 +108,8 @@ def test_a_study_runs_grows_and_goes_on(own: Path, monkeypatch: pytest.MonkeyPat
     assert first.left == pytest.approx(0, abs=1e-9 * first.work)
     assert [setting for setting, _ in first.verdicts] == ["own.py:net"]
     assert first.verdicts[0][1].startswith("batch normalization ")
+    assert first.parts == [(1, 4), (2, 4), (3, 4)]
+    assert "runs_planned" not in result.results["provenance"]
     assert result.report.is_file()
     assert result.results == json.loads((result.folder / "results.json").read_text())
     assert (result.folder / "curves.csv").read_text().count("\n") == 1 + 4 * 2

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,27 +15,28 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from batchnorm.studies.plots import Picture
 from batchnorm.studies.plots.canvas import (
-    BASELINE_COLOR,
     GRID,
     INK,
-    OTHER_COLOR,
     SOFT,
     SUBJECT_COLOR,
+    Dash,
+    color_named,
     draw,
     legend,
+    of_curves,
     shown,
     ticks,
 )
 from batchnorm.studies.plots.multiples import log_axis, percent_axis
 from batchnorm.studies.plots.rows import ROW
+from batchnorm.studies.plots.values import Curve, Style, Values
 from batchnorm.studies.verdicts import formatting as q
 
 from .claim import Bars, Claim, Drawing, Findings, Grid, Lines
 from .rules import Judged
 from .summary import shown as shown_value
 
-Dash = Literal["-", "--", ":", "-."]
-_DASHES: tuple[Dash, ...] = ("-", "--", ":", "-.")
+_DASHES: tuple[tuple[float, ...], ...] = ((), (4, 2), (6, 2, 1, 2), (1, 2))
 
 
 def illustrate(claim: Claim, findings: Sequence[Findings]) -> tuple[Picture, ...]:
@@ -54,15 +55,15 @@ def _draw(key: str, drawing: Drawing, findings: Sequence[Findings]) -> Picture:
     return _grid(key, drawing, findings)
 
 
-def _styles(names: Sequence[str]) -> dict[str, tuple[str, Dash]]:
+def _styles(names: Sequence[str]) -> dict[str, Style]:
     """Returns a colour and a dash for each line: batch normalization and its absence have their own."""
-    found: dict[str, tuple[str, Dash]] = {}
+    found: dict[str, Style] = {}
     counts: dict[str, int] = {}
     for name in names:
         plain = name.startswith(("none", "not adapted", "without"))
-        color = SUBJECT_COLOR if name.startswith("batchnorm") else BASELINE_COLOR if plain else OTHER_COLOR
+        color = "subject" if name.startswith("batchnorm") else "baseline" if plain else "other1"
         counts[color] = counts.get(color, -1) + 1
-        found[name] = (color, _DASHES[counts[color] % len(_DASHES)])
+        found[name] = Style(color, dash=_DASHES[counts[color] % len(_DASHES)])
     return found
 
 
@@ -77,14 +78,13 @@ def _lines(key: str, drawing: Lines, findings: Sequence[Findings]) -> Picture:
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
+        handles = []
         for name, (x, mean, low, high) in bands.items():
-            color, dash = styles[name]
+            color = color_named(styles[name].color)
+            dash: Dash = (0, styles[name].dash) if styles[name].dash else "-"
             axes.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
             axes.plot(x, mean, color=color, linestyle=dash)
-        handles = [
-            Line2D([], [], color=color, linestyle=dash, label=shown(name, 34))
-            for name, (color, dash) in styles.items()
-        ]
+            handles.append(Line2D([], [], color=color, linestyle=dash, label=shown(name, 34)))
         for name, (places, values) in drawing.references.items():
             axes.plot(places, values, color=SOFT, linestyle=":", linewidth=1.0)
             handles.append(Line2D([], [], color=SOFT, linestyle=":", label=name))
@@ -93,7 +93,32 @@ def _lines(key: str, drawing: Lines, findings: Sequence[Findings]) -> Picture:
 
     lines = len(bands) + len(drawing.references)
     alt = f"{drawing.title}. Mean over seeds, with their range; at the end: {ends}."
-    return draw(key, drawing.title, alt, 2.2 + 0.17 * math.ceil(lines / 2), paint)
+    values = _values_of_lines(drawing, findings, styles)
+    return draw(key, drawing.title, alt, 2.2 + 0.17 * math.ceil(lines / 2), paint, values=values)
+
+
+def _values_of_lines(drawing: Lines, findings: Sequence[Findings], styles: Mapping[str, Style]) -> Values:
+    curves = [
+        Curve((name, seed), curve.y, curve.x, style=styles[name])
+        for name in styles
+        for seed, one in enumerate(findings)
+        if (curve := one.curves[drawing.key].get(name)) is not None
+    ]
+    for name, (places, values) in drawing.references.items():
+        style = Style("soft", dash=(1, 2))
+        curves += [Curve((name, seed), values, places, style=style) for seed in range(len(findings))]
+    return Values(
+        ("line", "seed"),
+        drawing.title,
+        curves,
+        drawing.x,
+        series="line",
+        band="range",
+        percent=drawing.percent,
+        log_x=drawing.log_x,
+        log_y=drawing.log_y,
+        geometric=drawing.log_y,
+    )
 
 
 def _axes_of_lines(axes: Axes, drawing: Lines) -> None:
@@ -139,11 +164,10 @@ def _bars(key: str, drawing: Bars, findings: Sequence[Findings]) -> Picture:
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         for row, (name, values) in enumerate(rows.items()):
-            color = _styles([name])[name][0]
-            axes.plot(values, [row] * len(values), "o", color=color, markersize=5, alpha=0.45)
-            axes.plot(
-                [float(np.mean(values))], [row], color=color, marker="|", markersize=11, markeredgewidth=2
-            )
+            gid = of_curves(range(row * len(findings), (row + 1) * len(findings)))
+            look: dict[str, Any] = {"color": color_named(_styles([name])[name].color), "gid": gid}
+            axes.plot(values, [row] * len(values), "o", markersize=5, alpha=0.45, **look)
+            axes.plot([float(np.mean(values))], [row], marker="|", markersize=11, markeredgewidth=2, **look)
             axes.annotate(
                 notes[name],
                 (1, row),
@@ -159,7 +183,18 @@ def _bars(key: str, drawing: Bars, findings: Sequence[Findings]) -> Picture:
             ticks(axes.xaxis, 4, "{x:,.4g}")
 
     alt = f"{drawing.title}. {'; '.join(f'{name} {note}' for name, note in notes.items())}."
-    return draw(key, drawing.title, alt, 0.5 + ROW * max(len(rows), 2), paint)
+    all_values = Values(
+        ("row", "seed"),
+        drawing.title,
+        [
+            Curve((name, seed), [value], style=_styles([name])[name])
+            for name, found in rows.items()
+            for seed, value in enumerate(found)
+        ],
+        series="row",
+        percent=drawing.unit == "percent",
+    )
+    return draw(key, drawing.title, alt, 0.5 + ROW * max(len(rows), 2), paint, values=all_values)
 
 
 def _rows_of(axes: Axes, names: Sequence[str]) -> None:
@@ -207,7 +242,23 @@ def _grid(key: str, drawing: Grid, findings: Sequence[Findings]) -> Picture:
     alt = (
         f"{drawing.title}: from {show(low)} to {show(high)}, by {drawing.x} and {drawing.y}. Mean over seeds."
     )
-    return draw(key, f"{drawing.title}: {show(low)} (pale) to {show(high)}", alt, 0.7 + 0.21 * rows, paint)
+    title = f"{drawing.title}: {show(low)} (pale) to {show(high)}"
+    return draw(key, title, alt, 0.7 + 0.21 * rows, paint, values=_values_of_grid(drawing, findings))
+
+
+def _values_of_grid(drawing: Grid, findings: Sequence[Findings]) -> Values:
+    curves = []
+    for seed, one in enumerate(findings):
+        for row, values in enumerate(one.grids[drawing.key]):
+            name = drawing.rows[row] if drawing.rows else str(row + 1)
+            curves += [
+                Curve(
+                    (name, drawing.columns[i] if drawing.columns else f"{drawing.step * i:g}", seed), [value]
+                )
+                for i, value in enumerate(values)
+            ]
+    percent = drawing.unit == "percent"
+    return Values((drawing.y, drawing.x, "seed"), drawing.title, curves, series=drawing.y, percent=percent)
 
 
 def intervals(key: str, parts: Sequence[Judged]) -> Picture:

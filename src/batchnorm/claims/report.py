@@ -39,18 +39,18 @@ class Article:
     pictures: tuple[Picture, ...]
 
 
-def write_report(folder: Path, records: Records) -> Path:
-    """Writes `report.html` into a folder, in full or not at all.
+def write_report(folder: Path, records: Records, missing: int = 0) -> Path:
+    """Writes `report.html` into a folder, in full or not at all; `missing` experiments are still to come.
 
     Raises:
         FileError: it cannot be written.
     """
     path = folder / "report.html"
-    write_html(path, render(records))
+    write_html(path, render(records, missing))
     return path
 
 
-def render(records: Records) -> str:
+def render(records: Records, missing: int = 0) -> str:
     """Returns the report as HTML; every name and value in it is escaped."""
     articles = []
     for claim, found in records.items():
@@ -67,6 +67,7 @@ def render(records: Records) -> str:
         measured=[measured_in_words(one.outcome.deciding) for one in articles],
         seeds=max(len(found) for found in records.values()),
         rule=RULE,
+        missing=missing,
         version=batchnorm.__version__,
     )
 

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,7 @@ from .registry import CLAIMS
 from .summary import summarize
 
 _FORMAT = 1  # of a seed's record
+_SECONDS_BETWEEN_REPORTS = 30.0  # while it runs; a twentieth of its time at most
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ class ClaimsResult:
     results: dict[str, Any]
     report: Path
 
+    def _repr_html_(self) -> str:
+        """Shows the report within a notebook."""
+        from batchnorm.studies.html_page import frame
+
+        return frame(self.report)
+
 
 class Progress:
     """Hears how far the experiments are, and shows nothing; terminal.py shows it."""
@@ -120,13 +127,16 @@ def run_claims(options: ClaimsOptions, progress: Progress | None = None) -> Clai
     with naming(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(options.out):
-        records = _measure(claims, options, folder, progress)
-        results = json_safe(summarize(records))
-        assert isinstance(results, dict)
-        write_json(options.out / "claims.json", results)
-        from .report import write_report
+        return _publish(options.out, _measure(claims, options, folder, progress))
 
-        return ClaimsResult(options.out, results, write_report(options.out, records))
+
+def _publish(folder: Path, records: Mapping[Claim, list[Record]], missing: int = 0) -> ClaimsResult:
+    from .report import write_report
+
+    results = json_safe(summarize(records))
+    assert isinstance(results, dict)
+    write_json(folder / "claims.json", results)
+    return ClaimsResult(folder, results, write_report(folder, records, missing))
 
 
 def finished(options: ClaimsOptions) -> tuple[str, ...]:
@@ -173,6 +183,7 @@ def _measure(
             found[claim.name, seed] = stored
     missing = [(claim, seed) for claim, seed in tasks if (claim.name, seed) not in found]
     progress.begin(sum(claim.seconds for claim, _ in missing), len(tasks), len(found))
+    due = time.monotonic() + _SECONDS_BETWEEN_REPORTS
     try:
         with _one_thread():
             for claim, seed in missing:
@@ -180,9 +191,24 @@ def _measure(
                 write_json(_path(folder, claim, seed), {"settings": _settings(claim, seed), **vars(record)})
                 found[claim.name, seed] = record
                 progress.ended(claim, seed)
+                if (began := time.monotonic()) > due:
+                    so_far = _by_claim(claims, options, found)
+                    _publish(options.out, so_far, len(tasks) - len(found))
+                    due = time.monotonic() + max(_SECONDS_BETWEEN_REPORTS, 20 * (time.monotonic() - began))
     except KeyboardInterrupt:
         raise StudyInterrupted(len(found), len(tasks), folder) from None
-    return {claim: [found[claim.name, seed] for seed in range(options.seeds)] for claim in claims}
+    return _by_claim(claims, options, found)
+
+
+def _by_claim(
+    claims: Sequence[Claim], options: ClaimsOptions, found: Mapping[tuple[str, int], Record]
+) -> dict[Claim, list[Record]]:
+    """Returns the records that are there, of each claim that has one."""
+    records = {
+        claim: [found[claim.name, seed] for seed in range(options.seeds) if (claim.name, seed) in found]
+        for claim in claims
+    }
+    return {claim: of_claim for claim, of_claim in records.items() if of_claim}
 
 
 def _record(claim: Claim, seed: int, progress: Progress) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from batchnorm.text_table import aligned
+from batchnorm.text_table import aligned, as_html
 
 Direction = Literal["before", "after", "beside"]
 
@@ -31,7 +31,7 @@ class FoldRow:
 
 @dataclass(frozen=True)
 class FoldTable:
-    """The decision of `fold` for each batch normalization; `print` shows it.
+    """The decision of `fold` for each batch normalization; `print` and notebooks show it.
 
     Attributes:
         model: name of the model.
@@ -42,13 +42,22 @@ class FoldTable:
     rows: tuple[FoldRow, ...]
 
     def __str__(self) -> str:
+        return "\n".join([self._title(), *(aligned(self._cells()) if self.rows else ())])
+
+    def _repr_html_(self) -> str:
+        return as_html(self._title(), self._cells())
+
+    def _title(self) -> str:
         if not self.rows:
             return f"{self.model} has no batch normalization to fold."
         folded = sum(row.into is not None for row in self.rows)
-        lines = [f"{self.model}: {folded} of {len(self.rows)} batch normalizations folded"]
-        cells = [("normalization", "folded into", "left because")]
-        cells += [
-            (row.name, f"{row.into}, {row.direction} it" if row.into else "-", row.reason)
-            for row in self.rows
+        return f"{self.model}: {folded} of {len(self.rows)} batch normalizations folded"
+
+    def _cells(self) -> list[tuple[str, str, str]]:
+        return [
+            ("normalization", "folded into", "left because"),
+            *(
+                (row.name, f"{row.into}, {row.direction} it" if row.into else "-", row.reason)
+                for row in self.rows
+            ),
         ]
-        return "\n".join([*lines, *aligned(cells)])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.errors import DataError, OptionError
-from batchnorm.text_table import aligned
+from batchnorm.text_table import aligned, as_html
 
 from .moments import PooledMoments, merge
 
@@ -109,7 +109,7 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """Reports what `calibrate` did; `print` shows it as a table.
+    """Reports what `calibrate` did; `print` and notebooks show it as a table.
 
     Attributes:
         samples: number of samples that went through the model, on all ranks, in each pass.
@@ -139,31 +139,44 @@ class CalibrationReport:
             warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
     def __str__(self) -> str:
-        rows = [("layer", "values per channel", "mean moved by", "median", "std became", "median")]
-        rows += [
-            (
-                layer.name + ("" if layer.exact else " *"),
-                f"{layer.values:,}",
-                f"{layer.mean_shift:.3g} std",
-                _median(layer.mean_shifts, " std"),
-                f"{layer.std_ratio:.3g}×",
-                _median(layer.std_ratios, "×"),
-            )
-            for layer in self.layers
-        ]
+        return "\n".join([self._title(), *aligned(self._cells()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return as_html(self._title(), self._cells(), self._notes())
+
+    def _title(self) -> str:
         done = f"{self.samples:,} samples in {self.batches:,} batches"
         done += f", {self.passes} passes" if self.passes > 1 else ""
         done += f", {self.ranks} ranks" if self.ranks > 1 else ""
-        lines = [f"Calibrated {len(self.layers)} layers on {done}.", *aligned(rows)]
+        return f"Calibrated {len(self.layers)} layers on {done}."
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
+            ("layer", "values per channel", "mean moved by", "median", "std became", "median"),
+            *(
+                (
+                    layer.name + ("" if layer.exact else " *"),
+                    f"{layer.values:,}",
+                    f"{layer.mean_shift:.3g} std",
+                    _median(layer.mean_shifts, " std"),
+                    f"{layer.std_ratio:.3g}×",
+                    _median(layer.std_ratios, "×"),
+                )
+                for layer in self.layers
+            ),
+        ]
+
+    def _notes(self) -> list[str]:
+        notes = []
         if any(not layer.exact for layer in self.layers):
-            lines.append(
+            notes.append(
                 "* normalized inputs: depends on how the data was split into batches; larger is closer."
             )
         if self.unreached:
-            lines.append(f"Not reached, left as before: {', '.join(self.unreached)}.")
+            notes.append(f"Not reached, left as before: {', '.join(self.unreached)}.")
         if self.frozen:
-            lines.append(f"Frozen, left as before: {', '.join(self.frozen)}.")
-        return "\n".join(lines)
+            notes.append(f"Frozen, left as before: {', '.join(self.frozen)}.")
+        return notes
 
 
 def _median(values: tuple[float, ...], unit: str) -> str:

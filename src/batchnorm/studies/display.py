@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .records import Run
 
 
@@ -22,6 +24,9 @@ class Display:
 
     def setting_ended(self, setting: str, verdict: str) -> None:
         """All runs of a setting are there, and what they say in short."""
+
+    def published(self, report: Path) -> None:
+        """A report of the runs that are there was written, before the end."""
 
     def notice(self, text: str) -> None:
         """Something that the user should know."""

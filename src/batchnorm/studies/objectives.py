@@ -43,7 +43,7 @@ def with_metric(text: str, metric: str) -> str:
     """Returns a text that was written for accuracy with another metric's name; anchors of HTML stay."""
     if metric == "accuracy":
         return text
-    return re.sub(r'(?<![-\w#"])[Aa]ccurac(?:y|ies)(?![-\w"])', lambda _: metric_in_words(metric), text)
+    return re.sub(r'(?<![-\w#"])[Aa]ccurac(?:y|ies)(?![-\w])', lambda _: metric_in_words(metric), text)
 
 
 def metric_in_words(metric: str) -> str:

@@ -29,6 +29,25 @@ _HEADINGS = {
     "cost": "Cost of a step",
 }
 
+# What the pictures of a claim show.
+_SENTENCES = {
+    "speed": "Lines are means over seeds, with a band of one standard deviation. Each arm trains at its best "
+    "learning rate.",
+    "rates": "Each point is the accuracy at the end of training with one learning rate. A diverged run "
+    "counts as 0.",
+    "accuracy": "Each dot is a mean difference on the same seeds, with its 95 % interval. A difference "
+    "within the grey band is too small to matter.",
+    "padding": "Each arm trains at its best learning rate.",
+    "gradients": "Each line is a layer: the first is strong, the last pale. Where lines lie far apart, some "
+    "layers learn much faster than others.",
+    "drift": "The band holds most inputs of a hidden layer during training. Where it moves, the layer has to "
+    "follow.",
+    "statistics": "The same trained networks are evaluated with the statistics of each batch, with running "
+    "statistics, and with those of all training data (calibrated). A dot is a seed.",
+    "cost": "A bar is the median over blocks of training steps, or the memory that a step keeps for its "
+    "backward.",
+}
+
 _BADGES = {
     Grade.SUPPORTED: ("yes", "✓"),
     Grade.PARTLY: ("partly", "◐"),
@@ -66,11 +85,16 @@ _METHOD = {
 }
 
 
+_ELSEWHERE = ("command", "backend", "runs_planned", "runs_finished")  # shown in other places
+
+
 @dataclass(frozen=True)
 class Topic:
-    """A claim with its pictures, or the pictures alone where nothing could be judged."""
+    """A claim with its pictures and what they show, or the pictures alone where nothing could be judged."""
 
+    key: str
     heading: str
+    sentence: str
     claim: Claim | None
     pictures: tuple[Picture, ...]
 
@@ -117,6 +141,7 @@ def render(study: Study) -> str:
         "report.html.j2",
         data=q.listed([str(one.get("name") or "this data") for one in _data(study.provenance)]),
         facts=_facts(study),
+        unfinished=_unfinished(study.provenance),
         baselines=_baselines(study.provenance),
         sections=sections,
         axes=[
@@ -137,7 +162,13 @@ def _section(network: Network, anchor: str) -> Section:
     claims = {key: judged[key] for key in _HEADINGS if key in judged}
     pictures = illustrate(network, anchor)
     topics = [
-        Topic(claims[key].question if key in claims else heading, claims.get(key), pictures.get(key, ()))
+        Topic(
+            key,
+            claims[key].question if key in claims else heading,
+            _SENTENCES[key],
+            claims.get(key),
+            pictures.get(key, ()),
+        )
         for key, heading in _HEADINGS.items()
         if key in claims or pictures.get(key)
     ]
@@ -217,6 +248,14 @@ def _facts(study: Study) -> str:
     return " · ".join(filter(None, parts))
 
 
+def _unfinished(provenance: Mapping[str, object]) -> str:
+    """Returns how many training runs are there while a study still runs, else nothing."""
+    planned, there = provenance.get("runs_planned"), provenance.get("runs_finished")
+    if not (isinstance(planned, int) and isinstance(there, int)) or there >= planned:
+        return ""
+    return f"{there:,} of {planned:,} training runs are finished."
+
+
 def _caveats(study: Study) -> list[str]:
     """Returns what these runs cannot tell, and why, with their own numbers."""
     found = []
@@ -257,7 +296,7 @@ def _caveats(study: Study) -> list[str]:
 
 def _method(provenance: Mapping[str, object]) -> list[tuple[str, str]]:
     keys = [key for key in _METHOD if key in provenance]
-    keys += [key for key in provenance if key not in _METHOD and key not in ("command", "backend")]
+    keys += [key for key in provenance if key not in _METHOD and key not in _ELSEWHERE]
     named = {**provenance, "framework": framework_in_words(provenance)}
     return [(_METHOD.get(key, key.replace("_", " ").capitalize()), _in_words(named[key])) for key in keys]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +31,10 @@ from .training import EVALUATION_BATCH
 from .user_code import is_user_code
 from .worker import Task
 
+# While it runs, a study writes its report again and again, in a twentieth of its time at most.
+_SECONDS_BETWEEN_REPORTS = 30.0
+_TIMES_A_REPORT = 20
+
 
 @dataclass(frozen=True)
 class StudyResult:
@@ -48,8 +52,9 @@ class StudyResult:
 
     def _repr_html_(self) -> str:
         """Shows the report within a notebook."""
-        page = escape(self.report.read_text(encoding="utf-8"))
-        return f'<iframe srcdoc="{page}" width="100%" height="700" style="border: 0"></iframe>'
+        from .html_page import frame
+
+        return frame(self.report)
 
 
 def run_study(
@@ -58,7 +63,8 @@ def run_study(
     """Trains networks in every arm, and writes what came out.
 
     Files: `runs/*.json` (one per training run), `timing.json`, `results.json`, `curves.csv` and `report.html`
-    below `options.folder`. Each is written whole or not at all. Runs that are there already are not done
+    below `options.folder`. Each is written whole or not at all; the last three also in between, of the runs
+    that are there. Runs that are there already are not done
     again if they were made with the same settings, data, code and versions; runs made with others are an
     error, never overwritten. A damaged record counts as not there. One study at a time works in a folder.
 
@@ -92,13 +98,7 @@ def run_study(
         study = _Study(options, data, framework, display, pool)
         runs, timing = study.measure()
         display.stage("writing the report")
-        results = json_safe(summarize(options, data, runs, timing, framework))
-        assert isinstance(results, dict)
-        write_json(study.folder / "results.json", results)
-        write_whole(study.folder / "curves.csv", curves_csv(runs))
-        from .report import write_report
-
-        return StudyResult(study.folder, results, write_report(study.folder))
+        return study.publish(runs, timing)
 
 
 def _load(name: str, options: StudyOptions, display: Display, loaded: Mapping[str, Dataset]) -> Dataset:
@@ -169,8 +169,8 @@ class _Study:
         self.fingerprints = {name: one.fingerprint() for name, one in data.items()}
         self.tasks = plan(options)
 
-    def measure(self) -> tuple[list[Run], dict[Setting, Timing]]:
-        """Does what is not on disk yet; return the runs as planned, and the timing of each setting."""
+    def measure(self) -> tuple[dict[RunTask, Run], dict[Setting, Timing]]:
+        """Does what is not on disk yet; returns all runs, and the timing of each setting."""
         for folder in (self.runs_folder, self.timing_folder):
             with naming(folder, "written"):
                 folder.mkdir(exist_ok=True)
@@ -183,7 +183,20 @@ class _Study:
         except KeyboardInterrupt:
             finished = sum(self._path(task).exists() for task in self.tasks)
             raise StudyInterrupted(finished, len(self.tasks), self.folder) from None
-        return [runs[task] for task in self.tasks], timing
+        return runs, timing
+
+    def publish(self, runs: Mapping[RunTask, Run], timing: Mapping[Setting, Timing]) -> StudyResult:
+        """Writes the results, curves and report of the runs that are there."""
+        from .report import write_report
+
+        found = [runs[task] for task in self.tasks if task in runs]
+        results = json_safe(summarize(self.options, self.data, found, timing, self.framework))
+        assert isinstance(results, dict)
+        if len(found) < len(self.tasks):
+            results["provenance"] |= {"runs_planned": len(self.tasks), "runs_finished": len(found)}
+        write_json(self.folder / "results.json", results)
+        write_whole(self.folder / "curves.csv", curves_csv(found))
+        return StudyResult(self.folder, results, write_report(self.folder))
 
     def _settings_of(self, task: RunTask | TimingTask) -> dict[str, object]:
         name = task.setting.data
@@ -237,6 +250,7 @@ class _Study:
         workers = min(pool.size, len(missing))
         self.display.training(len(self.tasks), len(runs), sum(work.values()), workers)
         per_step: dict[Task, float] = {task: work[task] / max(self._steps(task), 1) for task in missing}
+        due = time.monotonic() + _SECONDS_BETWEEN_REPORTS
         for task, run in pool.run(missing, per_step):
             assert isinstance(task, RunTask)
             self._stored(task)  # raises where another study's came meanwhile
@@ -250,6 +264,10 @@ class _Study:
                 self.display.setting_ended(
                     name, verdict_on(name, found, timing[task.setting], task.recipe.metric)
                 )
+            if (began := time.monotonic()) > due and len(runs) < len(self.tasks):
+                self.display.published(self.publish(runs, timing).report)
+                took = time.monotonic() - began
+                due = began + took + max(_SECONDS_BETWEEN_REPORTS, _TIMES_A_REPORT * took)
 
     def _work(self, task: RunTask, timing: Timing) -> float:
         """Returns about how many seconds a run takes: its steps, and evaluations between and after them."""

@@ -44,7 +44,7 @@ def summarize(
     Args:
         options: of the study.
         data: what it was measured on, by name.
-        runs: all of its runs.
+        runs: those of its runs that are finished, one at least.
         timing: of every setting.
         framework: what it was measured in.
     """
@@ -52,14 +52,18 @@ def summarize(
     networks: dict[str, dict[str, Any]] = {}
     for setting, name in names.items():
         place = setting.without_folders()
-        networks[name] = {
-            arm: _at_best_rate(
-                [run for run in runs if (run.setting, run.arm) == (place, arm)],
-                timing[setting].arms[arm],
-                options.recipe(setting.data).metric,
-            )
+        by_arm = {
+            arm: [run for run in runs if (run.setting, run.arm) == (place, arm)]
             for arm in options.arms_on(setting.data)
         }
+        metric = options.recipe(setting.data).metric
+        found = {
+            arm: _at_best_rate(of_arm, timing[setting].arms[arm], metric)
+            for arm, of_arm in by_arm.items()
+            if of_arm
+        }
+        if found:
+            networks[name] = found
     first = next(iter(networks.values()))
     return {
         "arms": {

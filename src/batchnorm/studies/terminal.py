@@ -6,6 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
 
@@ -56,6 +57,7 @@ class TerminalDisplay(Display):
         )
         self._bar_task = TaskID(0)
         self._runs = self._finished = 0
+        self._is_published = False
         self._work = self._done = 0.0
         self._so_far: dict[str, list[Run]] = {}  # by setting, of those that are not complete
         self._began = self._last_line = time.monotonic()
@@ -101,6 +103,11 @@ class TerminalDisplay(Display):
     def setting_ended(self, setting: str, verdict: str) -> None:
         self._so_far.pop(setting, None)
         self.notice(f"{setting}: {verdict}")
+
+    def published(self, report: Path) -> None:
+        if not self._is_published:
+            self._is_published = True
+            self.notice(f"the report so far, which follows the study: {report}")
 
     def notice(self, text: str) -> None:
         self._console.print(in_one_line(text))

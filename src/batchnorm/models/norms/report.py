@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.doctor.remedies import Torch
 from batchnorm.doctor.state_checks import check_state
 from batchnorm.statistics.policy import Policy
-from batchnorm.text_table import aligned
+from batchnorm.text_table import aligned, as_html
 from batchnorm.torch.contexts.domains import domain_of
 from batchnorm.torch.layers import beyond_stock
 
@@ -58,7 +58,7 @@ class NormRow:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """The batch normalizations of a model; `print` shows a table, and `rich.print` one in colour.
+    """The batch normalizations of a model; `print` and notebooks show a table, `rich.print` one in colour.
 
     Attributes:
         title: one sentence.
@@ -70,6 +70,9 @@ class ModelReport:
 
     def __str__(self) -> str:
         return "\n".join([self.title, *(aligned((_HEADER, *map(_cells, self.rows))) if self.rows else ())])
+
+    def _repr_html_(self) -> str:
+        return as_html(self.title, (_HEADER, *map(_cells, self.rows)))
 
     def __rich__(self) -> Any:
         """Return the table for `rich.print`."""

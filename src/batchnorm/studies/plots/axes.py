@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from batchnorm.studies.verdicts import formatting as q
-from batchnorm.studies.verdicts.results import Network, sample
+from batchnorm.studies.verdicts.results import Network
 
 from .canvas import Picture
-from .multiples import Band, bands_picture, log_axis, percent_axis
+from .multiples import bands_picture, log_axis, percent_axis, style_of
+from .values import Band, Curve, Values
 
 Vertical = Callable[[Axes], None]  # sets up the vertical axis of a panel
 
@@ -35,47 +36,46 @@ class Axis:
 
     def pictures(self, prefix: str) -> tuple[Picture, ...]:
         """Draws accuracy, and steps to the target where it was reached, each arm at its best rate."""
-        accuracy = self._bands("accuracy")
-        steps = self._bands("steps_to_target")
+        accuracy = replace(self._values("accuracy", "held-out accuracy"), percent=True)
+        steps = replace(self._values("steps_to_target", "training steps"), log_y=True)
         pictures = []
-        if accuracy:
+        if accuracy.bands():
             title = f"Held-out accuracy, by {self.what}"
             pictures.append(self._picture(f"{prefix}-accuracy", title, accuracy, q.percent, percent_axis))
-        if steps:
+        if steps.bands():
             target = q.percent(next(iter(self.networks.values())).target)
             title = f"Steps to {target} held-out accuracy, by {self.what}, log scale"
             pictures.append(self._picture(f"{prefix}-steps", title, steps, q.count, log_axis))
         return tuple(pictures)
 
-    def _bands(self, measure: str) -> dict[str, Band]:
+    def _values(self, measure: str, y: str) -> Values:
+        found: dict[tuple[str, int], dict[int, float]] = {}
         arms = dict.fromkeys(arm for network in self.networks.values() for arm in network.arms)
-        bands = {
-            arm: {
-                float(value): sample(network.at_best(arm), measure)
-                for value, network in self.networks.items()
-            }
-            for arm in arms
-        }
-        kept = {arm: {x: one for x, one in band.items() if one.finite} for arm, band in bands.items()}
-        return {arm: band for arm, band in kept.items() if band}
+        for arm in arms:
+            for place, network in self.networks.items():
+                for seed, run in network.at_best(arm).items():
+                    found.setdefault((arm, seed), {})[place] = getattr(run, measure)
+        curves = [
+            Curve(labels, list(of.values()), list(of), style=style_of(labels[0]))
+            for labels, of in found.items()
+        ]
+        return Values(("arm", "seed"), y, curves, self.what, log_x=True)
 
-    def _picture(
-        self, key: str, title: str, bands: dict[str, Band], show: q.Show, vertical: Vertical
-    ) -> Picture:
+    def _picture(self, key: str, title: str, values: Values, show: q.Show, vertical: Vertical) -> Picture:
         def told(band: Band) -> str:
             return ", ".join(f"{show(one.mean)} at {x:g}" for x, one in band.items())
 
-        parts = [f"{arm} {told(band)}" for arm, band in bands.items()]
+        parts = [f"{arm} {told(band)}" for arm, band in values.bands().items()]
         alt = f"{title} of {self.name}, each arm at its best learning rate. {'; '.join(parts)}."
-        values = list(self.networks)
+        places = list(self.networks)
 
         def decorate(axes: Axes) -> None:
             axes.set_xscale("log")
-            axes.set_xticks(values, [f"{value:,}" for value in values])
+            axes.set_xticks(places, [f"{place:,}" for place in places])
             axes.xaxis.set_minor_locator(NullLocator())
             vertical(axes)
 
-        return bands_picture(key, title, alt, bands, decorate, self.what)
+        return bands_picture(key, title, alt, values, decorate)
 
 
 def axes_of(networks: Sequence[Network]) -> list[Axis]:

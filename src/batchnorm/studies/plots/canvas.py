@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import matplotlib
@@ -20,18 +21,33 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from batchnorm.errors import OptionError
 from batchnorm.files import write_whole
-from batchnorm.studies.verdicts.results import BASELINE, SUBJECT
+from batchnorm.studies.verdicts.results import BASELINE, SUBJECT, UNMASKED
+
+from .values import Values
 
 # Inches. As wide as a phone's screen less its margins: there, one point of text is about one pixel.
 WIDTH = 4.2
 FONT_SIZE = 9.0
 
 # Stand-ins for colours: each becomes a variable to which the page gives a light and a dark value.
-_VARIABLES = {
-    f"#10000{i}": f"var(--{name})"
-    for i, name in enumerate(("ink", "soft", "grid", "subject", "baseline", "other"), start=1)
+_NAMES = ("ink", "soft", "grid", "subject", "baseline", *(f"other{i}" for i in range(1, 9)))
+_VARIABLES = {f"#1000{i:02}": f"var(--{name})" for i, name in enumerate(_NAMES, start=1)}
+_STAND_INS = dict(zip(_NAMES, _VARIABLES, strict=True))
+INK, SOFT, GRID, SUBJECT_COLOR, BASELINE_COLOR, OTHER_COLOR = list(_VARIABLES)[:6]
+
+# Batch normalization and none have the colours that stand out most; each other arm has its own.
+_COLORS = {
+    SUBJECT: "subject",
+    BASELINE: "baseline",
+    "layernorm": "other1",
+    "dropout": "other2",
+    "batchnorm+dropout": "other3",
+    "l2": "other4",
+    UNMASKED: "other5",
+    "l1": "other6",
+    "groupnorm": "other7",
+    "stock": "other8",
 }
-INK, SOFT, GRID, SUBJECT_COLOR, BASELINE_COLOR, OTHER_COLOR = _VARIABLES
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -58,23 +74,37 @@ _STYLE: dict[Any, Any] = {
     "lines.markersize": 3.2,
 }
 _FONT = re.compile(r"(font-family: |px )'[^;]*")
-_COLOR = re.compile(r"#10000[1-6]")
+_COLOR = re.compile(r"#1000\d\d")
+_CURVES = "curves:"
+
+Dash = Literal["-"] | tuple[float, Sequence[float]]  # of a line, as matplotlib takes it
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]+")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: its name, what it shows in words and numbers, and the SVG, safe to put into HTML."""
+    """One picture: its name, what it shows in words and numbers, and the SVG, safe to put into HTML.
+
+    With its values the page can draw it anew, and save it.
+    """
 
     key: str
     title: str
     alt: str
     svg: str
+    values: Values | None = None
 
 
 def draw(
-    key: str, title: str, alt: str, height: float, paint: Callable[[Figure], None], *, width: float = WIDTH
+    key: str,
+    title: str,
+    alt: str,
+    height: float,
+    paint: Callable[[Figure], None],
+    *,
+    width: float = WIDTH,
+    values: Values | None = None,
 ) -> Picture:
     """Paints a figure and return it as a picture.
 
@@ -85,6 +115,7 @@ def draw(
         height: inches.
         paint: draws on the empty figure.
         width: inches.
+        values: what is drawn.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": key}), warnings.catch_warnings():
@@ -94,7 +125,7 @@ def draw(
         paint(figure)
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return Picture(key, title, alt, _inline(buffer.getvalue(), key, title, alt))
+    return Picture(key, title, alt, _inline(buffer.getvalue(), key, title, alt), values)
 
 
 def save(picture: Picture, path: Path) -> None:
@@ -119,9 +150,24 @@ def shown(name: str, limit: int = 22) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-(limit // 2 - 1) :]}"
 
 
+def color_name(arm: str) -> str:
+    """Returns the name of the colour that stands for an arm throughout a report."""
+    return _COLORS.get(arm) or f"other{1 + zlib.crc32(arm.encode('utf-8', 'replace')) % 8}"
+
+
 def color_of(arm: str) -> str:
     """Returns the colour that stands for an arm throughout a report."""
-    return {SUBJECT: SUBJECT_COLOR, BASELINE: BASELINE_COLOR}.get(arm, OTHER_COLOR)
+    return color_named(color_name(arm))
+
+
+def color_named(name: str) -> str:
+    """Returns the stand-in of a colour of the page, such as `subject`."""
+    return _STAND_INS[name]
+
+
+def of_curves(places: Iterable[int]) -> str:
+    """Returns the group id of a mark that stands for curves of the picture's values, by their places."""
+    return _CURVES + ",".join(map(str, places))
 
 
 def ticks(axis: Axis, most: int, show: str | Callable[[float], str], **places: Any) -> None:
@@ -183,6 +229,8 @@ def _restyle(element: ElementTree.Element, key: str, used: set[str]) -> None:
         name = attributes.pop("id")
         if name in used:
             attributes["id"] = f"{key}-{name}"
+        if name.startswith(_CURVES):
+            attributes["data-curves"] = name.removeprefix(_CURVES)
     if "href" in attributes:
         attributes["href"] = f"#{key}-{attributes['href'][1:]}"
     if "clip-path" in attributes:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,19 +14,19 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from batchnorm.studies.records import Epoch
 from batchnorm.studies.verdicts import formatting as q
-from batchnorm.studies.verdicts.results import BASELINE, SUBJECT, Network, Sample, sample
+from batchnorm.studies.verdicts.results import BASELINE, SUBJECT, Network
 
-from .canvas import OTHER_COLOR, SOFT, Picture, color_of, draw, legend, shown, ticks
+from .canvas import INK, SOFT, Dash, Picture, color_name, color_of, draw, legend, shown, ticks
+from .values import Band, Curve, Style, Values
 
 COLUMNS = 2
-
-
-Band = dict[float, Sample]  # an arm's curve: values over seeds, by x
+DASH = (4, 2)  # of the plain network's line
 
 
 def accuracy_curves(key: str, network: Network) -> Picture | None:
     """Held-out accuracy over epochs."""
-    bands = _over_epochs(network, lambda epoch: epoch.test_accuracy)
+    values = _over_epochs(network, "held-out accuracy", lambda epoch: epoch.test_accuracy)
+    bands = values.bands()
     if not bands:
         return None
     ends = "; ".join(f"{arm} {q.percent(_means(band)[-1])}" for arm, band in bands.items())
@@ -36,18 +36,19 @@ def accuracy_curves(key: str, network: Network) -> Picture | None:
         percent_axis(axes)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
-    return bands_picture(key, "Held-out accuracy, by epoch", alt, bands, decorate, "epoch")
+    return bands_picture(key, "Held-out accuracy, by epoch", alt, replace(values, percent=True), decorate)
 
 
 def loss_curves(key: str, network: Network) -> Picture | None:
     """Training loss over epochs."""
-    bands = _over_epochs(network, lambda epoch: epoch.train_loss)
+    values = _over_epochs(network, "training loss", lambda epoch: epoch.train_loss)
+    bands = values.bands()
     if not bands:
         return None
     ends = "; ".join(f"{arm} {q.significant(_means(band)[-1], 2)}" for arm, band in bands.items())
     alt = f"Training loss of {network.name} by epoch, each arm at its best rate. At the end: {ends}."
-    values = [mean for band in bands.values() for mean in _means(band)]
-    logarithmic = min(values) > 0 and max(values) / min(values) > 10
+    means = [mean for band in bands.values() for mean in _means(band)]
+    logarithmic = min(means) > 0 and max(means) / min(means) > 10
 
     def decorate(axes: Axes) -> None:
         if logarithmic:
@@ -56,18 +57,29 @@ def loss_curves(key: str, network: Network) -> Picture | None:
             ticks(axes.yaxis, 4, "{x:g}", steps=[1, 2, 5, 10])
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
-    title = "Training loss, by epoch" + (", log scale" if logarithmic else "")
-    return bands_picture(key, title, alt, bands, decorate, "epoch")
+    return bands_picture(key, "Training loss, by epoch", alt, replace(values, log_y=logarithmic), decorate)
 
 
 def accuracy_by_rate(key: str, network: Network) -> Picture | None:
     """Held-out accuracy at the end against the learning rate."""
     if len(network.rates) < 2:
         return None
-    bands = _bands(
-        network,
-        lambda arm: {rate: sample(network.at(arm, rate), "accuracy").values for rate in network.rates},
+    found: dict[tuple[str, int], dict[float, float]] = {}
+    for run in network.runs:
+        found.setdefault((run.arm, run.seed), {})[run.learning_rate] = run.accuracy
+    curves = [
+        Curve((arm, seed), [of[rate] for rate in sorted(of)], sorted(of), style=style_of(arm))
+        for (arm, seed), of in sorted(found.items(), key=lambda one: network.arms.index(one[0][0]))
+    ]
+    values = Values(
+        ("arm", "seed"),
+        "held-out accuracy",
+        curves,
+        "learning rate",
+        percent=True,
+        log_x=True,
     )
+    bands = values.bands()
     if not bands:
         return None
     parts = [
@@ -89,7 +101,7 @@ def accuracy_by_rate(key: str, network: Network) -> Picture | None:
         percent_axis(axes)
 
     title = "Held-out accuracy, by learning rate" + (" (diverged runs at 0)" if lost else "")
-    return bands_picture(key, title, alt, bands, decorate, "learning rate")
+    return bands_picture(key, title, alt, values, decorate)
 
 
 def log_axis(axes: Axes) -> None:
@@ -111,9 +123,10 @@ def log_axis(axes: Axes) -> None:
 
 
 def bands_picture(
-    key: str, title: str, alt: str, bands: Mapping[str, Band], decorate: Callable[[Axes], None], x: str
+    key: str, title: str, alt: str, values: Values, decorate: Callable[[Axes], None]
 ) -> Picture:
     """Draws bands: batch normalization and none in a wide panel, each other arm with them in a small one."""
+    bands = values.bands()
     references = [arm for arm in (SUBJECT, BASELINE) if arm in bands]
     others = [arm for arm in bands if arm not in references]
     rows = math.ceil(len(others) / COLUMNS)
@@ -133,18 +146,19 @@ def bands_picture(
             shared = shared or axes
             for arm in arms:
                 _line(axes, bands[arm], arm, leading=arms is references or arm not in references)
-            axes.set_title(
-                " and ".join(map(shown, arms)) if arms is references else shown(arms[-1]), weight="bold"
-            )
+            if arms is references:
+                axes.set_title(" and ".join(map(shown, arms)), weight="bold")
+            else:
+                axes.set_title(shown(arms[-1]), weight="bold", color=color_of(arms[-1]))
             axes.xaxis.grid(False)
             axes.label_outer()
         for axes in figure.axes:
             decorate(axes)
-        _name_the_bottom(figure.axes, bool(references), x)
-        if others and references:
-            _legend(figure, references)
+        _name_the_bottom(figure.axes, bool(references), values.x or "")
+        if references:
+            _legend(figure, references, "the title's arm" if others else "")
 
-    return draw(key, title, alt, height, paint)
+    return draw(key, title, alt, height, paint, values=values)
 
 
 def _line(axes: Axes, band: Band, arm: str, *, leading: bool) -> None:
@@ -160,8 +174,13 @@ def _means(band: Band) -> list[float]:
     return [sample.mean for sample in band.values()]
 
 
-def _style(arm: str) -> Literal["-"] | tuple[float, Sequence[float]]:
-    return (0, (4, 2)) if arm == BASELINE else "-"
+def _style(arm: str) -> Dash:
+    return (0, DASH) if arm == BASELINE else "-"
+
+
+def style_of(arm: str) -> Style:
+    """Returns the look of an arm's line, the same in every picture."""
+    return Style(color_name(arm), dash=DASH if arm == BASELINE else ())
 
 
 def _name_the_bottom(panels: Sequence[Axes], has_wide: bool, x: str) -> None:
@@ -174,9 +193,11 @@ def _name_the_bottom(panels: Sequence[Axes], has_wide: bool, x: str) -> None:
             axes.set_xlabel(x, color=SOFT, loc="right")
 
 
-def _legend(figure: Figure, references: Sequence[str]) -> None:
+def _legend(figure: Figure, references: Sequence[str], others: str) -> None:
     lines = [Line2D([], [], color=color_of(arm), linestyle=_style(arm), label=arm) for arm in references]
-    legend(figure, [*lines, Line2D([], [], color=OTHER_COLOR, marker="o", label="the panel's arm")], 3, 2.2)
+    if others:
+        lines.append(Line2D([], [], color=INK, marker="o", label=others))
+    legend(figure, lines, 3, 2.2)
 
 
 def percent_axis(axes: Axes) -> None:
@@ -191,23 +212,15 @@ def _apart(rates: Sequence[float]) -> Sequence[float]:
     return rates if min(gaps) > 0.3 else (rates[0], rates[-1])
 
 
-def _over_epochs(network: Network, measure: Callable[[Epoch], float]) -> dict[str, Band]:
-    def values(arm: str) -> dict[float, list[float]]:
-        found: dict[float, list[float]] = {}
-        for run in network.at_best(arm).values():
-            for epoch in run.epochs:
-                found.setdefault(epoch.epoch, []).append(measure(epoch))
-        return found
-
-    return _bands(network, values)
-
-
-def _bands(network: Network, values: Callable[[str], Mapping[float, Sequence[float]]]) -> dict[str, Band]:
-    """Returns the band of each arm that has finite values, which are given by x."""
-    bands = {}
-    for arm in network.arms:
-        samples = {x: Sample(found) for x, found in sorted(values(arm).items()) if math.isfinite(x)}
-        kept = {x: sample for x, sample in samples.items() if sample.finite}
-        if kept:
-            bands[arm] = kept
-    return bands
+def _over_epochs(network: Network, y: str, measure: Callable[[Epoch], float]) -> Values:
+    curves = [
+        Curve(
+            (arm, seed),
+            [measure(epoch) for epoch in run.epochs],
+            [epoch.epoch for epoch in run.epochs],
+            style=style_of(arm),
+        )
+        for arm in network.arms
+        for seed, run in network.at_best(arm).items()
+    ]
+    return Values(("arm", "seed"), y, curves, "epoch")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,18 +16,37 @@ from batchnorm.studies.verdicts.serving import accuracies_at_test_time
 from batchnorm.studies.verdicts.significance import MINIMAL_ACCURACY, Comparison
 from batchnorm.studies.verdicts.training import accuracy_against, reached
 
-from .canvas import GRID, INK, SOFT, SUBJECT_COLOR, Picture, color_of, draw, shown, ticks
+from .canvas import GRID, INK, SOFT, Picture, color_of, draw, of_curves, shown, ticks
+from .multiples import style_of
+from .values import Curve, Label, Values
 
 ROW = 0.235
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a picture of rows."""
+    """One line of a picture of rows.
+
+    Attributes:
+        name: what it is of.
+        sample: the values.
+        note: the number at its end.
+        labels: of each value; the row's name and the seed.
+    """
 
     name: str
     sample: Sample
     note: str
+    labels: tuple[tuple[Label, ...], ...] = ()
+
+    def curves(self) -> list[Curve]:
+        """Returns the finite values, each with its labels."""
+        pairs = zip(self.labels, self.sample.values, strict=True) if self.labels else ()
+        return [
+            Curve(labels, [value], style=style_of(str(labels[0])))
+            for labels, value in pairs
+            if math.isfinite(value)
+        ]
 
 
 def steps_to_target(key: str, network: Network) -> Picture | None:
@@ -37,7 +57,7 @@ def steps_to_target(key: str, network: Network) -> Picture | None:
         steps, got_there = sample(runs, "steps_to_target"), reached(runs)
         note = q.spread(steps, q.count) if got_there else "not reached"
         some = f" ({got_there}/{len(runs)})" if 0 < got_there < len(runs) else ""
-        rows.append(Row(arm, steps, note + some))
+        rows.append(Row(arm, steps, note + some, tuple((arm, seed) for seed in runs)))
     if not any(row.sample.finite for row in rows):
         return None
     target = q.percent(network.target)
@@ -45,7 +65,7 @@ def steps_to_target(key: str, network: Network) -> Picture | None:
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
-        _dots(axes, rows)
+        _dots(axes, rows, 0)
         for i, row in enumerate(rows):
             if len(row.sample.finite) < len(row.sample.values):
                 shade, x = color_of(row.name), [network.length]
@@ -54,16 +74,24 @@ def steps_to_target(key: str, network: Network) -> Picture | None:
         axes.set_xlabel("training steps", loc="right")
         axes.xaxis.set_major_formatter("{x:,.0f}")
 
-    return draw(key, f"Steps to {target} held-out accuracy", alt, _height(len(rows)), paint)
+    values = Values(("arm", "seed"), "training steps", _curves(rows))
+    return draw(key, f"Steps to {target} held-out accuracy", alt, _height(len(rows)), paint, values=values)
 
 
 def statistics_at_test_time(key: str, network: Network) -> Picture | None:
     """Held-out accuracy under batch, running and calibrated statistics, at the best rate."""
     panels = {}
     for arm in filter(is_normalized, network.arms):
-        found = accuracies_at_test_time(network.at_best(arm))
+        runs = network.at_best(arm)
+        seeds = [seed for seed, run in runs.items() if not run.diverged]
         rows = [
-            Row(kind, Sample(values), q.spread(Sample(values), q.percent)) for kind, values in found.items()
+            Row(
+                kind,
+                Sample(values),
+                q.spread(Sample(values), q.percent),
+                tuple((arm, kind, seed) for seed in seeds),
+            )
+            for kind, values in accuracies_at_test_time(runs).items()
         ]
         if any(row.sample.finite for row in rows):
             panels[arm] = rows
@@ -74,15 +102,23 @@ def statistics_at_test_time(key: str, network: Network) -> Picture | None:
 
     def paint(figure: Figure) -> None:
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
+        first = 0
         for axes, (arm, rows) in zip(grid[:, 0], panels.items(), strict=True):
-            _dots(axes, rows, color=SUBJECT_COLOR)
+            _dots(axes, rows, first, color=color_of(arm))
+            first += len(_curves(rows))
             axes.set_title(shown(arm), weight="bold")
             ticks(axes.xaxis, 4, lambda value: f"{100 * value:.4g} %", steps=[1, 2, 2.5, 5, 10])
         _at_least_wide(grid[0, 0], 2 * MINIMAL_ACCURACY)  # for all: they share the axis, and all is drawn
         grid[-1, 0].set_xlabel("held-out accuracy", loc="right")
 
     height = 0.4 + len(panels) * (3 * ROW + 0.3)
-    return draw(key, "Held-out accuracy by test-time statistics", alt, height, paint)
+    values = Values(
+        ("arm", "statistics", "seed"),
+        "held-out accuracy",
+        [curve for rows in panels.values() for curve in _curves(rows)],
+        percent=True,
+    )
+    return draw(key, "Held-out accuracy by test-time statistics", alt, height, paint, values=values)
 
 
 def differences(key: str, network: Network) -> Picture | None:
@@ -94,7 +130,7 @@ def differences(key: str, network: Network) -> Picture | None:
     if not found:
         return None
     told = "; ".join(f"{arm} {q.points(c.mean)}, {c.basis(q.points)}" for arm, c in found.items())
-    alt = f"Held-out accuracy of {network.name} with batchnorm less that of each other arm. {told}."
+    alt = f"Held-out accuracy of {network.name} with batchnorm minus that of each other arm. {told}."
     left, right = _reach(list(found.values()))
 
     def paint(figure: Figure) -> None:
@@ -103,16 +139,25 @@ def differences(key: str, network: Network) -> Picture | None:
         axes.axvline(0, color=SOFT, linewidth=0.8)
         for i, (arm, comparison) in enumerate(found.items()):
             mean, half = 100 * comparison.mean, 100 * comparison.half_width
-            color = color_of(arm)
+            look: dict[str, Any] = {"color": color_of(arm), "gid": of_curves([i])}
             if math.isfinite(half):
-                axes.plot([mean - half, mean + half], [i, i], color=color, linewidth=2.2, alpha=0.55)
-            axes.plot([mean], [i], color=color, marker="o", markersize=5)
+                axes.plot([mean - half, mean + half], [i, i], linewidth=2.2, alpha=0.55, **look)
+            axes.plot([mean], [i], marker="o", markersize=5, **look)
             _note(axes, i, q.points(comparison.mean).split(q.SPACE)[0])
         _rows_of(axes, list(found))
         axes.set_xlim(100 * left, 100 * right)
         axes.set_xlabel("points of accuracy: worse ← 0 → better", loc="right")
 
-    return draw(key, "Held-out accuracy: batchnorm less the other arm", alt, _height(len(found)), paint)
+    values = Values(
+        ("arm", "quantity"),
+        "points of accuracy",
+        [
+            Curve((arm, "batchnorm minus this arm, mean over seeds"), [100 * c.mean], style=style_of(arm))
+            for arm, c in found.items()
+        ],
+    )
+    title = "Held-out accuracy: batchnorm minus the other arm"
+    return draw(key, title, alt, _height(len(found)), paint, values=values)
 
 
 def _reach(comparisons: Sequence[Comparison]) -> tuple[float, float]:
@@ -148,29 +193,48 @@ def cost(key: str, network: Network) -> Picture | None:
 
     def paint(figure: Figure) -> None:
         grid = figure.subplots(1, len(columns), sharey=True, squeeze=False)
-        for axes, (name, unit, rows) in zip(grid[0], columns, strict=True):
+        for column, (axes, (name, unit, rows)) in enumerate(zip(grid[0], columns, strict=True)):
             for i, row in enumerate(rows):
                 middle = row.sample.median / unit
                 text, end = q.significant(middle, 3), middle if math.isfinite(middle) else 0
-                axes.barh(i, end, height=0.5, color=color_of(row.name), alpha=0.75)
+                bar = axes.barh(i, end, height=0.5, color=color_of(row.name), alpha=0.75)
+                bar[0].set_gid(of_curves([column * len(rows) + i]))
                 axes.annotate(text, (end, i), (3, 0), textcoords="offset points", va="center", color=INK)
             axes.set_xlim(0, 1.45 * max(row.sample.median for row in rows if row.sample.finite) / unit)
             ticks(axes.xaxis, 2, "{x:g}")
             axes.set_title(name)
             _rows_of(axes, [row.name for row in rows])
 
-    return draw(key, "Cost of a training step", alt, _height(len(network.arms)) + 0.1, paint)
+    values = Values(
+        ("arm", "quantity"),
+        "median",
+        [
+            Curve((row.name, name), [row.sample.median / unit], style=style_of(row.name))
+            for name, unit, rows in columns
+            for row in rows
+        ],
+    )
+    height = _height(len(network.arms)) + 0.1
+    return draw(key, "Cost of a training step", alt, height, paint, values=values)
 
 
-def _dots(axes: Axes, rows: Sequence[Row], color: str | None = None) -> None:
+def _dots(axes: Axes, rows: Sequence[Row], first: int, color: str | None = None) -> None:
+    """Draws the values of rows, whose curves are counted from `first`, and their means."""
     for i, row in enumerate(rows):
         values = row.sample.finite
         shade = color or color_of(row.name)
-        axes.plot(values, [i] * len(values), "o", color=shade, markersize=5, alpha=0.45)
+        gid = of_curves(range(first, first + len(values)))
+        first += len(values)
+        axes.plot(values, [i] * len(values), "o", color=shade, markersize=5, alpha=0.45, gid=gid)
         if values:
-            axes.plot([row.sample.mean], [i], color=shade, marker="|", markersize=11, markeredgewidth=2)
+            mark: dict[str, Any] = {"marker": "|", "markersize": 11, "markeredgewidth": 2, "gid": gid}
+            axes.plot([row.sample.mean], [i], color=shade, **mark)
         _note(axes, i, row.note)
     _rows_of(axes, [row.name for row in rows])
+
+
+def _curves(rows: Sequence[Row]) -> list[Curve]:
+    return [curve for row in rows for curve in row.curves()]
 
 
 def _note(axes: Axes, row: int, text: str) -> None:
