@@ -134,6 +134,17 @@ def test_norms_that_learn_no_more_are_logged_at_the_next_step() -> None:
         assert "bn/4/bias_grad_norm" not in logged[1][1]
 
 
+def test_a_gradient_that_an_optimizer_in_the_backward_has_used_up_is_left_out() -> None:
+    """Such a hook steps and drops the gradient before the monitor's, which came later."""
+    net, logged = _net(), []
+    (x, target), *_ = _data(1)
+    net[1].weight.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with batchnorm.monitor(net, _logging(logged)):
+        _step(net, x, target)
+    assert "bn/1/weight_grad_norm" not in logged[0][1]
+    assert logged[0][1]["bn/1/bias_grad_norm"] == pytest.approx(float(net[1].bias.grad.norm()))
+
+
 def test_a_step_that_raises_leaves_no_hook_on_the_norms() -> None:
     net, logged = _net(), []
     (x, target), *_ = _data(1)
