@@ -60,6 +60,8 @@ def net(context: str = "") -> nn.Module:
     for norm in (model[1], model[4]) if domains > 1 else ():
         with batchnorm.domain(norm, 1):
             scramble(norm)
+        for parameter in norm.parameters():
+            nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 
 

@@ -32,6 +32,9 @@ def layer_of(domains: int = 3, dtype: torch.dtype = torch.float64, **options: An
     for k in range(domains):
         with batchnorm.domain(layer, k):
             scramble(layer)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.uniform_(0.5, 1.5) if "weight" in name else parameter.normal_()
     return layer
 
 
@@ -85,25 +88,23 @@ def test_row_43_each_domain_is_a_layer_of_its_own(policy: str, engine: str, trai
     assert layer.weight_1.grad is None
 
 
-def test_within_the_block_weight_and_bias_are_the_domains() -> None:
-    """And every parameter stays in its place, by which optimizers and averages of weights know it."""
+def test_parameters_have_the_same_names_and_order_within_a_block() -> None:
+    """By which optimizers, averages of weights, FSDP and `get_parameter` know them."""
     layer = layer_of()
     names = dict(layer.named_parameters())
     assert [*names] == [name + end for end in ("", "_1", "_2") for name in AFFINE]
+    average = torch.optim.swa_utils.AveragedModel(layer)
+    with torch.no_grad():
+        layer.weight_1 += 1
     with batchnorm.domain(layer, 2):
-        assert layer.weight is names["weight_2"]
-        with batchnorm.domain(layer, 1):
-            assert layer.bias is names["bias_1"]
-        with batchnorm.domain(layer, 0):
-            assert layer.weight is names["weight"]
-        assert layer.bias is names["bias_2"]
         inside = dict(layer.named_parameters())
         assert [*inside] == [*names]
         assert all(inside[name] is parameter for name, parameter in names.items())
-    assert layer.weight is names["weight"]
-    shared = layer_of(domain_affine=False)
-    with batchnorm.domain(shared, 2):
-        assert shared.weight is shared._parameters["weight"]
+        assert all(layer.get_parameter(name) is parameter for name, parameter in names.items())
+        average.n_averaged.fill_(1)
+        average.update_parameters(layer)
+    torch.testing.assert_close(average.module.weight_1, layer.weight_1 - 0.5)
+    assert torch.equal(average.module.weight_2, layer.weight_2)
 
 
 def test_a_step_in_the_block_moves_the_domain_that_was_used() -> None:
@@ -134,7 +135,6 @@ def test_states_go_through_files_and_copies_in_a_block_too() -> None:
         other.load_state_dict(torch.load(file))
     for one in (*copies, other):
         assert_identical(state(one), before)
-        assert one.weight is one._parameters["weight"]
     other.load_state_dict(layer.state_dict(), assign=True)
     assert [*other.state_dict()] == [*before]
 
@@ -147,11 +147,10 @@ def test_a_state_without_such_weights_is_where_every_domain_starts(kind: str, as
     layer = layer_of()
     layer.load_state_dict(given.state_dict(), assign=assign)
     for k in range(3):
-        end = "" if kind == "stock" or k == 0 else f"_{k}"
-        with batchnorm.domain(layer, k):
-            assert torch.equal(layer.weight, given.weight)
-            assert torch.equal(layer.bias, given.bias)
-            assert torch.equal(layer.running_var, given.state_dict()[f"running_var{end}"])
+        end, found = "" if kind == "stock" or k == 0 else f"_{k}", of_domain(layer, k)
+        assert torch.equal(found["weight"], given.weight)
+        assert torch.equal(found["bias"], given.bias)
+        assert torch.equal(found["running_var"], given.state_dict()[f"running_var{end}"])
     with torch.no_grad():
         layer.weight.zero_()
     assert layer.weight_1.all()
@@ -202,16 +201,27 @@ def test_what_cannot_be_is_refused_by_name_and_changes_nothing() -> None:
         assert type(model[0]) is cls
 
 
-def test_a_weight_that_is_parametrized_later_is_of_its_domain_by_ids() -> None:
-    """By a number it is refused: `layer.weight` could not be read as that of the domain."""
+@pytest.mark.parametrize("name", ["weight", "weight_2"])
+def test_a_weight_that_is_parametrized_later(name: str) -> None:
+    """Forwards and verbs take it; `fold` refuses, by name, to put another one in its place."""
     model, x = nn.Sequential(layer_of()), torch.randn(7, 4, 3, 5, dtype=torch.float64)
     plain = copy.deepcopy(model)
-    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
-    with pytest.raises(OptionError, match=r"^0 \(.*parametrized or sharded.* pass a domain for each sample"):
-        batchnorm.domain(model, 1).__enter__()
-    assert "_domain" not in vars(model[0])
-    with batchnorm.domain(model, IDS), batchnorm.domain(plain, IDS):
-        assert torch.equal(model(x), plain(x))
+    nn.utils.parametrize.register_parametrization(model[0], name, nn.Identity())
+    for where in (1, 2, IDS):
+        with batchnorm.domain(model, where), batchnorm.domain(plain, where):
+            assert torch.equal(model(x), plain(x))
+    for layer in (model, plain):
+        with torch.no_grad():
+            layer[0].get_parameter(f"parametrizations.{name}.original" if layer is model else name)[1] = 0
+    with batchnorm.domain(model, 2), batchnorm.domain(plain, 2):
+        assert batchnorm.inspect(model).rows[0].health == batchnorm.inspect(plain).rows[0].health
+        batchnorm.calibrate(model, [x])
+        batchnorm.calibrate(plain, [x])
+        before = state(model)
+        match = r"^0 \(ParametrizedBatchNorm2d\): .*parametrized, and that of domain 2 cannot take its place"
+        with pytest.raises(OptionError, match=match):
+            batchnorm.fold(model)
+        assert_identical(state(model), before)
     assert torch.equal(batchnorm.fold(model)(x), plain.eval()(x))
 
 
@@ -224,8 +234,8 @@ def test_convert_starts_each_domain_from_the_layer() -> None:
             batchnorm.convert(model, **options)
         assert model[0].weight is weight
         for k in range(3):
-            with batchnorm.domain(model, k):
-                assert all(torch.equal(getattr(model[0], name), before[name]) for name in before)
+            found = of_domain(model[0], k)
+            assert all(torch.equal(found[name], before[name]) for name in before)
         batchnorm.freeze(model, parameters=True)
         assert not any(parameter.requires_grad for parameter in model.parameters())
         batchnorm.unfreeze(model)
@@ -258,6 +268,18 @@ def test_verbs_in_the_block_are_about_the_domain(k: int) -> None:
         with batchnorm.domain(model, other):
             assert "dead weight (1 of 4)" not in batchnorm.inspect(model).rows[0].health
             assert (batchnorm.fold(model, x)(x) - y).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("method", ["batch", "layerwise"])
+def test_calibrate_normalizes_by_the_weights_of_the_domain(method: str) -> None:
+    """By which the statistics of the second norm are."""
+    model, x = nn.Sequential(layer_of(), nn.ReLU(), layer_of()), torch.randn(9, 4, 3, 5, dtype=torch.float64)
+    ones = nn.Sequential(alone(model[0], 2), nn.ReLU(), alone(model[2], 2))
+    with batchnorm.domain(model, 2):
+        batchnorm.calibrate(model, [x], method=method)
+    batchnorm.calibrate(ones, [x], method=method)
+    for layer, one in ((model[0], ones[0]), (model[2], ones[2])):
+        assert_same(of_domain(layer, 2), of_domain(one, 0), WIDE)
 
 
 def test_the_monitor_logs_the_gradient_of_each_domain() -> None:

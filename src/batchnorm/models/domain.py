@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import InputShapeError, InputTypeError, OptionError
 from batchnorm.torch.checks import check_module
-from batchnorm.torch.contexts.domains import AFFINE, selected
+from batchnorm.torch.contexts.domains import selected
 from batchnorm.torch.contexts.samples import Samples
 
 from .contexts import scoped
@@ -23,10 +23,10 @@ def domain(model: nn.Module, k: int | Tensor) -> Iterator[None]:
     """Select, within the block, the running statistics of domain `k` in layers with several domains.
 
     Within the block, `running_mean`, `running_var` and `num_batches_tracked` of a layer are those of the
-    domain, also for `calibrate`, `inspect`, `fold` and all other code. So are `weight` and `bias` of layers
-    with `domain_affine=True`; else the domains share them. States, copies and files are the same as outside,
-    and so is the order of parameters. Layers with one domain are not affected. Of nested blocks, the inner
-    one holds.
+    domain, also for `calibrate`, `inspect`, `fold` and all other code. The domains share weight and bias, but
+    in layers with `domain_affine=True`, which use `weight_1` and `bias_1` in domain 1: parameters have the
+    same names within the block. States, copies and files are the same as outside. Layers with one domain are
+    not affected. Of nested blocks, the inner one holds.
 
     With a tensor, sample n of every batch in the block is of domain `k[n]`. Each layer calls itself for the
     samples of each domain apart, so that output, gradients and statistics are those of a call per domain.
@@ -39,8 +39,7 @@ def domain(model: nn.Module, k: int | Tensor) -> Iterator[None]:
             once.
 
     Raises:
-        OptionError: (a ValueError) no layer with several domains; or one that has no domain `k`, by name, or
-            whose weight of its own for domain `k` is parametrized.
+        OptionError: (a ValueError) no layer with several domains; or one that has no domain `k`, by name.
         InputTypeError: (a TypeError and RuntimeError) a tensor that has no integers.
         InputShapeError: (a ValueError and RuntimeError) a tensor that is not `[N]`; in the forward, by name,
             a layer whose input has another number of samples.
@@ -75,13 +74,6 @@ def domain(model: nn.Module, k: int | Tensor) -> Iterator[None]:
             if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < layer.domains:
                 count = layer.domains
                 raise OptionError(f"domain must be 0 to {count - 1}, as it has {count}; got {one!r}", name)
-        if samples is None and layer.domain_affine and not layer._parameters.keys() >= {*AFFINE}:
-            raise OptionError(
-                "its weight or bias is parametrized or sharded, and could not be read as that of a domain: "
-                "take that back (torch.nn.utils.parametrize.remove_parametrizations), or pass a domain for "
-                "each sample",
-                name,
-            )
     with contextlib.ExitStack() as stack:
         for layer in layers.values():
             scope = stack.enter_context(scoped(layer))

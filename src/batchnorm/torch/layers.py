@@ -117,10 +117,11 @@ class _Layer(StoredState):
         for k in range(self.domains):
             with selected(self, k):
                 super().reset_running_stats()
-                if self.weight is not None:
-                    nn.init.ones_(self.weight)
-                if self.bias is not None:
-                    nn.init.zeros_(self.bias)
+                weight, bias = affine_of(self).values()
+                if weight is not None:
+                    nn.init.ones_(weight)
+                if bias is not None:
+                    nn.init.zeros_(bias)
         self._start_counting()
 
     if TYPE_CHECKING:  # a module's call is Any to type checkers

@@ -25,7 +25,7 @@ from .call import HALVES
 from .checks import check_nonfinite, check_small_batch, check_warm_start
 from .contexts.accumulation import Accumulator
 from .contexts.checkpointing import Scope
-from .contexts.domains import AFFINE, running_names, select
+from .contexts.domains import running_names, select
 from .symbolic import OneNode
 
 # Attributes of a context, of forwards that may be recomputed, or of prepared calls: no copy or file has them.
@@ -47,12 +47,6 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
     _accumulator: Accumulator | None = None
     _scope: Scope | None = None
     _domain: int | None = None  # which is in use; None = domain 0, outside of any context
-
-    def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """As `torch.nn.Module.__getattr__`; weight and bias are those of the domain in use."""
-        if name in AFFINE and self._domain and self.domain_affine:
-            name = f"{name}_{self._domain}"
-        return super().__getattr__(name)
 
     @property
     def statistics(self) -> Policy:

@@ -5,7 +5,7 @@ domain k, the two are swapped: `layer.running_mean` is that of the domain in use
 about domains.
 
 Parameters have such names too, but stay in their places: optimizers, averages of weights and FSDP know them
-by their order and names, within a block as outside. The layer looks up the name of the domain in use.
+by their order and names, within a block as outside. What reads them asks `affine_of` for those in use.
 """
 
 from __future__ import annotations
@@ -113,13 +113,13 @@ def names_of(names: Iterable[str], domains: int) -> list[str]:
     return [f"{name}{end}" for end in ("", *(f"_{k}" for k in range(1, domains))) for name in names]
 
 
-def affine_of(layer: ContextLayer) -> dict[str, Tensor | None]:
-    """Return weight and bias of the domain in use, of a layer whose domains have their own.
+def affine_of(norm: nn.Module) -> dict[str, Tensor | None]:
+    """Return weight and bias of any norm: of a layer whose domains have their own, those in use.
 
     By attribute: they may be parametrized, or sharded by FSDP.
     """
-    k = domain_of(layer)
-    return {name: getattr(layer, f"{name}_{k}" if k else name) for name in AFFINE}
+    k = getattr(norm, "_domain", None) if getattr(norm, "domain_affine", False) else None
+    return {name: getattr(norm, f"{name}_{k}" if k else name, None) for name in AFFINE}
 
 
 def select(buffers: dict[str, Tensor | None], before: int, k: int) -> None:
@@ -157,12 +157,17 @@ def selected(layer: ContextLayer, k: int) -> Iterator[None]:
 
 
 def keep_one(layer: ContextLayer, k: int) -> None:
-    """Reduce a layer to one domain, with what is of domain `k`."""
-    select(layer._buffers, domain_of(layer), k)
-    vars(layer).pop("_domain", None)
+    """Reduce a layer to one domain, with what is of domain `k`, or raise OptionError."""
     if layer.domain_affine and k:
+        if not {*AFFINE, *(f"{name}_{k}" for name in AFFINE)} <= layer._parameters.keys():
+            raise OptionError(
+                f"its weight or bias is parametrized, and that of domain {k} cannot take its place: "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
         for name in AFFINE:
             layer._parameters[name] = layer._parameters[f"{name}_{k}"]
+    select(layer._buffers, domain_of(layer), k)
+    vars(layer).pop("_domain", None)
     for number in range(1, layer.domains):
         for name in STATISTICS:
             del layer._buffers[f"{name}_{number}"]
