@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: study test test-slow differs-on-jax differs-on-tensorflow test-jax test-tensorflow test-benchmarks test-oldest test-newest fuzz mutants lint resolves docs docs-serve dist format bench clean help
+.PHONY: study test test-slow differs-on-jax differs-on-tensorflow test-jax test-tensorflow test-benchmarks test-oldest test-newest fuzz mutants browser lint resolves docs docs-serve dist format bench clean help
 
 help:
 	@echo "make study   train networks with and without batch normalization on images, speech and text, write a report"
@@ -14,6 +14,7 @@ help:
 	@echo "             make test-oldest, make test-newest: with other versions of what it needs"
 	@echo "make fuzz    any call of any layer against the reference, and damaged files: FUZZ_CASES of them (20000), by FUZZ_SEED"
 	@echo "make mutants what the suite catches: mistakes made in the code by rule, 14 in each part of it; half an hour"
+	@echo "make browser a browser for the tests of reports, on Debian as root"
 	@echo "make lint    ruff, mypy, pyright on what users write, import-linter"
 	@echo "make resolves  what users and developers install has a solution on every platform, by the registry's metadata"
 	@echo "make docs    the documentation as pages that can be read offline; make docs-serve: at http://127.0.0.1:8000"
@@ -80,6 +81,13 @@ fuzz: $(VENV)/.dev
 # The same tree and seed give the same mutants; ARGS: --room NAME, --count, --seed, --against an earlier JSON.
 mutants: $(VENV)/.kernels
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+# For the tests of the reports in a browser, which are skipped without one: Debian's, where one may install it.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	    timeout 300 sh -c 'apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium' >/dev/null; } || \
+	  echo "no browser was found or installed: the tests of reports in a browser are skipped"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

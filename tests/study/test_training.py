@@ -326,6 +326,9 @@ def test_timing_gives_each_arm_as_many_blocks(data: Dataset) -> None:
     assert {len(arm.seconds_per_step) for arm in measured.arms.values()} == {9}
     assert all(seconds > 0 for arm in measured.arms.values() for seconds in arm.seconds_per_step)
     assert sum(sum(arm.seconds_per_step) for arm in measured.arms.values()) < elapsed
+    kept = {name: arm.bytes_kept_for_backward for name, arm in measured.arms.items()}
+    assert min(kept.values()) > 0
+    assert kept["batchnorm"] != kept["dropout"]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])

@@ -284,6 +284,45 @@ def test_calibration_is_judged_against_the_running_statistics(tmp_path: Path) ->
     assert claim.figure == "+4.0 points"
 
 
+def test_equal_rates_are_compared_in_blocks_and_a_seed_counts_once(tmp_path: Path) -> None:
+    """By hand: at each rate the steps of a seed halve, however far the rates are apart."""
+    runs = [
+        record(arm=arm, rate=rate, seed=seed, steps=steps * (2 if arm == "none" else 1) * factor)
+        for arm in ("none", "batchnorm")
+        for rate, steps in ((1e-3, 200), (1e-2, 20))
+        for seed, factor in enumerate((1.0, 1.1, 0.9))
+    ]
+    claim = _claims(tmp_path, runs)["speed"]
+    (line,) = [line for line in claim.details if line.startswith("At equal rates")]
+    assert line == (
+        "At equal rates, averaged over the 2 at which either gets there: 2.0 times fewer steps "
+        "(95 % interval 2.0 to 2.0, 3 seeds): faster with it."
+    )
+    # With a seed that is slower at one rate by as much as it is faster at the other, its difference is 0.
+    for run in runs:
+        if run["arm"] == "batchnorm" and run["learning_rate"] == 1e-2:
+            run["steps_to_target"] *= 4
+    (line,) = [line for line in _claims(tmp_path, runs)["speed"].details if line.startswith("At equal")]
+    assert "no clear difference" in line
+
+
+def test_cost_stands_beside_the_framework_s_layer_where_that_was_timed(tmp_path: Path) -> None:
+    content = results(_arms(none={}, batchnorm={}))
+    name = next(iter(content["networks"]))
+    measured = content["networks"][name]
+    measured["batchnorm"]["seconds_per_step"] = {"values": [2e-3, 3e-3, 4e-3]}
+    stock = {"seconds_per_step": [1e-3, 2e-3, 2e-3], "seconds_per_prediction": 1.0}
+    content["timing"] = {name: {"stock": {**stock, "bytes_kept_for_backward": 240_000}}}
+    (network,) = read(write(tmp_path, content) / "results.json").networks
+    assert network.arms == ("none", "batchnorm")
+    assert network.timed == ("none", "batchnorm", "stock")
+    claim = next(_plain(claim) for claim in judge(network) if claim.key == "cost")
+    assert (
+        "With the framework's own layer a step takes 2.00 ms and keeps 0.240 MB: ours takes 2.0 times its "
+        "time and 0.70 times its memory." in claim.answer
+    )
+
+
 def test_cost_is_in_medians_of_pairs_and_says_when_the_machine_was_busy(tmp_path: Path) -> None:
     content = results(_arms(none={}, batchnorm={}))
     times = {"none": [1e-3, 2e-3, 1e-3], "batchnorm": [2e-3, 4e-3, 9e-2]}

@@ -28,161 +28,170 @@ class Threshold(float):
 HUGE_VARIANCE = Threshold(
     1e12,
     "huge-variance",
-    "running variance above: likely",
-    "values near 1e6: the input is more likely broken than that large",
+    "a running variance; above this: likely",
+    "the values would be near 1e6: the input is more likely broken than that large",
 )
 PRIOR_NOTE = Threshold(
     0.01,
     "prior",
-    "share of 0 and 1 in the running statistics, (1 − momentum)^updates, above: note",
-    "1 % of a variance moves outputs by 0.5 %, about what half precision rounds",
+    "the share of the initial 0 and 1 in the statistics, (1 − momentum)^updates; above this: note",
+    "1 % of a variance moves outputs by 0.5 %, about the rounding of half precision",
 )
 PRIOR_LIKELY = Threshold(
     0.1,
     "prior",
-    "the same, above: likely",
-    "with momentum 0.1 these are fewer than 22 updates: a variance of 0.1 reads 0.19",
+    "the same; above this: likely",
+    "with momentum 0.1 this means fewer than 22 updates; a variance of 0.1 then reads 0.19",
 )
 MOMENTUM_LIKELY = Threshold(
     0.5,
     "momentum",
-    "momentum in torch's convention, from: likely",
-    "statistics then average (2 − m) / m = 3 batches or fewer",
+    "momentum in torch's convention; from this on: likely",
+    "running statistics then average (2 − m) / m = 3 batches or fewer",
 )
 MOMENTUM_SERIOUS = Threshold(
     0.9,
     "momentum",
-    "the same, from, where batches were counted: serious",
-    "Keras's usual 0.9, 0.99 and 0.997 given to torch: 90 % of the statistics are the last batch's",
+    "the same, if batches were counted; from this on: serious",
+    "Keras's usual 0.9, 0.99 and 0.997 in torch: the last batch makes up 90 % of the statistics",
 )
 DEAD = Threshold(
     1e-3,
     "dead-channels",
-    "|weight| over the layer's median |weight|, below: dead",
-    "such a channel carries less than float16 keeps beside the others",
+    "|weight| of a channel over the layer's median |weight|; below this: dead",
+    "beside the others, such a channel is below the precision of float16",
 )
 DEAD_LIKELY = Threshold(
     0.5,
     "dead-channels",
-    "share of dead channels of a layer, from: likely",
-    "zeros in some channels are common in good networks; half of a layer is a loss of width",
+    "the share of dead channels in a layer; from this on: likely",
+    "many good networks have some dead channels; half of a layer is a loss of width",
 )
 DROPOUT_LIKELY = Threshold(
     0.2,
     "dropout-before",
-    "rate of a dropout right before a norm, from: likely",
-    "the standard deviation in evaluation is sqrt(1 − p) of that in training: 0.89 (Li et al. 2018)",
+    "the rate of a dropout right before a norm; from this on: likely",
+    "the standard deviation in evaluation is sqrt(1 − p) = 0.89 of that in training (Li et al. 2018)",
 )
 DECAY_LIKELY = Threshold(
     1e-3,
     "weight-decay",
-    "weight decay on weight or bias, above: likely",
-    "recipes of 5e-5 to 5e-4 work with and without it; AdamW's default is 1e-2",
+    "weight decay on weight or bias of a norm; above this: likely",
+    "training recipes with 5e-5 to 5e-4 work either way; AdamW's default is 1e-2",
 )
 GAP_LIKELY = Threshold(
     0.01,
     "gap",
-    "accuracy by population minus by running statistics, from: likely",
-    "one point is what this check is for",
+    "accuracy with population minus with running statistics; from this on: likely",
+    "a loss of one point is worth knowing",
 )
 GAP_SERIOUS = Threshold(
     0.05,
     "gap",
-    "the same, from: serious",
-    "no choice of statistics that are of this data and these weights differs by as much",
+    "the same; from this on: serious",
+    "statistics of this data and these weights never differ by as much",
 )
 GAP_Z = Threshold(
     2.0,
     "gap",
-    "standard errors of that difference over the same samples (McNemar), from: reported",
-    "below, as many samples may have changed either way by chance; serious takes 3",
+    "the same, in standard errors over the same samples (McNemar); from this on: reported",
+    "smaller differences may be chance; serious takes 3",
 )
 GAP_LOSS = Threshold(
     0.1,
     "gap",
-    "loss by running over by population statistics, minus 1, from: likely (no classes)",
-    "a loss varies by some per cent between samples of a data set of hundreds",
+    "without classes: loss with running over loss with population statistics, minus 1; from this on: likely",
+    "over some hundred samples, a loss varies by some per cent",
 )
 GAP_OUTPUT = Threshold(
     0.05,
     "gap",
-    "share of predictions that differ, or difference of outputs over their spread, from: note (no labels)",
-    "which of two outputs is right is not known without labels",
+    "without labels: the share of predictions that differ, or the difference of outputs over their spread; "
+    "from this on: note",
+    "without labels it is not known which of two outputs is right",
 )
 OFF_MEAN = Threshold(
     0.25,
     "statistics-off",
-    "distance of running and population mean, root mean square over channels, standard deviations, from: off",
-    "moving averages over training lag behind weights by about 0.1",
+    "distance of running and population mean, root mean square over channels, in standard deviations; from "
+    "this on: off",
+    "in training, moving averages lag behind the weights by about 0.1",
 )
 OFF_STD = Threshold(
     1.25,
     "statistics-off",
-    "ratio of standard deviations, typical over channels, from: off",
-    "the same: moving averages over training are within some per cent",
+    "ratio of running and population standard deviations, typical over channels; from this on: off",
+    "in training, moving averages are within some per cent",
 )
 NOISE = Threshold(
     0.25,
     "small-batches",
-    "noise of batch means, standard deviations, above: likely",
-    "16 independent values per channel; error rates rise from 8 images per batch on (Wu & He 2018, fig. 1)",
+    "noise of batch means, in standard deviations; above this: likely",
+    "that of 16 independent values per channel; error rates rise with 8 images per batch and fewer (Wu & He "
+    "2018, fig. 1)",
 )
 ORDERED_SIGMAS = Threshold(
     6.0,
     "ordered-batches",
-    "(F − 1) / sqrt(2 / (batches − 1)), F of batch means against means of samples, above: likely",
-    "F of shuffled batches is 1 with that standard deviation; 6 of them leave room for the largest of all "
-    "layers",
+    "(F − 1) / sqrt(2 / (batches − 1)), where F compares batch means with means of samples; above this: "
+    "likely",
+    "F of shuffled batches is 1 with that standard deviation; 6 of them leave room for the largest value of "
+    "many layers",
 )
 RANKS_LIKELY = Threshold(
     0.1,
     "different-ranks",
-    "distance of the running means of two processes, root mean square over channels, standard deviations (or "
-    "of their logs), from: likely; below: note",
+    "distance of the running means of two processes (or of the logarithms of their standard deviations), "
+    "root mean square over channels, in standard deviations; from this on: likely; below: note",
     "one update with momentum 0.1 from batches of 4 independent values leaves 0.07 between two processes",
 )
 FEWEST_BATCHES = Threshold(
     4,
     "small-batches, ordered-batches",
-    "batches, below: nothing is said",
+    "the number of batches; below this: no report",
     "a variance of three numbers is no estimate",
 )
 OFFSET_NOTE = Threshold(
     100.0,
     "offset",
-    "|mean| / standard deviation of a channel, above: note",
-    "2 of the 7 digits of float32 are gone before the layer computes",
+    "|mean| / standard deviation of a channel; above this: note",
+    "2 of the 7 digits of float32 are lost before the layer computes",
 )
 OFFSET_LIKELY = Threshold(
     1000.0,
     "offset",
-    "the same, above, in a stock layer: likely",
+    "the same, in a layer of torch's or Keras's; above this: likely",
     "torch's own layer is off by 1e-3 at 1e5, and by more in 16 bits",
 )
 HALF = Threshold(
     65504.0,
     "half-overflow",
-    "largest |value| that a norm receives, above half of it: note",
-    "the largest float16; above it a value is inf",
+    "the largest |value| that a norm receives; above half of this: note",
+    "it is the largest number of float16; a larger value is inf",
 )
 MIXING = Threshold(
     1e-3,
     "batch-mates, padding",
-    "change of a prediction over the spread of predictions, above: reported",
-    "other neighbours change the order of sums too: rounding is 1e-6 in float32, amplified in deep networks",
+    "the change of a prediction over the spread of predictions; above this: reported",
+    "rounding also changes with the neighbours, by 1e-6 in float32, and more in deep networks",
 )
 CALLS_LIKELY = Threshold(
     0.5,
     "repeated-calls",
-    "distance of the means that two calls of one norm receive, standard deviations, above: likely",
+    "distance of the means that two calls of one norm receive, in standard deviations; above this: likely",
     "one pair of running statistics then fits neither call",
 )
 
 ALL = tuple(value for value in list(globals().values()) if isinstance(value, Threshold))
 
 
+def _cell(text: str) -> str:
+    """Return the text for a cell of a table, where a bare | would begin another cell."""
+    return text.replace("|", r"\|")
+
+
 def markdown() -> str:
     """Return all thresholds as a table of the documentation."""
-    lines = ["| check | limit | of what | why |", "|---|---|---|---|"]
-    lines += [f"| `{t.check}` | {t:g} | {t.meaning} | {t.reason} |" for t in ALL]
+    lines = ["| check | limit | of what, and what follows | why this limit |", "|---|---|---|---|"]
+    lines += [f"| `{t.check}` | {t:g} | {_cell(t.meaning)} | {_cell(t.reason)} |" for t in ALL]
     return "\n".join(lines)

@@ -125,6 +125,11 @@ def parse_arm(name: str) -> Arm:
     )
 
 
+def timed_with(arms: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the arms to time: those that are trained, and the framework's layer beside ours."""
+    return (*arms, "stock") if "batchnorm" in arms and "stock" not in arms else arms
+
+
 def split_outside_brackets(text: str, separator: str) -> list[str]:
     """Returns the parts of a text between separators that stand in no brackets."""
     return [part.strip() for part in re.split(rf"{re.escape(separator)}(?![^()]*\))", text)]

@@ -164,10 +164,12 @@ class ArmTiming:
     Attributes:
         seconds_per_step: one median per block of training steps.
         seconds_per_prediction: of a batch of held-out examples.
+        bytes_kept_for_backward: from the forward of a step to its backward; NaN where it is not measured.
     """
 
     seconds_per_step: Sequence[float]
     seconds_per_prediction: float
+    bytes_kept_for_backward: Number = NAN
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from batchnorm.errors import OptionError, naming_the_extra
 from batchnorm.files import naming, write_whole
 
-from .arms import UNMASKED
+from .arms import UNMASKED, timed_with
 from .data import Dataset, load_data, source_named
 from .display import Display
 from .errors import StudyError, StudyInterrupted
@@ -216,7 +216,8 @@ class _Study:
         missing: list[TimingTask] = []
         before: dict[Setting, dict[str, object] | None] = {}
         for setting in options.settings():
-            task = TimingTask(setting, options.recipe(setting.data), options.arms_on(setting.data))
+            arms = timed_with(options.arms_on(setting.data))
+            task = TimingTask(setting, options.recipe(setting.data), arms)
             path, settings = self._timing_path(setting), self._settings_of(task)
             before[setting] = settings_at(path)
             if before[setting] == json_safe(settings):

@@ -25,7 +25,7 @@ from .options import StudyOptions, usable_cores
 from .records import NAN, ArmTiming, Epoch, Run, Timing
 from .settings import Setting, display_name, setting_names
 from .verdicts import Network, in_short, judge
-from .verdicts.results import Summary
+from .verdicts.results import Summary, with_timed
 
 _ON_A_CLUSTER = "a Dask cluster, whose workers train and time; machine and cores are the client's"
 _ALL_THREADS = "one per thread of the workers"
@@ -82,9 +82,10 @@ def verdict_on(name: str, runs: Sequence[Run], timing: Timing, metric: str) -> s
     """Returns what the runs of one setting say, in short, by the rules of the report."""
     arms = {
         arm: _at_best_rate([run for run in runs if run.arm == arm], timing.arms[arm], metric)
-        for arm in timing.arms
+        for arm in dict.fromkeys(run.arm for run in runs)
     }
     summaries = {arm: convert(json_safe(found), Summary, exact=False) for arm, found in arms.items()}
+    summaries = with_timed(summaries, timing.arms)
     verdict = in_short({claim.key: claim for claim in judge(Network(name, runs, summaries))})
     return with_metric(verdict, display_name(metric))
 

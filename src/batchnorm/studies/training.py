@@ -349,7 +349,13 @@ def time_steps(task: TimingTask, data: Dataset, make: MakeLearner) -> Timing:
     predictions = {
         name: _seconds(functools.partial(learner.predict, held_out)) for name, learner in learners.items()
     }
-    return Timing({name: ArmTiming(values, predictions[name]) for name, values in seconds.items()})
+    kept = {name: learner.bytes_kept(x, y) for name, learner in learners.items()}
+    return Timing(
+        {
+            name: ArmTiming(values, predictions[name], NAN if (size := kept[name]) is None else size)
+            for name, values in seconds.items()
+        }
+    )
 
 
 def _median_seconds(learner: Learner, x: Examples, y: Array, steps: int) -> float:

@@ -47,7 +47,7 @@ CLAIMS = (
             ),
             Part(
                 "lost",
-                "training accuracy of 10 layers less that of 60",
+                "training accuracy of 10 layers minus that of 60",
                 "shallow ones train: half of all counts",
                 (0.5, 1.0),
                 0.0,
@@ -92,7 +92,7 @@ CLAIMS = (
             ),
             Part(
                 "gain",
-                "held-out accuracy of 32 blocks: batchnorm less none",
+                "held-out accuracy of 32 blocks: batchnorm minus none",
                 "trainable against not: half of all counts",
                 (0.5, 1.0),
                 0.0,
@@ -101,7 +101,7 @@ CLAIMS = (
             ),
             Part(
                 "less than skipinit",
-                "held-out accuracy of 32 blocks: skipinit less batchnorm",
+                "held-out accuracy of 32 blocks: skipinit minus batchnorm",
                 "as well: within two points",
                 (-0.02, 0.02),
                 None,
@@ -154,7 +154,7 @@ CLAIMS = (
             ),
             Part(
                 "more than random weights",
-                "held-out accuracy: γ and β less as many random weights",
+                "held-out accuracy: γ and β minus as many random weights",
                 "more, without a number here: half a point counts",
                 (0.005, 1.0),
                 0.0,

@@ -28,7 +28,7 @@ CLAIMS = (
         parts=(
             Part(
                 "1,024 samples",
-                "held-out error by statistics of 1,024 training samples, less by all 2,500",
+                "held-out error by statistics of 1,024 training samples minus by all 2,500",
                 "as good: within half a point",
                 (-0.005, 0.005),
                 None,
@@ -37,7 +37,7 @@ CLAIMS = (
             ),
             Part(
                 "early",
-                "held-out error in the first 3 epochs: running less of 1,024 samples",
+                "held-out error in the first 3 epochs: running minus of 1,024 samples",
                 "erratic: a point counts",
                 (0.01, 1.0),
                 0.0,
@@ -46,7 +46,7 @@ CLAIMS = (
             ),
             Part(
                 "few samples",
-                "held-out error by statistics of 8 samples, less by all",
+                "held-out error by statistics of 8 samples minus by all",
                 "worse: half a point counts",
                 (0.005, 1.0),
                 0.0,
@@ -83,7 +83,7 @@ CLAIMS = (
         parts=(
             Part(
                 "batches of 2",
-                "held-out error by population statistics: batches of 2 less the best size",
+                "held-out error by population statistics: batches of 2 minus the best size",
                 "worse, without a number here: half a point counts",
                 (0.005, 1.0),
                 0.0,
@@ -92,7 +92,7 @@ CLAIMS = (
             ),
             Part(
                 "gain by freezing",
-                "held-out error with batches of 2: to the end less frozen late",
+                "held-out error with batches of 2: to the end minus frozen late",
                 "better, without a number here: half a point counts",
                 (0.005, 1.0),
                 0.0,
@@ -129,7 +129,7 @@ CLAIMS = (
         parts=(
             Part(
                 "leak",
-                "train–test gap, groups ordered less shuffled",
+                "train–test gap, groups ordered minus shuffled",
                 "a gap: five points count",
                 (0.05, 1.0),
                 0.0,
@@ -138,7 +138,7 @@ CLAIMS = (
             ),
             Part(
                 "lost",
-                "held-out accuracy: groups shuffled less ordered",
+                "held-out accuracy: groups shuffled minus ordered",
                 "lower: half a point counts",
                 (0.005, 1.0),
                 0.0,
@@ -147,7 +147,7 @@ CLAIMS = (
             ),
             Part(
                 "left by the whole batch",
-                "held-out accuracy: groups shuffled less ordered ones with statistics of the whole batch",
+                "held-out accuracy: groups shuffled minus ordered ones with statistics of the whole batch",
                 "mended: within two points",
                 (-0.02, 0.02),
                 None,
@@ -264,7 +264,7 @@ CLAIMS = (
             ),
             Part(
                 "lost",
-                "held-out accuracy: dropout behind all norms less before them",
+                "held-out accuracy: dropout behind all norms minus before them",
                 "better, without a number here: half a point counts",
                 (0.005, 1.0),
                 0.0,
@@ -312,7 +312,7 @@ CLAIMS = (
             ),
             Part(
                 "languages: moved",
-                "the same: text",
+                "mean total variation of predictions by padding, without the mask: text",
                 "they move, without a number: 0.01 counts",
                 (0.01, 1.0),
                 0.0,
@@ -321,7 +321,7 @@ CLAIMS = (
             ),
             Part(
                 "vowels: moved by padding, masked",
-                "the same with the mask: speech",
+                "mean total variation of predictions by padding, with the mask: speech",
                 "they do not move",
                 (-1e-4, 1e-4),
                 None,
@@ -330,7 +330,7 @@ CLAIMS = (
             ),
             Part(
                 "languages: moved by padding, masked",
-                "the same with the mask: text",
+                "mean total variation of predictions by padding, with the mask: text",
                 "they do not move",
                 (-1e-4, 1e-4),
                 None,
@@ -339,7 +339,7 @@ CLAIMS = (
             ),
             Part(
                 "vowels: gain",
-                "held-out accuracy with the mask, less without: speech",
+                "held-out accuracy with the mask minus without: speech",
                 "gains, without a number: half a point counts",
                 (0.005, 1.0),
                 0.0,
@@ -348,7 +348,7 @@ CLAIMS = (
             ),
             Part(
                 "languages: gain",
-                "the same: text",
+                "held-out accuracy with the mask minus without: text",
                 "gains, without a number: half a point counts",
                 (0.005, 1.0),
                 0.0,

@@ -175,14 +175,14 @@ def _reach(comparisons: Sequence[Comparison]) -> tuple[float, float]:
 
 
 def cost(key: str, network: Network) -> Picture | None:
-    """Seconds and bytes of a training step, for each arm."""
+    """Seconds and bytes of a training step, for each arm, and with the framework's own layer."""
     kinds = (
         ("time per step, ms", "seconds_per_step", 1e-3, q.duration),
         ("memory kept, MB", "bytes_kept_for_backward", 1e6, q.megabytes),
     )
     columns = []
     for name, metric, unit, show in kinds:
-        samples = {arm: getattr(network.summary(arm), metric) for arm in network.arms}
+        samples = {arm: getattr(network.summary(arm), metric) for arm in network.timed}
         rows = [Row(arm, measured, show(measured.median)) for arm, measured in samples.items()]
         if any(row.sample.median > 0 for row in rows):
             columns.append((name, unit, rows))
@@ -214,7 +214,7 @@ def cost(key: str, network: Network) -> Picture | None:
             for row in rows
         ],
     )
-    height = _height(len(network.arms)) + 0.1
+    height = _height(len(network.timed)) + 0.1
     return draw(key, "Cost of a training step", alt, height, paint, values=values)
 
 

@@ -79,6 +79,8 @@
       const isClear = curves.length < 9 && !(data.geometric && data.band === "std");
       if (isClear) bands.push({ series: [3 * i + 3, 3 * i + 2], fill: `${color(curve.color)}26` });
     });
+    const whole = !data.logX && table[0].every(Number.isInteger) ? [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5] : null;
+    const name = (value) => (value === null ? "" : number(value));
     const plot = new uPlot({
       width: box.clientWidth, height: figure.panels.length > 1 ? 210 : 280, legend: { show: false }, series, bands,
       cursor: { points: { size: 8 }, drag: { x: true, y: false } },
@@ -87,7 +89,7 @@
         y: log ? { distr: 3, range: [round(low), round(high, true)] } : { range: uPlot.rangeNum(low, high, 0.1, true) },
       },
       axes: [
-        axis({ label: data.x, size: 30, values: (_, ticks) => ticks.map((value) => (value === null ? "" : number(value))) }),
+        axis({ label: data.x, size: 30, values: (_, ticks) => ticks.map(name), ...(whole && { incrs: whole }) }),
         axis({ size: 62, values: (_, ticks) => ticks.map((value) => (value === null ? "" : shown(data, value))) }),
       ],
       hooks: { setCursor: [(moved) => hover(figure, moved, names)] },
@@ -164,6 +166,7 @@
         if (isEach) dots.push([target, of[0]]);
       }
     }
+    return marks.length;
   };
   const choose = (set, value) => {
     if (set && !set.delete(value)) set.add(value);
@@ -214,13 +217,19 @@
   // The page.
   const prepare = (element) => {
     const data = JSON.parse(element.querySelector("script").textContent), svg = element.querySelector("svg.plot");
-    const colors = new Map(data.curves.map((curve) => [seriesOf(data, curve), data.labels[data.panel] === "arm" ? "ink" : curve.color]));
+    const colors = new Map(), dashes = new Map();
+    for (const curve of data.curves) {
+      colors.set(seriesOf(data, curve), data.labels[data.panel] === "arm" ? "ink" : curve.color);
+      const line = { 1: "dotted", 4: "dashed", 6: "double" }[curve.dash?.[0]] ?? "solid";
+      dashes.set(seriesOf(data, curve), data.x === null ? "" : line);
+    }
     const figure = { element, data, svg, colors, log: data.logY, plots: [], marks: [], dots: [], name: element.id };
     figure.panels = [...new Set(data.curves.map((curve) => panelOf(data, curve)))];
     figure.legend = make("div", { className: "legend" });
     for (const [name, of] of colors) {
       const one = button(name, "Show or hide it in every picture", () => choose(hidden.series, name), true);
       one.style.setProperty("--of", `var(--${of})`);
+      one.className = dashes.get(name);
       one.addEventListener("pointerenter", () => light(name));
       one.addEventListener("pointerleave", () => light(null));
       figure.legend.append(one);
@@ -242,7 +251,7 @@
     element.querySelector("figcaption").append(buttons);
     element.querySelector("figcaption").after(figure.legend);
     figures.push(figure);
-    if (data.x === null) return wake(figure);
+    if (data.x === null) return wake(figure) || figure.legend.remove();
     figure.chart = make("div", { className: "chart" });
     svg.before(figure.chart);
     element.classList.add("alive");
@@ -260,7 +269,7 @@
       one.setAttribute("aria-pressed", !hidden.seeds.has(seed));
     }, true));
     const note = "Curves follow the choice; verdicts, tables and marks of means are of all seeds.";
-    document.querySelector("header").append(make("div", { className: "seeds" }, "Seeds ", ...each, make("span", { textContent: note })));
+    document.querySelector("header").after(make("div", { className: "seeds" }, "Seeds ", ...each, make("span", { textContent: note })));
   };
   const sortable = (table) => {
     const headings = [...table.tHead.rows[0].cells], body = table.tBodies[0];

@@ -59,7 +59,7 @@ def gradients(_: Network, ours: Runs, theirs: Runs) -> Claim | None:
         label="Keeps gradients alive",
         question="Does it keep gradients alive in a deep network?",
         grade=comparison.grade,
-        figure=f"first/last {q.times(with_it)}, without {q.times(without)}",
+        figure=f"first over last layer: {q.times(with_it)} with it, {q.times(without)} without",
         phrase=comparison.leans(
             "keeps gradients alive", "makes gradients less even", "leaves gradients about as even"
         ),
@@ -118,7 +118,7 @@ def drift(network: Network, ours: Runs, theirs: Runs) -> Claim | None:
         label="Steadies layer inputs",
         question="Do the inputs of layers move less?",
         grade=comparison.grade,
-        figure=f"{q.times(samples[0].mean)} std, without {q.times(samples[1].mean)}",
+        figure=f"inputs move {q.times(samples[0].mean)} std with it, {q.times(samples[1].mean)} without",
         phrase=comparison.leans(
             "steadies the inputs of layers",
             "lets the inputs of layers move more",

@@ -12,7 +12,7 @@ from statistics import median
 from batchnorm.errors import DataError, FileError
 from batchnorm.studies.arms import split_outside_brackets
 from batchnorm.studies.json_files import MOST_OF_A_STUDY, convert, read_json
-from batchnorm.studies.records import NAN, Number, Run
+from batchnorm.studies.records import NAN, ArmTiming, Number, Run
 from batchnorm.studies.settings import Setting
 
 KINDS_OF_TEST_STATISTICS = ("batch", "running", "calibrated")
@@ -20,6 +20,8 @@ KINDS_OF_TEST_STATISTICS = ("batch", "running", "calibrated")
 # The arm that the claims are about, and the one that it is held against.
 SUBJECT = "batchnorm"
 BASELINE = "none"
+# The framework's own layer, which is timed beside the subject even where it is not trained.
+STOCK = "stock"
 # The subject without the mask of padding.
 UNMASKED = "batchnorm:unmasked"
 
@@ -87,6 +89,12 @@ class Network:
     def arms(self) -> tuple[str, ...]:
         """Arms in the order in which they were run."""
         return tuple(dict.fromkeys(run.arm for run in self.runs))
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """The arms whose step was timed: those of the runs, and the framework's own layer."""
+        is_alone = STOCK in self.summaries and STOCK not in self.arms
+        return (*self.arms, STOCK) if is_alone else self.arms
 
     @property
     def pair(self) -> tuple[Runs, Runs] | None:
@@ -159,6 +167,19 @@ class _Results:
     networks: Mapping[str, Mapping[str, Summary]] = field(default_factory=dict)
     settings: Mapping[str, Setting] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
+    timing: Mapping[str, Mapping[str, ArmTiming]] = field(default_factory=dict)
+
+
+def with_timed(summaries: Mapping[str, Summary], timing: Mapping[str, ArmTiming]) -> dict[str, Summary]:
+    """Returns the summaries, and of each arm that was timed and not trained the cost of its step."""
+    timed = {
+        arm: Summary(
+            seconds_per_step=Sample(found.seconds_per_step),
+            bytes_kept_for_backward=Sample((found.bytes_kept_for_backward,)),
+        )
+        for arm, found in timing.items()
+    }
+    return {**timed, **summaries}
 
 
 def read(path: Path) -> Study:
@@ -188,5 +209,9 @@ def read(path: Path) -> Study:
     runs: dict[str, list[Run]] = {name: [] for name in results.networks}
     for run in results.runs:
         runs.setdefault(names.get(run.setting, run.network), []).append(run)
-    networks = [Network(name, own, results.networks.get(name, {})) for name, own in runs.items() if own]
+    networks = [
+        Network(name, own, with_timed(results.networks.get(name, {}), results.timing.get(name, {})))
+        for name, own in runs.items()
+        if own
+    ]
     return Study(networks, results.provenance)

@@ -6,7 +6,18 @@ import math
 from collections.abc import Sequence
 
 from . import formatting as q
-from .results import BASELINE, KINDS_OF_TEST_STATISTICS, SUBJECT, UNMASKED, Network, Runs, Sample, sample
+from .results import (
+    BASELINE,
+    KINDS_OF_TEST_STATISTICS,
+    STOCK,
+    SUBJECT,
+    UNMASKED,
+    Network,
+    Runs,
+    Sample,
+    Summary,
+    sample,
+)
 from .significance import MINIMAL_ACCURACY, Claim, Comparison, Grade
 from .training import accuracy_against, reached
 
@@ -141,6 +152,7 @@ def cost(network: Network, *pair: Runs) -> Claim | None:
         factors.append(f"{factor}× the memory")
     if not sentences:
         return None
+    sentences += _beside_stock(ours, network.summary(STOCK))
     if not any(sample.finite for sample in kept):
         sentences.append("What it keeps for the backward pass was not measured.")
     return Claim(
@@ -153,6 +165,19 @@ def cost(network: Network, *pair: Runs) -> Claim | None:
         answer=" ".join(sentences),
         details=(*_time_to_target(network, pair, time), *_disturbance(time)),
     )
+
+
+def _beside_stock(ours: Summary, stock: Summary) -> list[str]:
+    """Tells the same with the framework's own layer, where it was timed."""
+    time, kept = stock.seconds_per_step, stock.bytes_kept_for_backward
+    if not time.median > 0:
+        return []
+    told = f"takes {q.duration(time.median)}"
+    factors = f"{q.times(time_ratio(ours.seconds_per_step, time))} times its time"
+    if kept.mean > 0 and ours.bytes_kept_for_backward.mean > 0:
+        told += f" and keeps {q.megabytes(kept.mean)}"
+        factors += f" and {q.times(ours.bytes_kept_for_backward.mean / kept.mean)} times its memory"
+    return [f"With the framework's own layer a step {told}: ours takes {factors}."]
 
 
 def time_ratio(ours: Sample, theirs: Sample) -> float:

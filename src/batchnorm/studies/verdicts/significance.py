@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -121,6 +121,24 @@ def compare(ours: Runs, theirs: Runs, measure: Callable[[Run], float], *, minima
     pairs = [(measure(ours[seed]), measure(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
     differences = tuple(a - b for a, b in pairs if math.isfinite(a) and math.isfinite(b))
     return Comparison(differences, minimal)
+
+
+def compare_in_blocks(
+    blocks: Sequence[tuple[Runs, Runs]], measure: Callable[[Run], float], *, minimal: float
+) -> Comparison:
+    """Compares two arms within blocks, such as learning rates: of each seed, the mean difference over blocks.
+
+    What differs between blocks falls out of the differences, and a seed counts once, however many blocks
+    there are. Seeds that are not in every block are left out.
+    """
+    found: dict[int, list[float]] = {}
+    for ours, theirs in blocks:
+        for seed in ours.keys() & theirs.keys():
+            difference = measure(ours[seed]) - measure(theirs[seed])
+            if math.isfinite(difference):
+                found.setdefault(seed, []).append(difference)
+    whole = [of for _, of in sorted(found.items()) if len(of) == len(blocks)]
+    return Comparison(tuple(sum(of) / len(of) for of in whole), minimal)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from batchnorm.studies.records import NAN, Run
 
 from . import formatting as q
 from .results import BASELINE, SUBJECT, Network, Runs, Sample, is_normalized, sample
-from .significance import MINIMAL_ACCURACY, MINIMAL_LOG_STEPS, WORKS_WITHIN, Claim, Comparison, Grade, compare
+from .significance import (
+    MINIMAL_ACCURACY,
+    MINIMAL_LOG_STEPS,
+    WORKS_WITHIN,
+    Claim,
+    Comparison,
+    Grade,
+    compare,
+    compare_in_blocks,
+)
 
 _WORDS = {
     "none": "no normalization",
@@ -32,14 +41,23 @@ def faster(network: Network, ours: Runs, theirs: Runs) -> Claim | None:
         f"{_steps(network, ours)}; without it the network does so {_steps(network, theirs)} "
         f"(best rate {_rate(theirs)}). {_ratio_in_words(comparison, ours, theirs)}."
     )
-    details = []
+    details, blocks = [], []
     for rate in network.rates:
         with_it, without = network.at(SUBJECT, rate), network.at(BASELINE, rate)
         at_rate = _compare_steps(network, with_it, without)
         if at_rate.n and (reached(with_it) or reached(without)):
+            blocks.append((with_it, without))
             word = at_rate.leans("faster with it", "slower with it", "no clear difference")
             each = f"{_steps(network, with_it)} with it, {_steps(network, without)} without"
             details.append(f"Both at rate {q.rate(rate)}: {each}: {word}.")
+    if len(blocks) > 1:
+        in_blocks = compare_in_blocks(blocks, _minus_log_steps(network), minimal=MINIMAL_LOG_STEPS)
+        if in_blocks.n:
+            rates = f"At equal rates, averaged over the {len(blocks)} at which either gets there"
+            facing = in_blocks.facing
+            told = f"{_factor(facing.mean)} times {_more(in_blocks)} steps ({facing.basis(_factor)})"
+            word = in_blocks.leans("faster with it", "slower with it", "no clear difference")
+            details.append(f"{rates}: {told}: {word}.")
     return Claim(
         key="speed",
         label="Trains faster",
@@ -58,12 +76,16 @@ def reached(runs: Runs) -> int:
 
 
 def _compare_steps(network: Network, ours: Runs, theirs: Runs) -> Comparison:
-    def minus_log_steps(run: Run) -> float:
+    return compare(ours, theirs, _minus_log_steps(network), minimal=MINIMAL_LOG_STEPS)
+
+
+def _minus_log_steps(network: Network) -> Callable[[Run], float]:
+    def measure(run: Run) -> float:
         # A run that never reached the target counts with its full length, which is less than it needs.
         steps = run.steps_to_target if math.isfinite(run.steps_to_target) else network.length
         return -math.log(steps) if steps > 0 else NAN
 
-    return compare(ours, theirs, minus_log_steps, minimal=MINIMAL_LOG_STEPS)
+    return measure
 
 
 def _steps(network: Network, runs: Runs) -> str:
