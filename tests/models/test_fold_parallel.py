@@ -229,6 +229,16 @@ def test_inspect_says_which_convolution_a_branch_becomes_part_of() -> None:
     assert convolutions(folded(model, x, x)) == 1
 
 
+@pytest.mark.parametrize("join", [total, in_place])
+def test_the_zeros_of_a_branch_are_one_number_unless_the_sum_is_written_over_them(join: Any) -> None:
+    """Which reads and writes no memory of an image's size."""
+    model = ready(Parallel([C(4, 6, 1), C(4, 6, 3, padding=1)], join))
+    x = torch.randn(SIZES[2], dtype=torch.float64)
+    zeros = folded(model, x, x).branches[0][0](x)
+    assert zeros.shape == (2, 6, 9, 8)
+    assert (zeros.untyped_storage().nbytes() == zeros.element_size()) == (join is total)
+
+
 def test_without_an_example_they_stay_apart() -> None:
     model = ready(Parallel([C(4, 6, 3, padding=1), C(4, 6, 1)], total))
     x = torch.randn(SIZES[2], dtype=torch.float64)
