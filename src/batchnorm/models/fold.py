@@ -83,7 +83,8 @@ def fold(model: nn.Module, example: object = None) -> nn.Module:
 
     Raises:
         OptionError: (a ValueError) a scripted or compiled model, one that is not initialized or cannot be
-            copied, or an example on which nothing can be compared.
+            copied, an example on which nothing can be compared; by name, a layer with a parametrized weight,
+            in a domain that has its own.
         AgreementError: (an ArithmeticError) the outputs on the example differ by more than rounding, or a
             weight would be too large for its dtype.
 
