@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.optim.swa_utils import update_bn
 import batchnorm
 from batchnorm.statistics.calibration import CalibrationReport, LayerChange
 from batchnorm.studies.data import load_digits
-from batchnorm.studies.plots import calibration
+from batchnorm.studies.plots import calibration, canvas
 
 from . import networks
 from .interleaved import clocked, interleave, medians, ratio
@@ -24,7 +23,6 @@ from .progress import progress
 from .resident import resident_bytes
 from .tables import Row, Rows, table_of, with_quartiles
 
-PICTURE = Path(__file__).parent.parent / "docs" / "calibration.svg"
 ROUNDS, QUICK_ROUNDS = 9, 2
 SPILL = 10**10  # bytes
 LAYERWISE_ROUNDS, LAYERWISE_BATCHES = 3, 2  # one takes as long as tens of forwards
@@ -218,6 +216,6 @@ def report_table(rows: Rows) -> str:
     return f"```\n{report_of(rows)}\n```"
 
 
-def draw(rows: Rows, path: Path = PICTURE) -> None:
+def picture(rows: Rows) -> canvas.Picture:
     """Draw the picture of rows of `digits`."""
-    calibration.draw(report_of(rows), path)
+    return calibration.picture("calibration", report_of(rows))

@@ -8,7 +8,6 @@ network is used. It is trained on small batches of one class each; then on batch
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -25,7 +24,6 @@ from .tables import Row, Rows, table_of
 
 IN_TRAINING, IN_USE = 40, 120  # columns
 EPOCHS, QUICK_EPOCHS = 6, 3
-PICTURE = Path(__file__).parent.parent / "docs" / "doctor.svg"
 
 
 class Digits(nn.Module):
@@ -108,7 +106,7 @@ def case_table(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path = PICTURE) -> None:
+def picture(rows: Rows) -> canvas.Picture:
     """Draw a line per step: accuracy in use, and on the training samples by two statistics."""
     columns = (
         ("in use", canvas.SUBJECT_COLOR, "o", [row["accuracy"] for row in rows]),
@@ -139,7 +137,7 @@ def draw(rows: Rows, path: Path = PICTURE) -> None:
         for row in rows
     )
     title = "Accuracy after each mend, and what the doctor finds"
-    canvas.save(canvas.draw("doctor", title, told, 1.1 + 0.62 * len(rows), paint, width=6.3), path)
+    return canvas.draw("doctor", title, told, 1.1 + 0.62 * len(rows), paint, width=6.3)
 
 
 def _scores(rows: Rows, name: str) -> list[float]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .fresh_process import json_of
 from .interleaved import clocked, interleave, medians, ratio
-from .tables import Row, Rows
+from .tables import Row, Rows, table_of, with_quartiles
 
 BACKENDS = ("tensorflow", "jax", "torch")
 ROUNDS, QUICK_ROUNDS = 15, 2
@@ -32,6 +32,24 @@ def step_times(quick: bool = False) -> Rows:
 def accuracies(quick: bool = False) -> Rows:
     """Return one row per backend, layer and offset: |y - float64| / (1 + max |float64|), in training."""
     return _on_each_backend("accuracy", quick)
+
+
+def step_table(rows: Rows) -> str:
+    """Milliseconds of a training step, and ours as a multiple of stock's with the quartiles."""
+
+    def shown(rival: Row) -> str:
+        return with_quartiles({"median": rival["over_stock"], "quartiles": rival["over_stock_quartiles"]})
+
+    return table_of(
+        {
+            "backend": row["backend"],
+            "stack": row["stack"],
+            "stock, ms": f"{row['stock']['seconds'] * 1e3:.1f}",
+            "ours ÷ stock": shown(row["ours"]),
+            "ours with activation= ÷ stock": shown(row["fused"]),
+        }
+        for row in rows
+    )
 
 
 def _on_each_backend(what: str, quick: bool) -> Rows:

@@ -45,6 +45,27 @@ def _key(row: Row) -> tuple[str, str]:
     return row["operation"], row["dtype"]
 
 
+def losses_table(rows: Rows) -> str:
+    """Cases in which ours is slower than stock by the median, the worst first."""
+    ratios = ((row["ratios"]["stock / ours"], row) for row in rows)
+    slower = sorted(((ratio, row) for ratio, row in ratios if ratio["median"] < 1), key=_by_median)
+    return table_of(
+        {
+            "": operation(row),
+            "shape": str(tuple(row["shape"])),
+            "layout": row["layout"],
+            "stock, ms": f"{row['rivals']['stock']['seconds'] * 1e3:.3g}",
+            "ours, ms": f"{row['rivals']['ours']['seconds'] * 1e3:.3g}",
+            "stock ÷ ours": with_quartiles(ratio),
+        }
+        for ratio, row in slower
+    )
+
+
+def _by_median(pair: tuple[Row, Row]) -> float:
+    return float(pair[0]["median"])
+
+
 def layer_table(rows: Rows) -> str:
     """One row per case; a column for each rival that any case has."""
     rivals = list(dict.fromkeys(name for row in rows for name in row["ratios"]))

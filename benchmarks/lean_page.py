@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from batchnorm.studies.plots import canvas
+
 from . import goals
-from .pictures import save
 from .tables import Rows, table, table_of, with_quartiles
 
-PICTURE = Path(__file__).parent.parent / "docs" / "lean.svg"
-_SHOWN = {  # variant -> its name, colour
-    "stock": ("stock", "#9aa5b1"),
-    "ours": ("ours", "#1d4ed8"),
-    "lean": ("ours, lean", "#c2410c"),
-    "selective": ("stock, selective checkpointing", "#94d2bd"),
-    "checkpoint": ("stock, checkpointed blocks", "#0f766e"),
+_SHOWN = {  # variant -> its name, the colour of its dot, how it is filled
+    "ours": ("ours", canvas.SUBJECT_COLOR, "none"),
+    "lean": ("ours, lean", canvas.SUBJECT_COLOR, "full"),
+    "selective": ("stock, selective checkpointing", canvas.OTHER_COLOR, "none"),
+    "checkpoint": ("stock, checkpointed blocks", canvas.OTHER_COLOR, "full"),
 }
 _RATIOS = ("lean / ours", "lean / stock", "selective / stock", "checkpoint / stock")
 
@@ -29,7 +25,6 @@ def lean_table(rows: Rows) -> str:
         | {
             f"{name} ÷ stock": f"{row['bytes_held'][name] / row['bytes_held']['stock']:.2f}"
             for name in _SHOWN
-            if name != "stock"
         }
         | {
             "tensors alone, lean ÷ stock": (
@@ -53,34 +48,34 @@ def goals_table(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path = PICTURE) -> None:
+def picture(rows: Rows) -> canvas.Picture:
     """Draw bytes held and seconds of a step, each as a multiple of stock's, side by side."""
-    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
-    memory, time = figure.subplots(1, 2, sharey=True)
-    _bars(memory, rows, "bytes_held", "held for the backward, ÷ stock")
-    _bars(time, rows, "seconds", "time of a training step, ÷ stock")
-    memory.set_yticks(range(len(rows)), [row["network"] for row in rows])
-    memory.invert_yaxis()
-    handles, labels = memory.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=len(_SHOWN))
-    save(figure, path)
+    panels = {"bytes_held": "memory kept for the backward", "seconds": "time of a training step"}
 
+    def paint(figure: Figure) -> None:
+        both = figure.subplots(1, len(panels), sharey=True)
+        for axes, (what, name) in zip(both, panels.items(), strict=True):
+            lines = []
+            for variant, (label, color, fill) in _SHOWN.items():
+                found = [row[what][variant] / row[what]["stock"] for row in rows]
+                look = {"color": color, "fillstyle": fill, "markersize": 5, "label": label}
+                lines += axes.plot(found, range(len(rows)), "o", clip_on=False, **look)
+            axes.axvline(1, color=canvas.BASELINE_COLOR, linewidth=1)
+            axes.set_xlim(left=0)
+            axes.set_xlabel("÷ stock", loc="right")
+            axes.set_title(name, weight="bold")
+        both[0].set_yticks(range(len(rows)), [row["network"] for row in rows])
+        both[0].invert_yaxis()
+        canvas.legend(figure, lines, 2, 1.0)
 
-def _bars(axes: Axes, rows: Rows, what: str, label: str) -> None:
-    height = 0.8 / (len(_SHOWN) - 1)
-    variants = [name for name in _SHOWN if name != "stock"]
-    for place, name in enumerate(variants):
-        shown, colour = _SHOWN[name]
-        axes.barh(
-            [number + (place - (len(variants) - 1) / 2) * height for number in range(len(rows))],
-            [row[what][name] / row[what]["stock"] for row in rows],
-            height,
-            color=colour,
-            label=shown,
+    told = "; ".join(
+        f"{row['network']}: "
+        + ", ".join(
+            f"{label} {row['bytes_held'][name] / row['bytes_held']['stock']:.2f} of the memory"
+            f" and {row['seconds'][name] / row['seconds']['stock']:.2f} of the time"
+            for name, (label, *_) in _SHOWN.items()
         )
-    axes.axvline(1, color=_SHOWN["stock"][1], linewidth=1.2, label="stock")
-    axes.set_xlabel(label)
-    axes.set_xlim(left=0)
-    axes.grid(visible=True, axis="x", color="#e5e7eb", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+        for row in rows
+    )
+    title = "lean: memory and time, as multiples of stock's"
+    return canvas.draw("lean", title, f"{told}.", 1.2 + 0.24 * len(rows), paint, width=6.3)

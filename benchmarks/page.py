@@ -9,10 +9,10 @@ from pathlib import Path
 from .device import page as device
 from .lazily import function
 from .results_file import FOLDER, load
-from .tables import Row, Rows, table_of, with_quartiles
 
 ROOT = Path(__file__).parent.parent
 _DOCS = (
+    "accuracy",
     "benchmarks",
     "calibrate",
     "claims",
@@ -28,85 +28,14 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _DOCS))
 GPU_PAGE = ROOT / "docs" / "gpu.md"
 
 
-def accuracy_table(rows: Rows) -> str:
-    """Largest error against float64, per layer, layout and mean/std."""
-    return table_of(
-        {"mean/std": f"{row['mean_over_std']:g}", "layout": row["layout"], "layer": row["layer"]}
-        | {name: f"{row[name]:.1e}" for name in ("y", "dx", "dweight", "dbias")}
-        for row in rows
-    )
-
-
-def accuracy_summary(rows: Rows) -> str:
-    """Largest error of y, torch's and ours, per mean/std and layout."""
-    return _errors_of_y(rows, "layout")
-
-
-def keras_accuracy_table(rows: Rows) -> str:
-    """Largest error of y in training, Keras's layer and ours, per backend."""
-    return _errors_of_y(rows, "backend")
-
-
-def _errors_of_y(rows: Rows, field: str) -> str:
-    """Return a line per mean/std, and a column per value of the field and layer."""
-    found: dict[float, dict[str, str]] = {}
-    for row in sorted(rows, key=lambda row: [*dict.fromkeys(one[field] for one in rows)].index(row[field])):
-        cells = found.setdefault(row["mean_over_std"], {"mean/std": f"{row['mean_over_std']:g}"})
-        cells[f"{row['layer']}, {row[field]}"] = f"{row['y']:.0e}"
-    return table_of(found.values())
-
-
-def keras_step_table(rows: Rows) -> str:
-    """Milliseconds of a training step, and ours as a multiple of stock's with the quartiles."""
-
-    def shown(rival: Row) -> str:
-        return with_quartiles({"median": rival["over_stock"], "quartiles": rival["over_stock_quartiles"]})
-
-    return table_of(
-        {
-            "backend": row["backend"],
-            "stack": row["stack"],
-            "stock, ms": f"{row['stock']['seconds'] * 1e3:.1f}",
-            "ours ÷ stock": shown(row["ours"]),
-            "ours with activation= ÷ stock": shown(row["fused"]),
-        }
-        for row in rows
-    )
-
-
-def study_table(rows: Rows) -> str:
-    """Every network and arm at its best learning rate."""
-    return table_of(map(_study_row, rows))
-
-
-def study_summary(rows: Rows) -> str:
-    """The same, for the arms with nothing and with batch normalization."""
-    return study_table([row for row in rows if row["arm"] in ("none", "batchnorm")])
-
-
-def _study_row(row: Row) -> dict[str, str]:
-    accuracy, steps = row["test_accuracy"], row["steps_to_target"]
-    found = (
-        "diverged" if accuracy["mean"] is None else f"{accuracy['mean']:.1%} ± {100 * accuracy['std']:.1f}"
-    )
-    return {
-        "network": row["network"],
-        "arm": row["arm"],
-        "best rate": f"{row['best_learning_rate']:g}",
-        "held-out accuracy": found,
-        "steps to target": f"{steps['mean']:.0f} ± {steps['std']:.0f}" if steps["reached"] else "not reached",
-        "ms per step": f"{row['seconds_per_step']['median'] * 1e3:.2f}",
-        "kept, kB": f"{row['bytes_kept_for_backward']['mean'] / 1e3:.0f}",
-    }
-
-
 # Marker -> the result file, and the function that shows it: imported when it is asked for, as some need more
-# than a machine with a GPU has.
+# than a machine with a GPU has. The block `headline` takes several files.
 BLOCKS: dict[str, tuple[str, str]] = {
-    "accuracy": ("accuracy-cpu", "page.accuracy_table"),
-    "accuracy-summary": ("accuracy-cpu", "page.accuracy_summary"),
+    "accuracy": ("accuracy-cpu", "accuracy_page.accuracy_table"),
+    "accuracy-summary": ("accuracy-cpu", "accuracy_page.accuracy_summary"),
     "layer-goals": ("layer-time-cpu", "layer_page.goals_table"),
     "layer-row-goals": ("layer-time-cpu", "layer_page.row_goals_table"),
+    "losses": ("layer-time-cpu", "layer_page.losses_table"),
     "layer-time": ("layer-time-cpu", "layer_page.main_table"),
     "layer-time-others": ("layer-time-cpu", "layer_page.other_table"),
     "reuse-goals": ("layer-time-reuse-memory-cpu", "layer_page.reuse_goals_table"),
@@ -120,8 +49,8 @@ BLOCKS: dict[str, tuple[str, str]] = {
     "first-call-goals": ("first-call-cpu", "first_call.goals_table"),
     "lean": ("lean-cpu", "lean_page.lean_table"),
     "lean-goals": ("lean-cpu", "lean_page.goals_table"),
-    "accuracy-keras": ("accuracy-keras-cpu", "page.keras_accuracy_table"),
-    "step-time-keras": ("step-time-keras-cpu", "page.keras_step_table"),
+    "accuracy-keras": ("accuracy-keras-cpu", "accuracy_page.keras_accuracy_table"),
+    "step-time-keras": ("step-time-keras-cpu", "keras_layer.step_table"),
     "calibrate": ("calibrate-cpu", "calibrate.time_table"),
     "calibrate-memory": ("calibrate-cpu", "calibrate.memory_table"),
     "doctor-case": ("doctor-case", "doctor_case.case_table"),
@@ -142,8 +71,8 @@ BLOCKS: dict[str, tuple[str, str]] = {
     "claims-rule": ("claims-cpu", "claims.rule"),
     "claims-parts": ("claims-cpu", "claims.claims_section"),
     "monitor": ("monitor-cpu", "monitor.monitor_table"),
-    "study": ("study-cpu", "page.study_table"),
-    "study-summary": ("study-cpu", "page.study_summary"),
+    "study": ("study-cpu", "study.study_table"),
+    "study-summary": ("study-cpu", "study.study_summary"),
 }
 # The same for files that have a device's name behind that of the section.
 DEVICE_BLOCKS: dict[str, tuple[str, str]] = {
@@ -151,6 +80,17 @@ DEVICE_BLOCKS: dict[str, tuple[str, str]] = {
     "gpu-layers": ("layers", "device.page.layers_section"),
     "gpu-step-goals": ("steps", "device.page.step_goals"),
     "gpu-steps": ("steps", "device.page.steps_section"),
+}
+
+
+# Of a result file's provenance -> how a page says it.
+_ORIGIN = {
+    "commit": "commit {}",
+    "cores": "{} cores",
+    "threads": "threads: {}",
+    "python": "Python {}",
+    "torch": "torch {}",
+    "batchnorm": "batchnorm {}",
 }
 
 
@@ -162,6 +102,8 @@ def block(name: str, folder: Path = FOLDER) -> str:
 def _content(name: str, folder: Path) -> str:
     if name == "gpu-state":
         return device.state(folder)
+    if name == "headline":
+        return str(function("headline.headline_table")(folder))
     if name in DEVICE_BLOCKS:
         section, show = DEVICE_BLOCKS[name]
         parts = [_shown(file, show, folder) for file in device.files(section, folder)]
@@ -174,7 +116,9 @@ def _content(name: str, folder: Path) -> str:
 
 def _shown(file: str, show: str, folder: Path) -> str:
     found = load(file, folder)
-    origin = ", ".join(str(value) for key, value in found["provenance"].items() if key != "command")
+    origin = ", ".join(
+        _ORIGIN.get(key, "{}").format(value) for key, value in found["provenance"].items() if key != "command"
+    )
     return f"{function(show)(found['rows'])}\n\n`benchmarks/results/{file}.json`: {origin}"
 
 
@@ -191,3 +135,4 @@ def write(pages: Iterable[Path] = PAGES) -> None:
 
 if __name__ == "__main__":  # for result files that come from another machine
     write()
+    function("pictures.draw")()

@@ -11,7 +11,7 @@ from .lazily import function
 # Name of the result file -> what measures, and what shows the rows; imported when it is asked for, as no
 # machine needs all that they are compared with.
 MEASUREMENTS = {
-    "accuracy-cpu": ("accuracy.measure", "page.accuracy_table"),
+    "accuracy-cpu": ("accuracy.measure", "accuracy_page.accuracy_table"),
     "layer-time-cpu": ("layer_time.measure", "layer_page.layer_table"),
     "layer-time-reuse-memory-cpu": ("layer_time.measure_reusing_memory", "layer_page.layer_table"),
     "layer-bounds-cpu": ("layer_bounds.measure", "layer_bounds.bounds_table"),
@@ -19,8 +19,8 @@ MEASUREMENTS = {
     "small-step-time-cpu": ("small_steps.measure", "small_steps.small_step_table"),
     "first-call-cpu": ("first_call.measure", "first_call.first_call_table"),
     "lean-cpu": ("lean.measure", "lean_page.lean_table"),
-    "accuracy-keras-cpu": ("keras_layer.accuracies", "page.keras_accuracy_table"),
-    "step-time-keras-cpu": ("keras_layer.step_times", "page.keras_step_table"),
+    "accuracy-keras-cpu": ("keras_layer.accuracies", "accuracy_page.keras_accuracy_table"),
+    "step-time-keras-cpu": ("keras_layer.step_times", "keras_layer.step_table"),
     "calibrate-cpu": ("calibrate.measure", "calibrate.table_of_both"),
     "calibration-digits": ("calibrate.digits", "calibrate.report_table"),
     "fold-zoo-cpu": ("fold_zoo.measure", "fold_page.zoo_table"),
@@ -32,7 +32,7 @@ MEASUREMENTS = {
     "doctor-cpu": ("doctor.measure", "doctor.tables"),
     "doctor-faults": ("doctor_faults.measure", "doctor_faults.faults_table"),
     "doctor-trained": ("doctor_trained.measure", "doctor_trained.trained_table"),
-    "study-cpu": ("study.measure", "page.study_table"),
+    "study-cpu": ("study.measure", "study.study_table"),
     "claims-cpu": ("claims.measure", "claims.verdicts_table"),
 }
 ON_A_DEVICE = ("layers", "steps")
@@ -87,14 +87,8 @@ def _measure(names: tuple[str, ...], quick: bool, out: Path | None) -> None:
             print(results_file.save(name, f"python -m benchmarks.run {name}", rows, folder))
         print(show(rows))
     if folder == results_file.FOLDER:
-        for draw, drawn in (
-            ("roofline.draw", "layer-time-cpu"),
-            ("calibrate.draw", "calibration-digits"),
-            ("lean_page.draw", "lean-cpu"),
-            ("doctor_case.draw", "doctor-case"),
-        ):
-            function(draw)(results_file.load(drawn)["rows"])
         function("page.write")()
+        function("pictures.draw")()
 
 
 def _measure_on_device(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Small networks that are trained on CPUs, with a norm of choice.
 
-Sources: the MLP is that of README and `deep` that of `batchnorm study`; Arık & Pfister 2019, arXiv:1908.07442
-(TabNet); Bhatt et al. 2024, arXiv:1902.05605 (CrossQ).
+Sources: the MLP is that of examples/torch_digits.py, `deep` that of `batchnorm study`; Arık & Pfister 2019,
+arXiv:1908.07442 (TabNet); Bhatt et al. 2024, arXiv:1902.05605 (CrossQ).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _chain(*layers: nn.Module | None) -> nn.Sequential:
 
 
 def mlp(norm: Norm) -> nn.Module:
-    """Return the network of README: dense 64, ReLU, norm, dense."""
+    """Return the network of examples/torch_digits.py: dense 64, ReLU, norm, dense."""
     return _chain(nn.Linear(784, 64), nn.ReLU(), norm(64), nn.Linear(64, 10))
 
 

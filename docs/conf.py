@@ -48,4 +48,5 @@ autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # attributes as a list: their types are in the signature
 napoleon_custom_sections = [("Call arguments", "params_style")]

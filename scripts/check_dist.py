@@ -10,6 +10,7 @@ PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes its CPU build.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -94,10 +95,12 @@ def main() -> None:
 
 
 def check_wheel(wheel: Path) -> None:
-    """Checks the size and the files of the wheel."""
+    """Checks the size, the files and the description of the wheel."""
     with zipfile.ZipFile(wheel) as file:
         entries = file.infolist()
-    names = {entry.filename for entry in entries}
+        names = {entry.filename for entry in entries}
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        check_description(file.read(metadata).decode("utf-8"))
     data = sum(entry.compress_size for entry in entries if entry.filename.endswith(DATA))
     size = wheel.stat().st_size
     print(f"{wheel.name}: {size:,} bytes, {size - data:,} without the study's data")
@@ -109,6 +112,13 @@ def check_wheel(wheel: Path) -> None:
     assert not missing, missing
     stray = {name for name in names if "__pycache__" in name or "test" in Path(name).stem.split("_")}
     assert not stray, stray
+
+
+def check_description(text: str) -> None:
+    """Checks that what a package index shows is the README, without a link that leads nowhere there."""
+    assert "batchnorm.convert(model)" in text, "the README is not in the metadata"
+    nowhere = re.findall(r"\]\((?!https?:)[^)]*\)|<img src=\"(?!https?:)[^>]*>", text)
+    assert not nowhere, f"links into the repository: {nowhere}"
 
 
 def check_sdist(sdist: Path) -> None:

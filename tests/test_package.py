@@ -13,6 +13,7 @@ import batchnorm
 from scripts import check_dist
 
 ROOT = Path(__file__).parents[1]
+DESCRIPTION = b"batchnorm.convert(model) [a page](https://example.org)"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -56,13 +57,16 @@ def test_users_see_no_extra_of_developers() -> None:
         ({"tests/test_layers.py": b""}, "tests"),
         ({"batchnorm/large.bin": bytes(check_dist.MOST_WITHOUT_DATA)}, "without the data"),
         ({"batchnorm/large.npz": bytes(check_dist.MOST)}, "more than 3,000,000"),
+        ({"batchnorm-0.dist-info/METADATA": b"Name: batchnorm"}, "README is not in"),
+        ({"batchnorm-0.dist-info/METADATA": DESCRIPTION + b"[a](b.md)"}, "links into the repository"),
+        ({"batchnorm-0.dist-info/METADATA": DESCRIPTION + b'<img src="a.svg">'}, "links into the repository"),
     ],
 )
 def test_a_wheel_that_is_not_as_it_should_be(
     tmp_path: Path, change: dict[str, bytes | None], said: str | None
 ) -> None:
     files: dict[str, bytes | None] = {f"batchnorm/{name}": b"" for name in check_dist.IN_WHEEL}
-    files |= {"batchnorm-0.dist-info/METADATA": b""} | change
+    files |= {"batchnorm-0.dist-info/METADATA": DESCRIPTION} | change
     with zipfile.ZipFile(tmp_path / "batchnorm.whl", "w") as wheel:
         for name, content in files.items():
             if content is not None:

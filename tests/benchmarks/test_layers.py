@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import batchnorm
-from benchmarks import goals, layer_page, layer_rivals, networks, roofline
+from benchmarks import goals, layer_page, layer_rivals, networks
 from benchmarks.interleaved import clocked, interleave, ratio
 from benchmarks.layer_cases import (
     EVALUATION,
@@ -171,11 +170,14 @@ def test_fuse_takes_every_activation_of_a_resnet_with_its_addition() -> None:
     assert sum(getattr(module, "activation", None) == "relu" for module in network.modules()) == 17
 
 
-def test_the_picture_is_the_same_for_the_same_rows(tmp_path: Path) -> None:
-    rows = [
-        row_ | {"rivals": {name: {"gigabytes_per_second": 9.0} for name in ("stock", "ours")}}
-        for row_ in rows_of({(32, 64, 56, 56): 2.0}, copy_seconds={"copy": 0.002})
-    ]
-    for name in ("a.svg", "b.svg"):
-        roofline.draw(rows, tmp_path / name)
-    assert (tmp_path / "a.svg").read_text() == (tmp_path / "b.svg").read_text()
+def test_losses_are_those_below_one_the_worst_first() -> None:
+    rows = rows_of(
+        {(32, 64, 56, 56): 2.0, (32, 512, 7, 7): 0.9, (32, 64, 8, 8): 0.5},
+        network="any",
+        rivals={name: {"seconds": 0.002} for name in ("stock", "ours")},
+    )
+    for row_ in rows:
+        row_["ratios"]["stock / ours"]["quartiles"] = [0.1, 3.0]
+    lines = layer_page.losses_table(rows).splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["(32, 64, 8, 8)", "(32, 512, 7, 7)"]
+    assert layer_page.losses_table(rows[:1]) == ""

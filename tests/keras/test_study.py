@@ -502,6 +502,16 @@ def test_the_mask_keeps_padding_out_of_a_prediction() -> None:
     assert moved["batchnorm:unmasked"].by_padding > 0.001
 
 
+def test_a_network_of_one_length_is_not_given_more_padding() -> None:
+    with session():
+        run = training.train(
+            run_task("mlp", "batchnorm", batch_size=10), sequences(), make_learner, lambda _: None
+        )
+    assert run.movements is not None
+    assert np.isnan([run.movements.running.by_padding, run.movements.batch.by_padding]).all()
+    assert run.movements.running.by_mates == 0 < run.movements.batch.by_mates
+
+
 @pytest.mark.parametrize(
     ("network", "arm"),
     [

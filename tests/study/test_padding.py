@@ -54,6 +54,12 @@ def test_other_arms_see_neither_padding_nor_their_mates(arm: str) -> None:
     assert movements(arm) == Movements(Movement(0, 0), Movement(0, 0))
 
 
+def test_a_network_of_one_length_is_not_given_more_padding() -> None:
+    found = movements("batchnorm", "mlp")
+    assert np.isnan([found.running.by_padding, found.batch.by_padding]).all()
+    assert found.running.by_mates == 0 < found.batch.by_mates
+
+
 def test_packaged_sequences_have_zeros_beyond_their_lengths() -> None:
     vowels, languages = load_data("vowels"), load_data("languages")
     assert (vowels.x_train.shape, vowels.x_test.shape, vowels.outputs) == ((270, 29, 12), (370, 29, 12), 9)

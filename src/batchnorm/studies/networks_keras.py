@@ -182,8 +182,10 @@ def _assembled(
     if not padded:
         made = [part for layer in layers for part in _parts(_made(layer, norm))]
         return keras.Sequential([keras.Input(input_shape), *made], name=name)
-    # As long as a batch is: the same examples are served with more padding, too.
-    inputs, lengths = keras.Input((None, *input_shape[1:])), keras.Input(())
+    # As long as a batch is, as examples are served with more padding too; flattened, they have one length.
+    is_flattened = any(isinstance(layer, Layer) and layer.kind == "flatten" for layer in layers)
+    length = input_shape[0] if is_flattened else None
+    inputs, lengths = keras.Input((length, *input_shape[1:])), keras.Input(())
     ones = keras.ops.ones_like(inputs if len(input_shape) == 1 else inputs[:, :, 0])
     valid = keras.ops.cumsum(ones, axis=1) <= keras.ops.expand_dims(lengths, 1)  # [N, L]
     x = inputs

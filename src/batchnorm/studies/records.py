@@ -76,7 +76,7 @@ class Movement:
 
     Attributes:
         by_mates: with other examples in the batch.
-        by_padding: with more padding.
+        by_padding: with more padding; NaN for a network that takes sequences of one length only.
     """
 
     by_mates: Number = NAN

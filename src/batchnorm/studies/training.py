@@ -258,16 +258,27 @@ class _Training:
             return None
         x = x[self.learner.permutation(len(x), 1)[: _MOVEMENT_BATCHES * size]]
         order = self.learner.permutation(len(x), 2)
+        takes_longer = self._takes_longer(x)
 
         def movement(*, by_batch: bool) -> Movement:
             def outputs(x: Examples) -> Array:
                 return _outputs(self.learner, x, size, by_batch=by_batch)
 
             before = outputs(x)
-            others, longer = outputs(x[order]), outputs(x.longer(MORE_PADDING))
-            return Movement(self._moved(before[order], others), self._moved(before, longer))
+            by_mates = self._moved(before[order], outputs(x[order]))
+            if not takes_longer:
+                return Movement(by_mates)
+            return Movement(by_mates, self._moved(before, outputs(x.longer(MORE_PADDING))))
 
         return Movements(running=movement(by_batch=False), batch=movement(by_batch=True))
+
+    def _takes_longer(self, x: Padded) -> bool:
+        """Returns whether the network takes sequences of another length: one that flattens them does not."""
+        try:
+            self.learner.predict(x[:2].longer(MORE_PADDING))
+        except Exception:  # whatever a network raises, in any framework: it took this length before
+            return False
+        return True
 
     def _moved(self, before: Array, after: Array) -> float:
         """Returns how far predictions moved; below what float32 resolves it is 0."""
