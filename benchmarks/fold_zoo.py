@@ -50,7 +50,7 @@ def row(name: str) -> Row:
         "absorbed": len(running - left),
         "allowed": len(allowed),
         "allowed_absorbed": len(allowed - left),
-        "stay": dict(Counter(report[norm].stays for norm in running & left))
+        "stay": dict(Counter(report[norm].stays for norm in sorted(running & left)))
         | ({"a function, no module": functional} if functional else {}),
         "off_float32": _off(model, folded, example),
         "off_float64": _off_wide(model, example),

@@ -12,7 +12,7 @@ x_train, y_train = digits.x_train.reshape(-1, 784), digits.y_train
 x_test, y_test = digits.x_test.reshape(-1, 784), digits.y_test
 model = Sequential([Input((784,)), Dense(64), BatchNormalization(), ReLU(), Dense(10, "softmax")])
 model.compile(optimizer="adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"])
-callbacks = [Doctor(), Monitor("norms.csv", every=50), Calibrate(x_train, when="validation")]
+callbacks = [Doctor(), Monitor("norms.csv", every=25), Calibrate(x_train, when="validation")]
 validation = {"validation_data": (x_test, y_test), "verbose": 0}
-history = model.fit(x_train, y_train, epochs=3, batch_size=32, callbacks=callbacks, **validation)
+history = model.fit(x_train, y_train, epochs=3, batch_size=64, callbacks=callbacks, **validation)
 print(f"held-out accuracy: {history.history['val_accuracy'][-1]:.1%}")

@@ -199,9 +199,11 @@ def _keras_settings(layer: Any) -> dict[str, Any]:
 
 
 def _keras_weights(layer: Any, samples: int | None, dtype: str) -> list[NDArray[np.floating]]:
+    k = getattr(layer, "_domain", None) if getattr(layer, "domain_affine", False) else None
+    affine = ("weight", "bias") if not k else (f"weight_{k}", f"bias_{k}")  # of the domain in use
     values = {
-        name: tensor.detach().cpu().double().numpy()
-        for name in ("weight", "bias", "running_mean", "running_var")
+        name.removesuffix(f"_{k}"): tensor.detach().cpu().double().numpy()
+        for name in (*affine, "running_mean", "running_var")
         if (tensor := getattr(layer, name)) is not None
     }
     if samples is not None:

@@ -23,6 +23,7 @@ CONTEXTS: dict[str, Context] = {
     "mask": lambda model: batchnorm.mask(model, MASK),
     "no mask": lambda model: batchnorm.mask(model, None),
     "domain": lambda model: batchnorm.domain(model, 1),
+    "domain with weights": lambda model: batchnorm.domain(model, 1),
     "accumulate": lambda model: batchnorm.accumulate(model, 2),
     "lean": lambda _: batchnorm.lean(),
     "autocast": lambda _: torch.autocast("cpu", dtype=torch.bfloat16),
@@ -39,22 +40,28 @@ REFUSED = {
     ("script", "mask"): "which no stock layer heeds",
     ("script", "accumulate"): "which no stock layer heeds",
     ("script", "domain"): "with domains=2",
+    ("revert", "domain with weights"): "domains=2, which no stock layer has",
+    ("script", "domain with weights"): "with domains=2",
 }
 
 
-def net(domains: int = 1) -> nn.Module:
-    """Conv – norm – relu – conv – norm, with a different past in each domain."""
+def net(context: str = "") -> nn.Module:
+    """Conv – norm – relu – conv – norm, with a different past in each domain, and weights if it says so."""
+    domains = 2 if context.startswith("domain") else 1
+    options = {"domains": domains, "domain_affine": context == "domain with weights"}
     torch.manual_seed(3)
     model = nn.Sequential(
         nn.Conv1d(3, 4, 3, padding=1),
-        scramble(batchnorm.BatchNorm1d(4, domains=domains)),
+        scramble(batchnorm.BatchNorm1d(4, **options)),
         nn.ReLU(),
         nn.Conv1d(4, 2, 3, padding=1),
-        scramble(batchnorm.BatchNorm1d(2, domains=domains)),
+        scramble(batchnorm.BatchNorm1d(2, **options)),
     )
     for norm in (model[1], model[4]) if domains > 1 else ():
         with batchnorm.domain(norm, 1):
             scramble(norm)
+        for parameter in norm.parameters():
+            nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 
 
@@ -85,8 +92,7 @@ def outputs(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_in_each_context(verb: str, context: str) -> None:
     """A model changed within the context behaves, outside of it, like one changed outside."""
-    domains = 2 if context == "domain" else 1
-    model, twin = net(domains), net(domains)
+    model, twin = net(context), net(context)
     reason = REFUSED.get((verb, context))
     if reason is not None:
         before = state(model)
@@ -96,7 +102,7 @@ def test_each_verb_in_each_context(verb: str, context: str) -> None:
         return
     with CONTEXTS[context](model):
         inside = call(verb, model)
-    with CONTEXTS[context](twin) if context == "domain" else contextlib.nullcontext():
+    with CONTEXTS[context](twin) if context.startswith("domain") else contextlib.nullcontext():
         outside = call(verb, twin)
     assert type(inside) is type(outside)
     for tensor in (*inside.parameters(), *inside.buffers()):
@@ -139,7 +145,7 @@ def test_what_a_context_would_not_heed_is_refused() -> None:
             with pytest.raises(OptionError, match="accumulate cannot be exported in training"):
                 export()
         torch.export.export(copy.deepcopy(model).eval(), (X,))
-    mixed = nn.Sequential(net(2), nn.BatchNorm1d(2))
+    mixed = nn.Sequential(net("domain"), nn.BatchNorm1d(2))
     with batchnorm.domain(mixed, 1):
         with pytest.raises(OptionError, match=r"^1 \(torch.nn.BatchNorm1d\): the model is within"):
             batchnorm.convert(mixed, domains=2)

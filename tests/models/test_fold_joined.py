@@ -116,9 +116,9 @@ def upsampled(m: Any, x: Tensor) -> Tensor:
 HOMES: dict[Body, dict[str, str]] = {
     added: {"norm": "conv (beside)"},
     norm_first: {"norm": "conv (beside)"},
-    subtracted: {"norm": "one (beside)"},
+    subtracted: {"norm": "one within conv (beside)"},
     added_in_place: {"norm": "conv (beside)"},
-    over_the_norm: {"norm": "one (beside)"},
+    over_the_norm: {"norm": "one within conv (beside)"},
     dilated: {"norm": "tall (beside)"},
     behind_another_norm: {"norm": "conv (beside)", "wide": "conv, one (before)"},
     only_subtracted_is_left: {"norm": "conv (beside)", "wide": "conv, one (before)"},

@@ -495,3 +495,24 @@ def test_functional_norms_are_left() -> None:
     model = ready(Functional())
     x = torch.randn(X, dtype=torch.float64)
     folded(model, x, x)
+
+
+class TwoRanks(nn.Module):
+    """A norm that takes inputs of any rank, behind convolutions of sequences and of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_sequences, self.of_images = nn.Conv1d(4, 3, 1), nn.Conv2d(4, 3, 1)
+        self.norm = nn.SyncBatchNorm(3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm(self.of_sequences(x.flatten(2))), self.norm(self.of_images(x))
+
+
+def test_what_is_left_checks_the_rank_so_a_norm_for_two_ranks_stays() -> None:
+    """Without an example, where nothing else tells whether an input has a batch axis."""
+    model, x = ready(TwoRanks()), torch.randn(X, dtype=torch.float64)
+    assert reasons(model)["norm"].startswith("before it are layers for inputs of several ranks; after it")
+    for one in (batchnorm.fold(model), batchnorm.fold(model, x)):
+        for found, wanted in zip(one(x), model.eval()(x), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import batchnorm
 
-from .foldable import assert_equal, folded, ready
+from .foldable import assert_equal, folded, homes, ready
 from .test_fold_joined import RepVGG
 
 C = nn.Conv2d
@@ -214,6 +214,29 @@ def test_row_61_a_block_of_repvgg_is_one_convolution() -> None:
     program = torch.export.export(twin, (x,), dynamic_shapes=[{0: samples}]).module()
     other = torch.randn(5, 4, 9, 8)
     torch.testing.assert_close(program(other), twin(other), rtol=1e-6, atol=1e-6)
+
+
+def test_inspect_says_which_convolution_a_branch_becomes_part_of() -> None:
+    """Of a chain (1×1 into 3×3 into 5×5) the last one, and of no merge the convolution alone."""
+    model = ready(Parallel([C(4, 6, size, padding=size // 2) for size in (1, 3, 5)], total))
+    x = torch.randn(SIZES[2], dtype=torch.float64)
+    assert homes(model, x) == {
+        "branches.0.1": "branches.0.0 within branches.2.0 (before)",
+        "branches.1.1": "branches.1.0 within branches.2.0 (before)",
+        "branches.2.1": "branches.2.0 (before)",
+    }
+    assert homes(model)["branches.0.1"] == "branches.0.0 (before)"
+    assert convolutions(folded(model, x, x)) == 1
+
+
+@pytest.mark.parametrize("join", [total, in_place])
+def test_the_zeros_of_a_branch_are_one_number_unless_the_sum_is_written_over_them(join: Any) -> None:
+    """Which reads and writes no memory of an image's size."""
+    model = ready(Parallel([C(4, 6, 1), C(4, 6, 3, padding=1)], join))
+    x = torch.randn(SIZES[2], dtype=torch.float64)
+    zeros = folded(model, x, x).branches[0][0](x)
+    assert zeros.shape == (2, 6, 9, 8)
+    assert (zeros.untyped_storage().nbytes() == zeros.element_size()) == (join is total)
 
 
 def test_without_an_example_they_stay_apart() -> None:

@@ -119,6 +119,32 @@ def test_between_the_steps_nothing_is_attached() -> None:
     assert len(logged) == 1
 
 
+def test_norms_that_learn_no_more_are_logged_at_the_next_step() -> None:
+    """Which waits for the gradients of those that do."""
+    net, logged = _net().double(), []
+    (x, target), *_ = _data(1)
+    with batchnorm.monitor(net, _logging(logged), every=2):
+        for _ in range(2):
+            _step(net, x.double(), target)
+        assert "bn/4/bias_grad_norm" in logged[0][1]
+        net.requires_grad_(False)
+        for _ in range(2):
+            net(x.double())
+        assert [step for step, _ in logged] == [0, 2]
+        assert "bn/4/bias_grad_norm" not in logged[1][1]
+
+
+def test_a_gradient_that_an_optimizer_in_the_backward_has_used_up_is_left_out() -> None:
+    """Such a hook steps and drops the gradient before the monitor's, which came later."""
+    net, logged = _net(), []
+    (x, target), *_ = _data(1)
+    net[1].weight.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with batchnorm.monitor(net, _logging(logged)):
+        _step(net, x, target)
+    assert "bn/1/weight_grad_norm" not in logged[0][1]
+    assert logged[0][1]["bn/1/bias_grad_norm"] == pytest.approx(float(net[1].bias.grad.norm()))
+
+
 def test_a_step_that_raises_leaves_no_hook_on_the_norms() -> None:
     net, logged = _net(), []
     (x, target), *_ = _data(1)

@@ -80,7 +80,7 @@ ROOMS = (
          "torch/contexts/samples.py", "models/mask.py", "models/domain.py", "models/contexts.py",
          "keras/batch_layout.py"),
         (
-            Run((*_in("torch", "masks", "masks_of_layers", "domains", "domains_of_samples",
+            Run((*_in("torch", "masks", "masks_of_layers", "domains", "domains_of_samples", "domain_affine",
                       "checkpoint", "checkpoint_contexts"),
                  *_in("models", "calibrate_masked")), only=("torch/*", "models/*")),
             Run(_in("models", "arguments"), choice="mask or lengths or other_functions", only=("models/*",)),

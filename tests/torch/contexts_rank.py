@@ -64,13 +64,36 @@ def checkpointed(rank: int) -> dict[str, Tensor]:
     return found
 
 
+def of_domains(rank: int) -> dict[str, dict[str, Tensor | None]]:
+    """Return gradients with DistributedDataParallel and without, where the ranks have other domains."""
+    found = {}
+    for way in ("plain", "parallel"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv1d(3, 4, 1), batchnorm.BatchNorm1d(4, domains=4, domain_affine=True))
+        called = (
+            nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+            if way == "parallel"
+            else model
+        )
+        torch.manual_seed(1 + rank)
+        with batchnorm.domain(called, torch.tensor([0, rank + 1, 0, rank + 1])):
+            y = called(torch.randn(4, 3, 6))
+        y.backward(torch.randn_like(y))
+        found[way] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return found
+
+
 def main(rank: int, folder: Path) -> None:
     """Run everything."""
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
     )
     torch.set_num_threads(1)
-    found = {"accumulated": accumulated(rank), "checkpointed": checkpointed(rank)}
+    found = {
+        "accumulated": accumulated(rank),
+        "checkpointed": checkpointed(rank),
+        "of domains": of_domains(rank),
+    }
     torch.save(found, folder / f"found{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()

@@ -93,6 +93,23 @@ def test_row_8_where_the_mask_is_in_doubt_it_raises(way: Way) -> None:
 
 
 @each_way
+def test_inputs_with_zeros_in_the_same_places_are_no_doubt(way: Way) -> None:
+    """As behind ReLU or dropout: the sum of bits in such a place is 0."""
+    inputs = [x.clone().index_fill_(1, torch.tensor([2]), 0.0) for x in batches(2)]
+    masks = [torch.rand(7, 5, 4) > 0.4 for _ in inputs]
+    found = []
+    for one in (plainly, way):
+        torch.manual_seed(5)
+        layer, leaves = scramble(batchnorm.BatchNorm2d(4)), [x.clone().requires_grad_() for x in inputs]
+        outputs = []
+        for leaf, mask in zip(leaves, masks, strict=True):
+            with batchnorm.mask(layer, mask):
+                outputs.append(one(layer, leaf))
+        found.append(differentiated(layer, leaves, outputs, ""))
+    assert_bits(found[1], found[0])
+
+
+@each_way
 def test_one_input_under_one_mask_twice_is_no_doubt(way: Way) -> None:
     layer, x = scramble(batchnorm.BatchNorm2d(4)), batches(1)[0].requires_grad_()
     with batchnorm.mask(layer, torch.rand(7, 5, 4) > 0.4):

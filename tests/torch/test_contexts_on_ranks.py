@@ -48,3 +48,15 @@ def test_row_8_a_recompute_of_shared_statistics_is_its_first_pass(of_two: list[A
         assert len(plain) == 5
         for name, expected in plain.items():
             assert torch.equal(of_rank[name.replace("plain", way, 1)], expected), name
+
+
+def test_row_43_ddp_averages_the_weights_of_the_domains_that_any_rank_used(of_two: list[Any]) -> None:
+    """Row 43: domain 0 is on both ranks, 1 and 2 are on one each, and 3 is on none."""
+    first, second = (found["of domains"]["plain"] for found in of_two)
+    for found in of_two:
+        for name, grad in found["of domains"]["parallel"].items():
+            parts = [part for part in (first[name], second[name]) if part is not None]
+            assert (grad is None) == (not parts), name
+            if parts:
+                torch.testing.assert_close(grad, sum(parts) / 2, rtol=1e-5, atol=1e-6)
+        assert found["of domains"]["parallel"]["1.weight_3"] is None

@@ -119,7 +119,9 @@ def test_row_35_a_stock_state_is_where_every_domain_starts(assign: bool) -> None
     found = model.state_dict()
     assert len({found[f"0.running_mean{end}"][0].item() for end in ("", "_1", "_2")}) == 3
     old = {n: t for n, t in stock.state_dict().items() if n != "num_batches_tracked"}
-    layer_of().load_state_dict(old)  # torch < 0.4.1 had no counter
+    counted = layer_of()
+    counted.load_state_dict(old)  # torch < 0.4.1 had no counter: they stay
+    assert (counted.num_batches_tracked, counted.num_batches_tracked_2) == (3, 5)
     with pytest.raises(RuntimeError, match=r"Missing key.*running_mean"):
         layer_of().load_state_dict({n: t for n, t in stock.state_dict().items() if "mean" not in n})
     with pytest.raises(RuntimeError, match=r"Unexpected key.*running_mean_2"):

@@ -31,6 +31,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"small_batch": "running"},
     {"momentum": None},
     {"domains": 2},
+    {"domains": 2, "domain_affine": True},
     {"track_running_stats": False},
 ]
 REVERT = r"torch\.ao\.quantization takes torch's own layers only: call batchnorm\.revert\(model\) first"

@@ -60,6 +60,7 @@ def test_signature_is_the_stock_one_and_ours_keyword_only(kind: str) -> None:
         "nonfinite": "propagate",
         "small_batch": "raise",
         "domains": 1,
+        "domain_affine": False,
         "warm_start": False,
     }
 

@@ -77,6 +77,22 @@ def test_a_copy_has_all_options_and_computes_the_same(policy: Policy, how: str, 
     assert_identical(state(twin), state(model))
 
 
+def test_a_parametrized_layer_that_was_called_is_copied_without_its_contexts() -> None:
+    """torch copies such a layer in a way of its own, by all of its attributes."""
+    layer, x = scramble(batchnorm.BatchNorm1d(5, domains=2)), torch.randn(8, 5)
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    layer(x)
+    before = state(layer)
+    with batchnorm.domain(layer, 1):
+        layer(x + 1)
+        twin = copy.deepcopy(layer)
+    assert not {"_plain", "_domain", "_scope"} & vars(twin).keys()
+    assert torch.equal(twin.running_mean, before["running_mean"])
+    assert_identical(state(twin), state(layer))
+    assert torch.equal(twin(x), layer(x))
+    assert twin.parametrizations.weight.original is not layer.parametrizations.weight.original
+
+
 @EVERY_POLICY
 def test_the_state_is_the_stock_layers(policy: Policy) -> None:
     """Whatever the options: stock's names in and out, strictly; the options stay the layer's own."""

@@ -85,7 +85,7 @@ def verbs(model: Network, x: Tensor, y: Tensor) -> None:
     assert_type(diagnosis.findings, tuple[Finding, ...])
     assert_type(diagnosis.is_serious, bool)
     assert_type(batchnorm.convert(model, example=x), Network)
-    assert_type(batchnorm.convert(model, batchnorm.Synced(), domains=2), Network)
+    assert_type(batchnorm.convert(model, batchnorm.Synced(), domains=2, domain_affine=True), Network)
     assert_type(batchnorm.fuse(model, x), Network)
     assert_type(batchnorm.freeze(model, parameters=True), Network)
     assert_type(batchnorm.unfreeze(model), Network)

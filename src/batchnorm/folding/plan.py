@@ -115,10 +115,18 @@ class FoldPlan(Generic[Layer]):
 
     def rows(self, names: Mapping[Layer, str]) -> dict[Layer, FoldRow]:
         """Return what to say of each norm, given the names of all layers."""
+        merged = {merge.layer: merge.into for merge in self.merges}
+
+        def place(layer: Layer) -> str:
+            whole = layer
+            while whole in merged:
+                whole = merged[whole]
+            return names[layer] if whole is layer else f"{names[layer]} within {names[whole]}"
+
         left = {norm: FoldRow(names[norm], None, None, reason) for norm, reason in self.reasons.items()}
         return left | {
             step.norm: FoldRow(
-                names[step.norm], ", ".join(names[part.layer] for part in step.into), step.direction, ""
+                names[step.norm], ", ".join(place(part.layer) for part in step.into), step.direction, ""
             )
             for step in self.steps
         }

@@ -16,7 +16,8 @@ class FoldRow:
 
     Attributes:
         name: qualified by the models and layers around it, such as `backbone/bn_1`.
-        into: qualified name of the layer whose weights take it, or of several; None where it is left.
+        into: qualified name of the layer whose weights take it, or of several; "a within b" for a layer that
+            then becomes part of the one beside it; None where it is left.
         direction: whether that is the layer before the normalization, the one after it, or one that reads the
             same and is added to it; None where left.
         reason: why it is left; "" where it is folded.

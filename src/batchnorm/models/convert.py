@@ -14,7 +14,7 @@ from batchnorm.statistics.policy_config import check_policy
 from batchnorm.statistics.running import Running
 from batchnorm.statistics.synced import Synced
 from batchnorm.torch.checks import check_nonfinite, check_small_batch, check_warm_start
-from batchnorm.torch.contexts.domains import check_domains
+from batchnorm.torch.contexts.domains import check_domain_affine, check_domains
 from batchnorm.torch.layers import OPTIONS
 from batchnorm.torch.stored_state import counter
 from batchnorm.torch.sync import ranks_of
@@ -33,6 +33,7 @@ def convert(
     statistics: Policy | None = None,
     *,
     domains: int | None = None,
+    domain_affine: bool | None = None,
     nonfinite: str | None = None,
     small_batch: str | None = None,
     warm_start: bool | None = None,
@@ -50,6 +51,8 @@ def convert(
         statistics: the policy of every layer, such as `batchnorm.Synced()`; None = `Running()` for frozen
             ones, `Synced()` of its process group for a SyncBatchNorm, no change for the others.
         domains: number of running statistics of every layer (`batchnorm.domain`); None = no change.
+        domain_affine: give each domain a weight and bias too, which start as the layer's: new parameters,
+            of which an optimizer has to be told; None = no change.
         nonfinite, small_batch, warm_start: as of `batchnorm.BatchNorm2d`, of every layer; None = no change.
         example: arguments of the model: a tensor, a tuple or a dict of keyword arguments. The outputs on it
             are compared before and after, in evaluation and in training. None = no comparison.
@@ -60,7 +63,7 @@ def convert(
     Raises:
         OptionError: (a ValueError) by name, a subclass of a stock layer, a layer with a replaced `forward` or
             an attribute of an option's name, or one that the options do not fit; a scripted model; `domains`
-            within `batchnorm.domain`.
+            within `batchnorm.domain`; `domain_affine` for a layer of one domain.
         AgreementError: (an ArithmeticError) the outputs on the example differ.
 
     Warns:
@@ -79,6 +82,7 @@ def convert(
     check(model, norms, "convert")
     options = {
         "domains": domains,
+        "domain_affine": domain_affine,
         "nonfinite": nonfinite,
         "small_batch": small_batch,
         "warm_start": warm_start,
@@ -129,14 +133,20 @@ def _own_attributes(norm: nn.Module) -> list[str]:
 
 def check_options(norms: list[Found], options: Mapping[str, object]) -> None:
     """Raise OptionError, by name, for a layer that cannot have these options; None = no change."""
-    for name, value in options.items():
-        for found in norms if value is not None else ():
+    for name, check in _CHECKS.items():
+        for found in norms if (value := options.get(name)) is not None else ():
             try:
-                _CHECKS[name](value, getattr(found.module, "running_mean", None) is not None)
+                check(value, getattr(found.module, "running_mean", None) is not None)
             except OptionError as error:
                 raise error.at(str(found)) from None
-    if isinstance(domains := options.get("domains"), int):
+    domains, affine = options.get("domains"), options.get("domain_affine")
+    if isinstance(domains, int):
         _check_domains(norms, domains)
+    for found in norms if affine is not None else ():
+        try:
+            _check_affine(found.module, affine, domains)
+        except OptionError as error:
+            raise error.at(str(found)) from None
 
 
 _CHECKS: dict[str, Callable[[object, bool], object]] = {
@@ -165,12 +175,23 @@ def _check_domains(norms: list[Found], domains: int) -> None:
             raise OptionError("it is not initialized: run the model once, then give it domains", str(found))
 
 
+def _check_affine(norm: nn.Module, affine: object, domains: object) -> None:
+    """Raise OptionError if the domains of a norm cannot get a weight and bias each, or not lose them."""
+    has = getattr(norm, "domains", 1)
+    names = norm._parameters.keys() | norm._buffers.keys()  # of frozen ones
+    check_domain_affine(affine, domains if isinstance(domains, int) else has, getattr(norm, "affine", True))
+    if affine and not {"weight", "bias"} <= names:
+        raise OptionError("its weight or bias is parametrized, and cannot become one for each domain")
+    if not affine and getattr(norm, "domain_affine", False):
+        raise OptionError("each of its domains has a weight and bias, which cannot become one")
+
+
 def _set_options(norm: nn.Module, options: Mapping[str, Any]) -> None:
     for name in ("nonfinite", "small_batch", "warm_start"):
         if options[name] is not None:
             setattr(norm, name, options[name])
-    if options["domains"] is not None and isinstance(norm, Layer) and norm.domains == 1:
-        norm._add_domains(options["domains"])
+    if isinstance(norm, Layer):
+        norm._add_domains(options["domains"] or 1, bool(options["domain_affine"]))
 
 
 def become_ours(found: Found, statistics: Policy | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`domain`: a context that selects the running statistics of a domain in all layers of a model."""
+"""`domain`: a context that selects a domain in all layers of a model: its running statistics, its weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from .norms.kinds import Layer
 def domain(model: nn.Module, k: int | Tensor) -> Iterator[None]:
     """Select, within the block, the running statistics of domain `k` in layers with several domains.
 
-    The domains share weight and bias. Within the block, `running_mean`, `running_var` and
-    `num_batches_tracked` of a layer are those of the domain, also for `calibrate`, `inspect`, `fold` and all
-    other code. States, copies and files are the same as outside. Layers with one domain are not affected. Of
-    nested blocks, the inner one holds.
+    Within the block, `running_mean`, `running_var` and `num_batches_tracked` of a layer are those of the
+    domain, also for `calibrate`, `inspect`, `fold` and all other code. The domains share weight and bias;
+    a layer with `domain_affine=True` uses its `weight_1` and `bias_1` in domain 1, and so do these verbs.
+    Parameters keep their names within the block. States, copies and files are the same as outside. Layers
+    with one domain are not affected. Of nested blocks, the inner one holds.
 
     With a tensor, sample n of every batch in the block is of domain `k[n]`. Each layer calls itself for the
     samples of each domain apart, so that output, gradients and statistics are those of a call per domain.

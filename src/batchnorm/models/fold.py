@@ -83,7 +83,8 @@ def fold(model: nn.Module, example: object = None) -> nn.Module:
 
     Raises:
         OptionError: (a ValueError) a scripted or compiled model, one that is not initialized or cannot be
-            copied, or an example on which nothing can be compared.
+            copied, an example on which nothing can be compared; by name, a layer with a parametrized weight,
+            in a domain that has its own.
         AgreementError: (an ArithmeticError) the outputs on the example differ by more than rounding, or a
             weight would be too large for its dtype.
 
@@ -118,7 +119,8 @@ def twin_of(model: nn.Module, *, shares_tensors: bool = False) -> nn.Module:
         shares_tensors: the copy has the model's parameters and buffers, to be looked at only.
 
     Raises:
-        OptionError: it is scripted, compiled, not initialized or cannot be copied.
+        OptionError: it is scripted, compiled, not initialized or cannot be copied, or the weight of a layer
+            that has one for each domain is parametrized.
     """
     check_scripted(model, "fold")
     if hasattr(model, "_orig_mod"):
@@ -135,9 +137,12 @@ def twin_of(model: nn.Module, *, shares_tensors: bool = False) -> nn.Module:
             f"fold works on a copy, and {type(model).__name__} cannot be copied by copy.deepcopy "
             f"({type(error).__name__}: {error})"
         ) from error
-    for own, copy in zip(model.modules(), twin.modules(), strict=True):
+    for (name, own), copy in zip(model.named_modules(), twin.modules(), strict=True):
         if isinstance(own, Layer) and isinstance(copy, Layer) and own.domains > 1:
-            keep_one(copy, domain_of(own))
+            try:
+                keep_one(copy, domain_of(own))
+            except OptionError as error:
+                raise error.at(f"{name} ({type(own).__name__})" if name else type(own).__name__) from None
     undo_fusion(twin, [found for found in find_norms(twin) if is_ours(found.module)])
     set_mode(twin, False)
     return twin

@@ -9,6 +9,7 @@ from torch import nn
 from batchnorm.errors import OptionError
 from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.running import Running
+from batchnorm.torch.contexts.domains import AFFINE, names_of
 
 from .contexts import norms_of
 from .convert import become_ours, check, check_options
@@ -127,10 +128,11 @@ def hold(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _affine(norm: nn.Module) -> dict[str, nn.Parameter]:
-    """Return weight and bias, or the parameters that a parametrization computes them from."""
-    computed_from = ("parametrizations.weight.", "parametrizations.bias.")
+    """Return weight and bias, of each domain, or the parameters that a parametrization computes them from."""
+    names = names_of(AFFINE, getattr(norm, "domains", 1))
+    computed_from = tuple(f"parametrizations.{name}." for name in names)
     return {
         name: parameter
         for name, parameter in norm.named_parameters()
-        if name in ("weight", "bias") or name.startswith(computed_from)
+        if name in names or name.startswith(computed_from)
     }

@@ -21,6 +21,7 @@ from batchnorm.errors import BatchNormError, OptionError
 from batchnorm.loggers import Log, Row, check_every, log_function
 from batchnorm.statistics.calibration import Accumulator
 from batchnorm.statistics.moments import PooledMoments
+from batchnorm.torch.contexts.domains import AFFINE, names_of
 from batchnorm.torch.functional import moments
 from batchnorm.torch.tracing import is_exporting, is_recomputed, is_transforming
 
@@ -44,7 +45,7 @@ def monitor(model: nn.Module, log: Log, *, every: int = 100) -> Monitor:
         values_per_channel   number of values of a channel that the statistics rest on, of this process
         dead_channels        share 0..1 of channels whose weight is 0, or next to 0 beside the others
         weight_grad_norm     Euclidean norm of the gradient of weight (γ) at the step's backward
-        bias_grad_norm       the same of bias (β)
+        bias_grad_norm       the same of bias (β); of domain 1's own, `weight_1_grad_norm` and so on
         skipped              batches with inf or NaN until now, of a layer with nonfinite="skip"
 
     where the running statistics are those before the step, and var is unbiased. What a layer has not is left
@@ -207,7 +208,7 @@ class StepObserver:
             hook = functools.partial(self._receive, name)
             handle = norm.register_forward_pre_hook(_Hook(hook), with_kwargs=True)
             self._forward.callback(handle.remove)
-            for what in ("weight", "bias"):
+            for what in names_of(AFFINE, getattr(norm, "domains", 1)):
                 parameter = norm._parameters.get(what)
                 if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
                     self._may_learn = True
@@ -268,7 +269,8 @@ class StepObserver:
     def _keep_gradient(self, name: str, parameter: Tensor) -> None:
         gradient = parameter.grad
         if gradient is not None and not hasattr(gradient, "full_tensor"):  # a part of one, of FSDP
-            self._gradients[name] = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            self._gradients[name] = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
 
     def _of_batch(self, name: str, norm: BatchNormBase, received: Accumulator) -> Row:
         """Return what the batch shows of a norm."""
@@ -285,11 +287,16 @@ class StepObserver:
 
 def _of_state(norm: BatchNormBase) -> Row:
     """Return what a norm's parameters and buffers show."""
-    weight, skipped = norm._parameters.get("weight"), norm._buffers.get("skipped")
     row: Row = {}
-    if weight is not None and not is_lazy(weight) and not hasattr(weight, "full_tensor"):
-        row["dead_channels"] = float(dead_channels(weight.detach().cpu().double().numpy()).mean())
-    if skipped is not None:
+    shares = [
+        dead_channels(weight.detach().cpu().double().numpy()).mean()
+        for name in names_of(["weight"], getattr(norm, "domains", 1))
+        if (weight := norm._parameters.get(name)) is not None
+        and not (is_lazy(weight) or hasattr(weight, "full_tensor"))
+    ]
+    if shares:
+        row["dead_channels"] = float(sum(shares) / len(shares))
+    if (skipped := norm._buffers.get("skipped")) is not None:
         row["skipped"] = float(skipped)
     return row
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,14 +25,22 @@ from .checks import (
     not_a_tensor,
 )
 from .contexts.checkpointing import Memory
-from .contexts.domains import add_domains, check_domains, fill, selected
+from .contexts.domains import (
+    add_affine,
+    add_domains,
+    affine_of,
+    check_domain_affine,
+    check_domains,
+    fill,
+    selected,
+)
 from .dispatch import batch_norm, may_repeat_plain, plain_call
 from .quantization import refuse_to_fuse
-from .running_stats import is_initial
+from .running_stats import may_begin
 from .scripted import stock_twin
 from .stored_state import StoredState, qualified_name
 from .symbolic import ITSELF, is_symbolic
-from .tracing import is_transforming, is_watched, may_be_recomputed, may_hide_addresses
+from .tracing import may_be_recomputed, may_hide_addresses
 
 if TYPE_CHECKING:
     from batchnorm.kernels.cpu.plain_call import PlainCall
@@ -64,6 +73,7 @@ class _Layer(StoredState):
         nonfinite: str = "propagate",
         small_batch: str = "raise",
         domains: int = 1,
+        domain_affine: bool = False,
         warm_start: bool = False,
     ) -> None:
         check_activation(activation)
@@ -71,6 +81,7 @@ class _Layer(StoredState):
             check_small_batch(small_batch, track_running_stats)
             check_nonfinite(nonfinite, track_running_stats)
             check_domains(domains, track_running_stats)
+            check_domain_affine(domain_affine, domains, affine)
             check_warm_start(warm_start, track_running_stats)
         except BatchNormError as error:
             raise error.at(type(self).__name__) from None
@@ -83,13 +94,15 @@ class _Layer(StoredState):
         self.nonfinite = nonfinite
         self.small_batch = small_batch
         self.warm_start = warm_start
-        self._add_domains(domains)
+        self._add_domains(domains, domain_affine)
 
-    def _add_domains(self, domains: int) -> None:
-        """Add running statistics for further domains, each a copy of those of domain 0."""
-        if domains > 1:
+    def _add_domains(self, domains: int, affine: bool) -> None:
+        """Add domains up to a number, and weight and bias of each if asked for: copies of domain 0."""
+        if self.domains == 1 < domains:
             add_domains(self, domains)
             self.domains = domains
+        if affine and not self.domain_affine:
+            add_affine(self)
 
     def reset_running_stats(self) -> None:
         """Set the running statistics in use to mean 0, variance 1, no batches; frozen ones stay as they are.
@@ -100,14 +113,15 @@ class _Layer(StoredState):
             super().reset_running_stats()
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, and all running statistics to mean 0, variance 1, no batches."""
+        """Set weight 1, bias 0, and running statistics of mean 0, variance 1, no batches, in all domains."""
         for k in range(self.domains):
             with selected(self, k):
                 super().reset_running_stats()
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+                weight, bias = affine_of(self).values()
+                if weight is not None:
+                    nn.init.ones_(weight)
+                if bias is not None:
+                    nn.init.zeros_(bias)
         self._start_counting()
 
     if TYPE_CHECKING:  # a module's call is Any to type checkers
@@ -159,6 +173,7 @@ class _Layer(StoredState):
         return masked.of(input) if mask is None and masked is not None else mask
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        parameters: Mapping[str, Tensor | None] = affine_of(self) if self.domain_affine else self._parameters
         if mask is None and may_repeat_plain():
             plain = self._plain
             if (
@@ -171,8 +186,8 @@ class _Layer(StoredState):
                 and self._nonfinite == "propagate"
                 and self._accumulator is None
                 and self.track_running_stats
-                and plain.takes(input, residual, self._parameters, self._buffers)
-                and not (self._warm_start and self.training and _may_begin(*plain.tensors[2:4]))
+                and plain.takes(input, residual, parameters, self._buffers)
+                and not (self._warm_start and self.training and may_begin(*plain.tensors[2:4]))
             ):
                 try:
                     return normalize_plain(plain, input, residual)
@@ -182,7 +197,7 @@ class _Layer(StoredState):
         self._check_input_dim(input)
         policy, training = self._statistics, self.training
         try:  # as torch's attributes, but in a tenth of the time
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:  # parametrized, or sharded by FSDP
             weight, bias = self.weight, self.bias
         running = self._running_state()
@@ -233,7 +248,7 @@ class _Layer(StoredState):
             self._statistics.is_sequential,
             None,
             self._accumulator,
-            self._warm_start and _may_begin(mean, var),
+            self._warm_start and may_begin(mean, var),
         )
 
     def _recall(self, policy: Policy) -> Memory | None:
@@ -288,21 +303,6 @@ class _Layer(StoredState):
         return stock_twin(self, forward=_Layer.forward, own=OURS, options=OPTIONS, changed=beyond_stock(self))
 
 
-def _may_begin(mean: Tensor | None, var: Tensor | None) -> bool:
-    """Whether the next batch may replace running statistics, of a layer with `warm_start`.
-
-    The host reads them where that takes no time: on a CPU. Elsewhere, and where torch only records the call,
-    operations on tensors decide.
-    """
-    if mean is None or var is None:
-        return False
-    if is_watched() or is_transforming() or not (type(mean) is type(var) is Tensor and mean.is_cpu):
-        return True
-    if int(torch.count_nonzero(mean)) == mean.numel():  # a fifth of the time of `all`
-        return False
-    return bool(is_initial(mean, var).any())
-
-
 # Attributes of our layers that no stock layer has; and options, each with the value that is stock's way.
 OURS = (*StoredState.__annotations__, *_Layer.__annotations__)
 OPTIONS = {
@@ -343,10 +343,13 @@ _DOC = """Batch normalization over {shapes}; drop-in for `torch.nn.{name}`.
             running statistics stay, and `skipped` counts it; "raise": NonFiniteError. It can be set.
         small_batch: what one value per channel, or per ghost batch, does in training (keyword only):
             "raise", or "running": it is normalized by the running statistics. It can be set.
-        domains: how many running statistics there are (keyword only), one for each domain of the data;
-            weight and bias are shared. `batchnorm.domain` says whose are in use; outside of it, those of
-            domain 0. They are further buffers, `running_mean_1` and so on. A state that does not have them,
-            such as a stock layer's, loads (strict too): they then start from its domain 0.
+        domains: how many running statistics there are (keyword only), one for each domain of the data.
+            `batchnorm.domain` says whose are in use; outside of it, those of domain 0. They are further
+            buffers, `running_mean_1` and so on. A state that does not have them, such as a stock layer's,
+            loads (strict too): they then start from its domain 0.
+        domain_affine: learn a weight and bias for each domain too (keyword only); False = all share one.
+            They are further parameters, `weight_1` and so on, of which a step moves those of the domains
+            that were used. States load as above.
         warm_start: let the first batch replace the initial running statistics (keyword only), where momentum
             would keep 1 - momentum of their 0 and 1: a channel whose running mean is 0 and variance 1 takes
             the batch's own. It can be set.

@@ -13,7 +13,7 @@ from batchnorm.statistics.batch import running_update
 from batchnorm.statistics.moments import PooledMoments
 
 from .moments import is_finite, pooled_groups
-from .tracing import is_transforming
+from .tracing import is_transforming, is_watched
 
 
 class Moved(NamedTuple):
@@ -90,6 +90,21 @@ def _momentum(running: RunningState, number: int, like: Tensor) -> float | Tenso
 def is_initial(mean: Tensor, var: Tensor) -> Tensor:
     """Return which channels have the initial running statistics, mean 0 and var 1, `[C]` bool."""
     return (mean == 0) & (var == 1)
+
+
+def may_begin(mean: Tensor | None, var: Tensor | None) -> bool:
+    """Whether the next batch may replace running statistics, of a layer with `warm_start`.
+
+    The host reads them where that takes no time: on a CPU. Elsewhere, and where torch only records the call,
+    operations on tensors decide.
+    """
+    if mean is None or var is None:
+        return False
+    if is_watched() or is_transforming() or not (type(mean) is type(var) is Tensor and mean.is_cpu):
+        return True
+    if int(torch.count_nonzero(mean)) == mean.numel():  # a fifth of the time of `all`
+        return False
+    return bool(is_initial(mean, var).any())
 
 
 def _check_writable(running: RunningState) -> None:

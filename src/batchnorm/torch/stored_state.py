@@ -6,6 +6,7 @@ Running statistics are float32 at least, and the counter of skipped batches star
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -36,6 +37,7 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
 
     activation: str | None = None
     domains: int = 1
+    domain_affine: bool = False
     _statistics: Policy = Batch()
     _nonfinite: str = "propagate"
     _small_batch: str = "raise"
@@ -44,7 +46,7 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
     _thawed: Policy  # what `unfreeze` gives back
     _accumulator: Accumulator | None = None
     _scope: Scope | None = None
-    _domain: int | None = None  # whose statistics are in use; None = of domain 0, outside of any context
+    _domain: int | None = None  # which is in use; None = domain 0, outside of any context
 
     @property
     def statistics(self) -> Policy:
@@ -177,6 +179,14 @@ class StoredState(OneNode, nn.modules.batchnorm._BatchNorm):
             state["_buffers"] = dict(self._buffers)
             select(state["_buffers"], self._domain, 0)
         return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As `copy.deepcopy`; what torch gives a parametrized layer would copy its contexts too."""
+        is_plain = not nn.utils.parametrize.is_parametrized(self)
+        state = self.__getstate__() if is_plain else StoredState.__getstate__(self)
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
+        return twin
 
 
 def counter(device: torch.device | None) -> Tensor:

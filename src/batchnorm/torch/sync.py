@@ -36,7 +36,7 @@ class SyncBatchNorm(_Layer):
         track_running_stats: keep running statistics; without them, evaluation uses the rank's own batch.
         process_group: the ranks that share statistics: a group of torch.distributed, or global ranks; None =
             all ranks. The layer stores the ranks only, so it can be copied and saved.
-        device, dtype, bias, activation, nonfinite, small_batch, domains, warm_start: as of
+        device, dtype, bias, activation, nonfinite, small_batch, domains, domain_affine, warm_start: as of
             `batchnorm.BatchNorm2d`.
 
     Shapes:
@@ -76,6 +76,7 @@ class SyncBatchNorm(_Layer):
         nonfinite: str = "propagate",
         small_batch: str = "raise",
         domains: int = 1,
+        domain_affine: bool = False,
         warm_start: bool = False,
     ) -> None:
         super().__init__(
@@ -92,6 +93,7 @@ class SyncBatchNorm(_Layer):
             nonfinite=nonfinite,
             small_batch=small_batch,
             domains=domains,
+            domain_affine=domain_affine,
             warm_start=warm_start,
         )
 

@@ -18,6 +18,7 @@ from batchnorm.statistics.calibration import Accumulator
 from batchnorm.statistics.moments import PooledMoments
 from batchnorm.statistics.policy import Policy
 from batchnorm.torch.checks import is_single, too_few
+from batchnorm.torch.contexts.domains import affine_of
 from batchnorm.torch.functional import moments, normalize_batch
 
 from .packing import on_host
@@ -85,8 +86,9 @@ def by_batch(name: str, norm: BatchNormBase, receive: _Receive, *, strict: bool)
             norm._check_input_dim(input)  # type: ignore[no-untyped-call]
             if strict and is_single(input):
                 raise too_few(input, _LARGER)
+            weight, bias = affine_of(norm).values()
             y, found = normalize_batch(
-                input, norm.weight, norm.bias, norm.eps, residual=residual, activation=activation, mask=mask
+                input, weight, bias, norm.eps, residual=residual, activation=activation, mask=mask
             )
         except BatchNormError as error:
             raise error.at(f"{name} ({type(norm).__name__})" if name else type(norm).__name__) from None

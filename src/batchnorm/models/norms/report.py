@@ -37,7 +37,8 @@ class NormRow:
         health: what `diagnose` finds in its state, each in a few words; () where nothing is.
         fuses_with: what `fuse` makes one layer with it: "relu", "add, relu" or "add"; None where nothing.
         reason: why nothing fuses with it; "" where something does.
-        folds_into: where `fold` puts it: "conv1 (before)", or "fc (after)" it; None where it stays.
+        folds_into: where `fold` puts it: "conv1 (before)", or "fc (after)" it, "conv1 within conv3 (before)"
+            where convolutions become one; None where it stays.
         stays: why it stays; "" where it folds.
     """
 

@@ -12,18 +12,19 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.doctor.records import NormState
 from batchnorm.statistics.policy import Policy
+from batchnorm.torch.contexts.domains import affine_of
 
 from .find import Found
 from .kinds import is_synchronized
 
-_READ = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
+_READ = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def norm_state(found: Found) -> NormState:
     """Return the state of a norm as it is now; of a layer with domains, of the one in use."""
     norm, family = found.module, found.kind.family
     with torch.no_grad():
-        tensors = {name: getattr(norm, name, None) for name in _READ}
+        tensors = {name: getattr(norm, name, None) for name in _READ} | affine_of(norm)
     present = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     policy = getattr(norm, "statistics", None)
     policy = policy if isinstance(policy, Policy) else None

@@ -1,24 +1,28 @@
-"""Running statistics of several domains in one layer, of which one at a time is in use.
+"""Running statistics of several domains in one layer, of which one at a time is in use; weight and bias too.
 
 Those of domain 0 are the stock buffers; those of domain k have the same names with the suffix `_k`. To use
 domain k, the two are swapped: `layer.running_mean` is that of the domain in use, so no other code has to know
 about domains.
+
+Parameters have such names too, but stay in their places: optimizers, averages of weights and FSDP know them
+by their order and names, within a block as outside. What reads them asks `affine_of` for those in use.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.errors import OptionError
 from batchnorm.kernels.interface import RunningState
 from batchnorm.statistics.policy import Policy
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+AFFINE = ("weight", "bias")
 
 
 class ContextLayer(Protocol):
@@ -27,13 +31,16 @@ class ContextLayer(Protocol):
     Attributes:
         training: the mode.
         domains: the number of domains.
+        domain_affine: whether each has a weight and bias of its own.
         _domain: the domain whose statistics are in use; None = domain 0, outside of any context.
-        _buffers: the buffers by name, those of all domains among them.
+        _buffers, _parameters: by name, those of all domains among them.
     """
 
     training: bool
     domains: int
+    domain_affine: bool
     _domain: int | None
+    _parameters: dict[str, nn.Parameter | None]
     _buffers: dict[str, Tensor | None]
 
     @property
@@ -67,9 +74,52 @@ def add_domains(layer: ContextLayer, domains: int) -> None:
             layer._buffers[f"{name}_{k}"] = None if buffer is None else buffer.detach().clone()
 
 
+def check_domain_affine(value: object, domains: int, affine: bool) -> None:
+    """Raise OptionError unless `domain_affine` is True or False; True needs several domains, and a weight."""
+    if not isinstance(value, bool):
+        raise OptionError(f"domain_affine must be True or False; got {value!r}")
+    if value and domains == 1:
+        raise OptionError(
+            "domain_affine=True gives each domain a weight and bias, and this layer has one domain: pass "
+            "domains=n too"
+        )
+    if value and not affine:
+        raise OptionError(
+            "domain_affine=True gives each domain a weight and bias, and this layer has none: make it with "
+            "affine=True"
+        )
+
+
+def add_affine(layer: ContextLayer) -> None:
+    """Give each domain a weight and bias of its own, which start as copies of the layer's."""
+    learned = vars(layer).get("_learned", {})
+    for k in range(1, layer.domains):
+        for name in AFFINE:
+            own = layer._parameters[name]
+            copy = None if own is None else nn.Parameter(own.detach().clone(), own.requires_grad)
+            layer._parameters[f"{name}_{k}"] = copy
+            if name in learned:  # what `unfreeze` lets learn again
+                learned[f"{name}_{k}"] = learned[name]
+    layer.domain_affine = True
+
+
 def running_names(domains: int) -> list[str]:
     """Return the names of the running means and variances of all domains."""
-    return [f"{name}{end}" for end in ("", *(f"_{k}" for k in range(1, domains))) for name in STATISTICS[:2]]
+    return names_of(STATISTICS[:2], domains)
+
+
+def names_of(names: Iterable[str], domains: int) -> list[str]:
+    """Return the names of tensors of all domains, by those of domain 0."""
+    return [f"{name}{end}" for end in ("", *(f"_{k}" for k in range(1, domains))) for name in names]
+
+
+def affine_of(norm: nn.Module) -> dict[str, Tensor | None]:
+    """Return weight and bias of any norm: of a layer whose domains have their own, those in use.
+
+    By attribute: they may be parametrized, or sharded by FSDP.
+    """
+    k = getattr(norm, "_domain", None) if getattr(norm, "domain_affine", False) else None
+    return {name: getattr(norm, f"{name}_{k}" if k else name, None) for name in AFFINE}
 
 
 def select(buffers: dict[str, Tensor | None], before: int, k: int) -> None:
@@ -92,7 +142,7 @@ def domain_of(layer: ContextLayer) -> int:
 
 @contextlib.contextmanager
 def selected(layer: ContextLayer, k: int) -> Iterator[None]:
-    """Use the statistics of domain `k` within the block, whichever is in use around it."""
+    """Use what is of domain `k` within the block, whichever is in use around it."""
     earlier, before = layer._domain, domain_of(layer)
     select(layer._buffers, before, k)
     layer._domain = k
@@ -107,23 +157,34 @@ def selected(layer: ContextLayer, k: int) -> Iterator[None]:
 
 
 def keep_one(layer: ContextLayer, k: int) -> None:
-    """Reduce a layer to one domain, with the statistics of domain `k`."""
+    """Reduce a layer to one domain, with what is of domain `k`, or raise OptionError."""
+    if layer.domain_affine and k:
+        if not {*AFFINE, *(f"{name}_{k}" for name in AFFINE)} <= layer._parameters.keys():
+            raise OptionError(
+                f"its weight or bias is parametrized, and that of domain {k} cannot take its place: "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+        for name in AFFINE:
+            layer._parameters[name] = layer._parameters[f"{name}_{k}"]
     select(layer._buffers, domain_of(layer), k)
     vars(layer).pop("_domain", None)
     for number in range(1, layer.domains):
         for name in STATISTICS:
             del layer._buffers[f"{name}_{number}"]
+        for name in AFFINE if layer.domain_affine else ():
+            layer._parameters.pop(f"{name}_{number}", None)  # a parametrized one is in a module
     layer.domains = 1
+    vars(layer).pop("domain_affine", None)
 
 
 def fill(state_dict: dict[str, Any], prefix: str, layer: ContextLayer) -> None:
-    """Add the statistics of domains that a state lacks, as copies of its domain 0."""
-    if f"{prefix}running_mean" not in state_dict:
-        return
+    """Add what a state lacks of domains, as copies of its domain 0."""
+    has_statistics = f"{prefix}running_mean" in state_dict
+    names = (*(STATISTICS if has_statistics else ()), *(AFFINE if layer.domain_affine else ()))
     for k in range(1, layer.domains):
-        for name in STATISTICS:
+        for name in names:
             found = state_dict.get(f"{prefix}{name}")
-            if found is None:  # a counter, which states of torch < 0.4.1 do not have
+            if found is None and name in STATISTICS:  # a counter, which states of torch < 0.4.1 do not have
                 found = layer._buffers[f"{name}_{k}"]
                 if found is not None and found.is_meta:  # a meta tensor has no value to copy
                     found = torch.tensor(0, dtype=torch.long)
