@@ -59,7 +59,7 @@ DEAD = Threshold(
     1e-3,
     "dead-channels",
     "|weight| of a channel over the layer's median |weight|; below this: dead",
-    "beside the others, such a channel is below the precision of float16",
+    "compared with the other channels, such a weight is below the precision of float16",
 )
 DEAD_LIKELY = Threshold(
     0.5,
@@ -160,7 +160,7 @@ OFFSET_NOTE = Threshold(
 OFFSET_LIKELY = Threshold(
     1000.0,
     "offset",
-    "the same, in a layer of torch's or Keras's; above this: likely",
+    "the same, in torch's or Keras's own layer; above this: likely",
     "torch's own layer is off by 1e-3 at 1e5, and by more in 16 bits",
 )
 HALF = Threshold(
