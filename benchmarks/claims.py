@@ -78,7 +78,7 @@ def _section(row: Row) -> str:
     header = (
         "part",
         "published",
-        "counts as it",
+        "counts as reproduced",
         "measured (95 % interval)",
         "smallest effect found",
         "verdict",
