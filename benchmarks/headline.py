@@ -117,7 +117,7 @@ def _accuracies(rows: Rows) -> tuple[str, str, str]:
 
 def _mended(rows: Rows) -> tuple[str, str, str]:
     what = "a network trained on ordered, padded batches: accuracy in use"
-    return what, f"{rows[0]['accuracy']:.1%}", f"{rows[-1]['accuracy']:.1%}, mended as `diagnose` says"
+    return what, f"{rows[0]['accuracy']:.1%}", f"{rows[-1]['accuracy']:.1%}, fixed as `diagnose` says"
 
 
 def _absorbed(rows: Rows) -> tuple[str, str, str]:
