@@ -204,7 +204,7 @@ def test_names_from_outside_are_escaped(tmp_path: Path) -> None:
     assert source.count("<script>") == 2
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 2 + source.count("<svg")
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert "49" not in page.text.split("To repeat it")[1]
+    assert "49" not in page.text.split("To repeat this study")[1]
     assert "<script>alert(1)</script>" in page.text  # as text
 
 

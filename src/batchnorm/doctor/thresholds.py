@@ -59,7 +59,7 @@ DEAD = Threshold(
     1e-3,
     "dead-channels",
     "|weight| of a channel over the layer's median |weight|; below this: dead",
-    "beside the others, such a channel is below the precision of float16",
+    "compared with the other channels, such a weight is below the precision of float16",
 )
 DEAD_LIKELY = Threshold(
     0.5,
@@ -89,7 +89,7 @@ GAP_SERIOUS = Threshold(
     0.05,
     "gap",
     "the same; from this on: serious",
-    "statistics of this data and these weights never differ by as much",
+    "two sets of statistics from the same data and weights never differ by this much",
 )
 GAP_Z = Threshold(
     2.0,
@@ -127,16 +127,16 @@ NOISE = Threshold(
     0.25,
     "small-batches",
     "noise of batch means, in standard deviations; above this: likely",
-    "that of 16 independent values per channel; error rates rise with 8 images per batch and fewer (Wu & He "
-    "2018, fig. 1)",
+    "16 independent values per channel have this noise; error rates rise with 8 images per batch and fewer "
+    "(Wu & He 2018, fig. 1)",
 )
 ORDERED_SIGMAS = Threshold(
     6.0,
     "ordered-batches",
     "(F − 1) / sqrt(2 / (batches − 1)), where F compares batch means with means of samples; above this: "
     "likely",
-    "F of shuffled batches is 1 with that standard deviation; 6 of them leave room for the largest value of "
-    "many layers",
+    "for shuffled batches, F is 1 with the standard deviation sqrt(2 / (batches − 1)); 6 of these leave room "
+    "for the largest F of many layers",
 )
 RANKS_LIKELY = Threshold(
     0.1,
@@ -149,7 +149,7 @@ FEWEST_BATCHES = Threshold(
     4,
     "small-batches, ordered-batches",
     "the number of batches; below this: no report",
-    "a variance of three numbers is no estimate",
+    "three numbers are too few to estimate a variance",
 )
 OFFSET_NOTE = Threshold(
     100.0,
@@ -160,7 +160,7 @@ OFFSET_NOTE = Threshold(
 OFFSET_LIKELY = Threshold(
     1000.0,
     "offset",
-    "the same, in a layer of torch's or Keras's; above this: likely",
+    "the same, in torch's or Keras's own layer; above this: likely",
     "torch's own layer is off by 1e-3 at 1e5, and by more in 16 bits",
 )
 HALF = Threshold(
@@ -173,7 +173,7 @@ MIXING = Threshold(
     1e-3,
     "batch-mates, padding",
     "the change of a prediction over the spread of predictions; above this: reported",
-    "rounding also changes with the neighbours, by 1e-6 in float32, and more in deep networks",
+    "rounding also depends on the other samples of the batch, by 1e-6 in float32, and more in deep networks",
 )
 CALLS_LIKELY = Threshold(
     0.5,

@@ -35,17 +35,17 @@ _SENTENCES = {
     "learning rate.",
     "rates": "Each point is the accuracy at the end of training with one learning rate. A diverged run "
     "counts as 0.",
-    "accuracy": "Each dot is a mean difference on the same seeds, with its 95 % interval. A difference "
-    "within the grey band is too small to matter.",
+    "accuracy": "Each dot is a mean difference between two arms on the same seeds, with its 95 % interval. A "
+    "difference within the grey band is too small to matter.",
     "padding": "Each arm trains at its best learning rate.",
-    "gradients": "Each line is a layer: the first is strong, the last pale. Where lines lie far apart, some "
-    "layers learn much faster than others.",
-    "drift": "The band holds most inputs of a hidden layer during training. Where it moves, the layer has to "
-    "follow.",
+    "gradients": "Each line is a layer, from the first (darkest) to the last (palest). Where lines are far "
+    "apart, some layers learn much faster than others.",
+    "drift": "The band contains most inputs of a hidden layer during training. Where it moves, the layer has "
+    "to adapt.",
     "statistics": "The same trained networks are evaluated with the statistics of each batch, with running "
-    "statistics, and with those of all training data (calibrated). A dot is a seed.",
-    "cost": "A bar is the median over blocks of training steps, or the memory that a step keeps for its "
-    "backward.",
+    "statistics, and with those of all training data (calibrated). Each dot is a seed.",
+    "cost": "Each bar is the median time of a step over blocks of training steps, or the memory that a step "
+    "keeps for its backward.",
 }
 
 _BADGES = {
@@ -265,31 +265,31 @@ def _caveats(study: Study) -> list[str]:
             classes = f"{'class' if len(missing) == 1 else 'classes'} {q.listed(list(map(str, missing[:5])))}"
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             found.append(
-                f"No held-out example of {data['name']} is of {classes}{more}: nothing here tells how well "
-                "these are recognized."
+                f"The held-out examples of {data['name']} contain none of {classes}{more}: nothing here "
+                "tells how well these are recognized."
             )
         size = data.get("held_out")
         if not (isinstance(size, int) and size > 0 and is_accuracy):
             continue
         error = q.points(math.sqrt(0.9 * 0.1 / size)).lstrip("+")
         found.append(
-            f"The spread is over seeds, on one and the same {size:,} held-out examples. With another draw of "
-            f"as many, an accuracy near 90 % would by itself move by about {error} (one standard error), "
-            "though the difference between two arms on the same examples by less."
+            f"The spread is over seeds, on the same {size:,} held-out examples. With other examples of the "
+            f"same number, an accuracy near 90 % would change by about {error} (one standard error), but the "
+            "difference between two arms would change by less."
         )
     found.append(
         "The best learning rate of an arm is chosen on the same held-out examples that are reported, for "
-        "every arm alike: absolute accuracies are a little optimistic, comparisons hardly."
+        "every arm alike: absolute accuracies are slightly optimistic, but comparisons hardly are."
     )
     every = {run.target_checked_every for network in study.networks for run in network.runs}
     if len(every) == 1 and (interval := every.pop()) > 1:
         found.append(
-            f"Whether the target is reached is looked up every {q.count(interval)} steps, and later at steps "
-            "a tenth apart, so steps to the target are known to within that."
+            f"Whether the target is reached is checked every {q.count(interval)} steps, and later each time "
+            "the number of steps has grown by a tenth, so steps to the target are known only to within that."
         )
     found.append(
-        "Many comparisons are made: at 95 %, about one in twenty differences that are not there will look "
-        "real unless they fall short of the minimal effect."
+        "Many comparisons are made: with 95 % intervals, about one in twenty comparisons without a true "
+        "difference will seem to show one, unless it falls short of the minimal effect."
     )
     return found
 
