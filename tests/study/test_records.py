@@ -32,7 +32,10 @@ SETTINGS: dict[str, object] = {
 ARMS = ("none", "batchnorm")
 TIMING = {
     "settings": SETTINGS,
-    "arms": {arm: {"seconds_per_step": [0.1, 2e-3], "seconds_per_prediction": 0.1} for arm in ARMS},
+    "arms": {
+        arm: {"seconds_per_step": [0.1, 2e-3], "seconds_per_prediction": 0.1, "bytes_kept_for_backward": 9}
+        for arm in ARMS
+    },
 }
 
 
