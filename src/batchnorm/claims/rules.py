@@ -18,17 +18,13 @@ LEAST_SEEDS = 5
 _DETECTABLE = {5: 1.682, 6: 1.435, 7: 1.273, 8: 1.156, 9: 1.067, 10: 0.996}
 
 RULE = (
-    "Each part of a claim is one number per seed. Its 95 % interval over seeds (Student's t, of "
-    "logarithms for "
-    "ratios) is compared with two things that were fixed before the run: the band of values that "
-    "count as the "
-    "published effect, and the value of no effect. Reproduced: the whole interval is within the "
-    "band. Reproduced in "
-    "shape: it is not, but all of it is on the published side of no effect. Not reproduced here: no "
-    "value of the "
-    "interval is in the band, and it is not on that side. All else, and fewer than 5 seeds, is not "
-    "decided here. A "
-    "claim of several parts is as good as its worst part."
+    "Each part of a claim is one number per seed. Its 95 % interval over seeds (Student's t, of logarithms "
+    "for ratios) is compared with two things that were fixed before the run: the band of values that count "
+    "as the published effect, and the value of no effect. Reproduced: the whole interval is within the band. "
+    "Reproduced in shape: it is not, but all of it is on the published side of no effect. Not reproduced "
+    "here: no value of the interval is in the band, and it is not on that side. Everything else, and "
+    "anything with fewer than 5 seeds, is not decided here. A claim of several parts is as good as its worst "
+    "part."
 )
 
 

@@ -107,8 +107,8 @@ CLAIMS = (
             ),
             Part(
                 "replaced",
-                "the first of these over what decay leaves of the difference to batch statistics, mean "
-                "over 8, 32 and 128",
+                "distance of held-out minus training loss from that of batch statistics, mean over batches "
+                "of 8, 32 and 128: population statistics over the same with decay of γ",
                 "replaces it: twice counts",
                 (2.0, _AT_LEAST),
                 1.0,
@@ -145,8 +145,8 @@ CLAIMS = (
         parts=(
             Part(
                 "explained",
-                "movement of held-out predictions by L2, over that left when its effective rate is kept "
-                "without it (total variation)",
+                "movement of held-out predictions (total variation) when L2 is removed, over that when it "
+                "is replaced by its effective rate",
                 "all: a hundred times counts",
                 (100.0, _AT_LEAST),
                 1.0,

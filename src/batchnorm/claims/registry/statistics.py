@@ -116,7 +116,7 @@ CLAIMS = (
         name="ordered-batches",
         number=10,
         sentence="Batches that are ordered by class leak the label: training looks good, and serving does "
-        "not; statistics of all samples together, or a shuffle, mend it.",
+        "not; statistics of all samples together, or a shuffle, repair it.",
         source=Source(
             f"{_WU}, section 6, tables 3 and 6",
             "heads of R-CNN whose batches are in an order lose average precision; SyncBN and shuffling "
@@ -148,7 +148,7 @@ CLAIMS = (
             Part(
                 "left by the whole batch",
                 "held-out accuracy: groups shuffled minus ordered ones with statistics of the whole batch",
-                "mended: within two points",
+                "repaired: within two points",
                 (-0.02, 0.02),
                 None,
                 0.006,
@@ -159,7 +159,7 @@ CLAIMS = (
         known="A group of one class is normalized by the statistics of that class, which takes away what "
         "tells it: in a network that is normalized throughout nothing is left to leak, and accuracy in "
         "training falls to chance as well. That it falls when served, and that statistics of the whole "
-        "batch mend it, is as published.",
+        "batch repair it, is as published.",
         drawings=(
             Bars(
                 "Accuracy as in training (its own batches)",
