@@ -117,6 +117,7 @@ def _of_torch() -> Values:
     except Exception as error:
         return {"import": _told(error)}
     return {
+        "build": torch.__version__,  # with its accelerator, which the version of the package omits
         "devices": _tried(devices),
         "threads": _tried(lambda: str(torch.get_num_threads())),
         "engine": _tried(engines),

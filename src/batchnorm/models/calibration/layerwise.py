@@ -46,8 +46,13 @@ class LevelObserver(BatchObserver):
         with super().one_batch():
             self.calls = Counter()
             self.dependence.clear()
-            with contextlib.suppress(_Enough), self.dependence.following():
-                yield
+            try:
+                with self.dependence.following():
+                    yield
+            except _Enough as enough:
+                # Its frames hold this forward's tensors, and one of them holds the exception: a circle that
+                # would keep the tensors until the garbage collector finds it.
+                enough.__traceback__ = None
         self.usual = self.usual or self.calls
 
     @contextlib.contextmanager
