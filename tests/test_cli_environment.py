@@ -40,9 +40,7 @@ def test_table_and_json_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.exit_code == 0, told.output
     found = json.loads(CliRunner().invoke(app, ["env", "--json"]).stdout)
     assert found["packages"]["batchnorm"] == batchnorm.__version__
-    assert found["packages"]["torch"] == importlib.metadata.version(
-        "torch"
-    )  # without "+cu130"
+    assert found["packages"]["torch"] == importlib.metadata.version("torch")  # without "+cu130"
     assert found["torch"]["build"] == torch.__version__
     assert found["torch"]["engine"].startswith(batchnorm.kernels.explain(torch.zeros(2, 1)))
     assert found["torch"]["threads"] == str(torch.get_num_threads())
