@@ -21,16 +21,17 @@ def as_html(title: str, rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
     """
 
     def line(cells: Sequence[str], tag: str) -> str:
-        inner = "".join(f'<{tag} style="text-align: left">{_safe(cell)}</{tag}>' for cell in cells)
+        inner = "".join(f'<{tag} style="text-align: left">{escaped(cell)}</{tag}>' for cell in cells)
         return f"<tr>{inner}</tr>"
 
-    parts = [f"<p><strong>{_safe(title)}</strong></p>"]
+    parts = [f"<p><strong>{escaped(title)}</strong></p>"]
     if len(rows) > 1:
         body = "".join(line(row, "td") for row in rows[1:])
         parts.append(f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table>")
-    parts += [f"<p>{_safe(note)}</p>" for note in notes]
+    parts += [f"<p>{escaped(note)}</p>" for note in notes]
     return f"<div>{''.join(parts)}</div>"
 
 
-def _safe(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return a text in one line, with what HTML would read as markup escaped."""
     return escape(in_one_line(text))

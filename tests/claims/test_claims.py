@@ -12,11 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from batchnorm.claims import CLAIMS, Claim, ClaimsOptions, measure, run_claims, runner
+from batchnorm.claims import CLAIMS, Claim, ClaimsOptions, measure, run_claims
 from batchnorm.claims.experiments import statistics
 from batchnorm.claims.runner import Progress, finished
 from batchnorm.cli.commands import app
 from batchnorm.errors import DataError, OptionError
+from batchnorm.studies import schedule
 from batchnorm.studies.errors import StudyInterrupted
 from benchmarks import results_file
 
@@ -47,7 +48,7 @@ class _Heard(Progress):
 
 
 def test_a_claim_is_measured_stored_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(schedule, "_SECONDS", 0.0)
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     with pytest.raises(StudyInterrupted, match="1 of 2"):
         run_claims(ClaimsOptions((TINY,), seeds=2, out=tmp_path), _Heard(stop_at=1))

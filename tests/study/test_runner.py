@@ -96,8 +96,8 @@ def task(network: object) -> RunTask:
 
 def test_a_study_runs_grows_and_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchnorm.studies.report.write_report", lambda folder: folder / "results.json")
-    monkeypatch.setattr("batchnorm.studies.runner._SECONDS_BETWEEN_REPORTS", 0.0)
-    monkeypatch.setattr("batchnorm.studies.runner._TIMES_A_REPORT", 0)
+    monkeypatch.setattr("batchnorm.studies.schedule._SECONDS", 0.0)
+    monkeypatch.setattr("batchnorm.studies.schedule._TIMES", 0)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     first = Listening()

@@ -22,6 +22,7 @@ from batchnorm.errors import OptionError
 from batchnorm.files import naming
 from batchnorm.studies.errors import StudyError, StudyInterrupted
 from batchnorm.studies.json_files import json_safe, read_stored, write_json
+from batchnorm.studies.schedule import ReportSchedule
 from batchnorm.studies.settings import slug
 
 from . import fitting, networks
@@ -30,7 +31,6 @@ from .registry import CLAIMS
 from .summary import summarize
 
 _FORMAT = 1  # of a seed's record
-_SECONDS_BETWEEN_REPORTS = 30.0  # while it runs; a twentieth of its time at most
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _measure(
             found[claim.name, seed] = stored
     missing = [(claim, seed) for claim, seed in tasks if (claim.name, seed) not in found]
     progress.begin(sum(claim.seconds for claim, _ in missing), len(tasks), len(found))
-    due = time.monotonic() + _SECONDS_BETWEEN_REPORTS
+    schedule = ReportSchedule()
     try:
         with _one_thread():
             for claim, seed in missing:
@@ -191,10 +191,9 @@ def _measure(
                 write_json(_path(folder, claim, seed), {"settings": _settings(claim, seed), **vars(record)})
                 found[claim.name, seed] = record
                 progress.ended(claim, seed)
-                if (began := time.monotonic()) > due:
+                if left := len(tasks) - len(found):
                     so_far = _by_claim(claims, options, found)
-                    _publish(options.out, so_far, len(tasks) - len(found))
-                    due = time.monotonic() + max(_SECONDS_BETWEEN_REPORTS, 20 * (time.monotonic() - began))
+                    schedule.write_if_due(functools.partial(_publish, options.out, so_far, left))
     except KeyboardInterrupt:
         raise StudyInterrupted(len(found), len(tasks), folder) from None
     return _by_claim(claims, options, found)

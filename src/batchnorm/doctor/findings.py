@@ -10,6 +10,7 @@ from html import escape
 from typing import Literal
 
 from batchnorm.errors import in_one_line
+from batchnorm.text_table import escaped
 
 _COLORS = {"serious": "#a33f00", "likely": "#5b5200", "note": "#57606a"}
 _MONO = "font-family: ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap"
@@ -244,13 +245,13 @@ def _plain(value: object) -> object:
 
 def _html(diagnosis: Diagnosis) -> str:
     """Return the diagnosis as a fragment of HTML with its own style; every text is escaped."""
-    parts = [f"<p><strong>{_safe(diagnosis.title)}</strong></p>"]
+    parts = [f"<p><strong>{escaped(diagnosis.title)}</strong></p>"]
     if diagnosis.scores:
-        parts.append(f"<p>{_safe(diagnosis.scores_in_words())}</p>")
+        parts.append(f"<p>{escaped(diagnosis.scores_in_words())}</p>")
     if diagnosis.findings:
         rows = "".join(_row(first, others) for first, others in diagnosis.groups())
         parts.append(f'<table style="text-align: left"><tbody>{rows}</tbody></table>')
-    parts += [f"<p>not looked at: {_safe(why)}</p>" for why in diagnosis.unchecked]
+    parts += [f"<p>not looked at: {escaped(why)}</p>" for why in diagnosis.unchecked]
     return f"<div>{''.join(parts)}</div>"
 
 
@@ -261,11 +262,8 @@ def _row(first: Finding, others: list[Finding]) -> str:
         f"color: {_COLORS[first.severity]}; font-weight: 600",
     )
     return (
-        f'<tr><td style="{left}"><span style="{style}">{first.severity}</span><br>{_safe(first.check)}</td>'
-        f'<td style="{left}">{_safe(layers)}</td><td style="{left}">{_safe(first.message)} {_safe(first.why)}'
+        f'<tr><td style="{left}"><span style="{style}">{first.severity}</span><br>{escaped(first.check)}</td>'
+        f'<td style="{left}">{escaped(layers)}</td>'
+        f'<td style="{left}">{escaped(first.message)} {escaped(first.why)}'
         f'<pre style="{_MONO}; margin: .3em 0">{escape(printable(first.remedy))}</pre></td></tr>'
     )
-
-
-def _safe(text: str) -> str:
-    return escape(in_one_line(text))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,16 +23,13 @@ from .options import StudyOptions
 from .padding import Padded
 from .pool import Pool, WorkerPool
 from .records import Run, Timing
+from .schedule import ReportSchedule
 from .settings import Setting, display_name, setting_names
 from .summary import curves_csv, summarize, verdict_on
 from .tasks import RunTask, TimingTask, plan, settings_of
 from .training import EVALUATION_BATCH
 from .user_code import is_user_code
 from .worker import Task
-
-# While it runs, a study writes its report again and again, in a twentieth of its time at most.
-_SECONDS_BETWEEN_REPORTS = 30.0
-_TIMES_A_REPORT = 20
 
 
 @dataclass(frozen=True)
@@ -251,7 +247,7 @@ class _Study:
         workers = min(pool.size, len(missing))
         self.display.training(len(self.tasks), len(runs), sum(work.values()), workers)
         per_step: dict[Task, float] = {task: work[task] / max(self._steps(task), 1) for task in missing}
-        due = time.monotonic() + _SECONDS_BETWEEN_REPORTS
+        schedule = ReportSchedule()
         for task, run in pool.run(missing, per_step):
             assert isinstance(task, RunTask)
             self._stored(task)  # raises where another study's came meanwhile
@@ -265,10 +261,10 @@ class _Study:
                 self.display.setting_ended(
                     name, verdict_on(name, found, timing[task.setting], task.recipe.metric)
                 )
-            if (began := time.monotonic()) > due and len(runs) < len(self.tasks):
-                self.display.published(self.publish(runs, timing).report)
-                took = time.monotonic() - began
-                due = began + took + max(_SECONDS_BETWEEN_REPORTS, _TIMES_A_REPORT * took)
+            if len(runs) < len(self.tasks):
+                so_far = schedule.write_if_due(lambda: self.publish(runs, timing))
+                if so_far is not None:
+                    self.display.published(so_far.report)
 
     def _work(self, task: RunTask, timing: Timing) -> float:
         """Returns about how many seconds a run takes: its steps, and evaluations between and after them."""

@@ -220,16 +220,15 @@
     const colors = new Map(), dashes = new Map();
     for (const curve of data.curves) {
       colors.set(seriesOf(data, curve), data.labels[data.panel] === "arm" ? "ink" : curve.color);
-      const line = { 1: "dotted", 4: "dashed", 6: "double" }[curve.dash?.[0]] ?? "solid";
-      dashes.set(seriesOf(data, curve), data.x === null ? "" : line);
+      dashes.set(seriesOf(data, curve), { 1: "dotted", 4: "dashed", 6: "double" }[curve.dash?.[0]] ?? "solid");
     }
     const figure = { element, data, svg, colors, log: data.logY, plots: [], marks: [], dots: [], name: element.id };
     figure.panels = [...new Set(data.curves.map((curve) => panelOf(data, curve)))];
-    figure.legend = make("div", { className: "legend" });
+    figure.legend = make("div", { className: data.x === null ? "legend" : "legend lines" });
     for (const [name, of] of colors) {
       const one = button(name, "Show or hide it in every picture", () => choose(hidden.series, name), true);
       one.style.setProperty("--of", `var(--${of})`);
-      one.className = dashes.get(name);
+      one.style.setProperty("--line", dashes.get(name));
       one.addEventListener("pointerenter", () => light(name));
       one.addEventListener("pointerleave", () => light(null));
       figure.legend.append(one);
