@@ -72,6 +72,22 @@ onload = () => setTimeout(() => {
   out.charts = page.querySelectorAll(".uplot").length;
   point(2);
   later(() => (out.told = text())).then(() => {
+    legend[1].dispatchEvent(new Event("pointerenter"));
+    const lit = [...page.querySelectorAll(".legend .lit")].map((button) => button.textContent);
+    out.lit = [...new Set(lit)];
+    out.litFigures = lit.length;
+    out.litRows = [...page.querySelectorAll("tr.lit")].map((row) => row.cells[0].textContent);
+    out.dim = page.querySelectorAll("#n1-speed3 .dim").length > 0;
+    legend[1].dispatchEvent(new Event("pointerleave"));
+    out.left = page.querySelectorAll(".lit, .dim").length;
+    const dot = page.querySelector("#n1-speed3 svg [data-curves='2,3'] use");
+    const at = { clientX: 9, clientY: 9, bubbles: true };
+    dot.dispatchEvent(new frame.contentWindow.PointerEvent("pointermove", at));
+    out.dot = text();
+    dot.dispatchEvent(new frame.contentWindow.PointerEvent("pointerleave"));
+    const scale = page.querySelector("#n1-speed2 .buttons button"), before = scale.textContent;
+    scale.click();
+    out.scale = [before, scale.textContent, page.querySelectorAll("#n1-speed2 .uplot").length];
     legend[out.names.indexOf("none")].click();
     out.pressed = pressed();
     out.everywhere = page.querySelectorAll(".legend [aria-pressed=false]").length;
@@ -87,6 +103,7 @@ onload = () => setTimeout(() => {
     const link = frame.contentWindow.HTMLAnchorElement.prototype;
     link.click = function () { saved.push([this.download, this.href]); };
     [...figure.querySelectorAll(".buttons button")].slice(1).forEach((button) => button.click());
+    page.querySelector("#n1-speed3 .buttons button:last-child").click();
     return later(() => (out.saved = saved));
   }).catch((error) => { out.error = String(error); }).then(() => {
     document.getElementById("out").textContent = JSON.stringify(out);
@@ -144,6 +161,11 @@ def _without_scripts(page: str) -> str:
     return re.sub(r"script-src [^;]*;", "", page)  # where nothing is allowed, nothing runs
 
 
+def _is_best(content: dict[str, Any], run: dict[str, Any], arm: str) -> bool:
+    best = content["networks"]["mlp"][arm]["best_learning_rate"]
+    return bool(run["arm"] == arm and run["learning_rate"] == best)
+
+
 def test_arms_and_seeds_are_chosen_and_values_are_told_and_saved(tmp_path: Path) -> None:
     content = usual(["none", "batchnorm", "l1"], seeds=2, networks=["mlp"])
     page = write_report(write(tmp_path, content)).read_text(encoding="utf-8")
@@ -167,13 +189,25 @@ def test_arms_and_seeds_are_chosen_and_values_are_told_and_saved(tmp_path: Path)
     assert lines.startswith("epoch 2")
     for arm, values in accuracy.items():
         assert told(arm, values) in lines
+    # Pointing at an arm highlights it in every picture and table that has it, and dims the others.
+    assert found["lit"] == found["litRows"] == ["batchnorm"]
+    assert found["litFigures"] == 7
+    assert found["dim"]
+    assert found["left"] == 0
+    steps = [run["steps_to_target"] for run in content["runs"] if _is_best(content, run, "batchnorm")]
+    assert found["dot"].replace("\n", " ").startswith("training steps")
+    assert f"batchnorm, seed 0 {steps[0]:g}" in found["dot"].replace("\n", " ")
+    assert sorted(found["scale"][:2]) == ["Linear", "Log"]
+    assert found["scale"][2] == 1
     assert found["pressed"] == "false true true"
     assert found["everywhere"] == 7  # of nine pictures, one shows layers, and one batchnorm alone
     assert "none" not in found["without"]
     assert told("l1", accuracy["l1"]) in found["without"].replace("\n", " ")
     assert told("l1", accuracy["l1"][1:]) in found["oneSeed"].replace("\n", " ")
     assert found["sorted"] == sorted(found["sorted"])
-    (table, values), (as_json, _), (picture, image) = found["saved"]
+    (table, values), (as_json, _), (picture, image), (drawing, drawn) = found["saved"]
+    assert drawing == "n1-speed3.png"
+    assert len(drawn) > 10_000
     assert (table, as_json, picture) == ("n1-speed1.csv", "n1-speed1.json", "n1-speed1.png")
     rows = unquote(values).partition(",")[2].splitlines()
     assert rows[0] == '"arm","seed","epoch","held-out accuracy"'

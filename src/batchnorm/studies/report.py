@@ -38,7 +38,7 @@ _SENTENCES = {
     "accuracy": "Each dot is a mean difference between two arms on the same seeds, with its 95 % interval. A "
     "difference within the grey band is too small to matter.",
     "padding": "Each arm trains at its best learning rate.",
-    "gradients": "Each line is a layer, from the first (darkest) to the last (palest). Where lines are far "
+    "gradients": "Each line is a layer, from the first (strongest) to the last (palest). Where lines are far "
     "apart, some layers learn much faster than others.",
     "drift": "The band contains most inputs of a hidden layer during training. Where it moves, the layer has "
     "to adapt.",

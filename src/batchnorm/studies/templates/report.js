@@ -205,8 +205,9 @@
     for (const drawn of chart?.querySelectorAll("canvas") ?? []) pen.drawImage(drawn, ...place(drawn));
     if (!chart) {
       const [, , width, height] = place(svg);
-      Object.entries({ xmlns: "http://www.w3.org/2000/svg", width, height }).forEach((pair) => copy.setAttribute(...pair));
-      const text = copy.outerHTML.replaceAll(/var\(--([a-z0-9]+)\)/g, (_, of) => color(of).replaceAll('"', "'"));
+      Object.entries({ width, height }).forEach((pair) => copy.setAttribute(...pair));
+      copy.querySelectorAll(".dim, .gone").forEach((mark) => mark.setAttribute("opacity", mark.matches(".gone") ? 0 : 0.15));
+      const text = new XMLSerializer().serializeToString(copy).replaceAll(/var\(--([a-z0-9]+)\)/g, (_, of) => color(of).replaceAll('"', "'"));
       const image = make("img", { src: `data:image/svg+xml,${encodeURIComponent(text)}` });
       await image.decode();
       pen.drawImage(image, ...place(svg));
